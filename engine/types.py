@@ -1,0 +1,92 @@
+"""The nouns of the engine: what is asked for, what comes back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+Pixels = NDArray[np.uint8]
+Precision = Literal["fp32", "fp16", "bf16", "fp32-retry"]
+Status = Literal["ok", "flagged", "failed"]
+
+SEED_LIMIT = 2**32
+"""torch's CPU generator ignores the bits above the 32nd, so larger seeds would silently collide."""
+
+
+class EngineError(ValueError):
+    """A request or a model that the engine refuses: the message names the value, the limit and the remedy."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GenerationRequest:
+    """One image to be made. Sizes are in pixels; `eta` is the eta of DDIM (arXiv:2010.02502, eq. 16)."""
+
+    prompt: str
+    negative_prompt: str = ""
+    seed: int = 42
+    width: int
+    height: int
+    num_inference_steps: int = 50
+    guidance_scale: float = 7.5
+    sampler: str = "ddim"
+    eta: float = 0.0
+
+    @property
+    def guided(self) -> bool:
+        """Whether the unconditional pass runs (diffusers' rule: only above 1)."""
+        return self.guidance_scale > 1.0
+
+    @property
+    def loop_key(self) -> tuple[int, int, int, str, bool]:
+        """What fixes the shape of a batch and its loop; only requests with one key share a batch."""
+        return (self.width, self.height, self.num_inference_steps, self.sampler, self.guided)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SafetyVerdict:
+    """What the safety checker said of one picture. `score` is the checker's highest score."""
+
+    checker: str
+    score: float | None
+    flagged: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GenerationResult:
+    """One finished request.
+
+    `pixels` is `(height, width, 3) uint8` RGB, or None exactly when `error` says why there is no picture. A flagged
+    picture comes back with its pixels; what becomes of them is the caller's policy. `prompt_tokens` counts the
+    prompt's tokens before truncation, start and end marks not included.
+    """
+
+    pixels: Pixels | None
+    error: str | None
+    safety: SafetyVerdict | None
+    prompt_tokens: int
+    precision: Precision
+    batch_size: int
+    batch_slot: int
+
+    @property
+    def status(self) -> Status:
+        """`ok` only for pixels that a checker has passed, or that the caller chose not to have checked."""
+        if self.error is not None or self.pixels is None or self.safety is None:
+            return "failed"
+        return "flagged" if self.safety.flagged else "ok"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelSpec:
+    """What to load: a diffusers folder, and the checker that goes with it.
+
+    `safety` is `auto` (the folder's own `safety_checker/` if it has one, else open-nsfw), `open-nsfw`,
+    `clip-concepts` or `none`. `safety_threshold` is the open-nsfw score from which a picture is flagged.
+    """
+
+    model: str
+    safety: str = "auto"
+    safety_threshold: float = 0.8

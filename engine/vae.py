@@ -1,0 +1,177 @@
+"""The first stage: a convolutional autoencoder whose latents are lightly regularised (arXiv:2112.10752, section 3.1)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from engine.blocks import Attention, Downsample, ResnetBlock, Upsample
+from engine.config import VAEConfig
+
+_EPS = 1e-6
+
+
+@dataclass(frozen=True, slots=True)
+class DiagonalGaussian:
+    """The encoder's posterior: `mean` and `logvar`, each `(n, c, h, w)`; logvar is clamped to [-30, 20]."""
+
+    mean: Tensor
+    logvar: Tensor
+
+    def sample(self, generator: torch.Generator | None = None) -> Tensor:
+        """Draw one latent per row."""
+        noise = torch.randn(self.mean.shape, generator=generator, dtype=self.mean.dtype, device=self.mean.device)
+        return self.mean + torch.exp(0.5 * self.logvar) * noise
+
+    def kl(self) -> Tensor:
+        """KL divergence from the standard normal, summed over each row: `(n,)`."""
+        return 0.5 * torch.sum(self.mean**2 + self.logvar.exp() - 1.0 - self.logvar, dim=(1, 2, 3))
+
+
+class PixelAttention(nn.Module):
+    """Single-head self-attention over the cells of a feature map."""
+
+    def __init__(self, channels: int, groups: int) -> None:
+        super().__init__()
+        self.group_norm = nn.GroupNorm(groups, channels, eps=_EPS)
+        attention = Attention(channels, channels, heads=1, bias=True)
+        self.to_q, self.to_k, self.to_v, self.to_out = attention.to_q, attention.to_k, attention.to_v, attention.to_out
+
+    def forward(self, x: Tensor) -> Tensor:
+        height, width = x.shape[-2:]
+        h = rearrange(self.group_norm(x), "n c h w -> n 1 (h w) c")
+        attended = F.scaled_dot_product_attention(self.to_q(h), self.to_k(h), self.to_v(h))
+        return x + rearrange(self.to_out[0](attended), "n 1 (h w) c -> n c h w", h=height, w=width)
+
+
+class MidBlock(nn.Module):
+    """Residual, attention, residual at the latent resolution."""
+
+    def __init__(self, config: VAEConfig) -> None:
+        super().__init__()
+        channels = config.channels[-1]
+        self.resnets = nn.ModuleList([_resnet(channels, channels, config) for _ in range(2)])
+        self.attentions = nn.ModuleList([PixelAttention(channels, config.norm_groups)] if config.mid_attention else [])
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.resnets[0](x)
+        for attention in self.attentions:
+            x = attention(x)
+        return torch.as_tensor(self.resnets[1](x))
+
+
+class EncoderBlock(nn.Module):
+    """One level of the encoder."""
+
+    def __init__(self, in_channels: int, out_channels: int, config: VAEConfig, *, downsample: bool) -> None:
+        super().__init__()
+        self.resnets = nn.ModuleList(
+            [
+                _resnet(in_channels if layer == 0 else out_channels, out_channels, config)
+                for layer in range(config.layers_per_block)
+            ]
+        )
+        self.downsamplers = nn.ModuleList([Downsample(out_channels, symmetric=False)] if downsample else [])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in (*self.resnets, *self.downsamplers):
+            x = layer(x)
+        return x
+
+
+class DecoderBlock(nn.Module):
+    """One level of the decoder: one residual block more than the encoder's."""
+
+    def __init__(self, in_channels: int, out_channels: int, config: VAEConfig, *, upsample: bool) -> None:
+        super().__init__()
+        self.resnets = nn.ModuleList(
+            [
+                _resnet(in_channels if layer == 0 else out_channels, out_channels, config)
+                for layer in range(config.layers_per_block + 1)
+            ]
+        )
+        self.upsamplers = nn.ModuleList([Upsample(out_channels)] if upsample else [])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in (*self.resnets, *self.upsamplers):
+            x = layer(x)
+        return x
+
+
+class Encoder(nn.Module):
+    """Pixels `(n, 3, h, w)` in [-1, 1] -> moments `(n, 2 * latent, h / f, w / f)`."""
+
+    def __init__(self, config: VAEConfig) -> None:
+        super().__init__()
+        channels = config.channels
+        last = len(channels) - 1
+        self.conv_in = nn.Conv2d(config.in_channels, channels[0], 3, padding=1)
+        self.down_blocks = nn.ModuleList(
+            [
+                EncoderBlock(channels[max(level - 1, 0)], channels[level], config, downsample=level < last)
+                for level in range(len(channels))
+            ]
+        )
+        self.mid_block = MidBlock(config)
+        self.conv_norm_out = nn.GroupNorm(config.norm_groups, channels[-1], eps=_EPS)
+        self.conv_out = nn.Conv2d(channels[-1], 2 * config.latent_channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv_in(x)
+        for block in self.down_blocks:
+            x = block(x)
+        x = self.mid_block(x)
+        return torch.as_tensor(self.conv_out(F.silu(self.conv_norm_out(x))))
+
+
+class Decoder(nn.Module):
+    """Latents `(n, latent, h / f, w / f)` -> pixels `(n, 3, h, w)`, about [-1, 1]."""
+
+    def __init__(self, config: VAEConfig) -> None:
+        super().__init__()
+        channels = config.channels
+        self.conv_in = nn.Conv2d(config.latent_channels, channels[-1], 3, padding=1)
+        self.mid_block = MidBlock(config)
+        self.up_blocks = nn.ModuleList(
+            [
+                DecoderBlock(channels[min(level + 1, len(channels) - 1)], channels[level], config, upsample=level > 0)
+                for level in reversed(range(len(channels)))
+            ]
+        )
+        self.conv_norm_out = nn.GroupNorm(config.norm_groups, channels[0], eps=_EPS)
+        self.conv_out = nn.Conv2d(channels[0], config.out_channels, 3, padding=1)
+
+    def forward(self, z: Tensor) -> Tensor:
+        z = self.mid_block(self.conv_in(z))
+        for block in self.up_blocks:
+            z = block(z)
+        return torch.as_tensor(self.conv_out(F.silu(self.conv_norm_out(z))))
+
+
+class AutoencoderKL(nn.Module):
+    """Encoder and decoder with 1x1 convolutions at the bottleneck. Latents here are unscaled: see `config.scaling_factor`."""
+
+    def __init__(self, config: VAEConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+        self.quant_conv = nn.Conv2d(2 * config.latent_channels, 2 * config.latent_channels, 1)
+        self.post_quant_conv = nn.Conv2d(config.latent_channels, config.latent_channels, 1)
+
+    def encode(self, pixels: Tensor) -> DiagonalGaussian:
+        """`(n, 3, h, w)` in [-1, 1] -> posterior over `(n, latent, h / f, w / f)`."""
+        mean, logvar = self.quant_conv(self.encoder(pixels)).chunk(2, dim=1)
+        return DiagonalGaussian(mean, logvar.clamp(-30.0, 20.0))
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """`(n, latent, h / f, w / f)` -> `(n, 3, h, w)`, about [-1, 1], not clamped."""
+        return torch.as_tensor(self.decoder(self.post_quant_conv(latents)))
+
+
+def _resnet(in_channels: int, out_channels: int, config: VAEConfig) -> ResnetBlock:
+    return ResnetBlock(in_channels, out_channels, time_dim=None, groups=config.norm_groups, eps=_EPS)
