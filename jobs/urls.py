@@ -1,0 +1,60 @@
+"""Which places a job may read from and write to: the one list of allowed protocols."""
+
+from __future__ import annotations
+
+import os
+from urllib.parse import urlsplit
+
+import fsspec
+from fsspec.spec import AbstractFileSystem
+
+from jobs.errors import UsageError
+
+_INSTALL = {"s3": "s3fs", "gs": "latentmill[gcs]", "abfs": "latentmill[azure]", "hf": "huggingface_hub"}
+PROTOCOLS = ("file", "s3", "gs", "abfs", "memory", "hf")
+
+
+def allowed_filesystem(url: str) -> tuple[AbstractFileSystem, str]:
+    """Open the filesystem of `url` without a listings cache and return it with the path inside it.
+
+    A bare path is local, made absolute. Anything but the allowed protocols is refused, chained URLs too, because they
+    reach other protocols through the back door. Nothing is contacted yet.
+    """
+    if not url.strip():
+        raise UsageError("the address is empty; give a local path or a URL such as s3://bucket/prefix")
+    if "\0" in url or "::" in url:
+        raise UsageError(f"{display_url(url)!r} is a chained or malformed URL; give one plain path or URL without '::'")
+    protocol, separator, rest = url.partition("://")
+    if not separator:
+        protocol, rest = "file", url
+    if protocol not in PROTOCOLS:
+        raise UsageError(f"{display_url(url)!r} uses {protocol!r}; only {', '.join(PROTOCOLS)} are allowed")
+    if protocol == "file":
+        return _filesystem(protocol), os.path.abspath(os.path.expanduser(rest))  # noqa: PTH100, PTH111 - must not touch the disk
+    if ":" in rest.split("/", 1)[0].rpartition("@")[0]:
+        raise UsageError(f"{display_url(url)!r} carries a password; give credentials by environment or profile instead")
+    if ".." in rest.split("/"):
+        raise UsageError(f"{display_url(url)!r} contains '..'; write the address without it")
+    fs = _filesystem(protocol)
+    return fs, str(fs._strip_protocol(url))
+
+
+def display_url(url: str) -> str:
+    """The URL as it may be shown and stored: no user, no password, no query."""
+    protocol, separator, _ = url.partition("://")
+    if not separator:
+        return url
+    parts = urlsplit(url)
+    host = parts.netloc
+    # abfs://container@account is an address, not a user; whatever has a colon before the @ is.
+    user, at, after = host.rpartition("@")
+    if at and (":" in user or protocol != "abfs"):
+        host = after
+    return f"{protocol}://{host}{parts.path}"
+
+
+def _filesystem(protocol: str) -> AbstractFileSystem:
+    try:
+        return fsspec.filesystem(protocol, use_listings_cache=False)
+    except ImportError as error:
+        raise UsageError(f"{protocol}:// needs an extra package: pip install {_INSTALL.get(protocol, protocol)!r}") from error
