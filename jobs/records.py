@@ -115,8 +115,8 @@ def encode_record(
     return _seal(buffer.getvalue())
 
 
-def decode_record(data: bytes, schema: pa.Schema) -> CommitRecord:
-    """The record, once its seal and its schema have been checked; `DamagedRecord` says what is wrong otherwise."""
+def decode_record(data: bytes) -> CommitRecord:
+    """The record, once its seal has been checked; `DamagedRecord` says what is wrong otherwise."""
     _check_seal(data)
     try:
         table = pq.read_table(io.BytesIO(data))
@@ -128,16 +128,13 @@ def decode_record(data: bytes, schema: pa.Schema) -> CommitRecord:
         for key, value in footer.items()
         if key.startswith(b"latentmill.") and key != _SEAL_KEY
     }
-    table = table.replace_schema_metadata(None)
-    if not table.schema.equals(schema.remove_metadata()):
-        raise DamagedRecord("its columns are not those of the plan")
     try:
         return CommitRecord(
             chunk=int(metadata["chunk"]),
             attempt=metadata["attempt"],
             plan_hash=metadata["plan_hash"],
             execution_class=metadata["execution_class"],
-            table=table,
+            table=table.replace_schema_metadata(None),
             metadata=metadata,
         )
     except (KeyError, ValueError) as error:

@@ -1,0 +1,36 @@
+"""An output that has a plan: everything that a worker, a publisher or a reader needs to find its way in it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+from jobs.ledger import Ledger
+from jobs.plan import Plan, load_plan
+from jobs.sinks import Sink, open_sink
+from jobs.storage import Storage
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Job:
+    """The four things that belong together for one output."""
+
+    storage: Storage
+    plan: Plan
+    ledger: Ledger
+    sink: Sink
+
+
+@lru_cache(maxsize=4)
+def open_job(out_url: str) -> Job:
+    """The job that lives in an output, read once per process. Raises UsageError if the output has no plan.
+
+    A plan never changes once it is there, so a process may keep it; `open_job.cache_clear()` forgets it where an
+    output may have been deleted and made again.
+    """
+    storage = Storage.open(out_url)
+    plan = load_plan(storage)
+    ledger = Ledger(
+        storage=storage, plan_hash=plan.plan_hash, n_chunks=plan.n_chunks, schema=plan.record_schema.remove_metadata()
+    )
+    return Job(storage=storage, plan=plan, ledger=ledger, sink=open_sink(plan.format, storage))

@@ -1,0 +1,99 @@
+"""What a disk's or an object store's error means: try again, a refused create, or a one-line end."""
+
+from __future__ import annotations
+
+import errno
+import re
+
+from jobs.errors import JobError
+
+
+class StorageError(JobError):
+    """A disk or an object store that fails, after the retries that it deserved."""
+
+
+_TRANSIENT_CODES = frozenset(
+    {
+        "ConditionalRequestConflict",
+        "InternalError",
+        "OperationAborted",
+        "RequestTimeout",
+        "RequestTimeTooSkewed",
+        "ServiceUnavailable",
+        "SlowDown",
+        "Throttling",
+        "ThrottlingException",
+        "TooManyRequests",
+        "XAmzContentSHA256Mismatch",
+    }
+)
+_TRANSIENT_ERRNOS = frozenset(
+    {errno.EAGAIN, errno.EBUSY, errno.EINTR, errno.ESTALE, errno.ETIMEDOUT, errno.EREMOTEIO, errno.ENETRESET}
+)
+_CLIENT_LIBRARIES = ("aiobotocore", "aiohttp", "azure", "botocore", "gcsfs", "google", "http", "requests", "urllib3")
+_PERMANENT_NAMES = re.compile(r"Credential|ParamValidation|Profile|InvalidURL|InvalidRegion|UnknownService|Unauthor")
+_URL_SECRETS = re.compile(r"(?<=://)[^/@\s]*@|\?\S*")
+
+
+def store_code(error: BaseException) -> str:
+    """The store's own word for an error (`AccessDenied`), its HTTP status otherwise, or an empty string."""
+    for link in (error, error.__cause__, error.__context__):
+        response = getattr(link, "response", None)
+        if isinstance(response, dict) and "Error" in response:
+            return str(response["Error"].get("Code", ""))
+        for name in ("code", "status", "status_code"):
+            status = getattr(link, name, None)
+            if isinstance(status, int):
+                return str(status)
+    return ""
+
+
+def is_refused_create(error: BaseException) -> bool:
+    """Whether a create-only write failed because the key exists."""
+    return isinstance(error, FileExistsError) or store_code(error) in {"PreconditionFailed", "412"}
+
+
+def is_transient(error: BaseException) -> bool:
+    """Whether the same call may well succeed in a moment."""
+    code = store_code(error)
+    if code:
+        return code in _TRANSIENT_CODES or code in {"408", "409", "429"} or (code.isdecimal() and int(code) >= 500)
+    if isinstance(error, ConnectionError | TimeoutError):
+        return True
+    if isinstance(error, FileNotFoundError | FileExistsError | PermissionError | NotADirectoryError):
+        return False
+    if isinstance(error, OSError) and error.errno in _TRANSIENT_ERRNOS:
+        return True
+    kind = type(error)
+    if kind.__module__.split(".")[0] in _CLIENT_LIBRARIES:
+        return _PERMANENT_NAMES.search(kind.__name__) is None
+    return kind.__module__.startswith("fsspec") and "Timeout" in kind.__name__
+
+
+def describe(error: BaseException) -> str:
+    """One line about an error, without userinfo or query of any URL in it."""
+    code = store_code(error)
+    strerror = error.strerror if isinstance(error, OSError) and error.__cause__ is None else None
+    text = _URL_SECRETS.sub("", strerror or str(error) or type(error).__name__)
+    text = " ".join(text.split())[:300]
+    return f"{code}: {text}" if code and code not in text else text
+
+
+def remedy(error: BaseException) -> str:
+    """What the user can do about an error that will not go away by itself."""
+    code, text = store_code(error), type(error).__name__
+    if code == "NoSuchBucket":
+        return "create the bucket or correct its name in --out"
+    if "Credential" in text or code in {"InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "401"}:
+        return "check the credentials in the environment or the profile (for S3: AWS_PROFILE, or AWS_ACCESS_KEY_ID)"
+    if isinstance(error, PermissionError) or code in {"AccessDenied", "403"}:
+        return "grant read, write and list on it to this user, or choose another --out"
+    if isinstance(error, NotADirectoryError | FileExistsError):
+        return "a part of the path is a file: choose another --out"
+    if isinstance(error, OSError) and error.errno in {errno.ENOSPC, errno.EDQUOT}:
+        return "free some space, then run the same command again: it resumes"
+    if isinstance(error, OSError) and error.errno == errno.EROFS:
+        return "the file system is read-only: choose another --out"
+    if is_transient(error):
+        return "check the network and the endpoint (for S3: AWS_ENDPOINT_URL), then run the same command again"
+    return "correct --out, or the store's settings in the environment"
