@@ -1,0 +1,63 @@
+"""Latent diffusion in torch: load a model folder, turn requests into pictures.
+
+Names that need torch are imported when they are first used, so that planning and reading results start fast.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from engine.describe import ModelDescription, describe_model, load_tokenizer
+from engine.types import (
+    SAMPLERS,
+    SEED_LIMIT,
+    WATERMARK_METHODS,
+    WATERMARK_MIN_PIXELS,
+    EngineError,
+    GenerationRequest,
+    GenerationResult,
+    ModelSpec,
+    SafetyVerdict,
+)
+
+if TYPE_CHECKING:
+    from engine.pipeline import Engine
+    from engine.watermark import embed_watermark, read_watermark, watermark_bit_accuracy
+
+EMBEDDED_MODEL = Path(__file__).parent / "embedded"
+"""The model that ships with the package."""
+
+_HEAVY = {
+    "Engine": "engine.pipeline",
+    "embed_watermark": "engine.watermark",
+    "read_watermark": "engine.watermark",
+    "watermark_bit_accuracy": "engine.watermark",
+}
+
+__all__ = [
+    "EMBEDDED_MODEL",
+    "SAMPLERS",
+    "SEED_LIMIT",
+    "WATERMARK_METHODS",
+    "WATERMARK_MIN_PIXELS",
+    "Engine",
+    "EngineError",
+    "GenerationRequest",
+    "GenerationResult",
+    "ModelDescription",
+    "ModelSpec",
+    "SafetyVerdict",
+    "describe_model",
+    "embed_watermark",
+    "load_tokenizer",
+    "read_watermark",
+    "watermark_bit_accuracy",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HEAVY:
+        return getattr(import_module(_HEAVY[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

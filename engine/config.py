@@ -27,7 +27,9 @@ def _per_level(value: Any, levels: int, name: str) -> tuple[int, ...]:
     if isinstance(value, int):
         return (value,) * levels
     if len(value) != levels or not all(isinstance(entry, int) for entry in value):
-        raise EngineError(f"unet/config.json has {name}={value!r}: expected one whole number per level ({levels} levels)")
+        raise EngineError(
+            f"unet/config.json has {name}={value!r}: expected one whole number per level ({levels} levels)"
+        )
     return tuple(value)
 
 
@@ -98,8 +100,8 @@ class UNetConfig:
         unknown = [kind for kind in (*down, *up) if kind not in kinds]
         if unknown or len(down) != levels or [kinds[kind] for kind in down] != [kinds[kind] for kind in reversed(up)]:
             raise EngineError(
-                f"unet/config.json has down_block_types={list(down)!r} and up_block_types={list(up)!r}: expected {levels} "
-                f"mirrored levels out of {', '.join(kinds)}"
+                f"unet/config.json has down_block_types={list(down)!r} and up_block_types={list(up)!r}: "
+                f"expected {levels} mirrored levels out of {', '.join(kinds)}"
             )
         heads = config.get("num_attention_heads") or config.get("attention_head_dim", 8)
         context_dim = config.get("cross_attention_dim", 1280)

@@ -16,6 +16,13 @@ SEED_LIMIT = 2**32
 """torch's CPU generator ignores the bits above the 32nd, so larger seeds would silently collide."""
 
 
+SAMPLERS = ("ddim", "plms")
+"""Names that `GenerationRequest.sampler` takes. PLMS is deterministic: it takes no eta but 0."""
+
+WATERMARK_METHODS = ("dwtDct", "dwtDctSvd")
+WATERMARK_MIN_PIXELS = 256 * 256
+
+
 class EngineError(ValueError):
     """A request or a model that the engine refuses: the message names the value, the limit and the remedy."""
 

@@ -1,4 +1,4 @@
-"""The first stage: a convolutional autoencoder whose latents are lightly regularised (arXiv:2112.10752, section 3.1)."""
+"""The first stage: a convolutional autoencoder whose latents are lightly regularised (arXiv:2112.10752, sec. 3.1)."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class DiagonalGaussian:
 
     def kl(self) -> Tensor:
         """KL divergence from the standard normal, summed over each row: `(n,)`."""
-        return 0.5 * torch.sum(self.mean**2 + self.logvar.exp() - 1.0 - self.logvar, dim=(1, 2, 3))
+        return torch.as_tensor(0.5 * torch.sum(self.mean**2 + self.logvar.exp() - 1.0 - self.logvar, dim=(1, 2, 3)))
 
 
 class PixelAttention(nn.Module):
@@ -45,7 +45,7 @@ class PixelAttention(nn.Module):
         height, width = x.shape[-2:]
         h = rearrange(self.group_norm(x), "n c h w -> n 1 (h w) c")
         attended = F.scaled_dot_product_attention(self.to_q(h), self.to_k(h), self.to_v(h))
-        return x + rearrange(self.to_out[0](attended), "n 1 (h w) c -> n c h w", h=height, w=width)
+        return torch.as_tensor(x + rearrange(self.to_out[0](attended), "n 1 (h w) c -> n c h w", h=height, w=width))
 
 
 class MidBlock(nn.Module):
@@ -153,7 +153,7 @@ class Decoder(nn.Module):
 
 
 class AutoencoderKL(nn.Module):
-    """Encoder and decoder with 1x1 convolutions at the bottleneck. Latents here are unscaled: see `config.scaling_factor`."""
+    """Encoder and decoder with 1x1 convolutions between. Latents are unscaled (see `config.scaling_factor`)."""
 
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()

@@ -1,0 +1,50 @@
+"""Where the engine runs, and the name of everything that its bits depend on."""
+
+from __future__ import annotations
+
+import platform
+from pathlib import Path
+
+import torch
+
+from engine.types import EngineError
+
+_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def resolve_device(name: str) -> torch.device:
+    """`cpu`, `cuda` or `cuda:N`. Raises EngineError for one that this machine has not."""
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise EngineError(f"device is {name!r}; expected cpu, cuda or cuda:N") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise EngineError(f"device is {name!r}, but torch {torch.__version__} sees no CUDA device; use cpu")
+    return device
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """`float32`, or on a GPU also `float16` and `bfloat16`. Raises EngineError for any other."""
+    if name not in _DTYPES:
+        raise EngineError(f"dtype is {name!r}; expected one of {', '.join(_DTYPES)}")
+    if device.type == "cpu" and name != "float32":
+        raise EngineError(f"dtype is {name!r}, but the engine runs in float32 on a CPU; use float32, or a GPU")
+    return _DTYPES[name]
+
+
+def execution_class(device: torch.device, dtype: torch.dtype, batch_size: int) -> str:
+    """Device model, dtype, torch version, thread count and batch size, as one line."""
+    if device.type == "cuda":
+        where = f"{torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}"
+    else:
+        where = f"{_cpu_model()} {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+    return f"{where}, {str(dtype).removeprefix('torch.')}, torch {torch.__version__}, batch {batch_size}"
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
