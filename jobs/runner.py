@@ -1,0 +1,245 @@
+"""Run a job until nothing is left: plan, adopt, execute what the ledger lacks, publish."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from jobs.errors import JobError
+from jobs.executors.base import Executor
+from jobs.job import Job, open_job
+from jobs.plan import Plan, adopt, draft_plan
+from jobs.publish import Publication, load_publication, publish
+from jobs.spec import JobSpec
+from jobs.storage import Storage
+from jobs.worker import EngineFactory, Receipt, load_engine
+
+PASSES_WITHOUT_PROGRESS = 3
+"""Passes over the open chunks that may end without one new commit before the job gives up."""
+
+Phase = Literal["planning", "starting", "generating", "publishing", "done"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Progress:
+    """How far a run is. `done` counts samples in the ledger; the three statuses count this run's own."""
+
+    phase: Phase
+    done: int
+    total: int
+    ok: int
+    flagged: int
+    failed: int
+    chunks_done: int
+    chunks_total: int
+    actors: int
+    images_per_second: float
+    eta_seconds: float | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunSummary:
+    """How a run ended. `counts` are those of the published dataset, None if the run stopped before that."""
+
+    exit_code: int
+    out: str
+    executor: str
+    samples: int
+    rejected_rows: int
+    counts: dict[str, int] | None
+    generated: int
+    seconds: float
+    images_per_second: float
+    next_command: str
+
+
+def run_job(
+    spec: JobSpec,
+    *,
+    on_progress: Callable[[Progress], None] = lambda _: None,
+    on_stop: Callable[[], None] = lambda: None,
+    engine_factory: EngineFactory = load_engine,
+) -> RunSummary:
+    """Afterwards the dataset is published (exit code 0, or 1 with failed samples), or the job can be resumed (130).
+
+    The first SIGINT calls `on_stop` and lets the chunks in flight finish, the second stops at once. Raises UsageError
+    or OutputConflict before anything is written or any model is loaded, JobError when the open chunks keep failing.
+    """
+    started = time.monotonic()
+    job = _adopt(spec)
+    tracker = _Tracker(job.plan, on_progress)
+    publication = load_publication(job)
+    where = "nothing to do"
+    if publication is None:
+        try:
+            with _graceful_interrupt(on_stop) as stop:
+                executor = _open_executor(spec, job.plan, engine_factory)
+                where = executor.describe()
+                with closing(executor):
+                    finished = _execute(job, spec.out, executor, tracker, stop)
+        except KeyboardInterrupt:
+            finished = False
+        if not finished:
+            return _summary(job, tracker, None, where, time.monotonic() - started, exit_code=130)
+    tracker.show("publishing")
+    publication = publish(job)
+    tracker.show("done")
+    exit_code = 1 if publication.counts["failed"] else 0
+    return _summary(job, tracker, publication, where, time.monotonic() - started, exit_code=exit_code)
+
+
+def _adopt(spec: JobSpec) -> Job:
+    """The job's output, checked to be writable and to belong to this very plan."""
+    with draft_plan(spec) as draft:
+        storage = Storage.open(spec.out)
+        storage.probe()
+        adopt(draft, storage)
+    open_job.cache_clear()  # an earlier run in this process may have known another plan here
+    return open_job(spec.out)
+
+
+def _open_executor(spec: JobSpec, plan: Plan, engine_factory: EngineFactory) -> Executor:
+    if spec.runtime.executor == "inline":
+        from jobs.executors.inline import InlineExecutor
+
+        return InlineExecutor(device=plan.device, engine_factory=engine_factory)
+    from jobs.executors.ray import RayExecutor
+
+    return RayExecutor(plan, spec.runtime, engine_factory=engine_factory)
+
+
+def _execute(
+    job: Job, out_url: str, executor: Executor, tracker: _Tracker, stop: threading.Event
+) -> bool:
+    """Run passes over the open chunks until there is none; False if it was stopped before."""
+    idle_passes = 0
+    committed = job.ledger.committed()
+    while not committed.all():
+        tracker.begin_pass(committed, executor)
+        pending: list[int] = np.flatnonzero(~committed).tolist()
+        with closing(_receipts(executor, out_url, pending)) as receipts:
+            for receipt in receipts:
+                tracker.add(receipt)
+                if stop.is_set():
+                    return False
+        before, committed = committed, job.ledger.committed()
+        idle_passes = idle_passes + 1 if committed.sum() == before.sum() else 0
+        if idle_passes == PASSES_WITHOUT_PROGRESS:
+            raise JobError(
+                f"{len(pending)} chunks are still open after {idle_passes} passes without a new commit, the last error "
+                f"was: {tracker.last_error or 'none was reported'}; correct it and run the same command again: it resumes"
+            )
+    return True
+
+
+def _receipts(executor: Executor, out_url: str, chunks: list[int]) -> Iterator[Receipt]:
+    yield from executor.run(out_url, chunks)
+
+
+@contextmanager
+def _graceful_interrupt(on_stop: Callable[[], None]) -> Iterator[threading.Event]:
+    """An event that the first SIGINT sets; the second raises KeyboardInterrupt. Only a main thread can do that."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+
+    def handle(_signal: int, _frame: Any) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+        on_stop()
+
+    previous = signal.signal(signal.SIGINT, handle)
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+class _Tracker:
+    """Adds up receipts into Progress."""
+
+    def __init__(self, plan: Plan, on_progress: Callable[[Progress], None]) -> None:
+        self._plan = plan
+        self._on_progress = on_progress
+        self._executor: Executor | None = None
+        self._done = np.zeros(plan.n_chunks, dtype=np.bool_)
+        self._samples_done = 0
+        self._marks: deque[tuple[float, int]] = deque(maxlen=32)
+        self.counts = {"ok": 0, "flagged": 0, "failed": 0}
+        self.generated = 0
+        self.seconds_generating = 0.0
+        self.last_error: str | None = None
+        self.show("planning")
+
+    def begin_pass(self, committed: NDArray[np.bool_], executor: Executor) -> None:
+        self._executor = executor
+        self._done = committed.copy()
+        self._samples_done = self._plan.samples_in_chunks(committed)
+        self._marks.append((time.monotonic(), 0))
+        self.show("starting")
+
+    def add(self, receipt: Receipt) -> None:
+        samples = receipt.ok + receipt.flagged + receipt.failed
+        if receipt.outcome in {"committed", "lost"}:
+            self.generated += samples
+            self._marks.append((time.monotonic(), samples))
+        if receipt.done and not self._done[receipt.chunk]:
+            self._done[receipt.chunk] = True
+            self._samples_done += samples
+            for status in self.counts:
+                self.counts[status] += getattr(receipt, status)
+        self.last_error = receipt.error or self.last_error
+        self.show("generating")
+
+    @property
+    def rate(self) -> float:
+        """Images per second over the last receipts."""
+        if len(self._marks) < 2:
+            return 0.0
+        seconds = self._marks[-1][0] - self._marks[0][0]
+        return sum(samples for _, samples in list(self._marks)[1:]) / seconds if seconds > 0 else 0.0
+
+    def show(self, phase: Phase) -> None:
+        left = self._plan.n_samples - self._samples_done
+        self._on_progress(
+            Progress(
+                phase=phase,
+                done=self._samples_done,
+                total=self._plan.n_samples,
+                **self.counts,
+                chunks_done=int(self._done.sum()),
+                chunks_total=self._plan.n_chunks,
+                actors=self._executor.live_actors() if self._executor is not None else 0,
+                images_per_second=self.rate,
+                eta_seconds=left / self.rate if self.rate > 0 else None,
+            )
+        )
+
+
+def _summary(
+    job: Job, tracker: _Tracker, publication: Publication | None, where: str, seconds: float, *, exit_code: int
+) -> RunSummary:
+    out = job.storage.url
+    return RunSummary(
+        exit_code=exit_code,
+        out=out,
+        executor=where,
+        samples=job.plan.n_samples,
+        rejected_rows=job.plan.n_rejected,
+        counts=None if publication is None else publication.counts,
+        generated=tracker.generated,
+        seconds=seconds,
+        images_per_second=tracker.generated / seconds if seconds > 0 else 0.0,
+        next_command=f"latentmill report {out}" if publication is not None else "run the same command again: it resumes",
+    )
