@@ -52,7 +52,7 @@ class NoiseSchedule:
         if timesteps[0] >= total:
             raise EngineError(
                 f"num_inference_steps is {num_inference_steps}, which starts at timestep {int(timesteps[0])} "
-                f"of {total} with the model's offset of {self.config.steps_offset}; take {num_inference_steps - 1} or fewer"
+                f"of {total} with an offset of {self.config.steps_offset}; take {num_inference_steps - 1} or fewer"
             )
         return [(int(timestep), int(timestep) - stride) for timestep in timesteps]
 
@@ -83,5 +83,5 @@ def _zero_terminal_snr(betas: Tensor) -> Tensor:
     """Shift and scale the signal so that none is left at the last timestep (arXiv:2305.08891, algorithm 1)."""
     signal = torch.cumprod(1.0 - betas, dim=0).sqrt()
     first, last = signal[0].clone(), signal[-1].clone()
-    power = ((signal - last) * first / (first - last)) ** 2
+    power = ((signal - last) * (first / (first - last))) ** 2
     return 1 - torch.cat([power[:1], power[1:] / power[:-1]])

@@ -1,0 +1,29 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers.utils import logging
+from engine_models import write_model
+
+from engine import Engine, ModelSpec
+
+logging.set_verbosity_error()
+logging.disable_progress_bar()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """Bits depend on the number of threads, and two test processes on two cores must not fight."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def eps_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("models") / "eps")
+
+
+@pytest.fixture(scope="session")
+def engine(eps_model: Path) -> Engine:
+    return Engine.load(ModelSpec(model=str(eps_model), safety="none"), device="cpu", dtype="float32", batch_size=4)

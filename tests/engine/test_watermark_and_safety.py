@@ -1,0 +1,88 @@
+"""The mark is the library's own, both ways; the checker's weights are real."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from imwatermark import WatermarkDecoder, WatermarkEncoder
+
+from engine import EngineError, ModelSpec, embed_watermark, read_watermark, watermark_bit_accuracy
+from engine.safety import OpenNsfw, load_safety_checker
+
+TEXT = "StableDiffusionV1"
+
+
+def photograph(seed: int = 0, height: int = 256, width: int = 320) -> np.ndarray:
+    """A picture with texture at every scale, which both methods can mark."""
+    rng = np.random.default_rng(seed)
+    total = np.zeros((height, width, 3))
+    for cell in (4, 8, 16, 32, 64):
+        coarse = rng.normal(size=(height // cell + 1, width // cell + 1, 3))
+        total += np.kron(coarse, np.ones((cell, cell, 1)))[:height, :width] * cell**0.5
+    total -= total.min()
+    return (total / total.max() * 200 + 25).astype(np.uint8)
+
+
+@pytest.mark.parametrize("method", ["dwtDct", "dwtDctSvd"])
+def test_ours_is_read_by_the_library_and_the_librarys_by_us(method):
+    picture = photograph()
+    encoder = WatermarkEncoder()
+    encoder.set_watermark("bytes", TEXT.encode())
+    theirs = encoder.encode(picture[:, :, ::-1].copy(), method)[:, :, ::-1]
+    ours = embed_watermark(picture, TEXT, method)
+    assert np.array_equal(ours, theirs)
+    assert not np.array_equal(ours, picture)
+    decoded = WatermarkDecoder("bytes", 136).decode(ours[:, :, ::-1].copy(), method)
+    assert decoded == read_watermark(np.ascontiguousarray(theirs), len(TEXT), method)
+    assert watermark_bit_accuracy(ours, TEXT, method) >= 96 / 136
+
+
+def test_the_job_default_reads_back_exactly_and_an_unmarked_picture_does_not():
+    picture = photograph(1)
+    marked = embed_watermark(picture, TEXT, "dwtDctSvd")
+    assert read_watermark(marked, len(TEXT), "dwtDctSvd") == TEXT.encode()
+    assert watermark_bit_accuracy(marked, TEXT, "dwtDctSvd") == 1.0
+    assert watermark_bit_accuracy(picture, TEXT, "dwtDctSvd") < 96 / 136
+    assert np.abs(marked.astype(int) - picture.astype(int)).mean() < 6
+
+
+def test_marking_does_not_change_the_picture_it_was_given():
+    picture = photograph(2)
+    copy = picture.copy()
+    embed_watermark(picture, TEXT, "dwtDct")
+    assert np.array_equal(picture, copy)
+
+
+def test_too_small_a_picture_is_refused_not_skipped():
+    with pytest.raises(EngineError, match="200x256 is too small for the watermark, which needs 65536 pixels"):
+        embed_watermark(photograph(height=256, width=200), TEXT, "dwtDct")
+
+
+def test_an_unknown_method_is_refused():
+    with pytest.raises(EngineError, match="'rivaGan'; there are dwtDct, dwtDctSvd"):
+        embed_watermark(photograph(), TEXT, "rivaGan")
+
+
+def test_open_nsfw_scores_with_its_real_weights_and_obeys_the_threshold():
+    picture = photograph()
+    verdict = OpenNsfw(threshold=0.8, threads=1).check(picture)
+    assert verdict.checker == "open-nsfw"
+    assert 0 < verdict.score < 0.8
+    assert not verdict.flagged
+    assert OpenNsfw(threshold=verdict.score, threads=1).check(picture).flagged
+
+
+def test_a_score_that_is_not_a_number_is_flagged(monkeypatch):
+    checker = OpenNsfw(threshold=0.8, threads=1)
+
+    class Broken:
+        nsfw = float("nan")
+
+    monkeypatch.setattr(checker._classifier, "classify", lambda image: Broken())
+    assert checker.check(photograph()).flagged
+
+
+def test_no_checker_only_by_explicit_choice(eps_model):
+    verdict = load_safety_checker(ModelSpec(model=str(eps_model), safety="none"), 1).check(photograph())
+    assert (verdict.checker, verdict.score, verdict.flagged) == ("none", None, False)
+    assert isinstance(load_safety_checker(ModelSpec(model=str(eps_model)), 1), OpenNsfw)
