@@ -15,7 +15,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from jobs.errors import OutputConflict
-from jobs.records import CommitRecord, DamagedRecord, decode_record
+from jobs.records import CommitRecord, DamagedRecordError, decode_record
 from jobs.storage import Storage
 from jobs.storage_errors import StorageError
 
@@ -75,7 +75,7 @@ class Ledger:
     def read(self, chunk: int) -> CommitRecord | None:
         """The record of a chunk, checked; None if the chunk is not committed.
 
-        Raises DamagedRecord for one that changed after it was written, OutputConflict for one of another plan.
+        Raises DamagedRecordError for one that changed after it was written, OutputConflict for one of another plan.
         """
         try:
             data = self.storage.read(record_path(chunk))
@@ -83,8 +83,8 @@ class Ledger:
             return None
         try:
             record = decode_record(data)
-        except DamagedRecord as error:
-            raise DamagedRecord(
+        except DamagedRecordError as error:
+            raise DamagedRecordError(
                 f"commit record {record_path(chunk)} in {self.storage.url} is damaged: {error}; restore it from a "
                 f"copy, or make the dataset again in a new --out"
             ) from error
@@ -94,7 +94,7 @@ class Ledger:
                 f"not to {self.plan_hash[:12]}; use another --out"
             )
         if record.chunk != chunk or not record.table.schema.equals(self.schema.remove_metadata()):
-            raise DamagedRecord(
+            raise DamagedRecordError(
                 f"commit record {record_path(chunk)} in {self.storage.url} is not this chunk's: it says chunk "
                 f"{record.chunk}, with {record.table.num_columns} columns; restore it from a copy"
             )

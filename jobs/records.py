@@ -57,7 +57,7 @@ _SEAL_PREFIX = b"sha256="
 _BLANK = b"0" * 64
 
 
-class DamagedRecord(JobError):
+class DamagedRecordError(JobError):
     """A commit record that is not, byte for byte, what a worker wrote."""
 
 
@@ -116,13 +116,13 @@ def encode_record(
 
 
 def decode_record(data: bytes) -> CommitRecord:
-    """The record, once its seal has been checked; `DamagedRecord` says what is wrong otherwise."""
+    """The record, once its seal has been checked; `DamagedRecordError` says what is wrong otherwise."""
     _check_seal(data)
     try:
         table = pq.read_table(io.BytesIO(data))
         footer = pq.read_metadata(io.BytesIO(data)).metadata or {}
     except (pa.ArrowException, OSError) as error:
-        raise DamagedRecord(f"not readable as Parquet: {error}") from error
+        raise DamagedRecordError(f"not readable as Parquet: {error}") from error
     metadata = {
         key.decode().removeprefix("latentmill."): value.decode()
         for key, value in footer.items()
@@ -138,7 +138,7 @@ def decode_record(data: bytes) -> CommitRecord:
             metadata=metadata,
         )
     except (KeyError, ValueError) as error:
-        raise DamagedRecord(f"its file metadata are incomplete: {error}") from error
+        raise DamagedRecordError(f"its file metadata are incomplete: {error}") from error
 
 
 def tool_versions() -> dict[str, str]:
@@ -170,8 +170,8 @@ def _seal(data: bytes) -> bytes:
 def _check_seal(data: bytes) -> None:
     position = _seal_position(data)
     if position < 0:
-        raise DamagedRecord("it has no seal")
+        raise DamagedRecordError("it has no seal")
     end = position + len(_BLANK)
     blanked = data[:position] + _BLANK + data[end:]
     if hashlib.sha256(blanked).hexdigest().encode() != data[position:end]:
-        raise DamagedRecord("its bytes do not match its seal (changed or cut short after it was written)")
+        raise DamagedRecordError("its bytes do not match its seal (changed or cut short after it was written)")

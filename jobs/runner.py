@@ -6,7 +6,7 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -117,9 +117,7 @@ def _open_executor(spec: JobSpec, plan: Plan, engine_factory: EngineFactory) -> 
     return RayExecutor(plan, spec.runtime, engine_factory=engine_factory)
 
 
-def _execute(
-    job: Job, out_url: str, executor: Executor, tracker: _Tracker, stop: threading.Event
-) -> bool:
+def _execute(job: Job, out_url: str, executor: Executor, tracker: _Tracker, stop: threading.Event) -> bool:
     """Run passes over the open chunks until there is none; False if it was stopped before."""
     idle_passes = 0
     committed = job.ledger.committed()
@@ -135,13 +133,13 @@ def _execute(
         idle_passes = idle_passes + 1 if committed.sum() == before.sum() else 0
         if idle_passes == PASSES_WITHOUT_PROGRESS:
             raise JobError(
-                f"{len(pending)} chunks are still open after {idle_passes} passes without a new commit, the last error "
-                f"was: {tracker.last_error or 'none was reported'}; correct it and run the same command again: it resumes"
+                f"{len(pending)} chunks are still open after {idle_passes} passes without a new commit; the last error "
+                f"was: {tracker.last_error or 'none was reported'}; correct it and run the same command again"
             )
     return True
 
 
-def _receipts(executor: Executor, out_url: str, chunks: list[int]) -> Iterator[Receipt]:
+def _receipts(executor: Executor, out_url: str, chunks: list[int]) -> Generator[Receipt]:
     yield from executor.run(out_url, chunks)
 
 
@@ -241,5 +239,7 @@ def _summary(
         generated=tracker.generated,
         seconds=seconds,
         images_per_second=tracker.generated / seconds if seconds > 0 else 0.0,
-        next_command=f"latentmill report {out}" if publication is not None else "run the same command again: it resumes",
+        next_command=f"latentmill report {out}"
+        if publication is not None
+        else "run the same command again: it resumes",
     )

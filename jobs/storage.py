@@ -257,8 +257,8 @@ class Storage:
         self._tidy(path)
         if not first or second:
             raise UsageError(
-                f"{self.url} ignores create-only writes (If-None-Match), without which two workers could overwrite each "
-                "other; use a store that honours them: a local disk, S3, GCS, Azure, SeaweedFS, MinIO"
+                f"{self.url} ignores create-only writes (If-None-Match), without which two workers could overwrite "
+                "each other; use a store that honours them: a local disk, S3, GCS, Azure, SeaweedFS, MinIO"
             )
 
     def _tidy(self, path: str) -> None:

@@ -30,6 +30,7 @@ _TRANSIENT_CODES = frozenset(
 _TRANSIENT_ERRNOS = frozenset(
     {errno.EAGAIN, errno.EBUSY, errno.EINTR, errno.ESTALE, errno.ETIMEDOUT, errno.EREMOTEIO, errno.ENETRESET}
 )
+_CREDENTIAL_CODES = frozenset({"401", "ExpiredToken", "InvalidAccessKeyId", "SignatureDoesNotMatch"})
 _CLIENT_LIBRARIES = ("aiobotocore", "aiohttp", "azure", "botocore", "gcsfs", "google", "http", "requests", "urllib3")
 _PERMANENT_NAMES = re.compile(r"Credential|ParamValidation|Profile|InvalidURL|InvalidRegion|UnknownService|Unauthor")
 _URL_SECRETS = re.compile(r"(?<=://)[^/@\s]*@|\?\S*")
@@ -81,19 +82,29 @@ def describe(error: BaseException) -> str:
 
 def remedy(error: BaseException) -> str:
     """What the user can do about an error that will not go away by itself."""
-    code, text = store_code(error), type(error).__name__
-    if code == "NoSuchBucket":
-        return "create the bucket or correct its name in --out"
-    if "Credential" in text or code in {"InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "401"}:
-        return "check the credentials in the environment or the profile (for S3: AWS_PROFILE, or AWS_ACCESS_KEY_ID)"
-    if isinstance(error, PermissionError) or code in {"AccessDenied", "403"}:
-        return "grant read, write and list on it to this user, or choose another --out"
-    if isinstance(error, NotADirectoryError | FileExistsError):
-        return "a part of the path is a file: choose another --out"
-    if isinstance(error, OSError) and error.errno in {errno.ENOSPC, errno.EDQUOT}:
-        return "free some space, then run the same command again: it resumes"
-    if isinstance(error, OSError) and error.errno == errno.EROFS:
-        return "the file system is read-only: choose another --out"
-    if is_transient(error):
-        return "check the network and the endpoint (for S3: AWS_ENDPOINT_URL), then run the same command again"
-    return "correct --out, or the store's settings in the environment"
+    code, number = store_code(error), error.errno if isinstance(error, OSError) else None
+    answers = (
+        (code == "NoSuchBucket", "create the bucket or correct its name in --out"),
+        (
+            code in _CREDENTIAL_CODES or "Credential" in type(error).__name__,
+            "check the credentials in the environment or the profile (for S3: AWS_PROFILE, or AWS_ACCESS_KEY_ID)",
+        ),
+        (
+            isinstance(error, PermissionError) or code in {"AccessDenied", "403"},
+            "grant read, write and list on it to this user, or choose another --out",
+        ),
+        (
+            isinstance(error, NotADirectoryError | FileExistsError),
+            "a part of the path is a file: choose another --out",
+        ),
+        (
+            number in {errno.ENOSPC, errno.EDQUOT},
+            "free some space, then run the same command again: it resumes",
+        ),
+        (number == errno.EROFS, "the file system is read-only: choose another --out"),
+        (
+            is_transient(error),
+            "check the network and the endpoint (for S3: AWS_ENDPOINT_URL), then run the same command again",
+        ),
+    )
+    return next((text for fits, text in answers if fits), "correct --out, or the store's settings in the environment")

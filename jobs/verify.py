@@ -105,7 +105,7 @@ class _Checker:
         self._parts = 0
         self._chosen: frozenset[int] | None = None
         if sample_n is not None and sample_n < job.plan.n_samples:
-            self._chosen = frozenset(random.sample(range(job.plan.n_samples), sample_n))  # noqa: S311
+            self._chosen = frozenset(random.sample(range(job.plan.n_samples), sample_n))
 
     def report(self) -> VerifyReport:
         return VerifyReport(
@@ -174,7 +174,9 @@ class _Checker:
             wrong = "it is ok, without a picture"
         elif status == "flagged" and (row["image"] is None) != (plan.on_flagged == "drop"):
             wrong = f"it is flagged, and its picture does not follow the policy {plan.on_flagged!r}"
-        elif status != "failed" and (row["nsfw_checker"] is None or (row["nsfw_checker"] == "none") != (plan.safety == "none")):
+        elif status != "failed" and (
+            row["nsfw_checker"] is None or (row["nsfw_checker"] == "none") != (plan.safety == "none")
+        ):
             wrong = f"its safety checker is {row['nsfw_checker']!r}, the plan says {plan.safety!r}"
         if wrong is not None:
             yield Defect(kind="row-wrong", path=path, detail=f"sample {row['sample_id']}: {wrong}")

@@ -6,6 +6,7 @@ import os
 import secrets
 import socket
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -101,7 +102,15 @@ class ChunkGenerator:
         """The whole chunk, or a receipt if the ledger has it already: a committed chunk is never generated again."""
         record = self._job.ledger.read(chunk)
         if record is not None:
-            return Receipt(chunk=chunk, outcome="already", actor=self.actor, **record.counts())
+            counts = record.counts()
+            return Receipt(
+                chunk=chunk,
+                outcome="already",
+                ok=counts["ok"],
+                flagged=counts["flagged"],
+                failed=counts["failed"],
+                actor=self.actor,
+            )
         samples = self._job.plan.samples_of_chunk(chunk)
         started = time.perf_counter()
         results = self._engine.generate([sample.request for sample in samples])
@@ -144,14 +153,16 @@ def finish_chunk(out_url: str, generated: GeneratedChunk) -> Receipt:
         details={"actor": generated.actor, "generate_seconds": f"{generated.generate_seconds:.3f}"},
     )
     outcome = job.ledger.commit(generated.chunk, attempt, data)
-    counts = {status: sum(row["status"] == status for row in rows) for status in ("ok", "flagged", "failed")}
+    counts = Counter(row["status"] for row in rows)
     return Receipt(
         chunk=generated.chunk,
         outcome="committed" if outcome == "mine" else "lost",
         actor=generated.actor,
         generate_seconds=generated.generate_seconds,
         finish_seconds=time.perf_counter() - started,
-        **counts,
+        ok=counts["ok"],
+        flagged=counts["flagged"],
+        failed=counts["failed"],
     )
 
 
@@ -188,7 +199,9 @@ def _finish_sample(plan: Plan, sample: PlannedSample, result: GenerationResult, 
     except MemoryError:
         raise
     except Exception as error:  # noqa: BLE001 - OpenCV, PyWavelets and Pillow share no base; the chunk must survive
-        failed = replace(result, pixels=None, error=f"the picture could not be finished: {type(error).__name__}: {error}")
+        failed = replace(
+            result, pixels=None, error=f"the picture could not be finished: {type(error).__name__}: {error}"
+        )
         return _Finished(row=_row(plan, sample, failed, execution_class, error=failed.error), data=None)
     row = _row(plan, sample, result, execution_class)
     row |= {"watermark": plan.watermark, "watermark_bit_accuracy": accuracy, "pixel_sha256": pixel_sha256(picture)}
@@ -214,7 +227,10 @@ def _watermarked(plan: Plan, pixels: Pixels) -> tuple[Pixels, float | None]:
 
 def _text(plan: Plan, request: GenerationRequest) -> str:
     return parameters_text(
-        request, model_name=plan.model.name, model_hash=plan.model.digest[:10], version=f"latentmill {_versions()['latentmill']}"
+        request,
+        model_name=plan.model.name,
+        model_hash=plan.model.digest[:10],
+        version=f"latentmill {_versions()['latentmill']}",
     )
 
 
@@ -224,28 +240,32 @@ def _row(
     """The row of one sample, with no picture yet."""
     request = sample.request
     verdict = result.safety
-    return dict.fromkeys(plan.record_schema.names) | sample.extra | {
-        "sample_id": sample.sample_id,
-        "row_id": sample.row_id,
-        "prompt": request.prompt,
-        "negative_prompt": request.negative_prompt,
-        "seed": request.seed,
-        "width": request.width,
-        "height": request.height,
-        "num_inference_steps": request.num_inference_steps,
-        "guidance_scale": request.guidance_scale,
-        "sampler": request.sampler,
-        "eta": request.eta,
-        "status": "failed" if error is not None else result.status,
-        "error": None if error is None else " ".join(error.split())[:_ERROR_LIMIT],
-        "nsfw_score": None if verdict is None else verdict.score,
-        "nsfw_checker": None if verdict is None else verdict.checker,
-        "prompt_tokens": result.prompt_tokens,
-        "precision": result.precision,
-        "batch_size": result.batch_size,
-        "batch_slot": result.batch_slot,
-        "execution_class": execution_class,
-    }
+    return (
+        dict.fromkeys(plan.record_schema.names)
+        | sample.extra
+        | {
+            "sample_id": sample.sample_id,
+            "row_id": sample.row_id,
+            "prompt": request.prompt,
+            "negative_prompt": request.negative_prompt,
+            "seed": request.seed,
+            "width": request.width,
+            "height": request.height,
+            "num_inference_steps": request.num_inference_steps,
+            "guidance_scale": request.guidance_scale,
+            "sampler": request.sampler,
+            "eta": request.eta,
+            "status": "failed" if error is not None else result.status,
+            "error": None if error is None else " ".join(error.split())[:_ERROR_LIMIT],
+            "nsfw_score": None if verdict is None else verdict.score,
+            "nsfw_checker": None if verdict is None else verdict.checker,
+            "prompt_tokens": result.prompt_tokens,
+            "precision": result.precision,
+            "batch_size": result.batch_size,
+            "batch_slot": result.batch_slot,
+            "execution_class": execution_class,
+        }
+    )
 
 
 @lru_cache(maxsize=1)

@@ -19,7 +19,7 @@ import pytest
 
 from tests.models import build_model
 
-S3_KEY, S3_SECRET = "latentmill-test", "canary-secret-3f9a7c"
+S3_KEY, S3_READER, S3_SECRET = "latentmill-test", "latentmill-reader", "canary-secret-3f9a7c"
 
 
 def _free_ports(number: int) -> list[int]:
@@ -50,12 +50,18 @@ def _wait_for_s3(url: str, server: subprocess.Popen[bytes], log: Path) -> None:
 def s3_endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The address of a SeaweedFS server of this session, with one bucket `test`, that checks signatures."""
     folder = tmp_path_factory.mktemp("seaweedfs")
-    identity = {
-        "name": "t",
-        "credentials": [{"accessKey": S3_KEY, "secretKey": S3_SECRET}],
-        "actions": ["Admin", "Read", "Write", "List", "Tagging"],
-    }
-    (folder / "s3.json").write_text(json.dumps({"identities": [identity]}))
+    identities = [
+        {
+            "name": name,
+            "credentials": [{"accessKey": key, "secretKey": S3_SECRET}],
+            "actions": [f"{action}{scope}" for action in actions],
+        }
+        for name, key, scope, actions in (
+            ("owner", S3_KEY, "", ("Admin", "Read", "Write", "List", "Tagging")),
+            ("reader", S3_READER, ":test", ("Read", "List")),
+        )
+    ]
+    (folder / "s3.json").write_text(json.dumps({"identities": identities}))
     roles = ("master", "volume", "filer", "s3")
     ports = _free_ports(2 * len(roles))
     s3_port = ports[roles.index("s3")]
