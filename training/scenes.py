@@ -52,7 +52,7 @@ POSITIONS: dict[str, tuple[float, float]] = {  # the object's centre as a fracti
     "top": (0.0, -1.0),
     "bottom": (0.0, 1.0),
 }
-SIZES = {"small": (92, 104), "large": (142, 160)}  # side of the object's box in pixels
+SIZES = {"small": (110, 122), "large": (160, 176)}  # side of the object's box in pixels
 MARGIN = 12  # pixels between an off-centre object and the border
 
 
@@ -145,7 +145,8 @@ def _outline(shape: str) -> NDArray[np.float64]:
     points = polygons[shape]
     centre = (points.max(axis=0) + points.min(axis=0)) / 2
     reach = 0.9 if shape == "square" else 1.0  # a square of full width would look larger than its neighbours
-    return (points - centre) / np.abs(points - centre).max() * reach
+    scaled: NDArray[np.float64] = (points - centre) / np.abs(points - centre).max() * reach
+    return scaled
 
 
 def mask(shape: str, side: float, centre: tuple[float, float], degrees: float = 0.0) -> Mask:
@@ -175,7 +176,7 @@ def render(scene: Scene, rng: np.random.Generator) -> Pixels:
         IMAGE_SIZE / 2 + x * travel + float(rng.uniform(-4, 4)),
         IMAGE_SIZE / 2 + y * travel + float(rng.uniform(-4, 4)),
     )
-    coverage = mask(scene.shape, side, centre, float(rng.uniform(-5, 5)))[..., None]
+    coverage = mask(scene.shape, side, centre, float(rng.uniform(-3, 3)))[..., None]
     front = np.asarray(COLOURS[scene.colour], dtype=np.float32) + rng.uniform(-6, 6, 3)
     back = np.asarray(BACKGROUNDS[scene.background], dtype=np.float32) + rng.uniform(-3, 3, 3)
     picture = coverage * front + (1.0 - coverage) * back

@@ -1,0 +1,97 @@
+"""What both stages share: checkpoints that survive a kill, running averages, learning rate, contact sheets."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from training.scenes import Pixels
+
+
+def device() -> torch.device:
+    """A GPU where there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def save_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
+    """Write `content` so that a kill at any moment leaves either the old or the new file."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    torch.save(dict(content), temporary)
+    temporary.replace(path)
+
+
+def load_checkpoint(path: Path) -> dict[str, Any] | None:
+    """The checkpoint at `path`, or None if there is none."""
+    if not path.is_file():
+        return None
+    content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    return content
+
+
+def learning_rate(progress: float, peak: float, warmup: float = 0.02, floor: float = 0.02) -> float:
+    """Linear warm-up, constant to 60 %, cosine to `floor * peak`; `progress` in [0, 1] of the time budget."""
+    if progress < warmup:
+        return peak * max(progress / warmup, 0.02)
+    tail = min(max((progress - 0.6) / 0.4, 0.0), 1.0)
+    return peak * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * tail)))
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+
+
+class RunningAverage:
+    """Exponential moving average of a module's parameters, with a short memory while it is young."""
+
+    def __init__(self, module: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.steps = 0
+        self.values = {name: value.detach().clone() for name, value in module.state_dict().items()}
+
+    @torch.no_grad()
+    def update(self, module: nn.Module) -> None:
+        self.steps += 1
+        decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
+        state = module.state_dict()
+        pairs = [(self.values[name], state[name]) for name in self.values if state[name].is_floating_point()]
+        torch._foreach_lerp_([mine for mine, _ in pairs], [theirs.detach() for _, theirs in pairs], 1 - decay)
+
+    def state(self) -> dict[str, Any]:
+        return {"steps": self.steps, "values": self.values}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        self.steps = state["steps"]
+        for name, value in state["values"].items():
+            self.values[name].copy_(value)
+
+
+def to_tensor(pictures: list[Pixels]) -> Tensor:
+    """uint8 pictures -> (n, 3, h, w) float32 in [-1, 1]."""
+    stacked = torch.from_numpy(np.stack(pictures))
+    return stacked.permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0).contiguous()
+
+
+def to_pictures(tensor: Tensor) -> list[Pixels]:
+    """(n, 3, h, w) about [-1, 1] -> uint8 pictures (h, w, 3)."""
+    scaled = tensor.detach().float().clamp(-1, 1).add(1.0).mul(127.5).round()
+    return list(scaled.to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy())
+
+
+def contact_sheet(pictures: list[Pixels], path: Path, columns: int = 8, cell: int = 160) -> None:
+    """Write the pictures as one PNG, row by row."""
+    rows = math.ceil(len(pictures) / columns)
+    sheet = Image.new("RGB", (columns * cell, rows * cell), "white")
+    for index, picture in enumerate(pictures):
+        small = Image.fromarray(picture).resize((cell, cell), Image.Resampling.LANCZOS)
+        sheet.paste(small, (index % columns * cell, index // columns * cell))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(path)

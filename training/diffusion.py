@@ -1,0 +1,212 @@
+"""Second stage: a text-conditioned U-Net learned on the latents, jointly with its text encoder.
+
+Velocity prediction (arXiv:2202.00512, appendix D), stratified timesteps, 10 % empty captions for classifier-free
+guidance (arXiv:2207.12598), an average of the weights for sampling.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from engine.config import SchedulerConfig, UNetConfig, VAEConfig
+from engine.denoiser import Denoiser
+from engine.samplers import ddim
+from engine.schedule import NoiseSchedule
+from engine.unet import UNet
+from engine.vae import AutoencoderKL
+from training import architecture, icons, latents, parallel, scenes, tokenizer
+from training.common import (
+    RunningAverage,
+    contact_sheet,
+    device,
+    learning_rate,
+    load_checkpoint,
+    save_checkpoint,
+    set_learning_rate,
+    to_pictures,
+)
+
+CHECKPOINT = "diffusion.pt"
+PEAK_RATE = 2e-3
+PICTURES, NOISES = 32, 2  # per process and step; each picture is seen at two timesteps, its caption encoded once
+SCENE_SHARE = 0.55
+CAPTION_DROPOUT = 0.1
+CHECKPOINT_SECONDS = 120.0
+SHEET_SECONDS = 400.0
+SHEET_STEPS, SHEET_GUIDANCE = 20, 4.0
+
+
+def text_config() -> CLIPTextConfig:
+    """The text encoder's config, with the special tokens where our tokenizer has them."""
+    return CLIPTextConfig(**architecture.TEXT_ENCODER)
+
+
+class Model(nn.Module):
+    """The two networks that learn together: (noisy latents, timesteps, token ids) -> velocity."""
+
+    def __init__(self, vocabulary: int) -> None:
+        super().__init__()
+        config = text_config()
+        config.vocab_size = vocabulary
+        config.bos_token_id, config.eos_token_id, config.pad_token_id = vocabulary - 2, vocabulary - 1, vocabulary - 1
+        self.text_encoder = CLIPTextModel(config)
+        self.unet = UNet(UNetConfig.from_dict(architecture.UNET))
+
+    def context(self, ids: Tensor) -> Tensor:
+        """(n, length) token ids -> (n, length, width)."""
+        return torch.as_tensor(self.text_encoder(ids).last_hidden_state)
+
+    def forward(self, noisy: Tensor, timesteps: Tensor, ids: Tensor) -> Tensor:
+        """`ids` has one row per picture, `noisy` has `NOISES` rows per picture, neighbours of one another."""
+        context = self.context(ids).repeat_interleave(len(noisy) // len(ids), dim=0)
+        return torch.as_tensor(self.unet(noisy, timesteps, context))
+
+
+@dataclass(kw_only=True)
+class Data:
+    """Encoded pictures with their captions; the first `scenes` of them are scenes, the others icons."""
+
+    latents: Tensor
+    tokens: Tensor
+    empty: Tensor
+    scenes: int
+
+    @classmethod
+    def load(cls, work: Path) -> Data:
+        stored = load_checkpoint(work / latents.CHECKPOINT)
+        if stored is None:
+            raise RuntimeError(f"{work / latents.CHECKPOINT} is not there: run `--stage latents` first")
+        empty = tokenizer.encode(tokenizer.load(work / "tokenizer"), [""])[0]
+        return cls(latents=stored["latents"], tokens=stored["tokens"], empty=empty, scenes=stored["scenes"])
+
+    def batch(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """`count` random pictures: latents (count, c, h, w) and token ids (count, length), some of them empty."""
+        wanted = round(count * SCENE_SHARE)
+        pick = torch.cat(
+            [
+                torch.randint(self.scenes, (wanted,), generator=generator),
+                torch.randint(self.scenes, len(self.latents), (count - wanted,), generator=generator),
+            ]
+        )
+        form = torch.randint(self.tokens.shape[1], (count,), generator=generator)
+        ids = self.tokens[pick, form].long()
+        dropped = torch.rand(count, generator=generator) < CAPTION_DROPOUT
+        ids[dropped] = self.empty
+        return self.latents[pick].float(), ids
+
+
+def stratified_timesteps(count: int, total: int, generator: torch.Generator) -> Tensor:
+    """`count` timesteps, one from each equal part of [0, total), in random order: (count,) int64."""
+    strata = torch.randperm(count, generator=generator) + torch.rand(count, generator=generator)
+    return (strata / count * total).long().clamp(max=total - 1)
+
+
+def velocity_loss(model: Model, schedule: NoiseSchedule, data: Data, generator: torch.Generator) -> Tensor:
+    """Mean squared error of the velocity on one batch."""
+    where = device()
+    clean, ids = data.batch(PICTURES, generator)
+    clean = clean.repeat_interleave(NOISES, dim=0)
+    timesteps = stratified_timesteps(len(clean), schedule.config.num_train_timesteps, generator)
+    noise = torch.randn(clean.shape, generator=generator)
+    power = schedule.alphas_cumprod[timesteps].reshape(-1, 1, 1, 1)
+    velocity = power.sqrt() * noise - (1 - power).sqrt() * clean
+    noisy = schedule.add_noise(clean, noise, timesteps)
+    return F.mse_loss(model(noisy.to(where), timesteps.to(where), ids.to(where)), velocity.to(where))
+
+
+def train(work: Path, minutes: float, warm_start: dict[str, Tensor] | None = None) -> Path:
+    """Train for `minutes` in all, going on from the checkpoint in `work`; returns the checkpoint's path."""
+    parallel.launch(_work, work, minutes, warm_start)
+    return work / CHECKPOINT
+
+
+def _work(rank: int, work: Path, minutes: float, warm_start: dict[str, Tensor] | None) -> None:
+    """One process's share of the training; the first one also keeps the average, checkpoints and sheets."""
+    torch.manual_seed(0)
+    data = Data.load(work)
+    schedule = NoiseSchedule(SchedulerConfig.from_dict(architecture.SCHEDULER))
+    model = Model(len(tokenizer.load(work / "tokenizer"))).to(device())
+    if warm_start is not None:
+        model.load_state_dict({name: value.float() for name, value in warm_start.items()})
+    optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_RATE, betas=(0.9, 0.98), weight_decay=1e-3)
+    average = RunningAverage(model, 0.998)
+    elapsed, step = 0.0, 0
+    checkpoint = load_checkpoint(work / CHECKPOINT)
+    if checkpoint is not None:
+        model.load_state_dict(checkpoint["model"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        average.load(checkpoint["average"])
+        elapsed, step = checkpoint["elapsed"], checkpoint["step"]
+    generator = torch.Generator().manual_seed(1000 * step + rank)
+
+    def save() -> None:
+        states = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "average": average.state()}
+        save_checkpoint(work / CHECKPOINT, {**states, "elapsed": elapsed, "step": step})
+
+    budget, last, saved, shown, losses = minutes * 60, time.monotonic(), elapsed, elapsed, list[float]()
+    while elapsed < budget:
+        set_learning_rate(optimizer, learning_rate(elapsed / budget, PEAK_RATE))
+        loss = velocity_loss(model, schedule, data, generator)
+        optimizer.zero_grad(set_to_none=True)
+        torch.autograd.backward(loss)
+        parallel.average_gradients(model)
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        step += 1
+        now = time.monotonic()
+        elapsed, last = parallel.agree(elapsed + now - last), now
+        if rank > 0:
+            continue
+        average.update(model)
+        losses.append(float(loss.detach()))
+        if step % 100 == 0:
+            seen = step * PICTURES * NOISES * parallel.world_size()
+            mean = sum(losses) / len(losses)
+            print(
+                f"diffusion {elapsed / 60:5.1f}/{minutes:g} min step {step} samples {seen} loss={mean:.4f}", flush=True
+            )
+            losses.clear()
+        if elapsed - saved > CHECKPOINT_SECONDS:
+            save()
+            saved = elapsed
+        if elapsed - shown > SHEET_SECONDS:
+            _sheet(average, work, schedule, work / "sheets" / f"diffusion-{int(elapsed):05d}.png")
+            shown = elapsed
+    if rank == 0:
+        save()
+
+
+@torch.inference_mode()
+def _sheet(average: RunningAverage, work: Path, schedule: NoiseSchedule, path: Path) -> None:
+    """24 pictures by the averaged weights: held-out scenes, then icons."""
+    words = tokenizer.load(work / "tokenizer")
+    model = Model(len(words)).to(device()).eval()
+    model.load_state_dict(average.values)
+    first_stage = AutoencoderKL(VAEConfig.from_dict(architecture.VAE)).to(device()).eval()
+    first_stage.load_state_dict(latents.folded_autoencoder(work))
+    held_out = scenes.split(held_out=True)
+    texts = [scenes.caption(scene) for scene in held_out[:: len(held_out) // 12][:12]]
+    names = list(icons.NAMES)[:: len(icons.NAMES) // 12][:12]
+    texts += [
+        icons.caption(icons.Icon(name=name, style=icons.STYLES[index % 3], background="white"))
+        for index, name in enumerate(names)
+    ]
+    ids = tokenizer.encode(words, [""] * len(texts) + texts).to(device())
+    guidance = torch.full((len(texts), 1, 1, 1), SHEET_GUIDANCE, device=device())
+    denoiser = Denoiser(model.unet, schedule, model.context(ids), guidance)
+    generator = torch.Generator().manual_seed(5)
+
+    def draw_noise() -> Tensor:
+        size = architecture.UNET["sample_size"]
+        shape = (len(texts), architecture.LATENT_CHANNELS, size, size)
+        return torch.randn(shape, generator=generator).to(device())
+
+    found = ddim(denoiser, draw_noise(), schedule, SHEET_STEPS, torch.zeros_like(guidance), draw_noise)
+    contact_sheet(to_pictures(first_stage.decode(found)), path)

@@ -1,0 +1,70 @@
+"""One process per core, each with one thread, gradients averaged over gloo.
+
+On two cores this is about half again as fast as one process with two threads, whose threads wait for each other at
+every layer, and it does not collapse when another program wants a core. On a GPU there is one process.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import distributed, nn
+from torch.multiprocessing.spawn import spawn
+
+from training.common import device
+
+Worker = Callable[..., None]  # called with its rank, then the arguments given to `launch`
+
+
+def world_size() -> int:
+    return distributed.get_world_size() if distributed.is_initialized() else 1
+
+
+def launch(worker: Worker, *arguments: Any, processes: int | None = None) -> None:
+    """Run `worker(rank, *arguments)` once per core (or `processes` times) and wait; an error in one ends all."""
+    count = processes or (1 if device().type == "cuda" else os.cpu_count() or 1)
+    with tempfile.TemporaryDirectory() as folder:
+        store = str(Path(folder) / "store")
+        spawn(_enter, args=(worker, count, store, arguments), nprocs=count)  # type: ignore[no-untyped-call]
+
+
+def _enter(rank: int, worker: Worker, count: int, store: str, arguments: tuple[Any, ...]) -> None:
+    torch.set_num_threads(1 if count > 1 else os.cpu_count() or 1)
+    if count > 1:
+        distributed.init_process_group(
+            "gloo", init_method=f"file://{store}", rank=rank, world_size=count, timeout=timedelta(minutes=30)
+        )
+    worker(rank, *arguments)
+    if count > 1:
+        distributed.barrier()
+        distributed.destroy_process_group()
+
+
+def agree(value: float) -> float:
+    """The first process's `value`, in all processes."""
+    if world_size() == 1:
+        return value
+    box = torch.tensor([value], dtype=torch.float64)
+    distributed.broadcast(box, 0)
+    return float(box)
+
+
+@torch.no_grad()
+def average_gradients(*modules: nn.Module) -> None:
+    """Replace the gradients of `modules` by their means over the processes."""
+    count = world_size()
+    if count == 1:
+        return
+    gradients = [value.grad for module in modules for value in module.parameters() if value.grad is not None]
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    distributed.all_reduce(flat)
+    flat.div_(count)
+    parts = torch.split(flat, [gradient.numel() for gradient in gradients])
+    for gradient, mean in zip(gradients, parts, strict=True):
+        gradient.copy_(mean.view_as(gradient))
