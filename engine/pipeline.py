@@ -90,7 +90,7 @@ class Engine:
         if vae.config.force_upcast:
             vae = vae.float()
         models = _Models(TextEncoder(folder, kind, target, batch_size), load_unet(folder, kind, target), vae)
-        safety = load_safety_checker(spec, torch.get_num_threads())
+        safety = load_safety_checker(spec, folder, target)
         return cls(models, load_schedule(folder), safety, description, batch_size)
 
     @property

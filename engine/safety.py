@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Protocol
 
-from engine.types import EngineError, ModelSpec, Pixels, SafetyVerdict
+import torch
+
+from engine.types import SAFETY_CHECKERS, EngineError, ModelSpec, Pixels, SafetyVerdict
 
 
 class SafetyChecker(Protocol):
@@ -39,13 +41,24 @@ class Unchecked:
         return SafetyVerdict(checker="none", score=None, flagged=False)
 
 
-def load_safety_checker(spec: ModelSpec, threads: int) -> SafetyChecker:
-    """The checker that `spec.safety` names. Raises EngineError where it cannot be had: nothing replaces it silently."""
-    own = Path(spec.model) / "safety_checker"
-    if spec.safety == "none":
+def load_safety_checker(spec: ModelSpec, folder: Path, device: torch.device) -> SafetyChecker:
+    """The checker that `spec.safety` names, for the model in `folder`.
+
+    Raises EngineError where it cannot be had: nothing replaces it silently.
+    """
+    kind = spec.safety
+    if kind == "auto":
+        kind = "clip-concepts" if (folder / "safety_checker").is_dir() else "open-nsfw"
+    if kind == "none":
         return Unchecked()
-    if spec.safety == "open-nsfw" or (spec.safety == "auto" and not own.is_dir()):
-        return OpenNsfw(spec.safety_threshold, threads)
-    raise EngineError(
-        f"safety checker {spec.safety!r} for {spec.model}: this version has open-nsfw and none; choose one of them"
-    )
+    if kind == "open-nsfw":
+        return OpenNsfw(spec.safety_threshold, torch.get_num_threads())
+    if kind != "clip-concepts":
+        raise EngineError(f"safety is {kind!r}; there are {', '.join(SAFETY_CHECKERS)}")
+    if not (folder / "safety_checker").is_dir():
+        raise EngineError(
+            f"safety is 'clip-concepts', but {folder} has no safety_checker folder: add one, or choose open-nsfw"
+        )
+    from engine.safety_clip import ClipConcepts
+
+    return ClipConcepts(folder, device)

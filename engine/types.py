@@ -19,6 +19,9 @@ SEED_LIMIT = 2**32
 SAMPLERS = ("ddim", "plms")
 """Names that `GenerationRequest.sampler` takes. PLMS is deterministic: it takes no eta but 0."""
 
+SAFETY_CHECKERS = ("auto", "open-nsfw", "clip-concepts", "none")
+"""What `ModelSpec.safety` takes."""
+
 WATERMARK_METHODS = ("dwtDct", "dwtDctSvd")
 WATERMARK_MIN_PIXELS = 256 * 256
 

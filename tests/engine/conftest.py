@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers.utils import logging
-from engine_models import write_model
 
 from engine import Engine, ModelSpec
+from tests.engine.engine_models import write_model
 
 logging.set_verbosity_error()
 logging.disable_progress_bar()

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, PNDMScheduler, StableDiffusionPipeline
-from engine_models import write_model
 
 from engine import Engine, EngineError, GenerationRequest, ModelSpec, SafetyVerdict
+from tests.engine.engine_models import write_model
 
 PROMPTS = ["a red cat", "two dogs on a hill", "", "ünïcode ✨ " * 30]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from imwatermark import WatermarkDecoder, WatermarkEncoder
 
 from engine import EngineError, ModelSpec, embed_watermark, read_watermark, watermark_bit_accuracy
@@ -83,6 +84,11 @@ def test_a_score_that_is_not_a_number_is_flagged(monkeypatch):
 
 
 def test_no_checker_only_by_explicit_choice(eps_model):
-    verdict = load_safety_checker(ModelSpec(model=str(eps_model), safety="none"), 1).check(photograph())
+    cpu = torch.device("cpu")
+    verdict = load_safety_checker(ModelSpec(model=str(eps_model), safety="none"), eps_model, cpu).check(photograph())
     assert (verdict.checker, verdict.score, verdict.flagged) == ("none", None, False)
-    assert isinstance(load_safety_checker(ModelSpec(model=str(eps_model)), 1), OpenNsfw)
+    assert isinstance(load_safety_checker(ModelSpec(model=str(eps_model)), eps_model, cpu), OpenNsfw)
+    with pytest.raises(EngineError, match="there are auto, open-nsfw, clip-concepts, none"):
+        load_safety_checker(ModelSpec(model=str(eps_model), safety="off"), eps_model, cpu)
+    with pytest.raises(EngineError, match="has no safety_checker folder"):
+        load_safety_checker(ModelSpec(model=str(eps_model), safety="clip-concepts"), eps_model, cpu)
