@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from urllib.parse import urlsplit
 
 import fsspec
 from fsspec.spec import AbstractFileSystem
@@ -41,20 +40,21 @@ def allowed_filesystem(url: str) -> tuple[AbstractFileSystem, str]:
 
 def display_url(url: str) -> str:
     """The URL as it may be shown and stored: no user, no password, no query."""
-    protocol, separator, _ = url.partition("://")
+    protocol, separator, rest = url.partition("://")
     if not separator:
         return url
-    parts = urlsplit(url)
-    host = parts.netloc
-    # abfs://container@account is an address, not a user; whatever has a colon before the @ is.
+    host, slash, path = rest.partition("?")[0].partition("/")
     user, at, after = host.rpartition("@")
+    # abfs://container@account is an address, not a user; whatever has a colon before the @ is a password.
     if at and (":" in user or protocol != "abfs"):
         host = after
-    return f"{protocol}://{host}{parts.path}"
+    return f"{protocol}://{host}{slash}{path}"
 
 
 def _filesystem(protocol: str) -> AbstractFileSystem:
     try:
         return fsspec.filesystem(protocol, use_listings_cache=False)
     except ImportError as error:
-        raise UsageError(f"{protocol}:// needs an extra package: pip install {_INSTALL.get(protocol, protocol)!r}") from error
+        raise UsageError(
+            f"{protocol}:// needs an extra package: pip install {_INSTALL.get(protocol, protocol)!r}"
+        ) from error
