@@ -72,8 +72,9 @@ def parameters_text(request: GenerationRequest, *, model_name: str, model_hash: 
     last = ", ".join(f"{key}: {_quote(_clean(value))}" for key, value in settings.items())
     head = "\nNegative prompt: "
     room = TEXT_LIMIT - len(last.encode()) - len(head) - 1
-    prompt = _cut(_clean(request.prompt), room)
-    negative = _cut(_clean(request.negative_prompt), room - len(prompt.encode()))
+    negative = _clean(request.negative_prompt)
+    prompt = _cut(_clean(request.prompt), room - min(len(negative.encode()), room // 2))
+    negative = _cut(negative, room - len(prompt.encode()))
     return f"{prompt}{head + negative if negative else ''}\n{last}"
 
 

@@ -226,12 +226,10 @@ def _watermarked(plan: Plan, pixels: Pixels) -> tuple[Pixels, float | None]:
 
 
 def _text(plan: Plan, request: GenerationRequest) -> str:
-    return parameters_text(
-        request,
-        model_name=plan.model.name,
-        model_hash=plan.model.digest[:10],
-        version=f"latentmill {_versions()['latentmill']}",
-    )
+    files = plan.model.files
+    weights = next((digest for path, digest in files.items() if path.startswith("unet/") and "config" not in path), "")
+    version = f"latentmill {_versions()['latentmill']}"
+    return parameters_text(request, model_name=plan.model.name, model_hash=weights[:10], version=version)
 
 
 def _row(

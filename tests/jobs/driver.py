@@ -1,0 +1,118 @@
+"""Runs jobs in processes of their own, which die by SIGKILL where a test says, and compares what is left."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import multiprocessing
+import os
+import re
+import signal
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from jobs.runner import RunSummary, run_job
+from jobs.spec import JobSpec
+from jobs.storage import Storage
+from tests.jobs.fakes import fake_engine, slow_engine
+
+# Children are forked from a server that has imported everything and runs nothing: they start at once, and are real.
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["tests.jobs.driver", "transformers"])
+
+
+@dataclass(frozen=True)
+class KillAt:
+    """SIGKILL `before` or `after` the nth call of a storage verb on a path that begins with `prefix`."""
+
+    when: str
+    verb: str
+    prefix: str
+    nth: int = 1
+
+
+def job_spec(model: Path | str, prompts: Path | str, out: Path | str, **settings: Any) -> JobSpec:
+    """A small, fast job: 64 px, no watermark, chunks of two."""
+    small: dict[str, Any] = {"width": 64, "height": 64, "num_inference_steps": 2, "watermark": "none", "chunk_size": 2}
+    small |= {"batch_size": 2, "executor": "inline"}
+    return JobSpec.model_validate({"model": str(model), "prompts": str(prompts), "out": str(out), **small, **settings})
+
+
+def run(spec: JobSpec, **options: Any) -> RunSummary:
+    """Run a job here, with the fake engine unless told otherwise."""
+    return run_job(spec, **{"engine_factory": fake_engine, **options})
+
+
+def start(spec: JobSpec, log: Path, *, kill_at: KillAt | None = None, slow: bool = False) -> multiprocessing.Process:
+    """Run a job in a process of its own; its exit code is the job's, its words go to `log`."""
+    environment = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
+    process = PROCESSES.Process(target=_drive, args=(spec, str(log), kill_at, slow, environment))
+    process.start()
+    return process
+
+
+def _drive(spec: JobSpec, log: str, kill_at: KillAt | None, slow: bool, environment: dict[str, str]) -> None:
+    os.environ.update(environment)
+    with Path(log).open("a") as output, contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+        if kill_at is not None:
+            _arm(kill_at)
+        summary = run(spec, engine_factory=slow_engine if slow else fake_engine)
+        print(json.dumps({"exit_code": summary.exit_code, "generated": summary.generated}), flush=True)
+    sys.exit(summary.exit_code)
+
+
+def _arm(kill_at: KillAt) -> None:
+    original = getattr(Storage, kill_at.verb)
+    calls = 0
+
+    def deadly(self: Storage, path: str, *data: bytes) -> Any:
+        nonlocal calls
+        hit = path.startswith(kill_at.prefix)
+        calls += hit
+        if hit and calls == kill_at.nth and kill_at.when == "before":
+            os.kill(os.getpid(), signal.SIGKILL)
+        result = original(self, path, *data)
+        if hit and calls == kill_at.nth:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+
+    setattr(Storage, kill_at.verb, deadly)
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A published dataset as it must be after any history: rows without the attempt, and the files' digests."""
+
+    manifest: dict[str, Any]
+    rows: pa.Table
+    files: dict[str, str]
+
+
+def read_dataset(out: str) -> Dataset:
+    """What a reader of the published dataset sees."""
+    storage = Storage.open(out)
+    manifest = json.loads(storage.read("dataset/manifest.json"))
+    parts = manifest.pop("parts")
+    rows = pa.concat_tables([pq.read_table(io.BytesIO(storage.read(part["path"]))) for part in parts])
+    paths = rows.column("image").to_pylist()
+    files = {
+        sample: hashlib.sha256(storage.read(path)).hexdigest()
+        for sample, path in zip(rows.column("sample_id").to_pylist(), paths, strict=True)
+        if path is not None
+    }
+    place = rows.schema.get_field_index("image")
+    anonymous = pa.array([path and re.sub(r"-[0-9a-f]{16}/", "-ATTEMPT/", path) for path in paths], pa.string())
+    return Dataset(manifest=manifest, rows=rows.set_column(place, "image", anonymous), files=files)
+
+
+def committed_generations(log: Path) -> int:
+    """Samples that all finished runs in a log generated."""
+    lines = [json.loads(line) for line in log.read_text().splitlines() if line.startswith("{")]
+    return sum(line["generated"] for line in lines)

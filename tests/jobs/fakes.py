@@ -1,0 +1,68 @@
+"""An engine without a model, for tests of the protocol: pixels follow from the request alone, and it is fast."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from engine import GenerationRequest, GenerationResult, SafetyVerdict
+from jobs.plan import Plan
+
+
+@dataclass
+class FakeEngine:
+    """Prompts with `poison` fail, with `nsfw` are flagged, with `crash` raise as a broken device would."""
+
+    batch_size: int
+    pause: float = 0.0
+    checker: str = "fake"
+    execution_class: str = "fake"
+    generated: int = 0
+
+    def generate(self, requests: Sequence[GenerationRequest]) -> list[GenerationResult]:
+        time.sleep(self.pause)
+        self.generated += len(requests)
+        return [self._result(request, slot % self.batch_size) for slot, request in enumerate(requests)]
+
+    def _result(self, request: GenerationRequest, slot: int) -> GenerationResult:
+        if "crash" in request.prompt:
+            raise RuntimeError("the device is lost")
+        poison = "poison" in request.prompt
+        flagged = "nsfw" in request.prompt
+        verdict = SafetyVerdict(checker=self.checker, score=0.9 if flagged else 0.1, flagged=flagged)
+        return GenerationResult(
+            pixels=None if poison else fake_pixels(request),
+            error="this prompt is poison" if poison else None,
+            safety=None if poison else verdict,
+            prompt_tokens=len(request.prompt.split()),
+            precision="fp32",
+            batch_size=self.batch_size,
+            batch_slot=slot,
+        )
+
+
+def fake_pixels(request: GenerationRequest) -> np.ndarray:
+    """A few soft blobs whose colours follow from the whole request."""
+    seed = int.from_bytes(hashlib.sha256(repr(request).encode()).digest()[:8])
+    coarse = np.random.default_rng(seed).integers(0, 256, (4, 4, 3))
+    rows = np.linspace(0, 3, request.height)
+    columns = np.linspace(0, 3, request.width)
+    r, c = np.floor(rows).astype(int).clip(0, 2), np.floor(columns).astype(int).clip(0, 2)
+    y, x = (rows - r)[:, None, None], (columns - c)[None, :, None]
+    top = coarse[r][:, c] * (1 - x) + coarse[r][:, c + 1] * x
+    bottom = coarse[r + 1][:, c] * (1 - x) + coarse[r + 1][:, c + 1] * x
+    return (top * (1 - y) + bottom * y).astype(np.uint8)
+
+
+def fake_engine(plan: Plan, device: str) -> FakeEngine:
+    """The engine factory of fast tests."""
+    return FakeEngine(batch_size=plan.batch_size, checker="none" if plan.safety == "none" else "fake")
+
+
+def slow_engine(plan: Plan, device: str) -> FakeEngine:
+    """The same pictures, a tenth of a second per chunk: long enough to be killed in the middle."""
+    return FakeEngine(batch_size=plan.batch_size, pause=0.1)

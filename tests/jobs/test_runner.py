@@ -1,0 +1,139 @@
+"""From a spec to a published dataset, with the real engine and with faults."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from engine import GenerationRequest, GenerationResult
+from jobs.errors import JobError, OutputConflict, UsageError
+from jobs.executors.inline import InlineExecutor
+from jobs.job import open_job
+from jobs.plan import Plan
+from jobs.runner import Progress, run_job
+from jobs.status import status
+from jobs.verify import verify
+from tests.jobs.driver import job_spec, read_dataset, run
+from tests.jobs.fakes import FakeEngine, fake_engine
+
+Manifest = Callable[..., Path]
+
+
+def test_a_real_model_end_to_end(manifest: Manifest, tiny_model: Path, tmp_path: Path) -> None:
+    out = str(tmp_path / "out")
+    spec = job_spec(
+        tiny_model, manifest(3), out, width=256, height=256, watermark="dwtDctSvd", num_images=1, chunk_size=2
+    )
+    seen: list[Progress] = []
+    summary = run_job(spec, on_progress=seen.append)
+    assert summary.exit_code == 0
+    assert summary.counts == {"ok": 3, "flagged": 0, "failed": 0}
+    assert summary.generated == 3
+    assert [progress.phase for progress in seen][-2:] == ["publishing", "done"]
+    assert (seen[-1].done, seen[-1].total, seen[-1].chunks_done, seen[-1].chunks_total) == (3, 3, 2, 2)
+    report = verify(out)
+    assert report.defects == ()
+    assert (report.rows, report.images_checked) == (3, 3)
+    rows = read_dataset(out).rows.to_pylist()
+    assert [row["nsfw_checker"] for row in rows] == ["open-nsfw"] * 3
+    assert all(row["watermark_bit_accuracy"] >= 0.9 for row in rows)
+    assert len({row["pixel_sha256"] for row in rows}) == 3
+    assert status(out).to_dict()["state"] == "published"
+
+
+def test_status_follows_a_job(manifest: Manifest, tiny_model: Path, tmp_path: Path) -> None:
+    out = str(tmp_path / "out")
+    spec = job_spec(tiny_model, manifest(["one", "some nsfw", "three", "crash"]), out)
+    with pytest.raises(UsageError):
+        status(out)
+    with pytest.raises(JobError, match=r"1 chunks are still open.*the device is lost"):
+        run(spec)
+    report = status(out, deep=True)
+    assert (report.state, report.chunks_committed, report.chunks) == ("started", 1, 2)
+    assert report.counts == {"ok": 1, "flagged": 1, "failed": 0}
+    assert status(out).counts is None
+
+
+def test_a_chunk_that_fails_twice_is_committed_at_the_third_pass(
+    manifest: Manifest, tiny_model: Path, tmp_path: Path
+) -> None:
+    calls = itertools.count()
+
+    @dataclass
+    class Flaky(FakeEngine):
+        def generate(self, requests: Sequence[GenerationRequest]) -> list[GenerationResult]:
+            if "one" in requests[0].prompt and next(calls) < 2:
+                raise RuntimeError("the device hiccups")
+            return super().generate(requests)
+
+    spec = job_spec(tiny_model, manifest(["one", "two", "three", "four"]), tmp_path / "out")
+    summary = run(spec, engine_factory=lambda plan, device: Flaky(batch_size=plan.batch_size))
+    assert summary.exit_code == 0
+    assert summary.generated == 4
+
+
+def test_another_plan_is_refused_and_nothing_changes(manifest: Manifest, tiny_model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    prompts = manifest(3)
+    run(job_spec(tiny_model, prompts, out))
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    with pytest.raises(OutputConflict, match="seed"):
+        run(job_spec(tiny_model, prompts, out, seed=7))
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
+def test_execution_settings_do_not_belong_to_the_plan(manifest: Manifest, tiny_model: Path, tmp_path: Path) -> None:
+    prompts = manifest(3)
+    run(job_spec(tiny_model, prompts, tmp_path / "out"))
+    assert run(job_spec(tiny_model, prompts, tmp_path / "out", num_actors=7)).generated == 0
+
+
+def test_an_output_made_again_in_one_process_is_read_afresh(
+    manifest: Manifest, tiny_model: Path, tmp_path: Path
+) -> None:
+    import shutil
+
+    out = tmp_path / "out"
+    run(job_spec(tiny_model, manifest(3), out))
+    shutil.rmtree(out)
+    summary = run(job_spec(tiny_model, manifest(5), out))
+    assert summary.counts == {"ok": 5, "flagged": 0, "failed": 0}
+    assert verify(str(out)).defects == ()
+
+
+def test_progress_counts_what_the_ledger_holds(manifest: Manifest, tiny_model: Path, tmp_path: Path) -> None:
+    seen: list[Progress] = []
+    prompts = manifest(["a", "b", "poison", "nsfw", "e"])
+    summary = run(job_spec(tiny_model, prompts, tmp_path / "out"), on_progress=seen.append)
+    assert summary.exit_code == 1
+    last = seen[-1]
+    assert (last.ok, last.flagged, last.failed, last.done) == (3, 1, 1, 5)
+    assert all(earlier.done <= later.done for earlier, later in itertools.pairwise(seen))
+    assert any(progress.eta_seconds is not None for progress in seen)
+
+
+@dataclass
+class _Recorder:
+    """An engine factory that remembers its engines."""
+
+    engines: list[FakeEngine] = field(default_factory=list)
+
+    def __call__(self, plan: Plan, device: str) -> FakeEngine:
+        self.engines.append(fake_engine(plan, device))
+        return self.engines[-1]
+
+
+def test_the_executor_asks_the_ledger_before_it_generates(
+    manifest: Manifest, tiny_model: Path, tmp_path: Path
+) -> None:
+    out = str(tmp_path / "out")
+    run(job_spec(tiny_model, manifest(6), out))
+    open_job.cache_clear()
+    recorder = _Recorder()
+    receipts = list(InlineExecutor(engine_factory=recorder).run(out, [0, 1, 2]))
+    assert [(receipt.outcome, receipt.ok) for receipt in receipts] == [("already", 2)] * 3
+    assert [engine.generated for engine in recorder.engines] == [0]
