@@ -10,6 +10,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -274,8 +275,24 @@ def _row_defects(path: str, rows: list[dict[str, Any]], samples: list[PlannedSam
         yield Defect(kind="row-wrong", path=path, detail=detail)
         return
     for row, sample in zip(rows, samples, strict=True):
-        request = sample.request
-        for name in ("prompt", "negative_prompt", "seed", "width", "height", "num_inference_steps", "sampler"):
-            if row[name] != getattr(request, name):
-                detail = f"sample {sample.sample_id}: {name} is not what the plan asked for"
-                yield Defect(kind="row-wrong", path=path, detail=detail)
+        wrong = [name for name, value in _expected(sample).items() if row[name] != value]
+        if wrong:
+            detail = f"sample {sample.sample_id}: {', '.join(wrong)} not as the plan asked for"
+            yield Defect(kind="row-wrong", path=path, detail=detail)
+
+
+def _expected(sample: PlannedSample) -> dict[str, Any]:
+    """What the plan fixes of a row, as the row's types store it."""
+    request = sample.request
+    return {
+        "row_id": sample.row_id,
+        "prompt": request.prompt,
+        "negative_prompt": request.negative_prompt,
+        "seed": request.seed,
+        "width": request.width,
+        "height": request.height,
+        "num_inference_steps": request.num_inference_steps,
+        "guidance_scale": float(np.float32(request.guidance_scale)),
+        "sampler": request.sampler,
+        "eta": float(np.float32(request.eta)),
+    }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
+import itertools
 import json
 import multiprocessing
 import os
@@ -21,7 +22,8 @@ import pyarrow.parquet as pq
 from jobs.runner import RunSummary, run_job
 from jobs.spec import JobSpec
 from jobs.storage import Storage
-from tests.jobs.fakes import fake_engine, slow_engine
+from jobs.worker import EngineFactory
+from tests.jobs.fakes import fake_engine
 
 # Children are forked from a server that has imported everything and runs nothing: they start at once, and are real.
 PROCESSES = multiprocessing.get_context("forkserver")
@@ -50,36 +52,36 @@ def run(spec: JobSpec, **options: Any) -> RunSummary:
     return run_job(spec, **{"engine_factory": fake_engine, **options})
 
 
-def start(spec: JobSpec, log: Path, *, kill_at: KillAt | None = None, slow: bool = False) -> multiprocessing.Process:
+def start(
+    spec: JobSpec, log: Path, *, kill_at: KillAt | None = None, engine: EngineFactory = fake_engine
+) -> multiprocessing.Process:
     """Run a job in a process of its own; its exit code is the job's, its words go to `log`."""
     environment = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
-    process = PROCESSES.Process(target=_drive, args=(spec, str(log), kill_at, slow, environment))
+    process = PROCESSES.Process(target=_drive, args=(spec, str(log), kill_at, engine, environment))
     process.start()
     return process
 
 
-def _drive(spec: JobSpec, log: str, kill_at: KillAt | None, slow: bool, environment: dict[str, str]) -> None:
+def _drive(spec: JobSpec, log: str, kill_at: KillAt | None, engine: EngineFactory, environment: dict[str, str]) -> None:
     os.environ.update(environment)
     with Path(log).open("a") as output, contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
         if kill_at is not None:
             _arm(kill_at)
-        summary = run(spec, engine_factory=slow_engine if slow else fake_engine)
+        summary = run(spec, engine_factory=engine)
         print(json.dumps({"exit_code": summary.exit_code, "generated": summary.generated}), flush=True)
     sys.exit(summary.exit_code)
 
 
 def _arm(kill_at: KillAt) -> None:
     original = getattr(Storage, kill_at.verb)
-    calls = 0
+    numbers = itertools.count(1)  # its next is atomic, and storage is called from several threads
 
     def deadly(self: Storage, path: str, *data: bytes) -> Any:
-        nonlocal calls
-        hit = path.startswith(kill_at.prefix)
-        calls += hit
-        if hit and calls == kill_at.nth and kill_at.when == "before":
+        hit = path.startswith(kill_at.prefix) and next(numbers) == kill_at.nth
+        if hit and kill_at.when == "before":
             os.kill(os.getpid(), signal.SIGKILL)
         result = original(self, path, *data)
-        if hit and calls == kill_at.nth:
+        if hit:
             os.kill(os.getpid(), signal.SIGKILL)
         return result
 

@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 
 from jobs.verify import verify
+from jobs.worker import load_engine
 from tests.jobs.driver import Dataset, KillAt, committed_generations, job_spec, read_dataset, run, start
+from tests.jobs.fakes import slow_engine
 
 PROMPTS = [f"a red circle, number {number}" for number in range(7)] + ["some poison", "some nsfw"]
 SETTINGS = {"num_images": 2, "chunk_size": 4}
@@ -75,26 +77,40 @@ def test_killed_again_and_again_at_random_moments(
     seed = int(os.environ.get("LATENTMILL_TEST_SEED", random.randrange(2**32)))
     print(f"LATENTMILL_TEST_SEED={seed}")
     moments = random.Random(seed)
-    out, log = str(tmp_path / "out"), tmp_path / "log"
-    spec = job_spec(tiny_model, prompts, out, **SETTINGS)
     kills = 0
-    for _ in range(100):
-        driver = start(spec, log, slow=True)
-        driver.join(moments.uniform(0.05, 0.5))
-        if driver.exitcode is not None:
-            break
-        driver.kill()
-        driver.join()
-        kills += 1
-    assert driver.exitcode in {1, -signal.SIGKILL}, log.read_text()
-    assert kills >= 3
-    assert run(spec).exit_code == 1
-    assert_same(out, undisturbed)
+    for history in range(2):
+        out, log = str(tmp_path / f"out{history}"), tmp_path / "log"
+        spec = job_spec(tiny_model, prompts, out, **SETTINGS)
+        for _ in range(12):
+            driver = start(spec, log, engine=slow_engine)
+            driver.join(moments.uniform(0.05, 0.5))
+            if driver.exitcode is not None:
+                break
+            driver.kill()
+            driver.join()
+            kills += 1
+        assert driver.exitcode in {1, -signal.SIGKILL}, log.read_text()
+        assert run(spec).exit_code == 1
+        assert_same(out, undisturbed)
+    assert kills >= 2
 
 
-def test_a_killed_driver_loses_at_most_the_chunks_in_flight(
-    prompts: Path, tiny_model: Path, tmp_path: Path
-) -> None:
+def test_killed_with_the_real_engine(prompts: Path, tiny_model: Path, tmp_path: Path) -> None:
+    settings = {"chunk_size": 2, "safety": "none", "watermark": "dwtDct", "width": 256, "height": 256}
+    three = tmp_path / "three.txt"
+    three.write_text("\n".join(PROMPTS[:3]) + "\n")
+    spec = job_spec(tiny_model, three, tmp_path / "out", **settings)
+    driver = start(spec, tmp_path / "log", engine=load_engine, kill_at=KillAt("after", "create", "ledger/"))
+    driver.join(120)
+    assert driver.exitcode == -signal.SIGKILL, (tmp_path / "log").read_text()
+    whole = job_spec(tiny_model, three, tmp_path / "whole", **settings)
+    assert run(whole, engine_factory=load_engine).generated == 3
+    resumed = run(spec, engine_factory=load_engine)
+    assert (resumed.exit_code, resumed.generated) == (0, 1)
+    assert_same(str(tmp_path / "out"), read_dataset(str(tmp_path / "whole")))
+
+
+def test_a_killed_driver_loses_at_most_the_chunks_in_flight(prompts: Path, tiny_model: Path, tmp_path: Path) -> None:
     out = str(tmp_path / "out")
     spec = job_spec(tiny_model, prompts, out, **SETTINGS)
     driver = start(spec, tmp_path / "log", kill_at=KillAt("after", "create", "ledger/", 3))
@@ -126,7 +142,7 @@ def test_two_drivers_at_once_on_one_output(
 ) -> None:
     out, log = str(tmp_path / "out"), tmp_path / "log"
     spec = job_spec(tiny_model, prompts, out, **SETTINGS)
-    drivers = [start(spec, log, slow=True) for _ in range(2)]
+    drivers = [start(spec, log, engine=slow_engine) for _ in range(2)]
     for driver in drivers:
         driver.join(120)
     assert [driver.exitcode for driver in drivers] == [1, 1], log.read_text()
@@ -139,7 +155,7 @@ def test_interrupted_once_it_stops_after_the_chunks_in_flight(
 ) -> None:
     out, log = tmp_path / "out", tmp_path / "log"
     spec = job_spec(tiny_model, prompts, str(out), **SETTINGS)
-    driver = start(spec, log, slow=True)
+    driver = start(spec, log, engine=slow_engine)
     wait_for(lambda: any((out / "ledger").rglob("*.parquet")))
     os.kill(driver.pid, signal.SIGINT)
     driver.join(60)

@@ -127,9 +127,7 @@ class _Recorder:
         return self.engines[-1]
 
 
-def test_the_executor_asks_the_ledger_before_it_generates(
-    manifest: Manifest, tiny_model: Path, tmp_path: Path
-) -> None:
+def test_the_executor_asks_the_ledger_before_it_generates(manifest: Manifest, tiny_model: Path, tmp_path: Path) -> None:
     out = str(tmp_path / "out")
     run(job_spec(tiny_model, manifest(6), out))
     open_job.cache_clear()
