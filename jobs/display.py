@@ -1,0 +1,247 @@
+"""What a person sees: untrusted text made harmless, progress while a job runs, tables and summaries afterwards."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+import threading
+import time
+import unicodedata
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Protocol, Self, TextIO
+
+from rich import box
+from rich.console import Console
+from rich.panel import Panel
+from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn
+from rich.progress import Progress as RichBar
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from jobs.runner import Progress  # it brings pyarrow; `--help` must not wait for that
+
+
+PLAIN_EVERY = 10.0
+"""Seconds between two progress lines where there is no terminal."""
+
+_HIDDEN = frozenset(["Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"])
+"""Unicode categories that a terminal obeys, reorders by, or shows as nothing."""
+
+
+def safe(text: object, limit: int | None = None) -> str:
+    """One line that a terminal can only show: every control, bidi mark and invisible character is spelled out.
+
+    What is longer than `limit` characters ends in an ellipsis.
+    """
+    shown = "".join(map(_spelled, str(text) if limit is None else str(text)[: limit + 1]))
+    return shown if limit is None or len(shown) <= limit else shown[: limit - 1] + "…"
+
+
+def _spelled(character: str) -> str:
+    if unicodedata.category(character) not in _HIDDEN:
+        return character
+    if character in "\n\t\r":
+        return {"\n": "\\n", "\t": "\\t", "\r": "\\r"}[character]
+    code = ord(character)
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
+
+
+def print_json(value: Any) -> None:
+    """The value on standard output; all but ASCII is escaped, so nothing in it can steer a terminal."""
+    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=True, default=str).replace("\x7f", "\\u007f") + "\n")
+
+
+def print_line(text: str, *, error: bool = False) -> None:
+    """One line of our own words, in which untrusted parts already went through `safe`; nothing is read as markup."""
+    stream = sys.stderr if error else sys.stdout
+    stream.write(text + "\n")
+    stream.flush()
+
+
+def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """A table on standard output; every cell is treated as untrusted."""
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, header_style="bold")
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(safe(cell)) for cell in row))
+    Console().print(table)
+
+
+def print_facts(title: str, facts: Mapping[str, object], *, style: str = "green") -> None:
+    """Names and values: in a frame on a terminal, one `name: value` a line elsewhere. Values are untrusted."""
+    console = Console()
+    if not console.is_terminal:
+        print_line(safe(title))
+        for name, value in facts.items():
+            print_line(f"  {name}: {safe(value)}")
+        return
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(style="bold", no_wrap=True)
+    grid.add_column(overflow="fold")
+    for name, value in facts.items():
+        grid.add_row(name, Text(safe(value)))
+    console.print(Panel(grid, title=Text(safe(title)), title_align="left", border_style=style, expand=False))
+
+
+def duration(seconds: float | None) -> str:
+    """`1:02:03`, `2:05`, or a dash for what nobody knows."""
+    if seconds is None:
+        return "-"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def size(count: float) -> str:
+    """Bytes in the unit that suits."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+class ProgressView(Protocol):
+    """Shows how far a run is, from entering to leaving it."""
+
+    def __enter__(self) -> Self: ...
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+    def update(self, progress: Progress) -> None: ...
+    def note(self, text: str) -> None: ...
+
+
+@contextmanager
+def progress_view() -> Iterator[ProgressView]:
+    """A live bar if standard error is a terminal, plain lines if not.
+
+    It writes to a descriptor of its own, so that it goes on while the executor holds back what libraries write.
+    """
+    with os.fdopen(os.dup(sys.stderr.fileno()), "w", buffering=1, errors="backslashreplace") as stream:
+        view: ProgressView = BarView(Console(file=stream)) if stream.isatty() else LineView(stream)
+        with view:
+            yield view
+
+
+@contextmanager
+def held_back_stderr() -> Iterator[None]:
+    """Within, whatever writes to standard error, C++ too, writes to a file; after an exception it is shown after all."""
+    sys.stderr.flush()
+    real = os.dup(2)
+    with tempfile.TemporaryFile() as held:
+        os.dup2(held.fileno(), 2)
+        try:
+            yield
+        except BaseException:
+            sys.stderr.flush()
+            held.seek(0)
+            os.write(real, held.read())
+            raise
+        finally:
+            os.dup2(real, 2)
+            os.close(real)
+
+
+class BarView:
+    """A bar that moves, with rate, time left, flagged, failed and actors."""
+
+    def __init__(self, console: Console) -> None:
+        self._bar = RichBar(
+            SpinnerColumn(),
+            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[detail]}", markup=False),
+            console=console,
+            refresh_per_second=4,
+        )
+        self._task = self._bar.add_task("planning", total=None, detail="")
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+
+    def update(self, progress: Progress) -> None:
+        """Draw this state."""
+        self._bar.update(
+            self._task,
+            description=progress.phase,
+            completed=progress.done,
+            total=progress.total,
+            detail=progress_detail(progress),
+        )
+
+    def note(self, text: str) -> None:
+        """One line above the bar."""
+        self._bar.console.print(Text(safe(text)))
+
+
+class LineView:
+    """One line at once, one whenever the phase changes, and one every ten seconds, work or no work."""
+
+    def __init__(self, stream: TextIO, every: float = PLAIN_EVERY) -> None:
+        self._stream = stream
+        self._every = every
+        self._latest: Progress | None = None
+        self._started = time.monotonic()
+        self._lock = threading.Lock()
+        self._left = threading.Event()
+        self._thread = threading.Thread(target=self._tick, name="progress", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._started = time.monotonic()
+        self._show()
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._left.set()
+        self._thread.join()
+
+    def update(self, progress: Progress) -> None:
+        """Remember this state; show it now only if the phase is a new one."""
+        with self._lock:
+            before = "planning" if self._latest is None else self._latest.phase
+            changed, self._latest = before != progress.phase, progress
+        if changed:
+            self._show()
+
+    def note(self, text: str) -> None:
+        """One line now."""
+        self._stream.write(f"latentmill: {safe(text)}\n")
+        self._stream.flush()
+
+    def _tick(self) -> None:
+        while not self._left.wait(self._every):
+            self._show()
+
+    def _show(self) -> None:
+        with self._lock:
+            progress = self._latest
+        elapsed = duration(time.monotonic() - self._started)
+        if progress is None:
+            self.note(f"planning [{elapsed}]")
+        else:
+            self.note(f"{progress.phase} {progress.done}/{progress.total} [{elapsed}] {progress_detail(progress)}")
+
+
+def progress_detail(progress: Progress) -> str:
+    """Rate, time left, flagged, failed, actors."""
+    return (
+        f"{progress.images_per_second:.2f} img/s, ETA {duration(progress.eta_seconds)}, "
+        f"{progress.flagged} flagged, {progress.failed} failed, {progress.actors} actors"
+    )
