@@ -202,6 +202,7 @@ def _draft(
     rejects = RejectWriter(folder / "rejected.parquet")
     digest = _spool(manifest, rules, schema, snapshot, rejects, strict=spec.strict)
     grid = Grid(axes=axes, classes=tuple(snapshot.classes), images=snapshot.image_counts(), chunk_size=spec.chunk_size)
+    grid.check_limits()
     _check_default_seeds(grid, snapshot, spec.seed)
     return DraftPlan(
         spec=spec,

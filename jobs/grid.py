@@ -125,15 +125,8 @@ class Grid:
 
     @cached_property
     def groups(self) -> tuple[Group, ...]:
-        """All groups by loop key, none empty. Raises UsageError where there are too many or too many samples."""
+        """All groups by loop key, none empty."""
         keyed = sorted(self._keys(), key=lambda entry: entry[0])
-        if len(keyed) > MAX_GROUPS:
-            raise UsageError(
-                f"the job mixes {len(keyed):,} combinations of size, steps, sampler and guidance, the limit is "
-                f"{MAX_GROUPS:,}: each needs chunks of its own; use fewer, or split the job"
-            )
-        if self.n_samples > MAX_SAMPLES:
-            raise UsageError(f"the job has {self.n_samples:,} samples, the limit is {MAX_SAMPLES:,}; split it")
         groups: list[Group] = []
         first = 0
         totals = self.images.sum(axis=0)
@@ -147,6 +140,17 @@ class Grid:
             )
             first += chunks
         return tuple(groups)
+
+    def check_limits(self) -> None:
+        """Raise UsageError where there are too many groups or too many samples; nothing is enumerated for that."""
+        count = len(self.classes) * math.prod(len(_axis_choices(axis)) for axis in self.axes)
+        if count > MAX_GROUPS:
+            raise UsageError(
+                f"the job mixes {count:,} combinations of size, steps, sampler and guidance, the limit is "
+                f"{MAX_GROUPS:,}: each needs chunks of its own; use fewer, or split the job"
+            )
+        if self.n_samples > MAX_SAMPLES:
+            raise UsageError(f"the job has {self.n_samples:,} samples, the limit is {MAX_SAMPLES:,}; split it")
 
     def _keys(self) -> Iterator[tuple[LoopKey, int, tuple[tuple[int, ...], ...]]]:
         fields = class_fields(self.axes)

@@ -120,8 +120,14 @@ def test_a_json_column_has_one_type_or_is_json_text(tmp_path):
     manifest, _, columns, _ = read(tmp_path / "m.jsonl")
     types = {field.name: str(field.type) for field in manifest.carried}
     assert types == {
-        **{"i": "int64", "f": "double", "s": "string", "b": "bool"},
-        **{"m": "string", "n": "null", "big": "string", "l": "string"},
+        "i": "int64",
+        "f": "double",
+        "s": "string",
+        "b": "bool",
+        "m": "string",
+        "n": "null",
+        "big": "string",
+        "l": "string",
     }
     assert columns["i"] == [1, 2**60]
     assert columns["m"] == ["1", '"one"']
