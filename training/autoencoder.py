@@ -35,12 +35,12 @@ from training.common import (
 
 CHECKPOINT = "autoencoder.pt"
 PEAK_RATE = 1.5e-3
-ADVERSARIAL_FROM = 0.65
+ADVERSARIAL_FROM = 0.8
 # (until this part of the budget, side of the square seen, squares per process and step): colour and coarse form need
 # many steps rather than many pixels, so the first steps see small crops.
-DIET = ((0.3, 64, 16), (0.6, 128, 8), (1.0, scenes.IMAGE_SIZE, 3))
+DIET = ((0.3, 64, 16), (0.75, 128, 8), (1.0, scenes.IMAGE_SIZE, 3))
 CROPS_PER_PICTURE = 4
-CHROMA_WEIGHT, PYRAMID_WEIGHT, KL_WEIGHT = 1.0, 1.0, 2e-3
+CHROMA_WEIGHT, PYRAMID_WEIGHT, KL_WEIGHT = 1.0, 1.0, 6e-3
 ADVERSARIAL_WEIGHT, FEATURE_WEIGHT = 0.02, 0.5
 CHECKPOINT_SECONDS = 45.0
 SHEET_SECONDS = 90.0
@@ -162,22 +162,19 @@ def adversarial_losses(critic: Discriminator, pixels: Tensor, decoded: Tensor) -
     return generator, 0.5 * (F.relu(1 - real_logits).mean() + F.relu(1 + again).mean())
 
 
-def train(work: Path, minutes: float, warm_start: dict[str, Tensor] | None = None) -> Path:
+def train(work: Path, minutes: float) -> Path:
     """Train for `minutes` in all, going on from the checkpoint in `work`; returns the checkpoint's path."""
     icons.load_sprites(work / "npm")  # rendered once here, before several processes want them
-    parallel.launch(_work, work, minutes, warm_start)
+    parallel.launch(_work, work, minutes)
     return work / CHECKPOINT
 
 
-def _work(rank: int, work: Path, minutes: float, warm_start: dict[str, Tensor] | None) -> None:
+def _work(rank: int, work: Path, minutes: float) -> None:
     """One process's share of the training; the first one also keeps the average, checkpoints and sheets."""
     torch.manual_seed(0)
     where = device()
     model = AutoencoderKL(VAEConfig.from_dict(architecture.VAE)).to(where)
-    if warm_start is not None:
-        model.load_state_dict({name: value.float() for name, value in warm_start.items()})
-    else:
-        begin_linear(model)
+    begin_linear(model)
     critic = Discriminator().to(where)
     optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_RATE, betas=(0.9, 0.98), weight_decay=1e-4)
     critic_optimizer = torch.optim.AdamW(critic.parameters(), lr=PEAK_RATE / 2, betas=(0.5, 0.98))

@@ -19,6 +19,7 @@ from training.common import load_checkpoint
 
 DIFFUSERS_VERSION = "0.30.0"  # the oldest release whose classes the configs were checked against by name
 TEXT_PREFIX = "text_model."
+WEIGHTS = "diffusion_pytorch_model.safetensors"
 SIZE_LIMIT = 32 * 2**20
 EMBEDDED = Path(__file__).resolve().parent.parent / "engine" / "embedded"
 
@@ -58,9 +59,8 @@ def export(work: Path, folder: Path = EMBEDDED) -> Path:
         {key if key.startswith(TEXT_PREFIX) else TEXT_PREFIX + key: value for key, value in text.items()},
         "model.safetensors",
     )
-    weights = "diffusion_pytorch_model.safetensors"
-    _write_part(folder / "unet", {**architecture.UNET, **_version()}, model.unet.state_dict(), weights)
-    _write_part(folder / "vae", {**architecture.VAE, **_version()}, _first_stage(work), weights)
+    _write_part(folder / "unet", {**architecture.UNET, **_version()}, model.unet.state_dict(), WEIGHTS)
+    _write_part(folder / "vae", {**architecture.VAE, **_version()}, _first_stage(work), WEIGHTS)
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     if size > SIZE_LIMIT:
         raise RuntimeError(f"{folder} holds {size / 2**20:.1f} MB; the limit is {SIZE_LIMIT / 2**20:.0f} MB")
@@ -97,11 +97,14 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def warm_start(folder: Path = EMBEDDED) -> tuple[dict[str, Tensor], dict[str, Tensor]] | None:
-    """(first stage, second stage) state dicts of the shipped weights, or None if there are none of this shape."""
+def warm_start(work: Path, folder: Path = EMBEDDED) -> dict[str, Tensor] | None:
+    """The second stage's shipped weights, or None if there are none of this shape.
+
+    Lays the tokenizer and the first stage that belong to them in `work`, where the other stages find them.
+    """
     paths = {
-        "vae": folder / "vae" / "diffusion_pytorch_model.safetensors",
-        "unet": folder / "unet" / "diffusion_pytorch_model.safetensors",
+        "vae": folder / "vae" / WEIGHTS,
+        "unet": folder / "unet" / WEIGHTS,
         "text_encoder": folder / "text_encoder" / "model.safetensors",
     }
     if not all(path.is_file() for path in paths.values()):
@@ -110,9 +113,12 @@ def warm_start(folder: Path = EMBEDDED) -> tuple[dict[str, Tensor], dict[str, Te
         config = json.loads((folder / part / "config.json").read_text(encoding="utf-8"))
         if any(config.get(key) != value for key, value in expected.items()):
             return None
+    if not (work / latents.AUTOENCODER).is_file():
+        shutil.copytree(folder / "tokenizer", work / "tokenizer", dirs_exist_ok=True)
+        save_file({key: value.float() for key, value in load_file(paths["vae"]).items()}, work / latents.AUTOENCODER)
     model = diffusion.Model(len(tokenizer.load(folder / "tokenizer")))
     prefixed = any(key.startswith(f"text_encoder.{TEXT_PREFIX}") for key in model.state_dict())
     state = {f"unet.{key}": value for key, value in load_file(paths["unet"]).items()}
     for key, value in load_file(paths["text_encoder"]).items():
         state["text_encoder." + (key if prefixed else key.removeprefix(TEXT_PREFIX))] = value
-    return load_file(paths["vae"]), state
+    return state

@@ -32,9 +32,10 @@ def _pictures(scene_count: int, icon_count: int) -> tuple[list[scenes.Scene], li
 
 
 def encode(work: Path, scene_count: int, icon_count: int) -> Path:
-    """Encode the data set with the averaged first stage; writes the latents and the folded autoencoder to `work`."""
-    if (work / CHECKPOINT).is_file() and (work / AUTOENCODER).is_file():
+    """Encode the data set with the first stage's averaged weights; writes latents and folded autoencoder to `work`."""
+    if (work / CHECKPOINT).is_file():
         return work / CHECKPOINT
+    finished = (work / AUTOENCODER).is_file()  # a first stage that is not to change: it is folded already
     processes = 1 if device().type == "cuda" else None
     parallel.launch(_work, work, scene_count, icon_count, processes=processes)
     parts = [load_checkpoint(path) for path in sorted(work.glob("latents-part-*.pt"))]
@@ -44,17 +45,20 @@ def encode(work: Path, scene_count: int, icon_count: int) -> Path:
     latents = latents[order]
     mean, deviation = latents.mean(dim=(0, 2, 3)), latents.std(dim=(0, 2, 3))
     print(f"latents: {len(latents)} pictures, mean {mean.tolist()}, deviation {deviation.tolist()}", flush=True)
-    latents = (latents - mean[:, None, None]) / deviation[:, None, None]
+    if not finished:
+        latents = (latents - mean[:, None, None]) / deviation[:, None, None]
+        save_file(fold(_first_stage(work), mean, deviation), work / AUTOENCODER)
     drawn, pictograms = _pictures(scene_count, icon_count)
     tokens = _tokens(work, drawn, pictograms)
-    save_file(fold(_average(work), mean, deviation), work / AUTOENCODER)
     save_checkpoint(work / CHECKPOINT, {"latents": latents.half(), "tokens": tokens, "scenes": len(drawn)})
     for path in work.glob("latents-part-*.pt"):
         path.unlink()
     return work / CHECKPOINT
 
 
-def _average(work: Path) -> dict[str, Tensor]:
+def _first_stage(work: Path) -> dict[str, Tensor]:
+    if (work / AUTOENCODER).is_file():
+        return folded_autoencoder(work)
     checkpoint = load_checkpoint(work / "autoencoder.pt")
     if checkpoint is None:
         raise RuntimeError(f"{work / 'autoencoder.pt'} is not there: run `--stage autoencoder` first")
@@ -67,7 +71,7 @@ def _work(rank: int, work: Path, scene_count: int, icon_count: int) -> None:
     """One process's share of the pictures, written as one part."""
     count = parallel.world_size()
     model = AutoencoderKL(VAEConfig.from_dict(architecture.VAE))
-    model.load_state_dict(_average(work))
+    model.load_state_dict(_first_stage(work))
     model.to(device()).eval()
     sprites = icons.load_sprites(work / "npm")
     drawn, pictograms = _pictures(scene_count, icon_count)
