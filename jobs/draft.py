@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 from engine import SEED_LIMIT, WATERMARK_MIN_PIXELS, load_tokenizer
 from jobs.errors import UsageError
 from jobs.fields import Value
-from jobs.grid import Grid, class_fields
+from jobs.grid import Grid, class_fields, decode_class
 from jobs.manifest import Manifest, open_manifest
 from jobs.planned import FORMAT_VERSION, fingerprint
 from jobs.presets import ModelDefaults, ResolvedModel, resolve_model
@@ -90,7 +90,7 @@ class DraftPlan:
                 "rows": self.n_rows,
                 "rejected": self.rejects.count,
                 "parts": [asdict(part) for part in self.snapshot.parts],
-                "classes": [list(numbers) for numbers in self.grid.classes],
+                "classes": [decode_class(class_fields(self.grid.axes), numbers) for numbers in self.grid.classes],
                 "images": self.grid.images.tolist(),
             },
             "versions": {"python": platform.python_version(), **{name: _version(name) for name in _VERSIONED}},

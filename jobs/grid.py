@@ -19,7 +19,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from engine import SAMPLERS
-from jobs.errors import UsageError
+from jobs.errors import JobError, UsageError
 from jobs.fields import Value
 from jobs.sweep import Axis, count_combinations
 
@@ -62,6 +62,24 @@ def _encode(name: str, value: Value) -> int:
     if name == "sampler":
         return SAMPLERS.index(str(value))
     return int(float(value) > 1.0) if name == "guided" else int(value)
+
+
+def decode_class(fields: Sequence[str], numbers: RowClass) -> list[Value]:
+    """A class as it is stored: samplers by name, because their places may change from version to version."""
+    return [SAMPLERS[number] if name == "sampler" else number for name, number in zip(fields, numbers, strict=True)]
+
+
+def encode_class(fields: Sequence[str], values: Sequence[Value]) -> RowClass:
+    """The reverse of `decode_class`. Raises JobError for a sampler that this version lacks."""
+    for name, value in zip(fields, values, strict=True):
+        if name == "sampler" and value not in SAMPLERS:
+            raise JobError(
+                f"the plan has the sampler {value!r}, which this version lacks; use the version that made it"
+            )
+    return tuple(
+        SAMPLERS.index(str(value)) if name == "sampler" else int(value)
+        for name, value in zip(fields, values, strict=True)
+    )
 
 
 def images_per_row(table: pa.Table, defaults: Mapping[str, Value]) -> NDArray[np.int64]:

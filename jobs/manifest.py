@@ -17,6 +17,7 @@ from jobs import parquet_reader, readers
 from jobs.errors import UsageError
 from jobs.fields import FIELDS, nearest, shorten
 from jobs.readers import Layout, RowBatch
+from jobs.storage_errors import describe
 from jobs.urls import allowed_filesystem, display_url
 
 Format = Literal["txt", "csv", "tsv", "jsonl", "parquet"]
@@ -165,9 +166,8 @@ def _readable(name: str) -> Iterator[None]:
         raise UsageError(f"manifest {name} does not exist; check the path") from None
     except Exception as error:
         # every store's library has its own tree of exceptions for "cannot read"
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else _one_line(error)
         raise UsageError(
-            f"manifest {name} cannot be read ({type(error).__name__}: {reason}); check address, rights and credentials"
+            f"manifest {name} cannot be read ({describe(error)}); check address, rights and credentials"
         ) from error
 
 

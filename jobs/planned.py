@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from engine import GenerationRequest
 from jobs.errors import JobError
 from jobs.fields import Value
-from jobs.grid import Grid, Group, Place, class_fields
+from jobs.grid import Grid, Group, Place, class_fields, encode_class
 from jobs.presets import ResolvedModel
 from jobs.records import OWN_FIELDS, OWN_NAMES
 from jobs.snapshot import PartInfo, SnapshotReader
@@ -102,7 +102,7 @@ class Plan:
         self.n_rejected: int = manifest["rejected"]
         self.grid = Grid(
             axes=self.axes,
-            classes=tuple(tuple(numbers) for numbers in manifest["classes"]),
+            classes=tuple(encode_class(class_fields(self.axes), values) for values in manifest["classes"]),
             images=np.array(manifest["images"], dtype=np.int64).reshape(len(manifest["parts"]), -1),
             chunk_size=self.chunk_size,
         )

@@ -99,7 +99,13 @@ class SnapshotWriter:
     def _cut(self) -> None:
         table = pa.Table.from_batches(self._held, self._schema).combine_chunks()
         self._count(table)
-        pq.write_table(table, self.path(len(self.parts)), compression="zstd")
+        try:
+            pq.write_table(table, self.path(len(self.parts)), compression="zstd")
+        except OSError as error:
+            raise JobError(
+                f"the manifest cannot be spooled to {self._folder}: {error.strerror or error}; "
+                "set TMPDIR to a folder with more space"
+            ) from error
         self.parts.append(PartInfo(rows=len(table), digest=part_digest(table)))
         self._held, self._rows, self._bytes = [], 0, 0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import errno
 import json
 import shutil
 from pathlib import Path
@@ -15,6 +16,7 @@ from jobs import plan as plan_module
 from jobs import readers, snapshot
 from jobs.errors import JobError, OutputConflict, UsageError
 from jobs.plan import adopt, draft_plan, load_plan
+from jobs.planned import fingerprint
 from jobs.presets import list_presets
 from jobs.spec import resolve
 from jobs.storage import Storage
@@ -303,6 +305,29 @@ def test_a_damaged_plan_or_snapshot_is_refused(job, tmp_path):
         (out / "plan.json").write_text(damaged)
         with pytest.raises(JobError, match=r"plan\.json"):
             load_plan(Storage.open(spec.out))
+
+
+def test_samplers_are_stored_by_name_and_an_unknown_one_is_refused(job, tmp_path):
+    (tmp_path / "m.csv").write_text("prompt,sampler\na,plms\nb,ddim\n")
+    spec = job(prompts=[str(tmp_path / "m.csv")])
+    publish(spec)
+    path = tmp_path / "out/_job/plan.json"
+    document = json.loads(path.read_bytes())
+    assert {values[3] for values in document["manifest"]["classes"]} == {"ddim", "plms"}
+    document.pop("checksum")
+    document["manifest"]["classes"][0][3] = "newer"
+    path.write_text(json.dumps(document | {"checksum": fingerprint(document)}))
+    with pytest.raises(JobError, match="the sampler 'newer', which this version lacks"):
+        load_plan(Storage.open(spec.out))
+
+
+def test_a_full_disk_for_the_spool_is_one_line(job, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(snapshot.pq, "write_table", full)
+    with pytest.raises(JobError, match=r"spooled to .*: No space left on device; set TMPDIR"):
+        draft_plan(job())
 
 
 def test_an_output_without_a_plan_is_named(tmp_path):
