@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine.describe import ModelDescription, describe_model, load_tokenizer
+from engine.timesteps import check_steps
 from engine.types import (
     SAMPLERS,
+    SAMPLERS_WITH_ETA,
     SEED_LIMIT,
     WATERMARK_METHODS,
     WATERMARK_MIN_PIXELS,
@@ -39,6 +41,7 @@ _HEAVY = {
 __all__ = [
     "EMBEDDED_MODEL",
     "SAMPLERS",
+    "SAMPLERS_WITH_ETA",
     "SEED_LIMIT",
     "WATERMARK_METHODS",
     "WATERMARK_MIN_PIXELS",
@@ -49,6 +52,7 @@ __all__ = [
     "ModelDescription",
     "ModelSpec",
     "SafetyVerdict",
+    "check_steps",
     "describe_model",
     "embed_watermark",
     "load_tokenizer",

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from engine.types import EngineError
 
 Json = Mapping[str, Any]
 PredictionType = Literal["epsilon", "v_prediction", "sample"]
-TimestepSpacing = Literal["leading", "trailing", "linspace"]
+TimestepSpacing = Literal["leading", "trailing", "linspace", "original"]
 
 
 def _refuse_other_than(config: Json, part: str, allowed: Mapping[str, tuple[Any, ...]]) -> None:
@@ -190,7 +190,11 @@ class VAEConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SchedulerConfig:
-    """The folder's `scheduler/scheduler_config.json`, less its `_class_name`: the sampler is the user's choice."""
+    """The folder's `scheduler/scheduler_config.json`, less its `_class_name`: the sampler is the user's choice.
+
+    The last two belong to models distilled for few steps (arXiv:2310.04378). The spacing `original` is no folder's, but
+    that of the original command: it is asked for by `ModelSpec.timestep_spacing`.
+    """
 
     num_train_timesteps: int
     beta_start: float
@@ -204,18 +208,28 @@ class SchedulerConfig:
     set_alpha_to_one: bool
     clip_sample: bool
     clip_sample_range: float
+    original_inference_steps: int
+    timestep_scaling: float
 
     @classmethod
     def from_dict(cls, config: Json) -> SchedulerConfig:
-        """Parse a diffusers scheduler config. Raises EngineError for a switch that is not supported."""
+        """Parse a diffusers scheduler config. Raises EngineError for a switch that is not supported.
+
+        What only says how to sample (Karras sigmas, the solver's order) is not read: the sampler's name says that.
+        """
         _refuse_other_than(
             config,
             "scheduler",
             {
                 "thresholding": (False,),
                 "prediction_type": ("epsilon", "v_prediction", "sample"),
-                "timestep_spacing": ("leading", "trailing", "linspace"),
+                "timestep_spacing": get_args(TimestepSpacing),
                 "beta_schedule": ("linear", "scaled_linear", "squaredcos_cap_v2"),
+                "timestep_type": ("discrete",),
+                "interpolation_type": ("linear",),
+                "sigma_min": (None,),
+                "sigma_max": (None,),
+                "use_flow_sigmas": (False,),
             },
         )
         trained = config.get("trained_betas")
@@ -233,6 +247,8 @@ class SchedulerConfig:
             set_alpha_to_one=config.get("set_alpha_to_one", kind == "DDIMScheduler"),
             clip_sample=config.get("clip_sample", kind in ("DDIMScheduler", "DDPMScheduler")),
             clip_sample_range=config.get("clip_sample_range", 1.0),
+            original_inference_steps=config.get("original_inference_steps", 50),
+            timestep_scaling=config.get("timestep_scaling", 10.0),
         )
 
 

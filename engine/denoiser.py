@@ -8,8 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from engine.schedule import NoiseSchedule
-from engine.unet import UNet
+from engine.schedule import NoiseLevel, NoiseSchedule
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,44 +19,52 @@ class Prediction:
     data: Tensor
 
 
-Denoise = Callable[[Tensor, int], Prediction]
-"""`(latents (n, c, h, w) float32, timestep)` -> Prediction."""
+Denoise = Callable[[Tensor, NoiseLevel], Prediction]
+"""`(latents (n, c, h, w) float32 at that level, level)` -> Prediction."""
+
+
+PredictNoise = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""The U-Net as the loop sees it: `(latents, timesteps (n,), context)` -> its raw output, all in the U-Net's dtype."""
 
 
 class Denoiser:
     """The U-Net with its context, classifier-free guidance (arXiv:2207.12598, eq. 6) and parameterisation applied.
 
     `context` is `(n, l, d)`, or `(2 n, l, d)` with the negative half first where `guidance` is given: a scale per row,
-    `(n, 1, 1, 1) float32`. The U-Net runs in the context's dtype; latents and predictions stay float32.
+    `(n, 1, 1, 1) float32`. The U-Net runs in the context's dtype; latents and predictions stay float32. Where the
+    folder says `clip_sample`, the predicted data is clipped, whichever sampler asks; the noise is left as it is.
     """
 
-    def __init__(self, unet: UNet, schedule: NoiseSchedule, context: Tensor, guidance: Tensor | None) -> None:
+    def __init__(self, unet: PredictNoise, schedule: NoiseSchedule, context: Tensor, guidance: Tensor | None) -> None:
         self._unet = unet
-        self._schedule = schedule
+        self._config = schedule.config
         self._context = context
         self._guidance = guidance
 
-    def __call__(self, latents: Tensor, timestep: int) -> Prediction:
-        return self._to_prediction(self._run_unet(latents, timestep), latents, timestep)
+    def __call__(self, latents: Tensor, level: NoiseLevel) -> Prediction:
+        prediction = self._to_prediction(self._run_unet(latents, level.timestep), latents, level)
+        if not self._config.clip_sample:
+            return prediction
+        limit = self._config.clip_sample_range
+        return Prediction(prediction.noise, prediction.data.clamp(-limit, limit))
 
-    def _run_unet(self, latents: Tensor, timestep: int) -> Tensor:
+    def _run_unet(self, latents: Tensor, timestep: float) -> Tensor:
         inputs = latents.to(self._context.dtype)
         if self._guidance is not None:
             inputs = torch.cat([inputs, inputs])
-        timesteps = torch.full((len(inputs),), timestep, device=inputs.device)
+        timesteps = torch.full((len(inputs),), float(timestep), device=inputs.device)
         output: Tensor = self._unet(inputs, timesteps, self._context).float()
         if self._guidance is None:
             return output
         negative, positive = output.chunk(2)
         return negative + self._guidance * (positive - negative)
 
-    def _to_prediction(self, output: Tensor, latents: Tensor, timestep: int) -> Prediction:
+    def _to_prediction(self, output: Tensor, latents: Tensor, level: NoiseLevel) -> Prediction:
         """Convert from what the model was trained to predict: noise, velocity (arXiv:2202.00512, app. D) or data."""
-        power = self._schedule.alpha_cumprod(timestep)
-        signal, sigma = power**0.5, (1 - power) ** 0.5
-        kind = self._schedule.config.prediction_type
+        signal, noise = level.signal, level.noise
+        kind = self._config.prediction_type
         if kind == "epsilon":
-            return Prediction(output, (latents - sigma * output) / signal)
+            return Prediction(output, (latents - noise * output) / signal)
         if kind == "v_prediction":
-            return Prediction(signal * output + sigma * latents, signal * latents - sigma * output)
-        return Prediction((latents - signal * output) / sigma, output)
+            return Prediction(signal * output + noise * latents, signal * latents - noise * output)
+        return Prediction((latents - signal * output) / noise, output)

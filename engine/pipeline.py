@@ -20,7 +20,9 @@ from engine.safety import SafetyChecker, load_safety_checker
 from engine.samplers import SAMPLER_FUNCTIONS
 from engine.schedule import NoiseSchedule
 from engine.text import TextEncoder
+from engine.timesteps import check_steps
 from engine.types import (
+    SAMPLERS_WITH_ETA,
     SEED_LIMIT,
     EngineError,
     GenerationRequest,
@@ -126,10 +128,10 @@ class Engine:
             return f"seed {request.seed} is outside 0..{SEED_LIMIT - 1}"
         if request.sampler not in SAMPLER_FUNCTIONS:
             return f"sampler {request.sampler!r} is not one of {', '.join(SAMPLER_FUNCTIONS)}"
-        if request.sampler == "plms" and request.eta != 0:
-            return f"eta is {request.eta}; it must be 0 for PLMS"
+        if request.eta != 0 and request.sampler not in SAMPLERS_WITH_ETA:
+            return f"eta is {request.eta}; it must be 0 for {request.sampler}: it is {', '.join(SAMPLERS_WITH_ETA)}'s"
         try:
-            self._schedule.steps(request.num_inference_steps)
+            check_steps(request.sampler, self._schedule.config, request.num_inference_steps)
             self._models.text.count_tokens(request.prompt)
             self._models.text.count_tokens(request.negative_prompt)
         except (ValueError, TypeError, OverflowError) as error:

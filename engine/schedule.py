@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -10,7 +12,39 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from engine.config import SchedulerConfig
-from engine.types import EngineError
+from engine.timesteps import whole_timesteps
+
+LEAST_POWER = 2.0**-24
+"""What stands for a signal power of 0 (a schedule rescaled to zero terminal SNR) where one must divide by it."""
+
+
+@dataclass(frozen=True, slots=True)
+class NoiseLevel:
+    """One point of the forward process: the timestep that the network is told, and the signal power in the latents.
+
+    Latents at a level are `signal * data + noise * (standard-normal noise)`: their variance is preserved. The timestep
+    may lie between those of the training.
+    """
+
+    timestep: float
+    power: float
+
+    @classmethod
+    def from_sigma(cls, timestep: float, sigma: float) -> NoiseLevel:
+        return cls(timestep, 1 / (1 + sigma**2))
+
+    @property
+    def signal(self) -> float:
+        return math.sqrt(self.power)
+
+    @property
+    def noise(self) -> float:
+        return math.sqrt(1 - self.power)
+
+    @property
+    def sigma(self) -> float:
+        """Noise over signal: the standard deviation of the noise where the data keeps its scale (arXiv:2206.00364)."""
+        return math.sqrt((1 - self.power) / self.power)
 
 
 class NoiseSchedule:
@@ -21,9 +55,16 @@ class NoiseSchedule:
         self.alphas_cumprod = torch.cumprod(1.0 - _betas(config), dim=0)
         self._final = 1.0 if config.set_alpha_to_one else float(self.alphas_cumprod[0])
 
-    def alpha_cumprod(self, timestep: int) -> float:
-        """Signal power at `timestep`; below 0 lies the data itself."""
-        return float(self.alphas_cumprod[timestep]) if timestep >= 0 else self._final
+    def level(self, timestep: int, *, least: float = 0.0) -> NoiseLevel:
+        """The level at a timestep of the training; below 0 lies what the folder takes for the data itself."""
+        power = float(self.alphas_cumprod[timestep]) if timestep >= 0 else self._final
+        return NoiseLevel(timestep, max(power, least))
+
+    @property
+    def sigmas(self) -> NDArray[np.float64]:
+        """`(T,)` ascending: noise over signal at each timestep, finite everywhere."""
+        power = np.maximum(self.alphas_cumprod.numpy().astype(np.float64), LEAST_POWER)
+        return np.sqrt((1 - power) / power)
 
     def add_noise(self, data: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """The forward process in closed form (arXiv:2006.11239, eq. 4), for `timesteps (n,)`."""
@@ -31,30 +72,17 @@ class NoiseSchedule:
         return signal.sqrt() * data + (1 - signal).sqrt() * noise
 
     def steps(self, num_inference_steps: int) -> list[tuple[int, int]]:
-        """Pairs (timestep, next lower timestep), descending; the last pair ends below or at 0.
+        """Pairs (timestep, next lower timestep), descending, for samplers that visit timesteps of the training.
 
-        The spacings are those of arXiv:2305.08891, table 2, rounded as diffusers rounds them; the stride to the lower
-        timestep is T // S, as there. Raises EngineError where a timestep falls outside the schedule.
+        As in diffusers, the stride to the lower timestep is T // S: where that does not divide (trailing, linspace), a
+        step ends a little above the next timestep. By `original` spacing a step ends at the next timestep, the last one
+        at 0. Raises EngineError that names the nearest number that works.
         """
-        total = self.config.num_train_timesteps
-        if not 1 <= num_inference_steps <= total:
-            raise EngineError(f"num_inference_steps is {num_inference_steps}; this model takes 1 to {total}")
-        stride = total // num_inference_steps
-        spacing = self.config.timestep_spacing
-        if spacing == "leading":
-            timesteps: NDArray[np.float64] = (
-                np.arange(num_inference_steps, dtype=np.float64)[::-1] * stride + self.config.steps_offset
-            )
-        elif spacing == "trailing":
-            timesteps = np.round(np.arange(total, 0, -total / num_inference_steps))[:num_inference_steps] - 1
-        else:
-            timesteps = np.round(np.linspace(0, total - 1, num_inference_steps))[::-1]
-        if timesteps[0] >= total:
-            raise EngineError(
-                f"num_inference_steps is {num_inference_steps}, which starts at timestep {int(timesteps[0])} "
-                f"of {total} with an offset of {self.config.steps_offset}; take {num_inference_steps - 1} or fewer"
-            )
-        return [(int(timestep), int(timestep) - stride) for timestep in timesteps]
+        timesteps = [int(timestep) for timestep in whole_timesteps(self.config, num_inference_steps)]
+        if self.config.timestep_spacing == "original":
+            return list(pairwise([*timesteps, 0]))
+        stride = self.config.num_train_timesteps // num_inference_steps
+        return [(timestep, timestep - stride) for timestep in timesteps]
 
 
 def _betas(config: SchedulerConfig) -> Tensor:

@@ -16,8 +16,22 @@ SEED_LIMIT = 2**32
 """torch's CPU generator ignores the bits above the 32nd, so larger seeds would silently collide."""
 
 
-SAMPLERS = ("ddim", "plms")
-"""Names that `GenerationRequest.sampler` takes. PLMS is deterministic: it takes no eta but 0."""
+SAMPLERS = (
+    "ddim",
+    "plms",
+    "euler",
+    "euler_a",
+    "heun",
+    "dpmpp_2m",
+    "dpmpp_2m_karras",
+    "dpmpp_2m_sde",
+    "dpmpp_2m_sde_karras",
+    "lcm",
+)
+"""Names that `GenerationRequest.sampler` takes. `lcm` is for models distilled for it, the others for any."""
+
+SAMPLERS_WITH_ETA = ("ddim",)
+"""Samplers whose noise eta scales. The others take no eta but 0: their noise, if any, is part of the algorithm."""
 
 SAFETY_CHECKERS = ("auto", "open-nsfw", "clip-concepts", "none")
 """What `ModelSpec.safety` takes."""
@@ -91,12 +105,20 @@ class GenerationResult:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelSpec:
-    """What to load: a diffusers folder, and the checker that goes with it.
+    """What to load, and the checker that goes with it.
 
+    `model` is a diffusers folder, an original `.safetensors` or `.ckpt` file, or a hub id at a `revision`. A single
+    file holds no vocabulary: `tokenizer` names a folder or hub id (default: the one its family was trained with).
+    Nor does it tell its schedule: `prediction_type` and `timestep_spacing` do, where it is not the usual one. The
+    spacing (`leading`, `trailing`, `linspace`; `original`: the original command's) replaces a folder's own, too.
     `safety` is `auto` (the folder's own `safety_checker/` if it has one, else open-nsfw), `open-nsfw`,
     `clip-concepts` or `none`. `safety_threshold` is the open-nsfw score from which a picture is flagged.
     """
 
     model: str
+    revision: str | None = None
+    tokenizer: str | None = None
+    prediction_type: str | None = None
+    timestep_spacing: str | None = None
     safety: str = "auto"
     safety_threshold: float = 0.8

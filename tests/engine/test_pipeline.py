@@ -156,7 +156,7 @@ def test_no_guidance_skips_the_negative_pass(engine, monkeypatch):
         ({"width": 65}, "not a multiple of 8"),
         ({"seed": 2**32}, "outside 0..4294967295"),
         ({"sampler": "ancient"}, "'ancient' is not one of ddim, plms"),
-        ({"sampler": "plms", "eta": 0.5}, "must be 0 for PLMS"),
+        ({"sampler": "plms", "eta": 0.5}, "must be 0 for plms"),
         ({"num_inference_steps": 1001}, "takes 1 to 1000"),
         ({"prompt": "a lone \ud800 surrogate"}, "Error"),
     ],
