@@ -85,6 +85,16 @@ def load_publication(job: Job) -> Publication | None:
     return publication if publication.plan_hash == job.plan.plan_hash else None
 
 
+def standing_publication(job: Job) -> Publication | None:
+    """The publication if it stands as it was made, all its parts present; None if there is anything left to do."""
+    publication = load_publication(job)
+    if publication is None:
+        return None
+    sizes = dict(job.storage.list("dataset"))
+    whole = all(sizes.get(part.path) == part.bytes for part in publication.parts)
+    return publication if whole else None
+
+
 def publish(
     job: Job, *, rows_per_part: int = ROWS_PER_PART, on_rows: Callable[[int], None] | None = None
 ) -> Publication:
@@ -93,9 +103,9 @@ def publish(
     Call it when every chunk is committed. A dataset that is published already is left alone. Raises JobError if a
     record or a referenced picture is missing.
     """
-    published = load_publication(job)
-    if published is not None and _parts_present(job, published):
-        return published
+    standing = standing_publication(job)
+    if standing is not None:
+        return standing
     tally = _Tally()
     parts = []
     for number, table in enumerate(merged_tables(job, _fetch_present(job), rows_per_part)):
@@ -227,11 +237,6 @@ def _fetch_present(job: Job) -> Fetch:
         return record
 
     return fetch
-
-
-def _parts_present(job: Job, publication: Publication) -> bool:
-    sizes = dict(job.storage.list("dataset"))
-    return all(sizes.get(part.path) == part.bytes for part in publication.parts)
 
 
 def _ordinals(table: pa.Table) -> NDArray[np.int64]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import signal
 import threading
 import time
@@ -18,13 +19,15 @@ from jobs.errors import JobError
 from jobs.executors.base import Executor
 from jobs.job import Job, open_job
 from jobs.plan import Plan, adopt, draft_plan
-from jobs.publish import Publication, load_publication, publish
+from jobs.publish import Publication, publish, standing_publication
 from jobs.spec import JobSpec
 from jobs.storage import Storage
 from jobs.worker import EngineFactory, Receipt, load_engine
 
 PASSES_WITHOUT_PROGRESS = 3
 """Passes over the open chunks that may end without one new commit before the job gives up."""
+
+RESUME = "run the same command again: it resumes"
 
 Phase = Literal["planning", "starting", "generating", "publishing", "done"]
 
@@ -77,7 +80,7 @@ def run_job(
     started = time.monotonic()
     job = _adopt(spec)
     tracker = _Tracker(job.plan, on_progress)
-    publication = load_publication(job)
+    publication = standing_publication(job)
     where = "nothing to do"
     if publication is None:
         try:
@@ -176,7 +179,6 @@ class _Tracker:
         self._marks: deque[tuple[float, int]] = deque(maxlen=32)
         self.counts = {"ok": 0, "flagged": 0, "failed": 0}
         self.generated = 0
-        self.seconds_generating = 0.0
         self.last_error: str | None = None
         self.show("planning")
 
@@ -184,6 +186,7 @@ class _Tracker:
         self._executor = executor
         self._done = committed.copy()
         self._samples_done = self._plan.samples_in_chunks(committed)
+        self._marks.clear()
         self._marks.append((time.monotonic(), 0))
         self.show("starting")
 
@@ -191,6 +194,8 @@ class _Tracker:
         samples = receipt.ok + receipt.flagged + receipt.failed
         if receipt.outcome in {"committed", "lost"}:
             self.generated += samples
+            if len(self._marks) == 1:  # loading the model does not belong to the rate
+                self._marks[0] = (time.monotonic() - receipt.generate_seconds - receipt.finish_seconds, 0)
             self._marks.append((time.monotonic(), samples))
         if receipt.done and not self._done[receipt.chunk]:
             self._done[receipt.chunk] = True
@@ -239,7 +244,5 @@ def _summary(
         generated=tracker.generated,
         seconds=seconds,
         images_per_second=tracker.generated / seconds if seconds > 0 else 0.0,
-        next_command=f"latentmill report {out}"
-        if publication is not None
-        else "run the same command again: it resumes",
+        next_command=RESUME if publication is None else f"latentmill report {shlex.quote(out)}",
     )

@@ -10,7 +10,7 @@ import numpy as np
 
 from jobs.errors import JobError
 from jobs.job import open_job
-from jobs.publish import load_publication
+from jobs.publish import standing_publication
 from jobs.records import STATUSES
 
 
@@ -50,7 +50,7 @@ def status(out_url: str, *, deep: bool = False) -> StatusReport:
     open_job.cache_clear()
     job = open_job(out_url)
     committed = job.ledger.committed()
-    publication = load_publication(job)
+    publication = standing_publication(job)
     counts = None if publication is None else publication.counts
     if deep and counts is None:
         counts = dict.fromkeys(STATUSES, 0)

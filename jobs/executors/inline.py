@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from engine import EngineError
+from jobs.errors import JobError
 from jobs.storage_errors import StorageError
 from jobs.worker import ChunkGenerator, EngineFactory, GeneratedChunk, Receipt, finish_chunk, load_engine
 
@@ -24,7 +25,10 @@ class InlineExecutor:
     def run(self, out_url: str, chunks: Sequence[int]) -> Iterator[Receipt]:
         """Run the chunks in order. Leaving the iterator in any way waits for the writes under way."""
         if self._generator is None:
-            self._generator = ChunkGenerator(out_url, device=self._device, engine_factory=self._engine_factory)
+            try:
+                self._generator = ChunkGenerator(out_url, device=self._device, engine_factory=self._engine_factory)
+            except EngineError as error:
+                raise JobError(str(error)) from error
         in_flight: deque[Future[Receipt]] = deque()
         with ThreadPoolExecutor(_FINISHERS, thread_name_prefix="finish") as pool:
             for chunk in chunks:

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import itertools
+import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 
-from engine import GenerationRequest, GenerationResult
+from engine import EngineError, GenerationRequest, GenerationResult
 from jobs.errors import JobError, OutputConflict, UsageError
 from jobs.executors.inline import InlineExecutor
 from jobs.job import open_job
 from jobs.plan import Plan
 from jobs.runner import Progress, run_job
 from jobs.status import status
+from jobs.storage import _Local
 from jobs.verify import verify
 from tests.jobs.driver import job_spec, read_dataset, run
 from tests.jobs.fakes import FakeEngine, fake_engine
@@ -135,3 +137,53 @@ def test_the_executor_asks_the_ledger_before_it_generates(manifest: Manifest, ti
     receipts = list(InlineExecutor(engine_factory=recorder).run(out, [0, 1, 2]))
     assert [(receipt.outcome, receipt.ok) for receipt in receipts] == [("already", 2)] * 3
     assert [engine.generated for engine in recorder.engines] == [0]
+
+
+def test_a_full_disk_ends_in_one_line_and_is_resumed(
+    manifest: Manifest, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = job_spec(tiny_model, manifest(6), tmp_path / "out")
+    place, calls = _Local._place, itertools.count()
+
+    def full(self: _Local, path: str, data: bytes, publish: Callable[..., object]) -> None:
+        if path.startswith("images/") and next(calls) >= 3:
+            raise OSError(28, "No space left on device")
+        place(self, path, data, publish)
+
+    monkeypatch.setattr(_Local, "_place", full)
+    with pytest.raises(JobError, match=r"2 chunks are still open.*No space left on device; free some space") as caught:
+        run(spec)
+    assert "\n" not in str(caught.value)
+    monkeypatch.undo()
+    summary = run(spec)
+    assert (summary.exit_code, summary.generated) == (0, 4)
+    assert verify(str(tmp_path / "out")).defects == ()
+
+
+def test_a_job_in_memory(manifest: Manifest, tiny_model: Path) -> None:
+    out = f"memory://{secrets.token_hex(6)}"
+    assert run(job_spec(tiny_model, manifest(3), out)).exit_code == 0
+    assert verify(out).defects == ()
+
+
+def test_a_published_dataset_whose_records_and_parts_were_lost_is_made_whole(
+    manifest: Manifest, tiny_model: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    spec = job_spec(tiny_model, manifest(6), out)
+    run(spec)
+    whole = read_dataset(str(out))
+    for path in [*(out / "dataset").glob("part-*"), *(out / "ledger").rglob("00000001.parquet")]:
+        path.unlink()
+    summary = run(spec)
+    assert (summary.exit_code, summary.generated) == (0, 2)
+    assert read_dataset(str(out)) == whole
+    assert verify(str(out)).defects == ()
+
+
+def test_a_model_that_cannot_be_loaded_is_one_line(manifest: Manifest, tiny_model: Path, tmp_path: Path) -> None:
+    def broken(plan: Plan, device: str) -> FakeEngine:
+        raise EngineError("unet/diffusion_pytorch_model.safetensors: key conv_in.weight is missing; fetch it again")
+
+    with pytest.raises(JobError, match=r"conv_in\.weight is missing"):
+        run(job_spec(tiny_model, manifest(2), tmp_path / "out"), engine_factory=broken)
