@@ -59,7 +59,7 @@ class Layout:
 
 
 def read_lines(stream: IO[bytes]) -> Iterator[list[str | None]]:
-    """Lines without their ends, by the block; None stands for a line over the limit, whose bytes were dropped.
+    """Lines without their newlines, by the block; None stands for a line over the limit, whose bytes were dropped.
 
     Bytes that are not UTF-8 become lone surrogates, which no prompt may hold.
     """
@@ -90,7 +90,7 @@ def read_lines(stream: IO[bytes]) -> Iterator[list[str | None]]:
 def _decode(line: bytes) -> str | None:
     if len(line) > MAX_ROW_BYTES:
         return None
-    return line.removesuffix(b"\r").decode("utf-8", "surrogateescape")
+    return line.decode("utf-8", "surrogateescape")
 
 
 _TOO_LONG = f"the line has more than {MAX_ROW_BYTES:,} bytes; shorten it"
@@ -104,7 +104,7 @@ def read_text(opener: Opener) -> Iterator[RowBatch]:
             kept = [index for index, line in enumerate(lines) if line is None or line.strip()]
             numbers = np.array(kept, dtype=np.int64) + start
             start += len(lines)
-            prompts = [lines[index] for index in kept]
+            prompts = [line if line is None else line.removesuffix("\r") for line in map(lines.__getitem__, kept)]
             faults = {index: _TOO_LONG for index, prompt in enumerate(prompts) if prompt is None}
             yield RowBatch(lines=numbers, columns={"prompt": prompts}, faults=faults)
 

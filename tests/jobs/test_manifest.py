@@ -150,6 +150,13 @@ def test_bad_lines_of_json_and_csv_are_bad_rows_only(tmp_path):
     assert columns["prompt"][3] == "d"
 
 
+def test_windows_line_ends_are_no_data_but_stay_inside_quotes(tmp_path):
+    (tmp_path / "m.csv").write_bytes(b'prompt,tag\r\na,"x\r\ny"\r\nb,z\r\n')
+    (tmp_path / "n.jsonl").write_bytes(b'{"prompt":"c","tag":"w"}\r\n\r\n')
+    _, _, columns, faults = read(tmp_path / "m.csv", tmp_path / "n.jsonl")
+    assert (columns["prompt"], columns["tag"], faults) == (["a", "b", "c"], ["x\r\ny", "z", "w"], {})
+
+
 def test_an_unclosed_quote_costs_rows_but_no_memory_and_is_said(tmp_path):
     (tmp_path / "m.csv").write_text('prompt\nfine\n"never closed\n' + "x" * 1000 + "\n" * 3 + ("y" * 1000 + "\n") * 200)
     _, _, columns, faults = read(tmp_path / "m.csv")

@@ -6,6 +6,8 @@ import datetime
 import errno
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pyarrow as pa
@@ -180,6 +182,29 @@ def test_the_same_rows_from_elsewhere_are_the_same_plan(job, tmp_path, monkeypat
     monkeypatch.setattr(readers, "BLOCK_BYTES", 100)
     hashes.add(hash_of(job(prompts=[str(tmp_path / "m.jsonl")])))
     assert len(hashes) == 1
+
+
+PEAK = """
+import re, sys
+from pathlib import Path
+from jobs.plan import draft_plan
+from jobs.spec import resolve
+with draft_plan(resolve(None, {"prompts": [sys.argv[1]], "model": sys.argv[2], "sweep": ["seed=0:1000"]})) as draft:
+    peak = int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) // 1024
+    print(draft.grid.n_samples, peak)
+"""
+
+
+def test_memory_does_not_grow_with_the_manifest(tmp_path, tiny_model):
+    peaks = []
+    for rows in (100_000, 700_000):
+        path = tmp_path / f"{rows}.txt"
+        path.write_text("".join(f"a picture of the thing number {number}, oil on canvas\n" for number in range(rows)))
+        command = [sys.executable, "-c", PEAK, str(path), str(tiny_model)]
+        samples, peak = map(int, subprocess.run(command, capture_output=True, check=True).stdout.split())
+        assert samples == rows * 1000
+        peaks.append(peak)
+    assert peaks[1] - peaks[0] < 25  # 600,000 more rows are 30 MB of text alone
 
 
 def test_parts_are_cut_by_bytes_too(job, tmp_path, monkeypatch):
