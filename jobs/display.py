@@ -15,12 +15,14 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, Self, TextIO
 
 from rich import box
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.panel import Panel
-from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn
+from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as RichBar
 from rich.table import Table
 from rich.text import Text
+
+from jobs.errors import JobError
 
 if TYPE_CHECKING:
     from jobs.runner import Progress  # it brings pyarrow; `--help` must not wait for that
@@ -124,7 +126,7 @@ def progress_view() -> Iterator[ProgressView]:
 
     It writes to a descriptor of its own, so that it goes on while the executor holds back what libraries write.
     """
-    with os.fdopen(os.dup(sys.stderr.fileno()), "w", buffering=1, errors="backslashreplace") as stream:
+    with os.fdopen(os.dup(2), "w", buffering=1, errors="backslashreplace") as stream:
         view: ProgressView = BarView(Console(file=stream)) if stream.isatty() else LineView(stream)
         with view:
             yield view
@@ -132,13 +134,15 @@ def progress_view() -> Iterator[ProgressView]:
 
 @contextmanager
 def held_back_stderr() -> Iterator[None]:
-    """Within, whatever writes to standard error, C++ too, writes to a file; after an exception it is shown after all."""
+    """Within, nothing reaches standard error, C++ included; it is shown after all when an exception is not ours."""
     sys.stderr.flush()
     real = os.dup(2)
     with tempfile.TemporaryFile() as held:
         os.dup2(held.fileno(), 2)
         try:
             yield
+        except JobError:
+            raise
         except BaseException:
             sys.stderr.flush()
             held.seek(0)
@@ -149,20 +153,30 @@ def held_back_stderr() -> Iterator[None]:
             os.close(real)
 
 
+class _BarWithDetail(RichBar):
+    detail = ""
+
+    def get_renderables(self) -> Iterator[RenderableType]:
+        """The bar, then the detail."""
+        yield self.make_tasks_table(self.tasks)
+        yield Text(f"  {self.detail}", style="dim", no_wrap=True, overflow="ellipsis")
+
+
 class BarView:
-    """A bar that moves, with rate, time left, flagged, failed and actors."""
+    """A bar that moves, and below it rate, time left, flagged, failed and actors: two lines fit any terminal."""
 
     def __init__(self, console: Console) -> None:
-        self._bar = RichBar(
+        self._bar = _BarWithDetail(
             SpinnerColumn(),
             TextColumn("{task.description}", markup=False),
-            BarColumn(bar_width=24),
+            BarColumn(bar_width=None),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[detail]}", markup=False),
+            TimeElapsedColumn(),
             console=console,
+            expand=True,
             refresh_per_second=4,
         )
-        self._task = self._bar.add_task("planning", total=None, detail="")
+        self._task = self._bar.add_task("planning", total=None)
 
     def __enter__(self) -> Self:
         self._bar.start()
@@ -175,13 +189,8 @@ class BarView:
 
     def update(self, progress: Progress) -> None:
         """Draw this state."""
-        self._bar.update(
-            self._task,
-            description=progress.phase,
-            completed=progress.done,
-            total=progress.total,
-            detail=progress_detail(progress),
-        )
+        self._bar.detail = progress_detail(progress)
+        self._bar.update(self._task, description=progress.phase, completed=progress.done, total=progress.total)
 
     def note(self, text: str) -> None:
         """One line above the bar."""

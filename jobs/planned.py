@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, cast
@@ -141,6 +141,12 @@ class Plan:
             if chosen[group.first_chunk + group.n_chunks - 1]:
                 total -= group.n_chunks * self.chunk_size - group.n_samples
         return total
+
+    def images_per_row(self) -> Iterator[int]:
+        """For each valid row, in order, how many images it asks for with every combination of the axes."""
+        for part in range(len(self.grid.images)):
+            _, rows = self._snapshot.part(part)
+            yield from rows.images.tolist()
 
     def samples_of_chunk(self, chunk: int) -> list[PlannedSample]:
         """The chunk's samples in order of execution, all of one loop key. Reads only the parts that they come from."""

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import io
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import numpy as np
 import pyarrow.parquet as pq
 
 from engine.types import Pixels
@@ -26,10 +25,7 @@ _GRID_ROWS = 8
 _PLAIN_COLUMNS, _PLAIN_ROWS = 6, 5
 _PLAIN_CAPTION = 2
 _TEXT_LIMIT = 400
-_FIELDS = (
-    "sample_id", "row_id", "prompt", "negative_prompt", "seed", "width", "height", "num_inference_steps",
-    "guidance_scale", "sampler", "eta", "status", "error", "nsfw_score", "image",
-)  # fmt: skip
+_FIELDS = ["sample_id", "prompt", "seed", "status", "error", "nsfw_score", "image"]
 _NAMES = {"guidance_scale": "guidance", "num_inference_steps": "steps", "negative_prompt": "negative"}
 
 
@@ -65,7 +61,7 @@ def report(
             f"{job.storage.url} has no published dataset yet; finish it with the same `latentmill run` command, "
             f"`latentmill status {job.storage.url}` shows how far it is"
         )
-    sheets = plan_sheets(_rows(job, publication), job.plan.axes, max_sheets)
+    sheets = plan_sheets(_rows(job, publication), job.plan.images_per_row(), job.plan.axes, max_sheets)
     paths = tuple(f"{REPORT_PREFIX}/sheet-{number:04d}.png" for number in range(1, len(sheets) + 1))
     for number, (path, sheet) in enumerate(zip(paths, sheets, strict=True), start=1):
         buffer = io.BytesIO()
@@ -79,19 +75,21 @@ def report(
     return ReportSummary(out=job.storage.url, sheets=paths, samples_shown=shown, samples=publication.rows)
 
 
-def plan_sheets(rows: Iterator[Mapping[str, Any]], axes: tuple[Axis, ...], max_sheets: int) -> list[Sheet]:
+def plan_sheets(
+    rows: Iterator[Mapping[str, Any]], images_per_row: Iterator[int], axes: tuple[Axis, ...], max_sheets: int
+) -> list[Sheet]:
     """At most `max_sheets` pages with their cells, from published rows in order of sample_id.
 
     No axis: prompts side by side. One: a line for each prompt, its values as columns. Two or more: a page for each
     prompt, the last axis as columns, the one before as rows, the others in the title.
     """
-    varying = tuple(axis for axis in axes if len(axis.values) > 1)
+    varying = [axis for axis in axes if len(axis.values) > 1]
     if not varying:
         return _plain_sheets(rows, max_sheets)
     book = _Book(max_sheets=max_sheets)
     place = _place_in_line if len(varying) == 1 else _place_on_page
     turned_away = False
-    for located in _locate(rows, varying):
+    for located in _locate(rows, images_per_row, varying):
         if located.first_of_row and turned_away:
             break
         turned_away = not place(book, located, varying) or turned_away
@@ -130,42 +128,24 @@ class _Book:
         return self.sheets.get(key)
 
 
-def _locate(rows: Iterator[Mapping[str, Any]], axes: tuple[Axis, ...]) -> Iterator[_Located]:
-    """Finds each row's place among the axes by its values; images of one combination follow each other."""
-    lookup = [{_comparable(axis.name, value): digit for digit, value in enumerate(axis.values)} for axis in axes]
-    names = {axis.name for axis in axes}
-    before: tuple[Any, ...] | None = None
-    digits_before: tuple[int, ...] | None = None
-    prompt_number = image_number = -1
-    for row in rows:
-        same = tuple(row[name] for name in ("row_id", "prompt", "negative_prompt") if name not in names)
-        digits = _digits(row, axes, lookup)
-        first = same != before or (digits_before is not None and digits < digits_before)
-        prompt_number += first
-        image_number = 0 if first or digits != digits_before else image_number + 1
-        before, digits_before = same, digits
-        yield _Located(
-            row=row, prompt_number=prompt_number, digits=digits, image_number=image_number, first_of_row=first
-        )
+def _locate(
+    rows: Iterator[Mapping[str, Any]], images_per_row: Iterator[int], axes: Sequence[Axis]
+) -> Iterator[_Located]:
+    """Where each row belongs follows from its number alone: prompts, then the axes, the last fastest, then images."""
+    for prompt_number, images in enumerate(images_per_row):
+        combinations = itertools.product(*(range(len(axis.values)) for axis in axes))
+        places = ((digits, image) for digits in combinations for image in range(images))
+        for number, (digits, image) in enumerate(places):
+            yield _Located(
+                row=next(rows),
+                prompt_number=prompt_number,
+                digits=digits,
+                image_number=image,
+                first_of_row=number == 0,
+            )
 
 
-def _digits(row: Mapping[str, Any], axes: tuple[Axis, ...], lookup: list[dict[Any, int]]) -> tuple[int, ...]:
-    """The places of the row's values. A seed may lie past its axis value: num_images counts on from there."""
-    digits = []
-    for axis, places in zip(axes, lookup, strict=True):
-        value = row[axis.name]
-        if value not in places and axis.name == "seed":
-            value = max((known for known in places if known <= value), default=min(places))
-        digits.append(places[value])
-    return tuple(digits)
-
-
-def _comparable(name: str, value: Any) -> Any:
-    """The value as it comes back from the dataset, whose fractions are 32 bits wide."""
-    return float(np.float32(value)) if name in {"guidance_scale", "eta"} else value
-
-
-def _place_in_line(book: _Book, located: _Located, axes: tuple[Axis, ...]) -> bool:
+def _place_in_line(book: _Book, located: _Located, axes: Sequence[Axis]) -> bool:
     """One axis: the sample goes into its prompt's line; long axes go on on further pages."""
     (axis,) = axes
     line = book.line((located.prompt_number, located.image_number))
@@ -182,7 +162,7 @@ def _place_in_line(book: _Book, located: _Located, axes: tuple[Axis, ...]) -> bo
     return sheet is not None
 
 
-def _place_on_page(book: _Book, located: _Located, axes: tuple[Axis, ...]) -> bool:
+def _place_on_page(book: _Book, located: _Located, axes: Sequence[Axis]) -> bool:
     """Two axes or more: the sample goes onto a page of its prompt and its values of the outer axes."""
     *outer, down, across = axes
     *outer_digits, digit_down, digit_across = located.digits
@@ -223,7 +203,7 @@ def _plain_sheets(rows: Iterator[Mapping[str, Any]], max_sheets: int) -> list[Sh
     return sheets
 
 
-def _cell(row: Mapping[str, Any], axes: tuple[Axis, ...], caption: tuple[str, ...] = ()) -> Cell:
+def _cell(row: Mapping[str, Any], axes: Sequence[Axis], caption: tuple[str, ...] = ()) -> Cell:
     """Only a picture that passed the safety check is shown, whatever became of the flagged ones."""
     number = int(row["sample_id"])
     seed = "" if any(axis.name == "seed" for axis in axes) else f", seed {row['seed']}"
@@ -254,7 +234,7 @@ def _rows(job: Job, publication: Publication) -> Iterator[dict[str, Any]]:
     """The published rows in order of sample_id, a few thousand in memory at a time."""
     for part in publication.parts:
         with job.storage.open_input(part.path) as file, pq.ParquetFile(file) as parquet:
-            for batch in parquet.iter_batches(batch_size=2048, columns=list(_FIELDS)):
+            for batch in parquet.iter_batches(batch_size=2048, columns=_FIELDS):
                 yield from batch.to_pylist()
 
 

@@ -167,12 +167,13 @@ def _connect(address: str | None) -> _Connection:
         return _Connection(where="the session of this process", owned=False, folder=None)
     address = address or os.environ.get("RAY_ADDRESS")
     if address and address != "local":
-        try:
-            with held_back_stderr():
+        with held_back_stderr():
+            try:
                 ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-        except (ConnectionError, RuntimeError, ValueError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise UsageError(f"no Ray cluster answers at {display_url(address)}: {reason}; check --address") from error
+            except (ConnectionError, RuntimeError, ValueError) as error:
+                reason = " ".join(str(error).split())[:200]
+                where = display_url(address)
+                raise UsageError(f"no Ray cluster answers at {where}: {reason}; check --address") from error
         return _Connection(where=f"cluster at {display_url(address)}", owned=True, folder=None)
     folder = Path(tempfile.mkdtemp(prefix="lm-", dir=_short_temporary_folder()))
     try:

@@ -1,0 +1,104 @@
+"""The import rules of the project: what each part may know of the others, and what must not slow down the command."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+STORAGE_AND_CLUSTER = {"ray", "fsspec", "s3fs", "pyarrow"}
+
+
+def sources(*folders: str) -> list[Path]:
+    return [path for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))]
+
+
+def imports(path: Path) -> Iterator[tuple[str, bool]]:
+    """Every module that a file imports, by full name, and whether the import runs when the file is imported."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    lazy = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda) or is_type_checking(node)
+        for inner in ast.walk(node)
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno} imports relatively"
+            names = [node.module or ""]
+        else:
+            continue
+        yield from ((name, id(node) not in lazy) for name in names)
+
+
+def is_type_checking(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+
+
+def offenders(paths: list[Path], forbidden: set[str]) -> list[str]:
+    assert paths
+    return [
+        f"{path.relative_to(ROOT)} imports {name}"
+        for path in paths
+        for name, _ in imports(path)
+        if name.split(".")[0] in forbidden
+    ]
+
+
+def test_the_engine_knows_nothing_of_jobs_storage_or_ray():
+    assert offenders(sources("engine"), STORAGE_AND_CLUSTER | {"jobs", "cli", "diffusers"}) == []
+
+
+def test_only_the_ray_executor_imports_ray_and_only_when_it_runs():
+    executor = ROOT / "jobs/executors/ray.py"
+    others = [path for path in [*sources("jobs", "engine"), ROOT / "cli.py"] if path != executor]
+    assert offenders(others, {"ray"}) == []
+    eager = [name for name, at_import in imports(executor) if at_import and name.split(".")[0] == "ray"]
+    assert eager == []
+
+
+def test_nothing_that_is_shipped_imports_the_workshop():
+    shipped = [*sources("engine", "jobs"), ROOT / "cli.py"]
+    assert offenders(shipped, {"training", "bench", "tests", "diffusers"}) == []
+
+
+def test_jobs_reach_the_engine_through_its_front_door():
+    inner = [
+        f"{path.relative_to(ROOT)} imports {name}"
+        for path in sources("jobs")
+        for name, _ in imports(path)
+        if name.startswith("engine.") and name != "engine.types"
+    ]
+    assert inner == []
+
+
+def test_the_command_holds_no_logic():
+    """It imports jobs, the engine's error, Typer and the standard library, and nothing of ours before a verb runs."""
+    names = list(imports(ROOT / "cli.py"))
+    foreign = {name.split(".")[0] for name, _ in names} - set(sys.stdlib_module_names)
+    assert foreign <= {"typer", "jobs", "engine"}
+    assert [name for name, at_import in names if at_import and name.split(".")[0] in {"jobs", "engine"}] == []
+    tree = ast.parse((ROOT / "cli.py").read_text(encoding="utf-8"))
+    assert [node.lineno for node in ast.walk(tree) if isinstance(node, ast.For | ast.While)] == []
+
+
+@pytest.mark.parametrize(
+    ("statement", "heavy"),
+    [
+        ("import cli; cli.app(['--help'], standalone_mode=False)", {"torch", "ray", "pyarrow", "numpy", "pydantic"}),
+        ("import engine", {"torch", "transformers", "ray", "pyarrow", "fsspec", "cv2"}),
+        ("import jobs.runner", {"torch", "ray", "transformers", "cv2"}),
+        ("import jobs.report", {"torch", "ray", "transformers", "cv2"}),
+    ],
+)
+def test_what_an_import_must_not_bring_along(statement: str, heavy: set[str]):
+    script = f"{statement}\nimport sys; print(*sorted(set(sys.modules) & {heavy!r}), file=sys.stderr)"
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stderr.strip() == ""
