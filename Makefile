@@ -1,0 +1,67 @@
+# Everything happens in .venv; a stamp in it says what is installed, so a second call costs nothing.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+OUT ?= out/sample
+
+.DEFAULT_GOAL := help
+.PHONY: help install dev run test test-gpu lint typecheck train evaluate
+
+help: ## this list
+	@echo "latentmill: prompts in, a verified image dataset out"
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | awk -F '\t' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+install: $(VENV)/.installed ## set up .venv with everything that a job needs
+
+dev: $(VENV)/.dev ## the same .venv, with the tests' and checkers' packages
+
+run: install ## make a small dataset with the model that ships, and a contact sheet of it
+	$(BIN)/latentmill run configs/prompts/sample.txt --out $(OUT) --chunk-size 4 --batch-size 4
+	$(BIN)/latentmill report $(OUT)
+	@echo "look at $(OUT)/report/sheet-0001.png; the pictures are in $(OUT)/images, their rows in $(OUT)/dataset"
+
+test: dev ## run all tests
+	$(BIN)/python -m pytest
+
+test-gpu: dev ## run the tests that need a CUDA device
+	$(BIN)/python -m pytest -m gpu
+
+lint: dev ## check style and format
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+typecheck: dev ## check types
+	$(BIN)/mypy
+
+train: $(VENV)/.train ## train the model that ships, from where the last run stopped
+	$(BIN)/python -m training
+
+evaluate: $(VENV)/.train ## measure what the model that ships can draw
+	$(BIN)/python -m training.evaluate
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "latentmill needs Python 3.11 or newer, $(PYTHON) is $$($(PYTHON) --version 2>&1); name another: make install PYTHON=python3.11" >&2; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
+	  echo "$(PYTHON) cannot make a virtual environment; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
+
+# OpenCV's usual build, which invisible-watermark asks for, needs the system's libGL; where that is missing, as in
+# small containers, the headless build of the same version takes its place.
+define install_packages
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '$(1)' -c constraints.txt
+	@$(BIN)/python -c 'import cv2' 2>/dev/null || $(BIN)/python -m pip install --quiet --disable-pip-version-check \
+	  --force-reinstall --no-deps opencv-python-headless==$$($(BIN)/python -c \
+	  'from importlib.metadata import version; print(version("opencv-python"))')
+	@touch $@
+endef
+
+$(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
+	@echo "installing into $(VENV); the first time takes a few minutes"
+	$(call install_packages,.)
+
+$(VENV)/.dev: $(VENV)/.installed
+	$(call install_packages,.[test])
+
+$(VENV)/.train: $(VENV)/.installed
+	$(call install_packages,.[train])
