@@ -24,7 +24,9 @@ class FakeEngine:
     generated: int = 0
 
     def generate(self, requests: Sequence[GenerationRequest]) -> list[GenerationResult]:
-        time.sleep(self.pause)
+        if self.pause:
+            print("begin", flush=True)
+            time.sleep(self.pause)
         self.generated += len(requests)
         return [self._result(request, slot % self.batch_size) for slot, request in enumerate(requests)]
 

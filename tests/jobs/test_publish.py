@@ -17,6 +17,7 @@ from jobs.errors import JobError
 from jobs.job import Job, open_job
 from jobs.ledger import record_path
 from jobs.publish import MANIFEST_PATH, publish
+from jobs.records import encode_record
 from tests.jobs.driver import job_spec, run
 
 Manifest = Callable[..., Path]
@@ -141,6 +142,27 @@ def test_a_missing_picture_or_record_stops_publication(make_job: Callable[..., J
     assert files_of(job) == {}
     job.storage.write(record_path(1), record)
     assert publish(job).rows == 40
+
+
+def test_a_ledger_that_holds_a_sample_twice_is_not_published(make_job: Callable[..., Job]) -> None:
+    job = make_job()
+    unpublish(job)
+    record = job.ledger.read(0)
+    assert record is not None
+    rows = record.table.to_pylist()
+    data = encode_record(
+        [rows[0], *rows[:-1]],
+        job.ledger.schema,
+        chunk=0,
+        attempt=record.attempt,
+        plan_hash=record.plan_hash,
+        execution_class=record.execution_class,
+        versions={},
+    )
+    job.storage.write(record_path(0), data)
+    with pytest.raises(JobError, match="not in the ledger exactly once"):
+        publish(job)
+    assert files_of(job) == {}
 
 
 def test_memory_does_not_grow_with_the_number_of_chunks(
