@@ -49,7 +49,7 @@ $(VENV)/bin/python:
 # OpenCV's usual build, which invisible-watermark asks for, needs the system's libGL; where that is missing, as in
 # small containers, the headless build of the same version takes its place.
 define install_packages
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '$(1)' -c constraints.txt
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '$(1)' -c constraints.txt
 	@$(BIN)/python -c 'import cv2' 2>/dev/null || $(BIN)/python -m pip install --quiet --disable-pip-version-check \
 	  --force-reinstall --no-deps opencv-python-headless==$$($(BIN)/python -c \
 	  'from importlib.metadata import version; print(version("opencv-python"))')

@@ -239,9 +239,9 @@ def read(
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        from importlib import metadata
+        from jobs.records import tool_versions
 
-        sys.stdout.write(f"latentmill {metadata.version('latentmill')}\n")
+        sys.stdout.write(f"latentmill {tool_versions()['latentmill']}\n")
         raise typer.Exit
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 
 import yaml
@@ -84,7 +83,7 @@ class ModelDefaults:
 
 def list_presets() -> dict[str, ModelPreset]:
     """All presets by name, sorted."""
-    folder = resources.files("configs") / "models"
+    folder = Path(__file__).parents[1] / "configs" / "models"  # importlib.resources fails on it in an editable install
     presets = {}
     for entry in sorted(folder.iterdir(), key=lambda entry: entry.name):
         if entry.name.endswith(".yaml"):

@@ -1,0 +1,281 @@
+"""The command as a user meets it: help, answers, errors of one line, exit codes, and what happens on Ctrl-C."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import cli
+from engine import embed_watermark
+from jobs.runner import RunSummary
+
+ROOT = Path(__file__).parents[1]
+VERBS = ["plan", "run", "status", "verify", "report", "models", "watermark read"]
+
+Call = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Call:
+    """Runs the command here; returns exit code, standard output, and standard error without the progress lines."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["latentmill", *map(str, arguments)])
+        monkeypatch.setenv("COLUMNS", "100")
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        out, err = capfd.readouterr()
+        return int(stopped.value.code or 0), out, "".join(complaints(err))
+
+    return run
+
+
+def complaints(err: str) -> list[str]:
+    lines = err.splitlines(keepends=True)
+    return [line for line in lines if not line.startswith(("latentmill: ", "[transformers]", "Writing model"))]
+
+
+@pytest.fixture
+def job(tiny_model: Path, manifest, tmp_path: Path) -> list[object]:
+    """Arguments of a small job on the inline executor, 6 samples in 3 chunks, into tmp_path/out."""
+    small = ["--width", 64, "--height", 64, "--num-inference-steps", 2, "--chunk-size", 2, "--batch-size", 2]
+    rest = ["--watermark", "none", "--safety", "none", "--executor", "inline"]
+    return [manifest(6), "--out", tmp_path / "out", "--model", tiny_model, *small, *rest]
+
+
+def start(*arguments: object, cwd: Path = ROOT, prefix: tuple[str, ...] = ()) -> subprocess.Popen[str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [*prefix, sys.executable, str(ROOT / "cli.py"), *map(str, arguments)]
+    return subprocess.Popen(
+        command, cwd=cwd, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_has_help_with_an_example(call: Call, verb: str):
+    code, out, err = call(*verb.split(), "--help")
+    assert (code, err) == (0, "")
+    assert f"Example: latentmill {verb}" in " ".join(out.split())
+
+
+def test_help_is_grouped_and_comes_at_once(call: Call):
+    code, out, _ = call("--help")
+    assert code == 0
+    assert all(group in out for group in ("Make images", "Look at a dataset", "More"))
+    _, flags, _ = call("run", "--help")
+    assert all(f"--{name}" in flags for name in ("config", "out", "sweep", "guidance-scale", "on-flagged", "address"))
+    assert "Where it runs" in flags
+    seconds = []
+    for _ in range(3):
+        began = time.perf_counter()
+        process = start("run", "--help")
+        process.communicate()
+        assert process.returncode == 0
+        seconds.append(time.perf_counter() - began)
+    assert min(seconds) < 0.7
+
+
+def test_every_flag_is_a_key_of_the_job_file_and_the_other_way_round():
+    import inspect
+
+    from jobs.spec import KEYS
+
+    flags = set(inspect.signature(cli._job_flags).parameters) - {"config", "json"}
+    assert flags == KEYS - {"revision"}  # only models from a hub have one
+
+
+def test_the_whole_way_and_back(call: Call, job: list[object], tmp_path: Path):
+    out_folder = tmp_path / "out"
+    code, out, err = call("plan", *job, "--json")
+    assert (code, err) == (0, "")
+    assert (json.loads(out)["samples"], json.loads(out)["chunks"]) == (6, 3)
+    assert not out_folder.exists()
+    assert "6" in call("plan", *job)[1]
+
+    code, out, err = call("run", *job)
+    assert (code, err) == (0, "")
+    assert "6 ok, 0 flagged, 0 failed" in out
+    assert f"latentmill report {out_folder}" in out
+
+    code, out, _ = call("run", *job, "--json")
+    assert (code, json.loads(out)["generated"]) == (0, 0)
+
+    code, out, _ = call("status", out_folder, "--json")
+    assert (code, json.loads(out)["state"]) == (0, "published")
+    assert "3 of 3 committed" in call("status", out_folder)[1]
+    assert call("verify", out_folder)[0] == 0
+    code, out, _ = call("report", out_folder, "--json")
+    assert json.loads(out)["sheets"] == ["report/sheet-0001.png"]
+
+    code, out, err = call("run", *job, "--seed", 7)
+    assert (code, out) == (3, "")
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert "seed: 42 -> 7" in err
+
+    picture = next(out_folder.glob("images/*/*/*.png"))
+    data = bytearray(picture.read_bytes())
+    data[-20] ^= 1
+    picture.write_bytes(data)
+    code, out, _ = call("verify", out_folder, "--json")
+    assert (code, json.loads(out)["defects"][0]["kind"]) == (1, "image-damaged")
+    assert "image-damaged" in call("verify", out_folder)[1]
+
+
+def test_flags_override_the_job_file(call: Call, job: list[object], tmp_path: Path):
+    config = tmp_path / "job.yaml"
+    config.write_text("guidance_scale: 3\nseed: 5\nsweep: {eta: [0, 0.5]}\n")
+    _, out, _ = call("plan", *job, "--config", config, "--seed", 9, "--sweep", "guidance_scale=1,2", "--json")
+    plan = json.loads(out)
+    assert plan["parameters"]["seed"] == 9
+    assert plan["parameters"]["guidance_scale"] == 3
+    assert plan["axes"] == {"eta": [0.0, 0.5], "guidance_scale": [1.0, 2.0]}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["missing.txt"], "missing.txt"),
+        (["{empty}"], "empty.txt is empty"),
+        ([], "no manifest is named"),
+        (["{good}", "--model", "embeded"], "embedded"),
+        (["{good}", "--sampler", "dim"], "ddim"),
+        (["{good}", "--width", "100"], "100"),
+        (["{good}", "--width", "100000"], "100000"),
+        (["{good}", "--sweep", "seeds=1,2"], "seed"),
+        (["{good}", "--config", "{typo}"], "guidance_scale"),
+        (["{good}", "--out", "ftp://host/x"], "ftp"),
+        (["{good}", "--out", "/proc/latentmill"], "/proc/latentmill"),
+        (["{good}", "--on-flagged", "show"], "blank"),
+        (["\x1b[2J\u202e.txt"], "\\x1b[2J\\u202e.txt"),
+    ],
+)
+def test_bad_input_is_one_line_that_names_it_and_nothing_is_written(
+    call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], words: str
+):
+    monkeypatch.chdir(tmp_path)
+    files = {"good": "a red circle\n", "empty": "", "typo": "guidance_scal: 3\n"}
+    for name, text in files.items():
+        (tmp_path / f"{name}.txt").write_text(text)
+    arguments = [argument.format(**{name: f"{name}.txt" for name in files}) for argument in arguments]
+    code, out, err = call("run", *arguments)
+    assert (code, out) == (2, "")
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert words in err
+    assert "\x1b" not in err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty.txt", "good.txt", "typo.txt"]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["run", "--colour"], ["fly"], ["run", "x", "--seed", "many"], ["status"], ["verify", "x", "--sample", "0"]],
+)
+def test_wrong_usage_exits_with_two_and_without_a_traceback(call: Call, arguments: list[str]):
+    code, out, err = call(*arguments)
+    assert (code, out) == (2, "")
+    assert "Error" in err
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("verb", ["status", "verify", "report"])
+def test_an_output_without_a_plan_is_refused(call: Call, tmp_path: Path, verb: str):
+    code, _, err = call(verb, tmp_path)
+    assert code == 2
+    assert "has no plan" in err
+    assert err.count("\n") == 1
+
+
+def test_failed_samples_and_interruption_have_their_codes(call: Call, monkeypatch: pytest.MonkeyPatch):
+    summary = {"out": "o", "executor": "x", "samples": 2, "rejected_rows": 0, "generated": 1, "seconds": 1.0}
+    summary |= {"images_per_second": 1.0, "next_command": "latentmill report o"}
+    ends = {
+        1: RunSummary(exit_code=1, counts={"ok": 1, "flagged": 0, "failed": 1}, **summary),
+        130: RunSummary(exit_code=130, counts=None, **summary),
+    }
+    for code, end in ends.items():
+        monkeypatch.setattr("jobs.runner.run_job", lambda *_args, end=end, **_options: end)
+        got, out, _ = call("run", "prompts.txt", "--out", "o o")
+        assert got == code
+        assert ("1 failed" if code == 1 else "latentmill run prompts.txt --out 'o o'") in out
+
+
+def test_a_mistake_of_ours_keeps_its_traceback(call: Call, monkeypatch: pytest.MonkeyPatch):
+    def broken(*_args: object, **_options: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("jobs.status.status", broken)
+    with pytest.raises(ZeroDivisionError):
+        call("status", "x")
+
+
+def test_models_and_version(call: Call):
+    code, out, _ = call("models", "--json")
+    assert (code, json.loads(out)["embedded"]["width"]) == (0, 256)
+    assert "embedded" in call("models")[1]
+    code, out, _ = call("--version")
+    assert (code, out.split()[0]) == (0, "latentmill")
+
+
+def test_marks_are_read_back_from_pictures(call: Call, tmp_path: Path):
+    ramp = np.linspace(0, 255, 256, dtype=np.uint8)
+    plain = np.stack(np.broadcast_arrays(ramp[:, None], ramp[None, :], np.uint8(90)), axis=2)
+    Image.fromarray(plain).save(tmp_path / "plain.png")
+    Image.fromarray(embed_watermark(plain, "StableDiffusionV1", "dwtDctSvd")).save(tmp_path / "marked.png")
+    Image.fromarray(plain[:64, :64]).save(tmp_path / "small.png")
+    (tmp_path / "text.png").write_text("no picture")
+    code, out, _ = call("watermark", "read", tmp_path / "marked.png")
+    assert code == 0
+    assert out.strip().endswith("marked.png: found, dwtDctSvd, 100% of the bits: StableDiffusionV1")
+    code, out, _ = call("watermark", "read", tmp_path / "marked.png", tmp_path / "plain.png", "--json")
+    assert code == 1
+    assert [reading["found"] for reading in json.loads(out)] == [True, False]
+    for name, words in [("small", "64x64"), ("text", "cannot be read as a picture"), ("none", "does not exist")]:
+        code, _, err = call("watermark", "read", tmp_path / f"{name}.png")
+        assert code == 2
+        assert words in err
+        assert err.count("\n") == 1
+
+
+def test_ctrl_c_ends_in_order_and_the_same_command_resumes(call: Call, job: list[object], tmp_path: Path):
+    slow = [*job, "--num-inference-steps", 60, "--num-images", 20]
+    process = start("run", *slow)
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob("out/ledger/*/*.parquet")):
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "press Ctrl-C again" in err
+    assert "resume: latentmill run" in out
+    assert "Traceback" not in err
+    committed = len(list(tmp_path.glob("out/ledger/*/*.parquet")))
+    code, out, _ = call("run", *slow, "--json")
+    assert code == 0
+    assert json.loads(out)["generated"] == 120 - 2 * committed
+
+
+def test_a_run_on_ray_says_nothing_but_its_own_lines(job: list[object], tmp_path: Path):
+    """The default executor, from another folder, into a relative output: workers find our modules and the place."""
+    on_ray = [argument for argument in job if argument not in {"--executor", "inline"}]
+    on_ray[on_ray.index(tmp_path / "out")] = "data set"
+    process = start("run", *on_ray, cwd=tmp_path)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert [line for line in err.splitlines() if not line.startswith("latentmill: ")] == []
+    assert out.startswith("finished\n")
+    assert "up to 2 actors" in out or "actors" in out
+    assert "latentmill report 'data set'" in out or "data set" in out
+    assert (tmp_path / "data set" / "dataset" / "manifest.json").is_file()
