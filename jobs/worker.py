@@ -228,7 +228,7 @@ def _watermarked(plan: Plan, pixels: Pixels) -> tuple[Pixels, float | None]:
 def _text(plan: Plan, request: GenerationRequest) -> str:
     files = plan.model.files
     weights = next((digest for path, digest in files.items() if path.startswith("unet/") and "config" not in path), "")
-    version = f"latentmill {_versions()['latentmill']}"
+    version = f"latentmill {plan.versions['latentmill']}"  # the plan's: an upgrade half-way must not change a byte
     return parameters_text(request, model_name=plan.model.name, model_hash=weights[:10], version=version)
 
 

@@ -17,6 +17,7 @@ from engine import GenerationRequest
 from jobs import worker
 from jobs.images import TEXT_LIMIT, decode_png, encode_png, parameters_text, pixel_sha256
 from jobs.job import Job, open_job
+from jobs.ledger import record_path
 from jobs.plan import adopt, draft_plan
 from jobs.storage import Storage
 from jobs.storage_errors import StorageError
@@ -207,3 +208,18 @@ def test_text_that_png_cannot_hold_is_replaced() -> None:
     request = GenerationRequest(prompt="a\0b\ud800c", width=64, height=64)
     text = parameters_text(request, model_name="m", model_hash="h", version="v")
     assert text.startswith("a\ufffdb\ufffdc\nSteps: 50")
+
+
+def test_an_upgrade_half_way_changes_no_byte(start_job: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+    out = start_job()
+    generated = generate(out)
+    finish_chunk(out, generated)
+    job = open_job(out)
+    before = {row["sample_id"]: row["sha256"] for row in rows_of(job)}
+    job.storage.delete(record_path(0))
+    monkeypatch.setattr(worker, "_versions", lambda: {"latentmill": "99", "python": "4"})
+    finish_chunk(out, generated)
+    record = job.ledger.read(0)
+    assert record is not None
+    assert record.metadata["version.latentmill"] == "99"
+    assert {row["sample_id"]: row["sha256"] for row in rows_of(job)} == before
