@@ -55,10 +55,9 @@ class NoiseSchedule:
         self.alphas_cumprod = torch.cumprod(1.0 - _betas(config), dim=0)
         self._final = 1.0 if config.set_alpha_to_one else float(self.alphas_cumprod[0])
 
-    def level(self, timestep: int, *, least: float = 0.0) -> NoiseLevel:
+    def level(self, timestep: int) -> NoiseLevel:
         """The level at a timestep of the training; below 0 lies what the folder takes for the data itself."""
-        power = float(self.alphas_cumprod[timestep]) if timestep >= 0 else self._final
-        return NoiseLevel(timestep, max(power, least))
+        return NoiseLevel(timestep, float(self.alphas_cumprod[timestep]) if timestep >= 0 else self._final)
 
     @property
     def sigmas(self) -> NDArray[np.float64]:

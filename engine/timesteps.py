@@ -75,15 +75,15 @@ def _fitting(grid: _Grid, config: SchedulerConfig, steps: int) -> Timesteps:
     total = config.num_train_timesteps
 
     def fits(timesteps: Timesteps) -> bool:
-        return bool(timesteps[0] < total and timesteps[-1] >= 0 and (np.diff(timesteps) < 0).all())
+        return bool(timesteps[0] < total and timesteps[-1] >= 0 and (timesteps[1:] < timesteps[:-1]).all())
 
     if not 1 <= steps <= total:
         raise EngineError(f"num_inference_steps is {steps}; this model takes 1 to {total}")
     timesteps = grid(config, steps)
     if fits(timesteps):
         return timesteps
-    working = [other for other in range(1, total + 1) if fits(grid(config, other))]
-    nearest = min(working, key=lambda other: abs(other - steps))
+    others = sorted(range(1, total + 1), key=lambda other: abs(other - steps))
+    nearest = next(other for other in others if fits(grid(config, other)))
     raise EngineError(
         f"num_inference_steps is {steps}, whose timesteps do not fit this model's schedule "
         f"({config.timestep_spacing} spacing, 0 to {total - 1}); the nearest number that does is {nearest}"

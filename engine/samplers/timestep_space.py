@@ -10,7 +10,7 @@ from torch import Tensor
 
 from engine.denoiser import Denoise
 from engine.samplers.signature import DrawNoise, refuse_eta
-from engine.schedule import LEAST_POWER, NoiseLevel, NoiseSchedule
+from engine.schedule import NoiseLevel, NoiseSchedule
 from engine.timesteps import distilled_timesteps
 
 _SIGMA_DATA = 0.5
@@ -46,26 +46,30 @@ def plms(
     predicts, as the paper has it (diffusers combines velocities instead, and refuses models that predict data).
     """
     refuse_eta("PLMS", eta)
-    pairs = [
-        (schedule.level(timestep, least=LEAST_POWER), schedule.level(lower))
-        for timestep, lower in schedule.steps(steps)
-    ]
+    pairs = schedule.steps(steps)
     history: list[Tensor] = []
-    for here, lower in pairs:
-        noise = denoise(latents, here).noise
-        if not history and len(pairs) > 1:
+    for timestep, lower_timestep in pairs:
+        here, lower = schedule.level(timestep), schedule.level(lower_timestep)
+        prediction = denoise(latents, here)
+        noise = combined = prediction.noise
+        if not history and len(pairs) > 1 and here.power > 0:
+            following = pairs[1][0]
             ahead = _transfer(latents, noise, here, lower)
-            combined = (noise + denoise(ahead, pairs[1][0]).noise) / 2
-        elif not history:
-            combined = noise
+            combined = (noise + denoise(ahead, schedule.level(following)).noise) / 2
+            # As in diffusers: one stride that ends at the next timestep, wherever rounding has put that.
+            here, lower = schedule.level(following + timestep - lower_timestep), schedule.level(following)
         elif len(history) == 1:
             combined = (3 * noise - history[-1]) / 2
         elif len(history) == 2:
             combined = (23 * noise - 16 * history[-1] + 5 * history[-2]) / 12
-        else:
+        elif len(history) == 3:
             combined = (55 * noise - 59 * history[-1] + 37 * history[-2] - 9 * history[-3]) / 24
         history = [*history[-2:], noise]
-        latents = _transfer(latents, combined, here, lower)
+        if here.power > 0:
+            latents = _transfer(latents, combined, here, lower)
+        else:
+            # Where there is no signal at all, the noise says nothing of the data: start with DDIM's step.
+            latents = lower.signal * prediction.data + lower.noise * noise
     return latents
 
 
