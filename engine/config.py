@@ -150,6 +150,14 @@ class VAEConfig:
     shift_factor: float
     force_upcast: bool
     mid_attention: bool
+    attention: tuple[bool, ...]
+    codebook_size: int | None
+    codebook_dim: int
+
+    @property
+    def unet_channels(self) -> int:
+        """Channels of the latents that the second stage works on."""
+        return self.latent_channels if self.codebook_size is None else self.codebook_dim
 
     @property
     def factor(self) -> int:
@@ -158,7 +166,7 @@ class VAEConfig:
 
     @classmethod
     def from_dict(cls, config: Json) -> VAEConfig:
-        """Parse diffusers' `AutoencoderKL` config. Raises EngineError for a switch that is not supported."""
+        """Parse diffusers' `AutoencoderKL` or `VQModel` config. Raises EngineError for an unsupported switch."""
         _refuse_other_than(
             config,
             "vae",
@@ -168,24 +176,48 @@ class VAEConfig:
                 "use_post_quant_conv": (True,),
                 "latents_mean": (None,),
                 "latents_std": (None,),
+                "norm_type": ("group",),
+                "lookup_from_codebook": (False,),
             },
         )
-        for side, kind in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
-            if any(entry != kind for entry in config.get(side, ())):
-                raise EngineError(f"vae/config.json has {side}={config[side]!r}: only {kind} is supported")
+        channels = tuple(config.get("block_out_channels", (64,)))
+        is_vq = config.get("_class_name") == "VQModel" or "num_vq_embeddings" in config
+        latent_channels = config.get("latent_channels", 3 if is_vq else 4)
         return cls(
             in_channels=config.get("in_channels", 3),
             out_channels=config.get("out_channels", 3),
-            channels=tuple(config.get("block_out_channels", (64,))),
+            channels=channels,
             layers_per_block=config.get("layers_per_block", 1),
-            latent_channels=config.get("latent_channels", 4),
+            latent_channels=latent_channels,
             norm_groups=config.get("norm_num_groups", 32),
             # Early folders leave the factor out; 0.18215 is the one that their pipelines multiplied by.
             scaling_factor=config.get("scaling_factor", 0.18215),
             shift_factor=config.get("shift_factor") or 0.0,
             force_upcast=bool(config.get("force_upcast", False)),
             mid_attention=config.get("mid_block_add_attention", True),
+            attention=_levels_with_attention(config, len(channels)),
+            codebook_size=config.get("num_vq_embeddings", 256) if is_vq else None,
+            codebook_dim=config.get("vq_embed_dim") or latent_channels,
         )
+
+
+def _levels_with_attention(config: Json, levels: int) -> tuple[bool, ...]:
+    """Which levels of the first stage have attention of their own, from the highest resolution to the lowest."""
+    down = config.get("down_block_types", ("DownEncoderBlock2D",) * levels)
+    up = config.get("up_block_types", ("UpDecoderBlock2D",) * levels)
+    kinds = {
+        "DownEncoderBlock2D": False,
+        "AttnDownEncoderBlock2D": True,
+        "UpDecoderBlock2D": False,
+        "AttnUpDecoderBlock2D": True,
+    }
+    found = [kinds.get(kind) for kind in down]
+    if None in found or len(down) != levels or found != [kinds.get(kind) for kind in reversed(up)]:
+        raise EngineError(
+            f"vae/config.json has down_block_types={list(down)!r} and up_block_types={list(up)!r}: "
+            f"expected {levels} mirrored levels out of {', '.join(kinds)}"
+        )
+    return tuple(map(bool, found))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,4 +1,7 @@
-"""The first stage: a convolutional autoencoder whose latents are lightly regularised (arXiv:2112.10752, sec. 3.1)."""
+"""The first stage: a convolutional autoencoder whose latents are lightly regularised (arXiv:2112.10752, sec. 3.1).
+
+Two regularisations, one pair of networks: a small KL penalty, or a codebook that the decoder absorbs.
+"""
 
 from __future__ import annotations
 
@@ -65,9 +68,11 @@ class MidBlock(nn.Module):
 
 
 class EncoderBlock(nn.Module):
-    """One level of the encoder."""
+    """One level of the encoder: residual blocks, each followed by attention where the level has it."""
 
-    def __init__(self, in_channels: int, out_channels: int, config: VAEConfig, *, downsample: bool) -> None:
+    def __init__(
+        self, in_channels: int, out_channels: int, config: VAEConfig, *, downsample: bool, attention: bool
+    ) -> None:
         super().__init__()
         self.resnets = nn.ModuleList(
             [
@@ -75,18 +80,19 @@ class EncoderBlock(nn.Module):
                 for layer in range(config.layers_per_block)
             ]
         )
+        self.attentions = _attentions(out_channels, config, len(self.resnets) if attention else 0)
         self.downsamplers = nn.ModuleList([Downsample(out_channels, symmetric=False)] if downsample else [])
 
     def forward(self, x: Tensor) -> Tensor:
-        for layer in (*self.resnets, *self.downsamplers):
-            x = layer(x)
-        return x
+        return _run_level(x, self.resnets, self.attentions, self.downsamplers)
 
 
 class DecoderBlock(nn.Module):
     """One level of the decoder: one residual block more than the encoder's."""
 
-    def __init__(self, in_channels: int, out_channels: int, config: VAEConfig, *, upsample: bool) -> None:
+    def __init__(
+        self, in_channels: int, out_channels: int, config: VAEConfig, *, upsample: bool, attention: bool
+    ) -> None:
         super().__init__()
         self.resnets = nn.ModuleList(
             [
@@ -94,31 +100,36 @@ class DecoderBlock(nn.Module):
                 for layer in range(config.layers_per_block + 1)
             ]
         )
+        self.attentions = _attentions(out_channels, config, len(self.resnets) if attention else 0)
         self.upsamplers = nn.ModuleList([Upsample(out_channels)] if upsample else [])
 
     def forward(self, x: Tensor) -> Tensor:
-        for layer in (*self.resnets, *self.upsamplers):
-            x = layer(x)
-        return x
+        return _run_level(x, self.resnets, self.attentions, self.upsamplers)
 
 
 class Encoder(nn.Module):
-    """Pixels `(n, 3, h, w)` in [-1, 1] -> moments `(n, 2 * latent, h / f, w / f)`."""
+    """Pixels `(n, 3, h, w)` in [-1, 1] -> moments or latents `(n, out_channels, h / f, w / f)`."""
 
-    def __init__(self, config: VAEConfig) -> None:
+    def __init__(self, config: VAEConfig, out_channels: int) -> None:
         super().__init__()
         channels = config.channels
         last = len(channels) - 1
         self.conv_in = nn.Conv2d(config.in_channels, channels[0], 3, padding=1)
         self.down_blocks = nn.ModuleList(
             [
-                EncoderBlock(channels[max(level - 1, 0)], channels[level], config, downsample=level < last)
+                EncoderBlock(
+                    channels[max(level - 1, 0)],
+                    channels[level],
+                    config,
+                    downsample=level < last,
+                    attention=config.attention[level],
+                )
                 for level in range(len(channels))
             ]
         )
         self.mid_block = MidBlock(config)
         self.conv_norm_out = nn.GroupNorm(config.norm_groups, channels[-1], eps=_EPS)
-        self.conv_out = nn.Conv2d(channels[-1], 2 * config.latent_channels, 3, padding=1)
+        self.conv_out = nn.Conv2d(channels[-1], out_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv_in(x)
@@ -138,7 +149,13 @@ class Decoder(nn.Module):
         self.mid_block = MidBlock(config)
         self.up_blocks = nn.ModuleList(
             [
-                DecoderBlock(channels[min(level + 1, len(channels) - 1)], channels[level], config, upsample=level > 0)
+                DecoderBlock(
+                    channels[min(level + 1, len(channels) - 1)],
+                    channels[level],
+                    config,
+                    upsample=level > 0,
+                    attention=config.attention[level],
+                )
                 for level in reversed(range(len(channels)))
             ]
         )
@@ -158,7 +175,7 @@ class AutoencoderKL(nn.Module):
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
         self.config = config
-        self.encoder = Encoder(config)
+        self.encoder = Encoder(config, 2 * config.latent_channels)
         self.decoder = Decoder(config)
         self.quant_conv = nn.Conv2d(2 * config.latent_channels, 2 * config.latent_channels, 1)
         self.post_quant_conv = nn.Conv2d(config.latent_channels, config.latent_channels, 1)
@@ -171,6 +188,68 @@ class AutoencoderKL(nn.Module):
     def decode(self, latents: Tensor) -> Tensor:
         """`(n, latent, h / f, w / f)` -> `(n, 3, h, w)`, about [-1, 1], not clamped."""
         return torch.as_tensor(self.decoder(self.post_quant_conv(latents)))
+
+
+class VectorQuantizer(nn.Module):
+    """A codebook: each cell of the latents `(n, c, h, w)` becomes its nearest entry (arXiv:1711.00937, eq. 1)."""
+
+    def __init__(self, entries: int, dim: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(entries, dim)
+
+    def forward(self, latents: Tensor) -> Tensor:
+        # One row at a time: the distances of a whole batch would take a gigabyte.
+        return torch.stack([self._nearest(row) for row in latents])
+
+    def _nearest(self, row: Tensor) -> Tensor:
+        cells = rearrange(row, "c h w -> (h w) c")
+        nearest = torch.cdist(cells.float(), self.embedding.weight.float()).argmin(dim=1)
+        return torch.as_tensor(rearrange(self.embedding(nearest), "(h w) c -> c h w", h=row.shape[-2]))
+
+
+class VQModel(nn.Module):
+    """Encoder and decoder with a codebook. The decoder absorbs the quantiser: `encode` gives latents before it."""
+
+    def __init__(self, config: VAEConfig) -> None:
+        super().__init__()
+        if config.codebook_size is None:
+            raise ValueError("this config has no codebook: build AutoencoderKL")
+        self.config = config
+        self.encoder = Encoder(config, config.latent_channels)
+        self.decoder = Decoder(config)
+        self.quant_conv = nn.Conv2d(config.latent_channels, config.codebook_dim, 1)
+        self.quantize = VectorQuantizer(config.codebook_size, config.codebook_dim)
+        self.post_quant_conv = nn.Conv2d(config.codebook_dim, config.latent_channels, 1)
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """`(n, 3, h, w)` in [-1, 1] -> `(n, codebook_dim, h / f, w / f)`, not quantised."""
+        return torch.as_tensor(self.quant_conv(self.encoder(pixels)))
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """`(n, codebook_dim, h / f, w / f)` -> `(n, 3, h, w)`, about [-1, 1], not clamped."""
+        return torch.as_tensor(self.decoder(self.post_quant_conv(self.quantize(latents))))
+
+
+FirstStage = AutoencoderKL | VQModel
+
+
+def build_first_stage(config: VAEConfig) -> FirstStage:
+    """The autoencoder that the config describes."""
+    return AutoencoderKL(config) if config.codebook_size is None else VQModel(config)
+
+
+def _attentions(channels: int, config: VAEConfig, number: int) -> nn.ModuleList:
+    return nn.ModuleList([PixelAttention(channels, config.norm_groups) for _ in range(number)])
+
+
+def _run_level(x: Tensor, resnets: nn.ModuleList, attentions: nn.ModuleList, resamplers: nn.ModuleList) -> Tensor:
+    for index, resnet in enumerate(resnets):
+        x = resnet(x)
+        if attentions:
+            x = attentions[index](x)
+    for resampler in resamplers:
+        x = resampler(x)
+    return x
 
 
 def _resnet(in_channels: int, out_channels: int, config: VAEConfig) -> ResnetBlock:

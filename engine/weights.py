@@ -1,77 +1,145 @@
-"""Weights from disk into modules: strict about keys, and all renaming in one place."""
+"""Weights from disk into modules: strict, so that each key of a file is claimed once, or ignored knowingly."""
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Mapping
 from typing import TypeVar
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from einops import rearrange
 from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from engine.config import SchedulerConfig, UNetConfig, VAEConfig
-from engine.describe import read_json, weights_file
-from engine.schedule import NoiseSchedule
+from engine.bert import LdmBert
+from engine.blueprint import Blueprint, Tower
+from engine.checkpoint import Shape, WeightsFile, open_weights
+from engine.keys import Origin, folder_name, is_ignored, original_names
+from engine.layout import ModelLayout
 from engine.types import EngineError
 from engine.unet import UNet
-from engine.vae import AutoencoderKL
+from engine.vae import FirstStage, build_first_stage
 
 Module = TypeVar("Module", bound=nn.Module)
 
-_OLD_ATTENTION_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
-"""Autoencoders saved by early diffusers name the parts of their attention so; later versions read both."""
 
-
-def load_unet(folder: Path, dtype: torch.dtype, device: torch.device) -> UNet:
-    """The folder's U-Net, in `dtype` on `device`, ready for inference."""
-    config = UNetConfig.from_dict(read_json(folder / "unet" / "config.json"))
+def load_unet(layout: ModelLayout, dtype: torch.dtype, device: torch.device) -> UNet:
+    """The model's U-Net, in `dtype` on `device`, ready for inference."""
     with torch.device("meta"):
-        unet = UNet(config)
-    return _fill(unet, weights_file(folder, "unet"), dtype, device)
+        unet = UNet(layout.blueprint.unet)
+    return _fill(unet, layout, "unet", dtype, device)
 
 
-def load_vae(folder: Path, dtype: torch.dtype, device: torch.device) -> AutoencoderKL:
-    """The folder's autoencoder, in `dtype` on `device`, ready for inference."""
-    config = VAEConfig.from_dict(read_json(folder / "vae" / "config.json"))
+def load_vae(layout: ModelLayout, dtype: torch.dtype, device: torch.device) -> FirstStage:
+    """The model's autoencoder, in `dtype` on `device`, ready for inference."""
     with torch.device("meta"):
-        vae = AutoencoderKL(config)
-    return _fill(vae, weights_file(folder, "vae"), dtype, device)
+        vae = build_first_stage(layout.blueprint.vae)
+    return _fill(vae, layout, layout.blueprint.vae_component, dtype, device)
 
 
-def load_schedule(folder: Path) -> NoiseSchedule:
-    """The noise schedule that the model was trained with."""
-    return NoiseSchedule(SchedulerConfig.from_dict(read_json(folder / "scheduler" / "scheduler_config.json")))
+def load_tower(layout: ModelLayout, tower: Tower, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    """One text encoder, in `dtype` on `device`, ready for inference."""
+    with torch.device("meta"):
+        module = build_tower(tower)
+    return _fill(module, layout, tower.component, dtype, device)
 
 
-def _fill(module: Module, path: Path, dtype: torch.dtype, device: torch.device) -> Module:
-    """Give a module on the meta device the tensors of a safetensors file. Raises EngineError that names a bad key."""
-    try:
-        tensors = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise EngineError(f"{path} cannot be read: {error}; copy the file again") from error
-    tensors = {_rename(key): tensor for key, tensor in tensors.items()}
-    _check_keys(module.state_dict(), tensors, path)
-    module.load_state_dict({key: tensor.to(device, dtype) for key, tensor in tensors.items()}, assign=True)
+def build_tower(tower: Tower) -> nn.Module:
+    """The text encoder's network, from transformers but for latent diffusion's own."""
+    if tower.kind == "ldm-bert":
+        return LdmBert(tower.config)
+    kind = CLIPTextModelWithProjection if tower.kind == "clip-projection" else CLIPTextModel
+    module: nn.Module = kind(CLIPTextConfig(**tower.config))
+    return module
+
+
+def claim_single_file(blueprint: Blueprint, shapes: Mapping[str, Shape], where: object) -> dict[str, dict[str, Origin]]:
+    """For each component, where each of its weights lies in a file of the original names.
+
+    Raises EngineError unless every key of the file is claimed, or knowingly ignored, and none is missing.
+    """
+    with torch.device("meta"):
+        modules: dict[str, nn.Module] = {
+            "unet": UNet(blueprint.unet),
+            blueprint.vae_component: build_first_stage(blueprint.vae),
+            **{tower.component: build_tower(tower) for tower in blueprint.towers},
+        }
+    claims = {
+        component: original_names(blueprint, component, _our_keys(module)) for component, module in modules.items()
+    }
+    claimed = {origin.key for origins in claims.values() for origin in origins.values()}
+    missing = sorted(claimed - shapes.keys())
+    unexpected = sorted(key for key in shapes.keys() - claimed if not is_ignored(blueprint, key))
+    _refuse(missing, unexpected, f"{where} does not match what its keys say it is")
+    return claims
+
+
+def _our_keys(module: nn.Module) -> dict[str, str]:
+    """A module's keys without the prefix that some versions of transformers put before them, and with it."""
+    return {key.removeprefix("text_model."): key for key in module.state_dict()}
+
+
+def _fill(module: Module, layout: ModelLayout, component: str, dtype: torch.dtype, device: torch.device) -> Module:
+    """Give a module on the meta device its weights. Raises EngineError that names a bad key."""
+    file = open_weights(layout.weights[component])
+    names = _our_keys(module)
+    if layout.single_file:
+        origins = claim_single_file(layout.blueprint, file.shapes, file.path)[component]
+    else:
+        origins = _claim_folder_file(file, component, names)
+    expected = module.state_dict()
+    state = {
+        names[key]: _read(file, origin, tuple(expected[names[key]].shape)).to(device, dtype)
+        for key, origin in origins.items()
+    }
+    module.load_state_dict(state, assign=True)
+    for name, buffer in module.named_buffers():
+        if buffer.is_meta:
+            _place_constant(module, name, buffer, device)
     return module.eval().requires_grad_(requires_grad=False)
 
 
-def _rename(key: str) -> str:
-    for old, new in _OLD_ATTENTION_NAMES.items():
-        key = key.replace(old, new)
-    return key
+def _claim_folder_file(file: WeightsFile, component: str, ours: Mapping[str, str]) -> dict[str, Origin]:
+    found: dict[str, Origin] = {}
+    for key in file.shapes:
+        name = folder_name(component, key)
+        if name is not None:
+            found[name] = Origin(key)
+    _refuse(
+        sorted(ours.keys() - found.keys()),
+        sorted(found[name].key for name in found.keys() - ours.keys()),
+        f"{file.path} does not match its config.json",
+    )
+    return found
 
 
-def _check_keys(expected: dict[str, Tensor], found: dict[str, Tensor], path: Path) -> None:
-    missing = sorted(expected.keys() - found.keys())
-    unexpected = sorted(found.keys() - expected.keys())
+def _refuse(missing: list[str], unexpected: list[str], problem: str) -> None:
     if missing or unexpected:
         raise EngineError(
-            f"{path} does not match its config.json: {len(missing)} keys missing (first: {missing[:1]}), "
+            f"{problem}: {len(missing)} keys missing (first: {missing[:1]}), "
             f"{len(unexpected)} unexpected (first: {unexpected[:1]})"
         )
-    for key, tensor in found.items():
-        if tensor.shape != expected[key].shape:
-            raise EngineError(
-                f"{path}: {key} has shape {tuple(tensor.shape)}, its config.json asks for {tuple(expected[key].shape)}"
-            )
+
+
+def _read(file: WeightsFile, origin: Origin, expected: Shape) -> Tensor:
+    tensor = file.read(origin.key)
+    if origin.third is not None:
+        tensor = rearrange(tensor, "(three d) ... -> three d ...", three=3)[origin.third]
+    if origin.transposed:
+        tensor = tensor.T
+    if tensor.shape == (*expected, 1, 1):
+        # The originals write the linear layers of pixel attention as 1x1 convolutions.
+        tensor = rearrange(tensor, "o i 1 1 -> o i")
+    if tuple(tensor.shape) != expected:
+        raise EngineError(
+            f"{file.path}: {origin.key} has shape {tuple(tensor.shape)}, its config.json asks for {expected}"
+        )
+    return tensor.contiguous()
+
+
+def _place_constant(module: nn.Module, name: str, buffer: Tensor, device: torch.device) -> None:
+    """Buffers that no checkpoint holds: CLIP's positions, 0 to the last."""
+    path, _, leaf = name.rpartition(".")
+    if leaf != "position_ids":
+        raise EngineError(f"{type(module).__name__} has a buffer {name!r} that no checkpoint holds")
+    positions = torch.arange(buffer.shape[-1], device=device)
+    setattr(module.get_submodule(path), leaf, rearrange(positions, "l -> 1 l"))
