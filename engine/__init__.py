@@ -25,6 +25,7 @@ from engine.types import (
 )
 
 if TYPE_CHECKING:
+    from engine.noise import NoiseStream
     from engine.pipeline import Engine
     from engine.watermark import embed_watermark, read_watermark, watermark_bit_accuracy
 
@@ -33,6 +34,7 @@ EMBEDDED_MODEL = Path(__file__).parent / "embedded"
 
 _HEAVY = {
     "Engine": "engine.pipeline",
+    "NoiseStream": "engine.noise",
     "embed_watermark": "engine.watermark",
     "read_watermark": "engine.watermark",
     "watermark_bit_accuracy": "engine.watermark",
@@ -51,6 +53,7 @@ __all__ = [
     "GenerationResult",
     "ModelDescription",
     "ModelSpec",
+    "NoiseStream",
     "SafetyVerdict",
     "check_steps",
     "describe_model",

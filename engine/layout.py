@@ -6,11 +6,11 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any
 
 from engine.blueprint import Blueprint
 from engine.checkpoint import open_weights
-from engine.config import PredictionType, SchedulerConfig
+from engine.config import SchedulerConfig
 from engine.folder import pixel_files, read_blueprint, tokenizer_files, weights_file
 from engine.hub import fetch_model, fetch_tokenizer, is_hub_id
 from engine.single_file import default_tokenizer, recognise
@@ -90,9 +90,14 @@ def _single_file(path: Path, spec: ModelSpec) -> ModelLayout:
 
 
 def _with_overrides(blueprint: Blueprint, spec: ModelSpec) -> Blueprint:
-    """What the caller knows better than the files: single files are silent on what the U-Net predicts."""
-    if spec.prediction_type is None:
-        return blueprint
-    SchedulerConfig.from_dict({"prediction_type": spec.prediction_type})  # refuses a name that there is not
-    scheduler = dataclasses.replace(blueprint.scheduler, prediction_type=cast(PredictionType, spec.prediction_type))
-    return dataclasses.replace(blueprint, scheduler=scheduler)
+    """What the caller knows better than the files: single files are silent on prediction and spacing."""
+    changes: dict[str, Any] = {
+        name: value
+        for name, value in (
+            ("prediction_type", spec.prediction_type),
+            ("timestep_spacing", spec.timestep_spacing),
+        )
+        if value is not None
+    }
+    SchedulerConfig.from_dict(changes)  # refuses a name that there is not
+    return dataclasses.replace(blueprint, scheduler=dataclasses.replace(blueprint.scheduler, **changes))

@@ -214,9 +214,7 @@ class Engine:
             batch_slot=slot,
         )
 
-    def _sample_in_fp32(
-        self, requests: list[GenerationRequest], noise: list[Tensor] | None
-    ) -> list[_Picture | None]:
+    def _sample_in_fp32(self, requests: list[GenerationRequest], noise: list[Tensor] | None) -> list[_Picture | None]:
         """Once more, in full precision, for rows that overflowed. The copies live only as long as the call."""
         models = self._models
         in_fp32 = _Models(
@@ -258,9 +256,9 @@ class Engine:
         levels = rearrange((decoded / 2 + 0.5).clamp(0, 1) * 255, "n c h w -> n h w c")
         rounded = levels.round().to(torch.uint8).cpu().numpy()
         kept = levels.to(torch.uint8).cpu().numpy() if self._cut_pixels else rounded
-        return [
-            _Picture(*pair) if good else None for *pair, good in zip(rounded, kept, finite.tolist(), strict=True)
-        ][: len(requests)]
+        return [_Picture(*pair) if good else None for *pair, good in zip(rounded, kept, finite.tolist(), strict=True)][
+            : len(requests)
+        ]
 
     def _denoiser(self, rows: list[GenerationRequest], models: _Models) -> Denoiser:
         conditioning = models.text.encode([row.prompt for row in rows])
