@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 
+from jobs.errors import UsageError
 from jobs.ledger import Ledger
 from jobs.plan import Plan, load_plan
 from jobs.sinks import Sink, open_sink
 from jobs.storage import Storage
+from jobs.storage_errors import StorageError
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -23,13 +25,16 @@ class Job:
 
 @lru_cache(maxsize=4)
 def open_job(out_url: str) -> Job:
-    """The job that lives in an output, read once per process. Raises UsageError if the output has no plan.
+    """The job that lives in an output, read once per process. Raises UsageError if it has no plan or cannot be read.
 
     A plan never changes once it is there, so a process may keep it; `open_job.cache_clear()` forgets it where an
     output may have been deleted and made again.
     """
     storage = Storage.open(out_url)
-    plan = load_plan(storage)
+    try:
+        plan = load_plan(storage)
+    except StorageError as error:
+        raise UsageError(str(error)) from error
     ledger = Ledger(
         storage=storage, plan_hash=plan.plan_hash, n_chunks=plan.n_chunks, schema=plan.record_schema.remove_metadata()
     )

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs.errors import OutputConflict
+from jobs.errors import OutputConflict, UsageError
 from jobs.status import status
 from jobs.storage import Storage
 from jobs.verify import verify
@@ -73,3 +73,16 @@ def test_verify_finds_a_flipped_byte_on_s3(s3: str, manifest: Manifest, tiny_mod
     data[size // 2] ^= 1
     storage.write(path, bytes(data))
     assert [(defect.kind, defect.path) for defect in verify(s3).defects] == [("image-damaged", path)]
+
+
+def test_an_output_that_cannot_be_read_is_a_usage_error(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import s3fs
+
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+    s3fs.S3FileSystem.clear_instance_cache()
+    try:
+        for read in (status, verify):
+            with pytest.raises(UsageError, match="check the credentials"):
+                read(s3)
+    finally:
+        s3fs.S3FileSystem.clear_instance_cache()
