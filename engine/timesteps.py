@@ -16,7 +16,7 @@ Timesteps = NDArray[np.float64]
 
 def check_steps(sampler: str, config: SchedulerConfig, steps: int) -> None:
     """Raises EngineError that names the nearest number of steps that works, if `steps` does not."""
-    _GRIDS[sampler](config, steps)
+    _CHECKS[sampler](config, steps)
 
 
 def whole_timesteps(config: SchedulerConfig, steps: int) -> Timesteps:
@@ -49,23 +49,25 @@ def distilled_timesteps(config: SchedulerConfig, steps: int) -> Timesteps:
     return _fitting(_distilled, config, steps)
 
 
-def any_number_of_steps(config: SchedulerConfig, steps: int) -> Timesteps:
-    """For samplers that place noise levels, not timesteps: 1 to T of them fit. The numbers returned mean nothing."""
-    return _fitting(lambda _, steps: np.arange(steps, dtype=np.float64)[::-1], config, steps)
+def check_range(config: SchedulerConfig, steps: int) -> None:
+    """All that samplers ask for that place noise levels, not timesteps. Raises EngineError."""
+    total = config.num_train_timesteps
+    if not 1 <= steps <= total:
+        raise EngineError(f"num_inference_steps is {steps}; this model takes 1 to {total}")
 
 
 _Grid = Callable[[SchedulerConfig, int], Timesteps]
 
-_GRIDS: dict[str, _Grid] = {
+_CHECKS: dict[str, Callable[[SchedulerConfig, int], object]] = {
     "ddim": whole_timesteps,
     "plms": whole_timesteps,
     "euler": continuous_timesteps,
     "euler_a": continuous_timesteps,
     "heun": continuous_timesteps,
     "dpmpp_2m": solver_timesteps,
-    "dpmpp_2m_karras": any_number_of_steps,
+    "dpmpp_2m_karras": check_range,
     "dpmpp_2m_sde": solver_timesteps,
-    "dpmpp_2m_sde_karras": any_number_of_steps,
+    "dpmpp_2m_sde_karras": check_range,
     "lcm": distilled_timesteps,
 }
 
@@ -77,8 +79,7 @@ def _fitting(grid: _Grid, config: SchedulerConfig, steps: int) -> Timesteps:
     def fits(timesteps: Timesteps) -> bool:
         return bool(timesteps[0] < total and timesteps[-1] >= 0 and (timesteps[1:] < timesteps[:-1]).all())
 
-    if not 1 <= steps <= total:
-        raise EngineError(f"num_inference_steps is {steps}; this model takes 1 to {total}")
+    check_range(config, steps)
     timesteps = grid(config, steps)
     if fits(timesteps):
         return timesteps

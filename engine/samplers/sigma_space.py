@@ -14,7 +14,7 @@ from torch import Tensor
 from engine.denoiser import Denoise
 from engine.samplers.signature import DrawNoise, refuse_eta
 from engine.schedule import LEAST_POWER, NoiseLevel, NoiseSchedule
-from engine.timesteps import Timesteps, any_number_of_steps, continuous_timesteps, solver_timesteps
+from engine.timesteps import Timesteps, check_range, continuous_timesteps, solver_timesteps
 
 _CLEAN = NoiseLevel(0, 1.0)
 _KARRAS_RHO = 7.0
@@ -139,7 +139,10 @@ def _solve(denoise: Denoise, latents: Tensor, levels: list[NoiseLevel], draw_noi
 
 
 def _start(latents: Tensor, schedule: NoiseSchedule, first: NoiseLevel) -> Tensor:
-    """Noise at the first level's sigma; where spacing stops short of the last timestep, what its latents weigh."""
+    """Latents at the first level, as in diffusers.
+
+    Noise of its sigma where the spacing begins at the last timestep; latents of variance 1 where it stops short of it.
+    """
     from_the_top = schedule.config.timestep_spacing in {"trailing", "linspace"}
     return latents * first.sigma if from_the_top else latents / first.signal
 
@@ -169,7 +172,7 @@ def _karras_levels(schedule: NoiseSchedule, steps: int) -> list[NoiseLevel]:
 
     The network is told the nearest timestep by the logarithm of sigma, a whole number as in diffusers.
     """
-    any_number_of_steps(schedule.config, steps)
+    check_range(schedule.config, steps)
     known = schedule.sigmas
     roots = np.linspace(known[-1] ** (1 / _KARRAS_RHO), known[0] ** (1 / _KARRAS_RHO), steps)
     sigmas = roots**_KARRAS_RHO

@@ -43,7 +43,8 @@ def plms(
     """Pseudo linear multistep (arXiv:2202.09778, eq. 12), started by one pseudo improved Euler step as in LDM's code.
 
     For any model. Runs the model once more than there are steps. The history is of predicted noise whatever the model
-    predicts, as the paper has it (diffusers combines velocities instead, and refuses models that predict data).
+    predicts, as the paper has it: second order. (diffusers combines velocities, which is of first order only, and
+    refuses models that predict data.)
     """
     refuse_eta("PLMS", eta)
     pairs = schedule.steps(steps)
