@@ -166,6 +166,18 @@ def run(config: str | None, flags: dict[str, Any], as_json: bool) -> None:
     raise typer.Exit(summary.exit_code)
 
 
+@app.command(
+    rich_help_panel=_MAKE,
+    add_help_option=False,
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False},
+)
+def txt2img(context: typer.Context) -> None:
+    """Draw a few pictures for a prompt: the original Stable Diffusion script's command, option for option."""
+    from jobs.txt2img_command import run_command
+
+    raise typer.Exit(run_command(context.args))
+
+
 @app.command(rich_help_panel=_LOOK, epilog="Example: [bold]latentmill status out/sample --json[/bold]")
 def status(
     out: OutArgument,
