@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 from engine.describe import ModelDescription, describe_model, load_tokenizer
 from engine.timesteps import check_steps
 from engine.types import (
+    LONG_PROMPTS,
+    PROMPT_SYNTAXES,
     SAMPLERS,
     SAMPLERS_WITH_ETA,
     SEED_LIMIT,
@@ -42,6 +44,8 @@ _HEAVY = {
 
 __all__ = [
     "EMBEDDED_MODEL",
+    "LONG_PROMPTS",
+    "PROMPT_SYNTAXES",
     "SAMPLERS",
     "SAMPLERS_WITH_ETA",
     "SEED_LIMIT",

@@ -110,7 +110,7 @@ class Engine:
         vae = load_vae(layout, kind, target)
         if vae.config.force_upcast:
             vae = vae.float()
-        models = _Models(TextEncoder(layout, kind, target, batch_size), load_unet(layout, kind, target), vae)
+        models = _Models(TextEncoder(layout, spec, kind, target, batch_size), load_unet(layout, kind, target), vae)
         safety = load_safety_checker(spec, layout.folder, target)
         schedule = NoiseSchedule(layout.blueprint.scheduler)
         return cls(models, schedule, safety, describe_layout(layout), batch_size, cut_pixels=cut_pixels)
@@ -132,11 +132,11 @@ class Engine:
         raises) is that result's `error`. What is wrong with the machine (memory, a lost device) is raised.
         """
         results: dict[int, GenerationResult] = {}
-        groups: dict[tuple[int, int, int, str, bool], list[int]] = defaultdict(list)
+        groups: dict[tuple[int, int, int, str, bool, int], list[int]] = defaultdict(list)
         for index, request in enumerate(requests):
             error = self._reason_to_refuse(request)
             if error is None:
-                groups[request.loop_key].append(index)
+                groups[*request.loop_key, self._chunks(request)].append(index)
             else:
                 results[index] = self._failure(error, slot=0)
         for indices in groups.values():
@@ -159,11 +159,16 @@ class Engine:
             return f"eta is {request.eta}; it must be 0 for {request.sampler}: it is {', '.join(SAMPLERS_WITH_ETA)}'s"
         try:
             check_steps(request.sampler, self._schedule.config, request.num_inference_steps)
-            self._models.text.count_tokens(request.prompt)
-            self._models.text.count_tokens(request.negative_prompt)
+            self._chunks(request)
         except (ValueError, TypeError, OverflowError) as error:
             return f"{type(error).__name__}: {error}"
         return None
+
+    def _chunks(self, request: GenerationRequest) -> int:
+        """Runs of the text encoder that the request takes: its context's length is part of its batch's shape."""
+        needed = self._models.text.chunks_needed
+        prompt, negative = needed(request.prompt), needed(request.negative_prompt)
+        return max(prompt, negative) if request.guided else prompt
 
     def _run_batch(self, requests: list[GenerationRequest], noise: list[Tensor] | None) -> list[GenerationResult]:
         """Sample, decode and check up to `batch_size` requests of one loop key."""
@@ -261,10 +266,12 @@ class Engine:
         ]
 
     def _denoiser(self, rows: list[GenerationRequest], models: _Models) -> Denoiser:
-        conditioning = models.text.encode([row.prompt for row in rows])
+        chunks = self._chunks(rows[0])
+        conditioning = models.text.encode([row.prompt for row in rows], chunks)
         guidance = None
         if rows[0].guided:
-            conditioning = models.text.encode_negative([row.negative_prompt for row in rows]).followed_by(conditioning)
+            negative = models.text.encode_negative([row.negative_prompt for row in rows], chunks)
+            conditioning = negative.followed_by(conditioning)
             guidance = _column([row.guidance_scale for row in rows], self.device)
         unet = _with_pooled_text_and_size(models.unet, conditioning.pooled, rows[0])
         return Denoiser(unet, self._schedule, conditioning.context, guidance)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from engine.types import EngineError
+from engine.types import PROMPT_SYNTAXES, EngineError
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +34,6 @@ _SYNTAXES = MappingProxyType(
         "novelai": _Syntax(brackets={"{": ("}", 1.05), "[": ("]", 1 / 1.05)}, weighted="", breaks=False),
     }
 )
-PROMPT_SYNTAXES = ("plain", *_SYNTAXES)
 
 _NUMBER_THEN_CLOSE = re.compile(r":\s*([+-]?(?:\d+\.?\d*|\.\d+))\s*\)")
 _BREAK = re.compile(r"\s*\bBREAK\b\s*")
@@ -126,3 +125,20 @@ def _split_at_breaks(pieces: list[Piece]) -> list[Piece]:
             result.append(Piece(first, piece.weight))
         result.extend(Piece(text, piece.weight, starts_chunk=True) for text in rest)
     return result
+
+
+Chunk = list[tuple[int, float]]
+"""One run of the text encoder: token ids with their weights, without start and end marks."""
+
+
+def cut_into_chunks(pieces: Sequence[Piece], ids: Sequence[Sequence[int]], places: int) -> list[Chunk]:
+    """Tokens of each piece -> chunks of up to `places` tokens; a piece after a BREAK starts a new one."""
+    chunks: list[Chunk] = [[]]
+    for piece, piece_ids in zip(pieces, ids, strict=True):
+        if piece.starts_chunk:
+            chunks.append([])
+        for token in piece_ids:
+            if len(chunks[-1]) == places:
+                chunks.append([])
+            chunks[-1].append((token, piece.weight))
+    return chunks

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from engine.blueprint import Tower
 from engine.layout import ModelLayout
+from engine.prompts import Chunk, Piece, cut_into_chunks, parse_prompt
 from engine.tokenizer import PromptTokenizer, load_prompt_tokenizer
-from engine.types import EngineError
+from engine.types import LONG_PROMPTS, PROMPT_SYNTAXES, EngineError, ModelSpec
 from engine.weights import load_tower
 
 _CACHE_LIMIT = 1024
@@ -37,11 +39,25 @@ class _LoadedTower:
     tokenizer: PromptTokenizer
     model: nn.Module
 
-    def encode(self, texts: list[str], device: torch.device) -> tuple[Tensor, Tensor | None]:
-        ids = torch.tensor(self.tokenizer.padded_ids(texts, self.tower.max_tokens, self.tower.pad_id), device=device)
+    def plain_ids(self, texts: list[str]) -> list[list[int]]:
+        """Ids of whole texts, marked, cut and padded."""
+        return self.tokenizer.padded_ids(texts, self.tower.max_tokens, self.tower.pad_id)
+
+    def chunks(self, pieces: Sequence[Piece]) -> list[Chunk]:
+        """The prompt's tokens as this tower counts them."""
+        return cut_into_chunks(pieces, self.tokenizer.ids([piece.text for piece in pieces]), self.tower.max_tokens - 2)
+
+    def framed(self, chunk: Chunk) -> tuple[list[int], list[float]]:
+        """A chunk's ids and weights with marks and padding, which weigh 1."""
+        ids = self.tokenizer.framed([token for token, _ in chunk], self.tower.max_tokens, self.tower.pad_id)
+        weights = [1.0, *(weight for _, weight in chunk)]
+        return ids, weights + [1.0] * (self.tower.max_tokens - len(weights))
+
+    def encode(self, ids: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor | None]:
+        rows = torch.tensor(ids, device=device)
         if self.tower.kind == "ldm-bert":
-            return self.model(ids), None
-        output = self.model(ids, output_hidden_states=self.tower.penultimate)
+            return self.model(rows), None
+        output = self.model(rows, output_hidden_states=self.tower.penultimate)
         states = output.hidden_states[-2] if self.tower.penultimate else output.last_hidden_state
         return states, output.text_embeds if self.tower.kind == "clip-projection" else None
 
@@ -53,7 +69,14 @@ class TextEncoder:
     on its prompt alone.
     """
 
-    def __init__(self, layout: ModelLayout, dtype: torch.dtype, device: torch.device, batch_size: int) -> None:
+    def __init__(
+        self, layout: ModelLayout, spec: ModelSpec, dtype: torch.dtype, device: torch.device, batch_size: int
+    ) -> None:
+        if spec.prompt_syntax not in PROMPT_SYNTAXES or spec.long_prompts not in LONG_PROMPTS:
+            raise EngineError(
+                f"prompt_syntax is {spec.prompt_syntax!r} and long_prompts {spec.long_prompts!r}; there are "
+                f"{', '.join(PROMPT_SYNTAXES)} and {', '.join(LONG_PROMPTS)}"
+            )
         blueprint = layout.blueprint
         self._towers = [
             _LoadedTower(tower, load_prompt_tokenizer(folder, tower.kind), load_tower(layout, tower, dtype, device))
@@ -65,11 +88,13 @@ class TextEncoder:
                     f"{loaded.tower.component} knows {loaded.tower.config.get('vocab_size')} tokens, the tokenizer has "
                     f"{loaded.tokenizer.vocabulary}: it is not the one that the model was trained with"
                 )
+        self._syntax = spec.prompt_syntax
+        self._long_prompts = spec.long_prompts
         self._zeros_for_empty = blueprint.force_zeros_for_empty_prompt
         self.max_tokens = blueprint.max_tokens
         self._device = device
         self._batch_size = batch_size
-        self._cache: dict[str, tuple[Tensor, Tensor | None]] = {}
+        self._cache: dict[tuple[str, int], tuple[Tensor, Tensor | None]] = {}
 
     def at_precision(self, dtype: torch.dtype) -> TextEncoder:
         """A copy of the encoder in another dtype, with a memory of its own."""
@@ -82,33 +107,80 @@ class TextEncoder:
         return other
 
     def count_tokens(self, text: str) -> int:
-        """Tokens before truncation, without start and end marks. Raises the tokenizer's own errors."""
-        return self._towers[0].tokenizer.count([text])[0]
+        """Tokens before truncation, without start and end marks and emphasis. Raises the tokenizer's own errors."""
+        return sum(self._towers[0].tokenizer.count([piece.text for piece in self._pieces(text)]))
 
-    def encode(self, texts: Sequence[str]) -> Conditioning:
-        """`n` texts -> their conditioning in the encoders' dtype; longer texts are cut at `max_tokens`."""
+    def chunks_needed(self, text: str) -> int:
+        """Runs of the encoder that the text takes: 1, unless long prompts are chunked.
+
+        Raises EngineError for a text that is too long where that is an error.
+        """
+        if self._long_prompts == "chunk":
+            pieces = self._pieces(text)
+            return max(len(loaded.chunks(pieces)) for loaded in self._towers)
+        tokens = self.count_tokens(text)
+        if self._long_prompts == "error" and tokens > self.max_tokens - 2:
+            raise EngineError(f"the prompt has {tokens} tokens, the limit is {self.max_tokens - 2}; shorten it")
+        return 1
+
+    def encode(self, texts: Sequence[str], chunks: int = 1) -> Conditioning:
+        """`n` texts -> their conditioning in the encoders' dtype: `chunks * max_tokens` token states each.
+
+        Longer texts are cut; shorter ones go on with empty chunks.
+        """
         if len(self._cache) > _CACHE_LIMIT:
             self._cache.clear()
-        new = [text for text in dict.fromkeys(texts) if text not in self._cache]
+        new = [text for text in dict.fromkeys(texts) if (text, chunks) not in self._cache]
         for start in range(0, len(new), self._batch_size):
             batch = new[start : start + self._batch_size]
             padded = batch + batch[:1] * (self._batch_size - len(batch))
-            self._cache.update(zip(batch, self._encode_batch(padded), strict=False))
-        rows = [self._cache[text] for text in texts]
+            encoded = self._encode_batch(padded, chunks)
+            self._cache.update(zip([(text, chunks) for text in batch], encoded, strict=False))
+        rows = [self._cache[text, chunks] for text in texts]
         pooled = [row_pooled for _, row_pooled in rows if row_pooled is not None]
         return Conditioning(torch.stack([states for states, _ in rows]), torch.stack(pooled) if pooled else None)
 
-    def encode_negative(self, texts: Sequence[str]) -> Conditioning:
+    def encode_negative(self, texts: Sequence[str], chunks: int = 1) -> Conditioning:
         """As `encode`; but where the model was trained so (SDXL), no negative prompt means zeros."""
-        encoded = self.encode(texts)
+        encoded = self.encode(texts, chunks)
         if not self._zeros_for_empty:
             return encoded
         given = torch.tensor([bool(text) for text in texts], device=encoded.context.device)
         context = encoded.context * given[:, None, None]
         return Conditioning(context, None if encoded.pooled is None else encoded.pooled * given[:, None])
 
-    def _encode_batch(self, texts: list[str]) -> list[tuple[Tensor, Tensor | None]]:
-        parts = [loaded.encode(texts, self._device) for loaded in self._towers]
+    def _pieces(self, text: str) -> list[Piece]:
+        pieces = parse_prompt(text, self._syntax)
+        # A BREAK asks for a chunk of its own, and there is only one: its two sides then follow one another.
+        return pieces if self._long_prompts == "chunk" else [replace(piece, starts_chunk=False) for piece in pieces]
+
+    def _encode_batch(self, texts: list[str], chunks: int) -> list[tuple[Tensor, Tensor | None]]:
+        if self._syntax == "plain" and chunks == 1:
+            parts = [loaded.encode(loaded.plain_ids(texts), self._device) for loaded in self._towers]
+        else:
+            parts = [self._encode_weighted(loaded, texts, chunks) for loaded in self._towers]
         states = torch.cat([part for part, _ in parts], dim=-1)
         pooled = [part for _, part in parts if part is not None]
         return list(zip(states, pooled[0] if pooled else [None] * len(texts), strict=True))
+
+    def _encode_weighted(self, loaded: _LoadedTower, texts: list[str], chunks: int) -> tuple[Tensor, Tensor | None]:
+        """Chunk by chunk, each at the fixed batch shape; the pooled state is the first chunk's."""
+        rows = [loaded.chunks(self._pieces(text)) for text in texts]
+        states, pooled = [], []
+        for number in range(chunks):
+            framed = [loaded.framed(row[number] if number < len(row) else []) for row in rows]
+            part, part_pooled = loaded.encode([ids for ids, _ in framed], self._device)
+            states.append(_emphasised(part, torch.tensor([weights for _, weights in framed], device=self._device)))
+            pooled.append(part_pooled)
+        return torch.cat(states, dim=1), pooled[0]
+
+
+def _emphasised(states: Tensor, weights: Tensor) -> Tensor:
+    """Token states `(n, l, d)` times their weights `(n, l)`, each row brought back to its mean, as A1111 does.
+
+    A row whose weights are all 1 keeps its very bits.
+    """
+    weighted = states.float() * rearrange(weights, "n l -> n l 1")
+    restored = weighted * (states.float().mean((1, 2), keepdim=True) / weighted.mean((1, 2), keepdim=True))
+    plain = rearrange((weights == 1).all(dim=1), "n -> n 1 1")
+    return torch.where(plain, states, restored.to(states.dtype))

@@ -33,6 +33,12 @@ SAMPLERS = (
 SAMPLERS_WITH_ETA = ("ddim",)
 """Samplers whose noise eta scales. The others take no eta but 0: their noise, if any, is part of the algorithm."""
 
+PROMPT_SYNTAXES = ("plain", "a1111", "novelai")
+"""What `ModelSpec.prompt_syntax` takes: how brackets in prompts are read (see engine/prompts.py)."""
+
+LONG_PROMPTS = ("truncate", "chunk", "error")
+"""What `ModelSpec.long_prompts` takes: what becomes of a prompt with more tokens than the text encoder has places."""
+
 SAFETY_CHECKERS = ("auto", "open-nsfw", "clip-concepts", "none")
 """What `ModelSpec.safety` takes."""
 
@@ -113,6 +119,9 @@ class ModelSpec:
     spacing (`leading`, `trailing`, `linspace`; `original`: the original command's) replaces a folder's own, too.
     `safety` is `auto` (the folder's own `safety_checker/` if it has one, else open-nsfw), `open-nsfw`,
     `clip-concepts` or `none`. `safety_threshold` is the open-nsfw score from which a picture is flagged.
+
+    `prompt_syntax` says how brackets are read, `long_prompts` what becomes of more tokens than there are places: cut
+    (`truncate`), encoded in several chunks side by side (`chunk`), or refused (`error`).
     """
 
     model: str
@@ -122,3 +131,5 @@ class ModelSpec:
     timestep_spacing: str | None = None
     safety: str = "auto"
     safety_threshold: float = 0.8
+    prompt_syntax: str = "plain"
+    long_prompts: str = "truncate"
