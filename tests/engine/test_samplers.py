@@ -204,6 +204,12 @@ def test_predicted_data_is_clipped_where_the_config_says_so(sampler, prediction)
     assert_same_run(run_ours(sampler, schedule_for(**changes), start() * 3, 10), expected)
 
 
+def test_lcm_keeps_the_latents_themselves_as_the_timestep_goes_to_nothing():
+    changes = {"timestep_scaling": 0.002}  # at the usual 10 the latents' share is too small to be seen
+    expected = run_reference(reference_for("lcm", **changes), start(), 8)
+    assert_same_run(run_ours("lcm", schedule_for(**changes), start(), 8), expected)
+
+
 @pytest.mark.parametrize("sampler", ["euler", "euler_a", "dpmpp_2m", "dpmpp_2m_sde_karras"])
 def test_clipping_holds_for_samplers_whose_reference_forgets_it(sampler):
     schedule = schedule_for(clip_sample=True, clip_sample_range=0.5)
