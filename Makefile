@@ -24,8 +24,8 @@ run: install ## make a small dataset with the model that ships, and a contact sh
 test: dev ## run all tests
 	$(BIN)/python -m pytest
 
-test-gpu: dev ## run the tests that need a CUDA device
-	$(BIN)/python -m pytest -m gpu
+test-gpu: $(if $(GPU_PYTHON),,dev) ## run the tests that need a CUDA device; GPU_PYTHON=python3 uses another torch
+	$(or $(GPU_PYTHON),$(BIN)/python) -m pytest -m gpu tests/gpu
 
 lint: dev ## check style and format
 	$(BIN)/ruff check

@@ -1,0 +1,109 @@
+"""The engine on a CUDA device: run by `make test-gpu`, needs torch with CUDA and no Ray, hub or reference library."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from engine import EMBEDDED_MODEL, Engine, GenerationRequest, ModelSpec
+from engine.config import UNetConfig, VAEConfig
+from engine.unet import UNet
+from engine.vae import AutoencoderKL
+
+pytestmark = pytest.mark.gpu
+
+SPEC = ModelSpec(model=str(EMBEDDED_MODEL), safety="none")
+ROWS = [
+    GenerationRequest(prompt=prompt, seed=seed, width=256, height=256, num_inference_steps=10, guidance_scale=4.0)
+    for seed, prompt in enumerate(
+        ["a large red circle in the center on a white background", "a flat icon of a house", ""]
+    )
+]
+SD15 = {"block_out_channels": [320, 640, 1280, 1280], "attention_head_dim": 8, "cross_attention_dim": 768}
+SD21 = {
+    **SD15,
+    "attention_head_dim": [5, 10, 20, 20],
+    "cross_attention_dim": 1024,
+    "use_linear_projection": True,
+    "upcast_attention": True,
+}
+SDXL = {
+    "block_out_channels": [320, 640, 1280],
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+    "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+    "attention_head_dim": [5, 10, 20],
+    "transformer_layers_per_block": [1, 2, 10],
+    "cross_attention_dim": 2048,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+    "use_linear_projection": True,
+}
+VAE = {"block_out_channels": [128, 256, 512, 512], "layers_per_block": 2, "latent_channels": 4}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def device() -> None:
+    assert torch.cuda.is_available(), "no CUDA device: these tests are for a machine that has one"
+
+
+@pytest.fixture(scope="module")
+def half() -> Engine:
+    return Engine.load(SPEC, device="cuda", dtype="float16", batch_size=4)
+
+
+def test_half_precision_draws_what_full_precision_on_the_cpu_draws(half):
+    full = Engine.load(SPEC, device="cpu", dtype="float32", batch_size=4)
+    for ours, reference in zip(half.generate(ROWS), full.generate(ROWS), strict=True):
+        assert (ours.status, ours.precision) == ("ok", "fp16")
+        assert np.abs(ours.pixels.astype(int) - reference.pixels.astype(int)).mean() < 4
+
+
+def test_a_rows_bits_do_not_depend_on_its_neighbours(half):
+    alone = half.generate(ROWS[:1])[0].pixels
+    for order in ([1, 0, 2], [2, 1, 0], [1, 2, 1, 2, 0]):
+        together = half.generate([ROWS[number] for number in order])
+        assert np.array_equal(together[order.index(0)].pixels, alone)
+
+
+def test_a_row_that_overflows_is_made_again_in_full_precision(half, monkeypatch):
+    engine = Engine.load(SPEC, device="cuda", dtype="float16", batch_size=4)
+    forward = UNet.forward
+
+    def overflowing(self, latents, *rest, **more):
+        output = forward(self, latents, *rest, **more)
+        if output.dtype == torch.float16:
+            output[1] = torch.inf
+        return output
+
+    monkeypatch.setattr(UNet, "forward", overflowing)
+    results = engine.generate(ROWS)
+    assert [result.precision for result in results] == ["fp16", "fp32-retry", "fp16"]
+    assert all(result.status == "ok" for result in results)
+
+
+@pytest.mark.parametrize(
+    ("config", "side", "tokens"), [(SD15, 64, 77), (SD21, 96, 77), (SDXL, 128, 77)], ids=["sd15", "sd21", "sdxl"]
+)
+def test_a_real_unet_with_random_weights_stays_finite_in_fp16(config, side, tokens):
+    torch.cuda.reset_peak_memory_stats()
+    parsed = UNetConfig.from_dict(config)
+    with torch.device("cuda"):
+        unet = UNet(parsed).half().eval()
+        latents = torch.randn(2, 4, side, side, dtype=torch.float16)
+        context = torch.randn(2, tokens, parsed.context_dim, dtype=torch.float16)
+        extra = {}
+        if parsed.projection_input_dim:
+            extra = {"pooled": torch.randn(2, 1280, dtype=torch.float16), "time_ids": torch.full((2, 6), 1024.0)}
+        with torch.inference_mode():
+            output = unet(latents, torch.tensor([500, 500]), context, **extra)
+    assert torch.isfinite(output).all()
+    print(f"peak memory {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB")
+
+
+@pytest.mark.parametrize("side", [64, 96, 128])
+def test_a_real_decoder_with_random_weights_stays_finite_in_fp32(side):
+    with torch.device("cuda"), torch.inference_mode():
+        vae = AutoencoderKL(VAEConfig.from_dict(VAE)).eval()
+        assert torch.isfinite(vae.decode(torch.randn(1, 4, side, side))).all()
