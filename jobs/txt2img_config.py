@@ -6,6 +6,7 @@ ever imported or called by them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import resources
@@ -80,7 +81,7 @@ class CompVisConfig:
         return ModelSpec(
             model=checkpoint,
             prediction_type=_PREDICTIONS[kind],
-            tokenizer=self.get("model.params.cond_stage_config.params.version"),
+            tokenizer=self._tokenizer(),
             timestep_spacing="original",
         )
 
@@ -93,6 +94,13 @@ class CompVisConfig:
                     f"--config {self.path} says {path}: {said!r}, but {model.path} has {expected!r}: they are not of "
                     "one model; give the config that belongs to the checkpoint"
                 )
+
+    def _tokenizer(self) -> str | None:
+        """Our own key, or what the original's CLIP embedder takes; OpenCLIP's `version` means its weights."""
+        stage = "model.params.cond_stage_config"
+        is_clip = str(self.get(f"{stage}.target", "")).endswith(".FrozenCLIPEmbedder")
+        name = self.get(f"{stage}.params.tokenizer") or (self.get(f"{stage}.params.version") if is_clip else None)
+        return None if name is None else str(name)
 
     def _refuse_unknown_targets(self) -> None:
         for path, known in _KNOWN_TARGETS.items():
@@ -112,7 +120,7 @@ class CompVisConfig:
         yield f"{_UNET}.in_channels", unet.in_channels
         yield f"{_UNET}.out_channels", unet.out_channels
         yield f"{_UNET}.model_channels", unet.channels[0]
-        yield f"{_UNET}.channel_mult", [width / unet.channels[0] for width in unet.channels]
+        yield f"{_UNET}.channel_mult", _multiples(unet.channels)
         yield f"{_UNET}.num_res_blocks", unet.layers_per_block
         yield (
             f"{_UNET}.attention_resolutions",
@@ -129,13 +137,21 @@ class CompVisConfig:
         yield f"{_FIRST}.n_embed", vae.codebook_size
         yield f"{_FIRST}.ddconfig.z_channels", vae.latent_channels
         yield f"{_FIRST}.ddconfig.ch", vae.channels[0]
-        yield f"{_FIRST}.ddconfig.ch_mult", [width / vae.channels[0] for width in vae.channels]
+        yield f"{_FIRST}.ddconfig.ch_mult", _multiples(vae.channels)
         yield f"{_FIRST}.ddconfig.num_res_blocks", vae.layers_per_block
+
+
+def _multiples(widths: tuple[int, ...]) -> list[float]:
+    return [width // widths[0] if width % widths[0] == 0 else width / widths[0] for width in widths]
 
 
 def _same(said: Any, expected: Any) -> bool:
     if isinstance(said, list) and isinstance(expected, list):
         return len(said) == len(expected) and all(map(_same, said, expected))
-    if isinstance(said, int | float) and isinstance(expected, int | float):
-        return bool(abs(said - expected) <= 1e-9 * max(abs(said), abs(expected)))
+    if isinstance(expected, int | float) and not isinstance(said, list | dict):
+        try:
+            # PyYAML takes numbers such as 1e-4 for words.
+            return math.isclose(float(said), expected)
+        except ValueError:
+            return False
     return bool(said == expected)
