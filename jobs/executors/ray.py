@@ -9,12 +9,10 @@ from __future__ import annotations
 import logging
 import os
 import pickle
-import shutil
-import tempfile
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +21,7 @@ import pyarrow as pa
 
 from jobs.display import held_back_stderr
 from jobs.errors import JobError, UsageError
+from jobs.executors.scratch import scratch_folder
 from jobs.plan import Plan
 from jobs.spec import Runtime
 from jobs.storage_errors import StorageError
@@ -134,11 +133,10 @@ class _Pool:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Connection:
-    """A session with a cluster. `owned` says whether this process opened it, `folder` is a local cluster's own."""
+    """A session with a cluster; `ending` undoes what this process did to get it."""
 
     where: str
-    owned: bool
-    folder: Path | None
+    ending: ExitStack
 
     def resources(self) -> dict[str, float]:
         import ray
@@ -147,12 +145,7 @@ class _Connection:
         return found
 
     def close(self) -> None:
-        import ray
-
-        if self.owned:
-            ray.shutdown()
-        if self.folder is not None:
-            shutil.rmtree(self.folder, ignore_errors=True)
+        self.ending.close()
 
 
 def _connect(address: str | None) -> _Connection:
@@ -164,33 +157,44 @@ def _connect(address: str | None) -> _Connection:
     except ImportError as error:
         raise UsageError(f"Ray cannot be imported ({error}); install it, or use --executor inline") from error
     if ray.is_initialized():
-        return _Connection(where="the session of this process", owned=False, folder=None)
+        return _Connection(where="the session of this process", ending=ExitStack())
     address = address or os.environ.get("RAY_ADDRESS")
-    if address and address != "local":
-        with held_back_stderr():
-            try:
-                ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-            except (ConnectionError, RuntimeError, ValueError) as error:
-                reason = " ".join(str(error).split())[:200]
-                where = display_url(address)
-                raise UsageError(f"no Ray cluster answers at {where}: {reason}; check --address") from error
-        return _Connection(where=f"cluster at {display_url(address)}", owned=True, folder=None)
-    folder = Path(tempfile.mkdtemp(prefix="lm-", dir=_short_temporary_folder()))
-    try:
-        with _importable_by_children(), held_back_stderr():
-            ray.init(
-                address="local",
-                num_cpus=_cores() + FEEDER_CPUS,
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-                object_store_memory=_object_store_bytes(),
-                _temp_dir=str(folder),
-            )
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
-    return _Connection(where=f"this machine, {_cores()} cores", owned=True, folder=folder)
+    with ExitStack() as undo:
+        if address and address != "local":
+            where = f"cluster at {display_url(address)}"
+            _join_cluster(address)
+        else:
+            where = f"this machine, {_cores()} cores"
+            _start_cluster(undo.enter_context(scratch_folder()))
+        undo.callback(ray.shutdown)
+        return _Connection(where=where, ending=undo.pop_all())
+
+
+def _join_cluster(address: str) -> None:
+    import ray
+
+    with held_back_stderr():
+        try:
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            reason = " ".join(str(error).split())[:200]
+            where = display_url(address)
+            raise UsageError(f"no Ray cluster answers at {where}: {reason}; check --address") from error
+
+
+def _start_cluster(folder: Path) -> None:
+    import ray
+
+    with _importable_by_children(), held_back_stderr():
+        ray.init(
+            address="local",
+            num_cpus=_cores() + FEEDER_CPUS,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            object_store_memory=_object_store_bytes(),
+            _temp_dir=str(folder / "r"),  # Ray opens it to everyone: the folder above does not let them in
+        )
 
 
 @contextmanager
@@ -340,12 +344,6 @@ def _object_store_bytes() -> int:
     """A bounded share of the memory: the pictures of a few chunks are all that is ever in flight."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return max(128 * _MIB, min(2048 * _MIB, total // 8))
-
-
-def _short_temporary_folder() -> str:
-    """Ray puts sockets below it, and a socket's path may have 107 bytes."""
-    folder = tempfile.gettempdir()
-    return folder if len(folder) <= 20 else "/tmp"  # noqa: S108 - mkdtemp makes a private folder in it
 
 
 def _one_line(error: BaseException) -> str:
