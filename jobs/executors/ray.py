@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import pickle
+import socket
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -173,13 +174,24 @@ def _connect(address: str | None) -> _Connection:
 def _join_cluster(address: str) -> None:
     import ray
 
+    where = display_url(address)
     with held_back_stderr():
         try:
+            _knock(address)
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-        except (ConnectionError, RuntimeError, ValueError) as error:
+        except (OSError, RuntimeError, ValueError) as error:
             reason = " ".join(str(error).split())[:200]
-            where = display_url(address)
-            raise UsageError(f"no Ray cluster answers at {where}: {reason}; check --address") from error
+            raise UsageError(f"no Ray cluster answers at {where}: {reason}; check --address or RAY_ADDRESS") from error
+
+
+def _knock(address: str) -> None:
+    """Raise OSError if nothing listens there: Ray itself would try for two minutes."""
+    if address == "auto":
+        return
+    host, separator, port = address.rpartition(":")
+    if "://" in address or not separator or not port.isdigit():
+        raise ValueError("it is not HOST:PORT or auto; give the head node's address, for example 10.0.0.5:6379")
+    socket.create_connection((host, int(port)), timeout=10).close()
 
 
 def _start_cluster(folder: Path) -> None:

@@ -81,6 +81,14 @@ def test_an_output_in_the_memory_of_one_process_is_refused():
     assert ray_executor._shared_url("s3://bucket/x") == "s3://bucket/x"
 
 
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "nowhere.invalid:6379", "ray://127.0.0.1:10001", "6379"])
+def test_a_cluster_that_does_not_answer_is_told_at_once(address: str):
+    began = time.monotonic()
+    with pytest.raises(UsageError, match=r"no Ray cluster answers at .*check --address"):
+        ray_executor._connect(address)
+    assert time.monotonic() - began < 30
+
+
 def test_a_killed_actor_changes_nothing(tiny_model: Path, manifest, tmp_path: Path):
     """SIGKILL of one of two models in the middle: the dataset is bit by bit the one of an undisturbed inline run."""
     settings = {"num_inference_steps": 40, "threads_per_actor": 1, "safety": "none"}
