@@ -34,11 +34,6 @@ if TYPE_CHECKING:
 
 WATERMARK, WATERMARK_METHOD = "StableDiffusionV1", "dwtDct"
 
-EMBEDDED_LINE = (
-    "model: embedded, {width}x{height}: it draws one coloured shape on a plain background or the icon of one thing, "
-    "and cannot draw photographs, people, scenery or text; --ckpt FILE takes another model"
-)
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Request(GenerationRequest):

@@ -5,10 +5,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jobs.display import print_line, safe
-from jobs.txt2img_options import parse_options
+from jobs.txt2img_options import DEFAULT_CKPT, parse_options
 
 if TYPE_CHECKING:
     from engine import Engine
@@ -22,13 +23,10 @@ def run_command(arguments: Sequence[str]) -> int:
     options = parse_options(arguments)
     if options.laion400m:
         print_line("Falling back to LAION 400M model...")
-    from jobs.txt2img import EMBEDDED_LINE, load_engine, plan_txt2img, run_txt2img
+    from jobs.txt2img import load_engine, plan_txt2img, run_txt2img
 
     plan = plan_txt2img(options)
-    if plan.embedded:
-        print_line(EMBEDDED_LINE.format(width=plan.width, height=plan.height))
-    else:
-        print_line(f"model: {safe(plan.model.path)} ({plan.model.family}), {plan.width}x{plan.height}")
+    print_line(_model(plan))
     try:
         engine = load_engine(plan)
         print_line(_where(plan, engine))
@@ -39,6 +37,16 @@ def run_command(arguments: Sequence[str]) -> int:
         return INTERRUPTED
     _tell(plan, summary)
     return summary.exit_code
+
+
+def _model(plan: Txt2ImgPlan) -> str:
+    if not plan.embedded:
+        return f"model: {safe(plan.model.path)} ({plan.model.family}), {plan.width}x{plan.height}"
+    checkpoint = DEFAULT_CKPT if Path(DEFAULT_CKPT).is_file() else "FILE"
+    return (
+        f"model: embedded, {plan.width}x{plan.height}: it draws one coloured shape on a plain background or the icon "
+        f"of one thing, and cannot draw photographs, people, scenery or text; --ckpt {checkpoint} takes another model"
+    )
 
 
 def _where(plan: Txt2ImgPlan, engine: Engine) -> str:

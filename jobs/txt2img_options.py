@@ -153,7 +153,9 @@ def _add_what(group: argparse._ArgumentGroup) -> None:
 def _add_how(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--ddim_steps", type=int, default=50, metavar="S", help="sampling steps (default: 50)")
     group.add_argument("--plms", action="store_true", help="sample with PLMS instead of DDIM")
-    group.add_argument("--dpm_solver", action="store_true", help="sample with DPM-Solver++; it wins over --plms")
+    group.add_argument(
+        "--dpm_solver", action="store_true", help="sample with DPM-Solver++; it wins over --plms and knows no eta"
+    )
     group.add_argument(
         "--ddim_eta", type=float, default=0.0, metavar="ETA", help="noise added by DDIM, 0 to 1 (default: 0)"
     )

@@ -570,6 +570,16 @@ def test_an_option_at_fault_is_one_line_and_exit_code_2(monkeypatch, capsys, tmp
     assert list(tmp_path.iterdir()) == []
 
 
+def test_an_interrupt_says_where_what_was_saved_is(monkeypatch, capsys, tmp_path):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("jobs.txt2img.run_txt2img", interrupted)
+    code, _, err = call(monkeypatch, capsys, "--outdir", tmp_path / "out")
+    assert code == 130
+    assert f"interrupted; what was saved stays in {tmp_path / 'out'}" in err
+
+
 # Configs
 
 
