@@ -90,14 +90,16 @@ class SafetensorsFile:
             _unreadable(path, error)
         if size < end:
             _unreadable(path, f"it ends after {size} bytes, before its tensors do")
+        self._open: Any = None
 
     def read(self, key: str) -> Tensor:
         """One tensor, on the CPU, as it was saved."""
         from safetensors import SafetensorError, safe_open
 
         try:
-            with safe_open(self.path, framework="pt") as file:
-                tensor: Tensor = file.get_tensor(key)
+            if self._open is None:
+                self._open = safe_open(self.path, framework="pt")
+            tensor: Tensor = self._open.get_tensor(key)
         except (SafetensorError, OSError) as error:
             _unreadable(self.path, error)
         return tensor

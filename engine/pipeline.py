@@ -35,7 +35,7 @@ from engine.types import (
 )
 from engine.unet import UNet
 from engine.vae import FirstStage
-from engine.weights import load_unet, load_vae
+from engine.weights import check_claims, load_unet, load_vae
 
 _PRECISION: dict[torch.dtype, Literal["fp32", "fp16", "bf16"]] = {
     torch.float32: "fp32",
@@ -105,6 +105,7 @@ class Engine:
         if batch_size < 1:
             raise EngineError(f"batch_size is {batch_size}; it must be 1 or more")
         layout = find_model(spec)
+        check_claims(layout)
         target = resolve_device(device)
         kind = resolve_dtype(dtype, target)
         vae = load_vae(layout, kind, target)

@@ -83,11 +83,7 @@ class TextEncoder:
             for tower, folder in zip(blueprint.towers, layout.tokenizers, strict=True)
         ]
         for loaded in self._towers:
-            if loaded.tokenizer.vocabulary > int(loaded.tower.config.get("vocab_size", 30522)):
-                raise EngineError(
-                    f"{loaded.tower.component} knows {loaded.tower.config.get('vocab_size')} tokens, the tokenizer has "
-                    f"{loaded.tokenizer.vocabulary}: it is not the one that the model was trained with"
-                )
+            _check_vocabulary(loaded, exact=layout.single_file)
         self._syntax = spec.prompt_syntax
         self._long_prompts = spec.long_prompts
         self._zeros_for_empty = blueprint.force_zeros_for_empty_prompt
@@ -173,6 +169,16 @@ class TextEncoder:
             states.append(_emphasised(part, torch.tensor([weights for _, weights in framed], device=self._device)))
             pooled.append(part_pooled)
         return torch.cat(states, dim=1), pooled[0]
+
+
+def _check_vocabulary(loaded: _LoadedTower, *, exact: bool) -> None:
+    """A tokenizer that was chosen by hand must fit exactly; one in the model's own folder may know less."""
+    known, given = int(loaded.tower.config.get("vocab_size", 30522)), loaded.tokenizer.vocabulary
+    if given > known or (exact and given != known):
+        raise EngineError(
+            f"{loaded.tower.component} knows {known} tokens, the tokenizer has {given}: it is not the one that the "
+            "model was trained with"
+        )
 
 
 def _emphasised(states: Tensor, weights: Tensor) -> Tensor:

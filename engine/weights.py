@@ -52,6 +52,12 @@ def build_tower(tower: Tower) -> nn.Module:
     return module
 
 
+def check_claims(layout: ModelLayout) -> None:
+    """Look over a single file as a whole, before its parts are loaded. Raises EngineError as `claim_single_file`."""
+    if layout.single_file:
+        claim_single_file(layout.blueprint, open_weights(layout.path).shapes, layout.path)
+
+
 def claim_single_file(blueprint: Blueprint, shapes: Mapping[str, Shape], where: object) -> dict[str, dict[str, Origin]]:
     """For each component, where each of its weights lies in a file of the original names.
 
@@ -83,7 +89,7 @@ def _fill(module: Module, layout: ModelLayout, component: str, dtype: torch.dtyp
     file = open_weights(layout.weights[component])
     names = _our_keys(module)
     if layout.single_file:
-        origins = claim_single_file(layout.blueprint, file.shapes, file.path)[component]
+        origins = original_names(layout.blueprint, component, names)
     else:
         origins = _claim_folder_file(file, component, names)
     expected = module.state_dict()

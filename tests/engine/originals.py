@@ -1,0 +1,98 @@
+"""The same random weights in one file with the original key names.
+
+The names come from the engine's own table read backwards; what makes that a test is the judge: diffusers, which reads
+these files with a table of its own, and the digests of the original modules' names in test_single_files.py.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from engine.keys import original_names
+from engine.layout import find_model
+from engine.types import ModelSpec
+from engine.weights import load_tower, load_unet, load_vae
+
+CPU = torch.device("cpu")
+
+
+def original_weights(folder: Path) -> dict[str, Tensor]:
+    """The weights of a diffusers folder by their original names, with what such files carry besides."""
+    layout = find_model(ModelSpec(model=str(folder)))
+    blueprint = layout.blueprint
+    modules = {
+        "unet": load_unet(layout, torch.float32, CPU),
+        blueprint.vae_component: load_vae(layout, torch.float32, CPU),
+        **{tower.component: load_tower(layout, tower, torch.float32, CPU) for tower in blueprint.towers},
+    }
+    weights: dict[str, Tensor] = {}
+    for component, module in modules.items():
+        ours = {key.removeprefix("text_model."): tensor for key, tensor in module.state_dict().items()}
+        thirds: dict[str, dict[int, Tensor]] = defaultdict(dict)
+        for key, origin in original_names(blueprint, component, ours).items():
+            if origin.third is not None:
+                thirds[origin.key][origin.third] = ours[key]
+            else:
+                weights[origin.key] = (ours[key].T if origin.transposed else ours[key]).clone()
+        weights |= {key: torch.cat([parts[0], parts[1], parts[2]]) for key, parts in thirds.items()}
+    for key in list(weights):
+        if key.startswith("first_stage_model.") and ".attn" in key and weights[key].ndim == 2:
+            weights[key] = weights[key][:, :, None, None]
+    return weights | _beside(blueprint.family, weights)
+
+
+def _beside(family: str, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Buffers, averages and unused layers as published files have them: none may change a picture."""
+    beside = {name: torch.rand(1000) for name in ("betas", "alphas_cumprod", "alphas_cumprod_prev", "logvar")}
+    beside["model_ema.decay"] = torch.tensor(0.9)
+    beside["model_ema.diffusion_modeltime_embed0weight"] = torch.randn(4, 4)
+    beside["first_stage_model.loss.logvar"] = torch.zeros(1)
+    if "cond_stage_model.model.ln_final.weight" in weights:
+        last = "cond_stage_model.model.transformer.resblocks.1."
+        unused = {key.replace(".1.", ".2."): torch.randn_like(weights[key]) for key in weights if key.startswith(last)}
+        width = len(weights["cond_stage_model.model.ln_final.weight"])
+        beside |= unused | {"cond_stage_model.model.text_projection": torch.randn(width, width)}
+        beside["cond_stage_model.model.logit_scale"] = torch.tensor(4.6)
+    elif "cond_stage_model.transformer.token_emb.weight" in weights:
+        vocabulary, width = weights["cond_stage_model.transformer.token_emb.weight"].shape
+        beside["cond_stage_model.transformer.to_logits.weight"] = torch.randn(vocabulary, width)
+        beside["cond_stage_model.transformer.to_logits.bias"] = torch.randn(vocabulary)
+    elif family == "stable-diffusion":
+        beside["cond_stage_model.transformer.text_model.embeddings.position_ids"] = torch.arange(77)[None]
+    else:
+        beside["conditioner.embedders.0.transformer.text_model.embeddings.position_ids"] = torch.arange(77)[None]
+        beside["conditioner.embedders.1.model.logit_scale"] = torch.tensor(4.6)
+        beside["denoiser.sigmas"] = torch.rand(1000)
+    return beside
+
+
+def write_safetensors(folder: Path, path: Path, dtype: torch.dtype = torch.float32, **metadata: str) -> Path:
+    weights = {
+        key: tensor.to(dtype) if tensor.is_floating_point() else tensor
+        for key, tensor in original_weights(folder).items()
+    }
+    save_file({key: tensor.contiguous() for key, tensor in weights.items()}, path, metadata or None)
+    return path
+
+
+class Callback:
+    """What a training loop leaves in its checkpoints: an object whose class the reader does not have."""
+
+    def __init__(self) -> None:
+        self.best = torch.zeros(3)
+        self.paths = {"last": Path("/somewhere")}
+
+
+def write_ckpt(folder: Path, path: Path, dtype: torch.dtype = torch.float32) -> Path:
+    weights = {
+        key: tensor.to(dtype) if tensor.is_floating_point() else tensor
+        for key, tensor in original_weights(folder).items()
+    }
+    content = {"state_dict": weights, "global_step": 470000, "epoch": 3, "callbacks": {Callback: Callback()}}
+    torch.save(content, path)
+    return path
