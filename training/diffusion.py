@@ -34,9 +34,9 @@ from training.common import (
 )
 
 CHECKPOINT = "diffusion.pt"
-PEAK_RATE = 2e-3
-PICTURES, NOISES = 32, 2  # per process and step; each picture is seen at two timesteps, its caption encoded once
-SCENE_SHARE = 0.55
+PEAK_RATE = 1.5e-3
+PICTURES, NOISES = 16, 2  # per process and step; each picture is seen at two timesteps, its caption encoded once
+SCENE_SHARE = 0.65
 CAPTION_DROPOUT = 0.1
 CHECKPOINT_SECONDS = 120.0
 SHEET_SECONDS = 400.0
@@ -135,7 +135,7 @@ def _work(rank: int, work: Path, minutes: float, warm_start: dict[str, Tensor] |
     model = Model(len(tokenizer.load(work / "tokenizer"))).to(device())
     if warm_start is not None:
         model.load_state_dict({name: value.float() for name, value in warm_start.items()})
-    optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_RATE, betas=(0.9, 0.98), weight_decay=1e-3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_RATE, betas=(0.9, 0.98), weight_decay=1e-3, fused=True)
     average = RunningAverage(model, 0.998)
     elapsed, step = 0.0, 0
     checkpoint = load_checkpoint(work / CHECKPOINT)
