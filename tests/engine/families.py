@@ -179,43 +179,50 @@ def ldm_bert(vocabulary: int, width: int, layers: int) -> LDMBertModel:
     return LDMBertModel(config).eval()
 
 
-def write_ldm(folder: Path, first_stage: str = "kl") -> Path:
+def first_stage(kind: str) -> Any:
+    """`kl` with f=8, `vq` with f=4, or `vq-f8`: a codebook, and attention at the lowest level."""
+    levels = 3 if kind == "vq" else 4
+    down, up = ["DownEncoderBlock2D"] * levels, ["UpDecoderBlock2D"] * levels
+    channels = (*(32,) * (levels - 1), 64)
+    if kind == "kl":
+        return autoencoder(0.18215, block_out_channels=channels, down_block_types=down, up_block_types=up)
+    if kind == "vq-f8":
+        down[-1], up[0] = "AttnDownEncoderBlock2D", "AttnUpDecoderBlock2D"
+    stage = VQModel(
+        block_out_channels=channels,
+        down_block_types=down,
+        up_block_types=up,
+        layers_per_block=2,
+        latent_channels=3 if kind == "vq" else 4,
+        num_vq_embeddings=61,
+        scaling_factor=1.0,
+    )
+    torch.nn.init.normal_(stage.quantize.embedding.weight)
+    return stage
+
+
+def write_ldm(folder: Path, kind: str = "kl", *, legacy_weights: bool = False) -> Path:
     torch.manual_seed(4)
     tokenizer = bert_tokenizer(folder / "tokenizer")
-    vq = {"block_out_channels": (32, 32, 64), "layers_per_block": 2, "num_vq_embeddings": 61, "scaling_factor": 1.0}
-    plain = ("DownEncoderBlock2D",) * 3, ("UpDecoderBlock2D",) * 3
-    if first_stage == "kl":
-        stage: Any = autoencoder(0.18215)
-    elif first_stage == "vq":
-        stage = VQModel(**vq, latent_channels=3, down_block_types=plain[0], up_block_types=plain[1])
-    else:
-        stage = VQModel(
-            **vq,
-            latent_channels=4,
-            vq_embed_dim=4,
-            down_block_types=(*plain[0][:2], "AttnDownEncoderBlock2D"),
-            up_block_types=("AttnUpDecoderBlock2D", *plain[1][:2]),
-        )
-    if first_stage != "kl":
-        torch.nn.init.normal_(stage.quantize.embedding.weight)
-    kl = first_stage == "kl"
+    stage = first_stage(kind)
+    is_kl = kind == "kl"
     channels = stage.config.latent_channels
     denoiser = unet(
-        (32, 64, 64) if kl else (32, 64, 96),
+        (32, 64, 64) if is_kl else (32, 64, 96),
         64,
-        (True, True, False) if kl else (False, True, True),
+        (True, True, False) if is_kl else (False, True, True),
         in_channels=channels,
         out_channels=channels,
-        attention_head_dim=8 if kl else [1, 2, 3],
+        attention_head_dim=8 if is_kl else [1, 2, 3],
     )
-    betas = {} if kl else {"beta_start": 0.0015, "beta_end": 0.0195}
+    betas = {} if is_kl else {"beta_start": 0.0015, "beta_end": 0.0195}
     LDMTextToImagePipeline(
         vqvae=stage,
         bert=ldm_bert(len(tokenizer), 64, 2),
         tokenizer=tokenizer,
         unet=denoiser,
         scheduler=DDIMScheduler(**{**SCHEDULE, **betas}),
-    ).save_pretrained(folder)
+    ).save_pretrained(folder, safe_serialization=not legacy_weights)
     return folder
 
 
@@ -241,13 +248,17 @@ def reference_pictures(pipeline: DiffusionPipeline, rows: list[GenerationRequest
     pipeline.set_progress_bar_config(disable=True)
     first = rows[0]
     extra: dict[str, Any] = {}
-    if not isinstance(pipeline, LDMTextToImagePipeline) and first.negative_prompt:
+    stretch = 1
+    if isinstance(pipeline, LDMTextToImagePipeline):
+        # It takes f=8 for granted, also with a first stage of f=4.
+        stretch = 8 // pipeline.vae_scale_factor
+    elif first.negative_prompt:
         extra["negative_prompt"] = [row.negative_prompt for row in rows]
     pictures = pipeline(
         [row.prompt for row in rows],
         generator=[torch.Generator().manual_seed(row.seed) for row in rows],
-        width=first.width,
-        height=first.height,
+        width=stretch * first.width,
+        height=stretch * first.height,
         num_inference_steps=first.num_inference_steps,
         guidance_scale=first.guidance_scale,
         output_type="np",
