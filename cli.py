@@ -45,15 +45,48 @@ def _job_flags(
     prompts: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="PROMPTS", help="Prompt files, globs or URLs: .txt .csv .tsv .jsonl .parquet, gzip too."
+            metavar="PROMPTS", help="Prompt files, globs or URLs: .txt .csv .tsv .jsonl .parquet .png, gzip too."
         ),
     ] = None,
     config: Annotated[str | None, _flag("--config", _INPUT, "A job file; flags override it. See configs/jobs.")] = None,
+    manifest_format: Annotated[
+        str | None,
+        _flag(
+            "--manifest-format",
+            _INPUT,
+            "How .txt is read: lines, parameters (web UIs' blocks) or flags (--prompt ...).",
+        ),
+    ] = None,
     out: Annotated[str | None, _flag("--out", _INPUT, "Folder or URL (s3://...) of the dataset. Default: out.")] = None,
     format: Annotated[str | None, _flag("--format", _INPUT, "How pictures are stored: files.")] = None,  # noqa: A002
     strict: Annotated[bool | None, _flag("--strict", _INPUT, "Refuse the job if any row is bad.")] = None,
     model: Annotated[
-        str | None, _flag("--model", _PICTURE, "A preset (see `latentmill models`) or a diffusers folder.")
+        str | None,
+        _flag(
+            "--model",
+            _PICTURE,
+            "A preset (see `latentmill models`), PRESET=PLACE, folder, .safetensors, .ckpt or hub id.",
+        ),
+    ] = None,
+    revision: Annotated[str | None, _flag("--revision", _PICTURE, "Commit or branch of a hub id.")] = None,
+    tokenizer: Annotated[
+        str | None, _flag("--tokenizer", _PICTURE, "Folder or hub id of the vocabulary, for a single file.")
+    ] = None,
+    prediction_type: Annotated[
+        str | None,
+        _flag("--prediction-type", _PICTURE, "What a single file predicts: epsilon, v_prediction or sample."),
+    ] = None,
+    timestep_spacing: Annotated[
+        str | None,
+        _flag("--timestep-spacing", _PICTURE, "leading, trailing, linspace or original, in place of the model's own."),
+    ] = None,
+    prompt_syntax: Annotated[
+        str | None,
+        _flag("--prompt-syntax", _PICTURE, "Brackets: plain (text), a1111 (x:1.2) or novelai {x}. Default: plain."),
+    ] = None,
+    long_prompts: Annotated[
+        str | None,
+        _flag("--long-prompts", _PICTURE, "Too many tokens: truncate, chunk or error. Default: truncate."),
     ] = None,
     sweep: Annotated[
         list[str] | None,
@@ -68,7 +101,12 @@ def _job_flags(
     guidance_scale: Annotated[
         float | None, _flag("--guidance-scale", _PICTURE, "How strongly the prompt counts; 1 is without guidance.")
     ] = None,
-    sampler: Annotated[str | None, _flag("--sampler", _PICTURE, "ddim or plms.")] = None,
+    sampler: Annotated[
+        str | None,
+        _flag(
+            "--sampler", _PICTURE, "ddim, plms, euler, euler_a, heun, dpmpp_2m, dpmpp_2m_sde (or with _karras), lcm."
+        ),
+    ] = None,
     eta: Annotated[float | None, _flag("--eta", _PICTURE, "Noise added while sampling (DDIM), 0 to 1.")] = None,
     safety: Annotated[
         str | None, _flag("--safety", _SAFETY, "Checker: auto, open-nsfw, clip-concepts or none. Default: auto.")
@@ -84,6 +122,14 @@ def _job_flags(
     ] = None,
     watermark_text: Annotated[
         str | None, _flag("--watermark-text", _SAFETY, "The mark, up to 32 bytes. Default: StableDiffusionV1.")
+    ] = None,
+    watermark_policy: Annotated[
+        str | None,
+        _flag(
+            "--watermark-policy",
+            _SAFETY,
+            "A mark that cannot be read back: record it, require one (the sample fails), or retry by dwtDctSvd first.",
+        ),
     ] = None,
     chunk_size: Annotated[
         int | None, _flag("--chunk-size", _CUTTING, "Samples per chunk, the unit of work and commit. Default: 32.")
@@ -233,8 +279,8 @@ def models(json: Json = False) -> None:
 @watermark_app.command(epilog="Example: [bold]latentmill watermark read out/sample/images/*/*/*.png[/bold]")
 def read(
     files: Annotated[list[str], typer.Argument(metavar="FILE...", help="Picture files or URLs.")],
-    watermark_text: Annotated[
-        str, typer.Option("--watermark-text", help="The mark to look for.")
+    expect: Annotated[
+        str, typer.Option("--expect", "--watermark-text", help="The mark to look for.")
     ] = "StableDiffusionV1",
     watermark: Annotated[
         str | None, typer.Option("--watermark", help="dwtDctSvd or dwtDct; without it, whichever fits best.")
@@ -244,7 +290,7 @@ def read(
     """Look for the mark in pictures; exit code 1 if one does not carry it."""
     from jobs.marks import read_marks
 
-    readings = read_marks(files, text=watermark_text, method=watermark)
+    readings = read_marks(files, text=expect, method=watermark)
     _answer([reading.to_dict() for reading in readings], json, lambda views: views.show_marks(readings))
     raise typer.Exit(0 if all(reading.found for reading in readings) else 1)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine.describe import ModelDescription, describe_model, load_tokenizer
+from engine.prompts import parse_prompt
 from engine.timesteps import check_steps
 from engine.types import (
     LONG_PROMPTS,
@@ -63,6 +64,7 @@ __all__ = [
     "describe_model",
     "embed_watermark",
     "load_tokenizer",
+    "parse_prompt",
     "read_watermark",
     "watermark_bit_accuracy",
 ]

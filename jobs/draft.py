@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import datetime
-import os
 import platform
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from importlib import metadata
 from itertools import islice
 from pathlib import Path
@@ -19,17 +18,19 @@ from typing import Any, Self
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from engine import SEED_LIMIT, WATERMARK_MIN_PIXELS, load_tokenizer
+from engine import SEED_LIMIT, WATERMARK_MIN_PIXELS, EngineError, ModelDescription, check_steps, load_tokenizer
 from jobs.errors import UsageError
-from jobs.fields import Value
 from jobs.grid import Grid, class_fields, decode_class
+from jobs.identity import default_parameters, plan_identity
 from jobs.manifest import Manifest, open_manifest
+from jobs.mark_bits import bits_needed
 from jobs.planned import FORMAT_VERSION, fingerprint
-from jobs.presets import ModelDefaults, ResolvedModel, resolve_model
+from jobs.presets import ModelChoice, ModelDefaults, ResolvedModel, resolve_model
 from jobs.snapshot import RejectWriter, SnapshotWriter
 from jobs.spec import JobSpec
 from jobs.summary import PlanSummary, RejectNote, describe_group, expected_bytes
 from jobs.sweep import Axis, build_axes
+from jobs.tokens import TokenCounter
 from jobs.urls import display_url
 from jobs.validate import Rules, check_job, snapshot_schema, validate
 
@@ -50,6 +51,7 @@ class DraftPlan:
     digest: str
     rejects: RejectWriter
     grid: Grid
+    tokens: TokenCounter
     folder: Path
 
     def __enter__(self) -> Self:
@@ -138,29 +140,34 @@ class DraftPlan:
             batch_size=identity["batch_size"],
             padded_slots=slots - self.grid.n_samples,
             padding_waste=1 - self.grid.n_samples / slots,
-            token_limit=self.model.max_tokens - 2,
+            prompt_syntax=identity["prompt_syntax"],
+            long_prompts=identity["long_prompts"],
+            token_limit=self.tokens.limit,
             tokens_over_limit=over,
             tokens_checked=checked,
             bytes_expected=expected_bytes(groups),
             safety=identity["safety"],
             on_flagged=identity["on_flagged"],
             watermark=identity["watermark"],
+            watermark_policy=identity["watermark_policy"],
             carried_columns=tuple(self.manifest.carried.names),
         )
 
     def _count_long_prompts(self) -> tuple[int, int]:
-        tokenizer = load_tokenizer(self.model.folder)
+        """Rows whose prompt or negative prompt is too long, and rows looked at."""
+        if self.spec.long_prompts == "error":
+            return self.tokens.refused, self.n_rows + self.tokens.refused
         over = checked = 0
-        for prompts in islice(self._prompts(), MAX_PROMPTS_TOKENIZED // _TOKENIZER_BATCH):
-            over += sum(count > self.model.max_tokens - 2 for count in tokenizer.count(prompts))
-            checked += len(prompts)
+        for batch in islice(self._prompts(), MAX_PROMPTS_TOKENIZED // _TOKENIZER_BATCH):
+            over += sum(longest > self.tokens.limit for longest in self.tokens.longest(batch))
+            checked += len(batch)
         return over, checked
 
-    def _prompts(self) -> Iterator[list[str]]:
+    def _prompts(self) -> Iterator[pa.RecordBatch]:
+        names = [name for name in ("prompt", "negative_prompt") if name in self.manifest.own]
         for part in range(len(self.snapshot.parts)):
             with pq.ParquetFile(self.snapshot.path(part)) as file:
-                for batch in file.iter_batches(_TOKENIZER_BATCH, columns=["prompt"]):
-                    yield batch.column("prompt").to_pylist()
+                yield from file.iter_batches(_TOKENIZER_BATCH, columns=names)
 
 
 def draft_plan(spec: JobSpec) -> DraftPlan:
@@ -169,20 +176,42 @@ def draft_plan(spec: JobSpec) -> DraftPlan:
     Raises UsageError for a job that cannot run. The caller closes the draft.
     """
     axes = build_axes(spec.sweep)
-    model, defaults, described = resolve_model(spec.model, spec.revision)
-    parameters = _parameters(spec, defaults)
-    manifest = open_manifest(spec.prompts)
+    _check_mark(spec)
+    model, defaults, described = resolve_model(
+        ModelChoice(
+            source=spec.model,
+            revision=spec.revision,
+            tokenizer=spec.tokenizer,
+            prediction_type=spec.prediction_type,
+            timestep_spacing=spec.timestep_spacing,
+        )
+    )
+    if spec.safety == "clip-concepts" and not described.has_safety_checker:
+        raise UsageError(
+            f"safety clip-concepts needs the folder safety_checker, which {model.name} lacks; use open-nsfw"
+        )
+    parameters = default_parameters(spec, defaults)
+    manifest = open_manifest(spec.prompts, spec.manifest_format)
+    axis_values = {axis.name: axis.values for axis in axes}
+    tokens = TokenCounter(
+        lambda: load_tokenizer(model.spec),
+        syntax=spec.prompt_syntax,
+        limit=model.max_tokens - 2,
+        negatives=[str(text) for text in axis_values.get("negative_prompt", ())],
+        default_negative=str(parameters["negative_prompt"]),
+    )
     rules = Rules(
         factor=model.factor,
         min_pixels=0 if spec.watermark == "none" else WATERMARK_MIN_PIXELS,
-        max_steps=described.num_train_timesteps,
+        steps_fault=_steps_fault(described),
         defaults=parameters,
-        axes={axis.name: axis.values for axis in axes},
+        axes=axis_values,
+        tokens=tokens if spec.long_prompts == "error" else None,
     )
     check_job(rules, manifest.own)
     folder = Path(tempfile.mkdtemp(prefix="latentmill-plan-"))
     try:
-        return _draft(spec, model, defaults, manifest, rules, axes, folder)
+        return _draft(spec, model, defaults, manifest, rules, axes, tokens, folder)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
@@ -195,6 +224,7 @@ def _draft(
     manifest: Manifest,
     rules: Rules,
     axes: tuple[Axis, ...],
+    tokens: TokenCounter,
     folder: Path,
 ) -> DraftPlan:
     schema = snapshot_schema(manifest.own, manifest.carried)
@@ -208,13 +238,37 @@ def _draft(
         spec=spec,
         model=model,
         manifest=manifest,
-        identity=_identity(spec, model, rules.defaults, axes, digest, spec.batch_size or defaults.batch_size),
+        identity=plan_identity(spec, model, rules.defaults, axes, digest, spec.batch_size or defaults.batch_size),
         snapshot=snapshot,
         digest=digest,
         rejects=rejects,
         grid=grid,
+        tokens=tokens,
         folder=folder,
     )
+
+
+def _steps_fault(described: ModelDescription) -> Callable[[str, int], str | None]:
+    """Why a sampler cannot take so many steps with this model, with the nearest number that it can; None if it can."""
+
+    @cache
+    def fault(sampler: str, steps: int) -> str | None:
+        try:
+            check_steps(sampler, described.layout.blueprint.scheduler, steps)
+        except EngineError as error:
+            return f"sampler {sampler}: {error}"
+        return None
+
+    return fault
+
+
+def _check_mark(spec: JobSpec) -> None:
+    n_bits = 8 * len(spec.watermark_text.encode())
+    if spec.watermark_policy != "record" and bits_needed(n_bits) is None:
+        raise UsageError(
+            f"watermark_text {spec.watermark_text!r} has {n_bits} bits, too few to be told from chance; "
+            f"watermark_policy {spec.watermark_policy} needs 3 bytes or more"
+        )
 
 
 def _spool(
@@ -264,81 +318,6 @@ def _check_default_seeds(grid: Grid, snapshot: SnapshotWriter, seed: int) -> Non
             f"seed {seed} plus {grid.n_samples:,} samples runs past {SEED_LIMIT - 1}, the last seed; "
             "use a lower seed, or give rows a seed of their own"
         )
-
-
-def _parameters(spec: JobSpec, defaults: ModelDefaults) -> dict[str, Value]:
-    """Each parameter's value for rows and axes that do not give it: flag or job file over preset."""
-
-    def first(given: Value | None, default: Value) -> Value:
-        return default if given is None else given
-
-    return {
-        "negative_prompt": first(spec.negative_prompt, ""),
-        "seed": spec.seed,
-        "width": first(spec.width, defaults.width),
-        "height": first(spec.height, defaults.height),
-        "num_inference_steps": first(spec.num_inference_steps, defaults.num_inference_steps),
-        "guidance_scale": first(spec.guidance_scale, defaults.guidance_scale),
-        "sampler": first(spec.sampler, defaults.sampler),
-        "eta": first(spec.eta, 0.0),
-        "num_images": spec.num_images,
-    }
-
-
-def _identity(
-    spec: JobSpec,
-    model: ResolvedModel,
-    parameters: Mapping[str, Value],
-    axes: tuple[Axis, ...],
-    digest: str,
-    batch_size: int,
-) -> dict[str, Any]:
-    """All that can change a pixel or a row, and nothing else."""
-    device = _resolve_device(spec)
-    if spec.dtype == "float16" and device == "cpu":
-        raise UsageError("dtype float16 does not run on cpu; use float32, or device cuda")
-    return {
-        "model_files": dict(sorted(model.files.items())),
-        "parameters": dict(parameters),
-        "axes": [[axis.name, list(axis.values)] for axis in axes],
-        "manifest": digest,
-        "chunk_size": spec.chunk_size,
-        "batch_size": batch_size,
-        "device": device,
-        "dtype": spec.dtype if spec.dtype != "auto" else "float16" if device == "cuda" else "float32",
-        "threads_per_actor": _resolve_threads(spec),
-        "safety": spec.safety,
-        "nsfw_threshold": None if spec.safety == "none" else spec.nsfw_threshold,
-        "on_flagged": spec.on_flagged,
-        "watermark": spec.watermark,
-        "watermark_text": "" if spec.watermark == "none" else spec.watermark_text,
-        "format": spec.format,
-    }
-
-
-def _resolve_device(spec: JobSpec) -> str:
-    """`auto` is cuda where actors are given GPUs or this machine has one. Torch is asked only if a driver is there."""
-    if spec.device != "auto":
-        return spec.device
-    if spec.runtime.gpus_per_actor is not None:
-        return "cuda" if spec.runtime.gpus_per_actor > 0 else "cpu"
-    if not Path("/dev/nvidiactl").exists():
-        return "cpu"
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def _resolve_threads(spec: JobSpec) -> int:
-    """Threads change bits, so they are planned: one, for one actor per core, unless the number of actors is given.
-
-    One thread by default, whatever the machine and the executor, makes the same job the same plan everywhere.
-    """
-    if spec.threads_per_actor is not None:
-        return spec.threads_per_actor
-    if spec.runtime.num_actors is None:
-        return 1
-    return max(1, len(os.sched_getaffinity(0)) // spec.runtime.num_actors)
 
 
 def _version(package: str) -> str:

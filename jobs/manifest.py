@@ -13,15 +13,17 @@ from typing import IO, Any, Literal, cast
 import pyarrow as pa
 from fsspec.spec import AbstractFileSystem
 
-from jobs import parquet_reader, readers
+from jobs import block_readers, parquet_reader, readers
 from jobs.errors import UsageError
 from jobs.fields import FIELDS, nearest, shorten
 from jobs.readers import Layout, RowBatch
 from jobs.storage_errors import describe
 from jobs.urls import allowed_filesystem, display_url
 
-Format = Literal["txt", "csv", "tsv", "jsonl", "parquet"]
-FORMATS: tuple[Format, ...] = ("txt", "csv", "tsv", "jsonl", "parquet")
+Format = Literal["txt", "csv", "tsv", "jsonl", "parquet", "png", "parameters", "flags"]
+SUFFIXES: tuple[Format, ...] = ("txt", "csv", "tsv", "jsonl", "parquet", "png")
+_TEXT_FORMATS = {"parameters", "flags"}
+_NOT_GZIPPED = {"parquet", "png"}
 MAX_FILES = 10_000
 _DELIMITERS = {"csv": ",", "tsv": "\t"}
 
@@ -43,6 +45,12 @@ class Source:
         with _readable(self.name):
             if self.format == "txt":
                 yield from readers.read_text(opener)
+            elif self.format == "parameters":
+                yield from block_readers.read_blocks(opener)
+            elif self.format == "flags":
+                yield from block_readers.read_flag_lines(opener)
+            elif self.format == "png":
+                yield from block_readers.read_png(opener, self.path.rpartition("/")[2])
             elif self.format == "jsonl":
                 yield from readers.read_jsonl(opener, self.layout)
             elif self.format == "parquet":
@@ -65,12 +73,15 @@ class Manifest:
     carried: pa.Schema
 
 
-def open_manifest(patterns: Sequence[str]) -> Manifest:
-    """Find and look at every file. Raises UsageError for one that is missing, unreadable or without prompts."""
+def open_manifest(patterns: Sequence[str], text_format: str = "auto") -> Manifest:
+    """Find and look at every file. Raises UsageError for one that is missing, unreadable or without prompts.
+
+    `text_format` says how .txt files are read: one of `parameters.MANIFEST_FORMATS`.
+    """
     found = [file for pattern in patterns for file in _expand(pattern)]
     if len(found) > MAX_FILES:
         raise UsageError(f"{len(found):,} manifest files, the limit is {MAX_FILES:,}; join them into fewer")
-    sources = tuple(_look(*file) for file in found)
+    sources = tuple(_look(*file, text_format) for file in found)
     types: dict[str, tuple[Any, str]] = {}
     for source in sources:
         for entry in source.layout.carried:
@@ -107,21 +118,24 @@ def _expand(pattern: str) -> list[tuple[str, AbstractFileSystem, str]]:
     raise UsageError(f"manifest {name} does not exist; check the path")
 
 
-def _look(name: str, fs: AbstractFileSystem, path: str) -> Source:
+def _look(name: str, fs: AbstractFileSystem, path: str, text_format: str) -> Source:
     lower = path.lower()
     gzipped = lower.endswith(".gz")
     suffix = lower.removesuffix(".gz").rpartition(".")[2]
-    if suffix not in FORMATS or (gzipped and suffix == "parquet"):
+    if suffix not in SUFFIXES or (gzipped and suffix in _NOT_GZIPPED):
         raise UsageError(
-            f"manifest {name} is of an unknown kind; known are .{', .'.join(FORMATS)}, and .gz of all but .parquet"
+            f"manifest {name} is of an unknown kind; known are .{', .'.join(SUFFIXES)}, and .gz of all but "
+            ".parquet and .png"
         )
-    format_: Format = suffix
+    format_: Format = cast(Format, text_format) if suffix == "txt" and text_format in _TEXT_FORMATS else suffix
     opener = _opener(fs, path, gzipped=gzipped)
     with _readable(name):
         if fs.size(path) == 0:
             raise UsageError("is empty; put at least one prompt into it")
-        if format_ == "txt":
-            layout = Layout(own=("prompt",), carried=())
+        if format_ in _LAYOUTS:
+            layout = _LAYOUTS[format_]
+            if format_ == "txt" and text_format == "auto":
+                _refuse_other_text(opener)
         elif format_ == "jsonl":
             layout = readers.scan_jsonl(opener)
         elif format_ == "parquet":
@@ -135,6 +149,25 @@ def _look(name: str, fs: AbstractFileSystem, path: str) -> Source:
                 f"has no column 'prompt'{nearest('prompt', columns)}; it has {shown}: rename the one with the prompts"
             )
     return Source(name=name, fs=fs, path=path, format=format_, gzipped=gzipped, layout=layout)
+
+
+_LAYOUTS: dict[str, Layout] = {
+    "txt": Layout(own=("prompt",), carried=()),
+    "parameters": block_readers.PARAMETERS_LAYOUT,
+    "flags": block_readers.FLAGS_LAYOUT,
+    "png": block_readers.PNG_LAYOUT,
+}
+"""What files hold that need no look: their columns are always the same."""
+
+
+def _refuse_other_text(opener: readers.Opener) -> None:
+    """Blocks or flags read as plain lines would be silent nonsense."""
+    with opener() as stream:
+        other = block_readers.guess_format(stream)
+    if other is not None:
+        raise UsageError(
+            f"does not look like one prompt per line; use manifest_format {other}, or lines if these are prompts"
+        )
 
 
 def _opener(fs: AbstractFileSystem, path: str, *, gzipped: bool) -> readers.Opener:

@@ -14,10 +14,8 @@ from engine import WATERMARK_METHODS, WATERMARK_MIN_PIXELS, read_watermark, wate
 from engine.types import Pixels
 from jobs.errors import UsageError
 from jobs.fields import nearest, shorten
+from jobs.mark_bits import bits_needed, matching_bits
 from jobs.urls import allowed_filesystem, display_url
-
-FOUND_FROM = 0.9
-"""Share of equal bits from which a mark counts as found: chance gives one half, JPEG and resizing cost a few."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,11 +26,14 @@ class MarkReading:
     method: str
     text: str
     bit_accuracy: float
+    bits: int
+    bits_matching: int
+    bits_needed: int
 
     @property
     def found(self) -> bool:
-        """Whether the mark that was looked for is there."""
-        return self.bit_accuracy >= FOUND_FROM
+        """Whether the mark that was looked for is there, beyond chance."""
+        return self.bits_matching >= self.bits_needed
 
     def to_dict(self) -> dict[str, Any]:
         """For `--json`."""
@@ -46,8 +47,11 @@ def read_marks(files: Sequence[str], *, text: str, method: str | None = None) ->
             f"watermark method {shorten(method)} does not exist{nearest(method, WATERMARK_METHODS)}; "
             f"there is {', '.join(WATERMARK_METHODS)}"
         )
-    if not text:
-        raise UsageError("the text to look for is empty; give the one that was embedded, 1 to 32 bytes")
+    if bits_needed(8 * len(text.encode())) is None:
+        raise UsageError(
+            f"the text to look for, {shorten(text)}, has too few bits to be told from chance; "
+            "give the one that was embedded, 3 bytes or more"
+        )
     methods = WATERMARK_METHODS if method is None else (method,)
     return [_read_file(file, text, methods) for file in files]
 
@@ -55,8 +59,16 @@ def read_marks(files: Sequence[str], *, text: str, method: str | None = None) ->
 def _read_file(file: str, text: str, methods: Sequence[str]) -> MarkReading:
     pixels = _load(file)
     accuracy, method = max((watermark_bit_accuracy(pixels, text, method), method) for method in methods)
-    raw = read_watermark(pixels, len(text.encode()), method)
-    return MarkReading(file=file, method=method, text=raw.decode("utf-8", "replace"), bit_accuracy=accuracy)
+    n_bytes = len(text.encode())
+    return MarkReading(
+        file=file,
+        method=method,
+        text=read_watermark(pixels, n_bytes, method).decode("utf-8", "replace"),
+        bit_accuracy=accuracy,
+        bits=8 * n_bytes,
+        bits_matching=matching_bits(accuracy, 8 * n_bytes),
+        bits_needed=bits_needed(8 * n_bytes) or 0,
+    )
 
 
 def _load(file: str) -> Pixels:

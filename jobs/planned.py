@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 PLAN_PATH = "_job/plan.json"
 REJECTED_PATH = "_job/rejected.parquet"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 _MIN_ID_DIGITS = 8
 
@@ -96,6 +96,9 @@ class Plan:
         self.on_flagged: str = identity["on_flagged"]
         self.watermark: str = identity["watermark"]
         self.watermark_text: str = identity["watermark_text"]
+        self.watermark_policy: str = identity["watermark_policy"]
+        self.prompt_syntax: str = identity["prompt_syntax"]
+        self.long_prompts: str = identity["long_prompts"]
         self.format: str = identity["format"]
         self.sources: tuple[str, ...] = tuple(manifest["sources"])
         self.n_rows: int = manifest["rows"]

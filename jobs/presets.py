@@ -1,4 +1,4 @@
-"""Named models: configs/models/*.yaml gives each a folder and the parameters that suit it."""
+"""Models by name or place: configs/models/*.yaml gives each preset its place and the parameters that suit it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import yaml
 from pydantic import BaseModel, ConfigDict
 
-from engine import EMBEDDED_MODEL, EngineError, ModelDescription, describe_model
+from engine import EMBEDDED_MODEL, EngineError, ModelDescription, ModelSpec, describe_model
 from jobs.errors import UsageError
 from jobs.fields import nearest, shorten
 
@@ -20,9 +20,14 @@ FALLBACK_SAMPLER = "ddim"
 FALLBACK_BATCH = 4
 """What a bare folder gets: the published defaults of Stable Diffusion, and a batch that fits a small GPU."""
 
+_WEIGHTS = (".safetensors", ".ckpt", ".bin")
+
 
 class ModelPreset(BaseModel):
-    """One file of configs/models. `path` is `embedded` for the model in the package, else a folder."""
+    """One file of configs/models. `path` is `embedded` for the model in the package, else a place as --model takes it.
+
+    `revision` is the commit of a hub id; the three after it are for what a model's own files do not say.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -34,17 +39,39 @@ class ModelPreset(BaseModel):
     guidance_scale: float
     sampler: str
     batch_size: int
+    revision: str | None = None
+    tokenizer: str | None = None
+    prediction_type: str | None = None
+    timestep_spacing: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelChoice:
+    """What a job says of its model. `source`: a preset, a folder, a single file, a hub id, or PRESET=PLACE."""
+
+    source: str
+    revision: str | None = None
+    tokenizer: str | None = None
+    prediction_type: str | None = None
+    timestep_spacing: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ResolvedModel:
-    """A model folder that exists and is whole, and what it implies for a job.
+    """A model that exists and is whole, and what it implies for a job.
 
-    `source` is what the user named; it stays valid on another machine, where `folder` may lie elsewhere. `files` maps
-    each file that can change a pixel to its sha256.
+    `source` is what the user named; it stays valid on another machine, where the files may lie elsewhere. `revision` is
+    the commit that a hub id stood for. The next three are as `ModelSpec` takes them, the two after them what came of
+    them. `files` maps each file that can change a pixel to its sha256.
     """
 
     source: str
+    revision: str | None
+    tokenizer: str | None
+    prediction_type: str | None
+    timestep_spacing: str | None
+    predicts: str
+    spacing: str
     name: str
     family: str
     factor: int
@@ -59,14 +86,22 @@ class ResolvedModel:
         return hashlib.sha256(listing.encode()).hexdigest()
 
     @property
-    def folder(self) -> Path:
-        """Where the model lies on this machine."""
-        return model_folder(self.source)
+    def weights_digest(self) -> str:
+        """The sha256 of the single file, or of the U-Net's weights: what web UIs call the model's hash."""
+        single_file = (digest for path, digest in self.files.items() if "/" not in path and path.endswith(_WEIGHTS))
+        unet = (digest for path, digest in self.files.items() if path.startswith("unet/") and path.endswith(_WEIGHTS))
+        return next(single_file, next(unet, ""))
 
     @property
-    def path(self) -> str:
-        """`folder` as text, as `ModelSpec.model` takes it."""
-        return str(self.folder)
+    def spec(self) -> ModelSpec:
+        """The model as the engine finds it on this machine."""
+        return ModelSpec(
+            model=model_place(self.source),
+            revision=self.revision,
+            tokenizer=self.tokenizer,
+            prediction_type=self.prediction_type,
+            timestep_spacing=self.timestep_spacing,
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -93,51 +128,103 @@ def list_presets() -> dict[str, ModelPreset]:
     return presets
 
 
-def model_folder(source: str) -> Path:
-    """The folder of a preset or path on this machine. Raises UsageError, with the nearest preset, if there is none."""
+def model_place(source: str) -> str:
+    """What the engine takes for a preset, PRESET=PLACE or a place: an absolute path, or a hub id."""
+    preset, place = _split(source)
+    if place is None:
+        assert preset is not None  # noqa: S101 - _split gives one of the two
+        place = str(EMBEDDED_MODEL) if preset.path == "embedded" else preset.path
+    path = Path(place).expanduser()
+    return str(path.absolute()) if path.exists() else place
+
+
+def _split(source: str) -> tuple[ModelPreset | None, str | None]:
+    """The preset that is named, if one is, and the place that is, if one is."""
     presets = list_presets()
-    preset = presets.get(source)
-    if preset is not None:
-        return EMBEDDED_MODEL if preset.path == "embedded" else Path(preset.path).expanduser()
-    folder = Path(source).expanduser()
-    if folder.is_dir():
-        return folder.absolute()
-    if folder.is_file():
-        raise UsageError(
-            f"model {shorten(source)} is a file; give a diffusers model folder or a preset: {', '.join(presets)}"
-        )
-    raise UsageError(
-        f"model {shorten(source)} is neither a preset{nearest(source, presets)} nor a folder; "
-        f"presets: {', '.join(presets)}; any other model must be a local diffusers folder"
-    )
+    if source in presets:
+        return presets[source], None
+    name, equals, place = source.partition("=")
+    if equals and place and name in presets:
+        return presets[name], place
+    return None, source
 
 
-def resolve_model(source: str, revision: str | None) -> tuple[ResolvedModel, ModelDefaults, ModelDescription]:
+def resolve_model(choice: ModelChoice) -> tuple[ResolvedModel, ModelDefaults, ModelDescription]:
     """Find, read and hash the model without loading it. Raises UsageError for an unknown or incomplete one."""
-    if revision is not None:
-        raise UsageError(f"revision {shorten(revision)} has no meaning for a local model folder; leave it out")
-    folder = model_folder(source)
-    preset = list_presets().get(source)
+    preset, place = _split(choice.source)
+    spec = _model_spec(choice, preset, own_place=place is None)
     try:
-        described = describe_model(folder)
-    except EngineError as error:
-        raise UsageError(f"model {shorten(source)}: {error}") from None
-    width, height = described.default_size
-    defaults = ModelDefaults(
-        width=preset.width if preset else width,
-        height=preset.height if preset else height,
-        num_inference_steps=preset.num_inference_steps if preset else FALLBACK_STEPS,
-        guidance_scale=preset.guidance_scale if preset else FALLBACK_GUIDANCE,
-        sampler=preset.sampler if preset else FALLBACK_SAMPLER,
-        batch_size=preset.batch_size if preset else FALLBACK_BATCH,
-    )
+        described = describe_model(spec)
+        files = dict(described.files)
+    except (EngineError, OSError) as error:
+        raise UsageError(_not_a_model(choice.source, spec.model, error)) from None
+    scheduler = described.layout.blueprint.scheduler
+    name, _, _ = choice.source.partition("=")
+    # A commit in place of a branch: it means the same files for ever.
+    commit = described.path.name if described.path.parent.name == "snapshots" else spec.revision
     model = ResolvedModel(
-        source=source if preset else str(folder),
-        name=source if preset else described.name,
+        source=choice.source if preset else spec.model,
+        revision=None if Path(spec.model).exists() else commit,
+        tokenizer=spec.tokenizer,
+        prediction_type=spec.prediction_type,
+        timestep_spacing=spec.timestep_spacing,
+        predicts=scheduler.prediction_type,
+        spacing=scheduler.timestep_spacing,
+        name=name if preset else described.name,
         family=described.family,
         factor=described.factor,
         latent_channels=described.latent_channels,
         max_tokens=described.max_tokens,
-        files=dict(described.files),
+        files=files,
     )
-    return model, defaults, described
+    return model, _defaults(preset, described), described
+
+
+def _model_spec(choice: ModelChoice, preset: ModelPreset | None, *, own_place: bool) -> ModelSpec:
+    """Flags over the preset; a preset's revision belongs to its own place only."""
+    model = model_place(choice.source)
+    local = Path(model).exists()
+    if choice.revision is not None and local:
+        raise UsageError(f"revision {shorten(choice.revision)} has no meaning for a local model; leave it out")
+    # A preset's tokenizer is for a single file; a folder has its own.
+    tokenizer = choice.tokenizer or (preset.tokenizer if preset and Path(model).is_file() else None)
+    if tokenizer is not None and Path(tokenizer).expanduser().exists():
+        tokenizer = str(Path(tokenizer).expanduser().absolute())
+    return ModelSpec(
+        model=model,
+        revision=choice.revision or (preset.revision if preset and own_place else None),
+        tokenizer=tokenizer,
+        prediction_type=choice.prediction_type or (preset.prediction_type if preset else None),
+        timestep_spacing=choice.timestep_spacing or (preset.timestep_spacing if preset else None),
+    )
+
+
+def _not_a_model(source: str, place: str, error: Exception) -> str:
+    presets = list_presets()
+    if Path(place).exists() or "/" in source or source in presets:
+        return f"model {shorten(source)}: {' '.join(str(error).split())}"
+    return (
+        f"model {shorten(source)} is neither a preset{nearest(source, presets)} nor a folder, a .safetensors or .ckpt "
+        f"file or a hub id (owner/name); presets: {', '.join(presets)}"
+    )
+
+
+def _defaults(preset: ModelPreset | None, described: ModelDescription) -> ModelDefaults:
+    if preset is not None:
+        return ModelDefaults(
+            width=preset.width,
+            height=preset.height,
+            num_inference_steps=preset.num_inference_steps,
+            guidance_scale=preset.guidance_scale,
+            sampler=preset.sampler,
+            batch_size=preset.batch_size,
+        )
+    width, height = described.default_size
+    return ModelDefaults(
+        width=width,
+        height=height,
+        num_inference_steps=FALLBACK_STEPS,
+        guidance_scale=FALLBACK_GUIDANCE,
+        sampler=FALLBACK_SAMPLER,
+        batch_size=FALLBACK_BATCH,
+    )

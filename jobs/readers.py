@@ -93,7 +93,7 @@ def _decode(line: bytes) -> str | None:
     return line.decode("utf-8", "surrogateescape")
 
 
-_TOO_LONG = f"the line has more than {MAX_ROW_BYTES:,} bytes; shorten it"
+TOO_LONG = f"the line has more than {MAX_ROW_BYTES:,} bytes; shorten it"
 
 
 def read_text(opener: Opener) -> Iterator[RowBatch]:
@@ -105,7 +105,7 @@ def read_text(opener: Opener) -> Iterator[RowBatch]:
             numbers = np.array(kept, dtype=np.int64) + start
             start += len(lines)
             prompts = [line if line is None else line.removesuffix("\r") for line in map(lines.__getitem__, kept)]
-            faults = {index: _TOO_LONG for index, prompt in enumerate(prompts) if prompt is None}
+            faults = {index: TOO_LONG for index, prompt in enumerate(prompts) if prompt is None}
             yield RowBatch(lines=numbers, columns={"prompt": prompts}, faults=faults)
 
 
@@ -166,7 +166,7 @@ def read_csv(opener: Opener, delimiter: str, header: Sequence[str]) -> Iterator[
             except csv.Error as error:
                 row, fault = blank, f"is not CSV ({error}); close the quotes"
             if records.overlong:
-                records.overlong, fault = False, _TOO_LONG
+                records.overlong, fault = False, TOO_LONG
             if not row:
                 continue
             if fault:
@@ -223,7 +223,7 @@ def read_jsonl(opener: Opener, layout: Layout) -> Iterator[RowBatch]:
             for offset, line in enumerate(lines):
                 if line is not None and not line.strip():
                     continue
-                record, fault = _parse_json(line) if line is not None else (None, _TOO_LONG)
+                record, fault = _parse_json(line) if line is not None else (None, TOO_LONG)
                 if fault:
                     faults[len(records)] = fault
                 numbers.append(start + offset)

@@ -8,15 +8,30 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from engine import WATERMARK_METHODS
+from engine import LONG_PROMPTS, PROMPT_SYNTAXES, WATERMARK_METHODS
 from jobs.errors import UsageError
 from jobs.fields import FIELDS, FieldError, nearest, shorten, text_fault
+from jobs.parameters import MANIFEST_FORMATS
 from jobs.sweep import build_axes, parse_axis
 from jobs.urls import allowed_filesystem, display_url
 
 FORMATS = ("files",)
 SAFETY = ("auto", "open-nsfw", "clip-concepts", "none")
 WATERMARKS = (*WATERMARK_METHODS, "none")
+WATERMARK_POLICIES = ("record", "require", "retry")
+PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+TIMESTEP_SPACINGS = ("leading", "trailing", "linspace", "original")
+_CHOICES: Mapping[str, tuple[str, ...]] = {
+    "format": FORMATS,
+    "safety": SAFETY,
+    "watermark": WATERMARKS,
+    "watermark_policy": WATERMARK_POLICIES,
+    "prompt_syntax": PROMPT_SYNTAXES,
+    "long_prompts": LONG_PROMPTS,
+    "manifest_format": MANIFEST_FORMATS,
+    "prediction_type": PREDICTION_TYPES,
+    "timestep_spacing": TIMESTEP_SPACINGS,
+}
 MAX_CHUNK = 4096
 MAX_JOB_FILE_BYTES = 1_000_000
 
@@ -39,9 +54,15 @@ class JobSpec(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     prompts: tuple[str, ...]
+    manifest_format: str = "auto"
     out: str = "out"
     model: str = "embedded"
     revision: str | None = None
+    tokenizer: str | None = None
+    prediction_type: str | None = None
+    timestep_spacing: str | None = None
+    prompt_syntax: str = "plain"
+    long_prompts: str = "truncate"
     sweep: dict[str, list[Any]] = Field(default_factory=dict)
     negative_prompt: str | None = None
     seed: int = 42
@@ -60,6 +81,7 @@ class JobSpec(BaseModel):
     on_flagged: Literal["blank", "drop", "keep"] = "blank"
     watermark: str = "dwtDctSvd"
     watermark_text: str = "StableDiffusionV1"
+    watermark_policy: str = "record"
     dtype: Literal["auto", "float32", "float16"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads_per_actor: int | None = Field(default=None, ge=1, le=1024)
@@ -122,11 +144,11 @@ class JobSpec(BaseModel):
         except FieldError as error:
             raise ValueError(str(error)) from None
 
-    @field_validator("format", "safety", "watermark")
+    @field_validator(*_CHOICES)
     @classmethod
-    def _known_choice(cls, value: str, info: Any) -> str:
-        known = {"format": FORMATS, "safety": SAFETY, "watermark": WATERMARKS}[info.field_name]
-        if value not in known:
+    def _known_choice(cls, value: str | None, info: Any) -> str | None:
+        known = _CHOICES[info.field_name]
+        if value is not None and value not in known:
             raise ValueError(
                 f"{info.field_name} {shorten(value)} does not exist{nearest(value, known)}; there is {', '.join(known)}"
             )
@@ -140,6 +162,15 @@ class JobSpec(BaseModel):
                 f"watermark_text {shorten(value)} must have 1 to 32 bytes of UTF-8; shorten it, or use watermark none"
             )
         return value
+
+    @model_validator(mode="after")
+    def _a_mark_to_require(self) -> JobSpec:
+        if self.watermark == "none" and self.watermark_policy != "record":
+            raise ValueError(
+                f"watermark_policy {self.watermark_policy!r} asks for a mark, but watermark is none; "
+                f"choose {' or '.join(WATERMARK_METHODS)}, or watermark_policy record"
+            )
+        return self
 
 
 RUNTIME_KEYS = frozenset(Runtime.model_fields)
@@ -238,7 +269,7 @@ def _first_fault(error: ValidationError) -> str:
     if fault["type"] == "extra_forbidden":
         return f"unknown key {key!r}{nearest(key, KEYS)}"
     message = fault["msg"].removeprefix("Value error, ")
-    if message.startswith((f"{key} ", "no manifest", "sweep axis")):
+    if message.startswith((f"{key} ", "no manifest", "sweep axis", "watermark_policy ")):
         return message
     shown = display_url(fault["input"]) if isinstance(fault["input"], str) else fault["input"]
     return f"{key} is {shorten(shown)}: {message[:1].lower()}{message[1:]}"

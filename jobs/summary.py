@@ -40,7 +40,11 @@ class GroupNote:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PlanSummary:
-    """A plan in numbers. `tokens_checked` says of how many prompts, from the first, `tokens_over_limit` was counted."""
+    """A plan in numbers.
+
+    `tokens_over_limit` counts rows whose prompt or negative prompt has more than `token_limit` tokens, among the first
+    `tokens_checked`; `long_prompts` says what becomes of them.
+    """
 
     plan_hash: str
     out: str
@@ -63,6 +67,8 @@ class PlanSummary:
     batch_size: int
     padded_slots: int
     padding_waste: float
+    prompt_syntax: str
+    long_prompts: str
     token_limit: int
     tokens_over_limit: int
     tokens_checked: int
@@ -70,6 +76,7 @@ class PlanSummary:
     safety: str
     on_flagged: str
     watermark: str
+    watermark_policy: str
     carried_columns: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,11 +11,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from engine import SAMPLERS, SEED_LIMIT
+from engine import SAMPLERS, SAMPLERS_WITH_ETA, SEED_LIMIT
 from jobs.columns import to_plain
 from jobs.errors import UsageError
 from jobs.fields import FIELDS, MAX_TEXT_BYTES, Field, FieldError, Value, shorten
 from jobs.readers import RowBatch
+from jobs.tokens import TokenCounter
 
 EXCERPT_CHARACTERS = 200
 CARRIED_PREFIX = "carried."
@@ -26,13 +27,17 @@ _ARROW_TYPES = {"text": pa.string(), "sampler": pa.string(), "int": pa.int64(), 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rules:
-    """What rows are checked against. Where an axis gives a parameter, the row's value and the default do not count."""
+    """What rows are checked against. Where an axis gives a parameter, the row's value and the default do not count.
+
+    `steps_fault` says why a sampler cannot take so many steps, or None. `tokens` is there if long prompts are faults.
+    """
 
     factor: int
     min_pixels: int
-    max_steps: int
+    steps_fault: Callable[[str, int], str | None]
     defaults: Mapping[str, Value]
     axes: Mapping[str, tuple[Value, ...]]
+    tokens: TokenCounter | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,9 +70,13 @@ def check_job(rules: Rules, own: tuple[str, ...]) -> None:
     """Refuse what no row can mend: axis values, and defaults that no column overrides."""
     for name, values in rules.axes.items():
         for value in values:
-            fault = _value_fault(name, value, rules)
+            fault = _value_fault(name, value, rules) or _length_fault(name, value, rules)
             if fault:
                 raise UsageError(f"sweep axis {name}: {fault}")
+    if "negative_prompt" not in own and "negative_prompt" not in rules.axes:
+        fault = _length_fault("negative_prompt", rules.defaults["negative_prompt"], rules)
+        if fault:
+            raise UsageError(fault)
     for fields, bad, reason in _pair_rules({}, 1, rules):
         if bad.any() and not (fields - rules.axes.keys()) & set(own):
             raise UsageError(reason(0))
@@ -92,6 +101,8 @@ def validate(batch: RowBatch, offset: int, schema: pa.Schema, rules: Rules) -> C
     for _, bad, reason in _pair_rules(columns, count, rules):
         for index in np.flatnonzero(bad):
             faults.setdefault(int(index), [reason(int(index))])
+    if rules.tokens is not None:
+        _check_lengths(columns, rules, rules.tokens, faults)
     numbers = batch.lines + offset
     columns["row_number"] = pa.array(numbers)
     text_numbers = columns["row_number"].cast(pa.string())
@@ -235,10 +246,10 @@ def _pair_rules(columns: Mapping[str, pa.Array], count: int, rules: Rules) -> It
         values = columns[name].fill_null(default).to_numpy(zero_copy_only=False)
         return values, values
 
-    for name in ("width", "height", "num_inference_steps"):
+    for name in ("width", "height"):
         if name not in rules.axes:
             values = bounds(name)[0]
-            bad = values > rules.max_steps if name == "num_inference_steps" else values % rules.factor != 0
+            bad = values % rules.factor != 0
             yield frozenset({name}), bad, lambda i, n=name, v=values: _value_fault(n, int(v[i]), rules)
     (width, _), (height, _) = bounds("width"), bounds("height")
     yield (
@@ -250,11 +261,22 @@ def _pair_rules(columns: Mapping[str, pa.Array], count: int, rules: Rules) -> It
         ),
     )
     eta = bounds("eta")[1]
-    yield (
-        frozenset({"sampler", "eta"}),
-        _samples_with(columns, count, rules, "plms") & (eta != 0),
-        lambda i: f"eta {eta[i]:g} does not go with sampler plms, which has no noise; use eta 0 or sampler ddim",
-    )
+    for sampler, drawn in _samplers(columns, count, rules):
+        if sampler not in SAMPLERS_WITH_ETA:
+            yield (
+                frozenset({"sampler", "eta"}),
+                drawn & (eta != 0),
+                lambda i, s=sampler: (
+                    f"eta {eta[i]:g} does not go with sampler {s}, whose noise is its own; "
+                    f"use eta 0 or sampler {' or '.join(SAMPLERS_WITH_ETA)}"
+                ),
+            )
+        for steps in _distinct_steps(columns, rules):
+            fault = rules.steps_fault(sampler, steps)
+            if fault is not None:
+                taken = bounds("num_inference_steps")[0] == steps
+                bad = drawn if "num_inference_steps" in rules.axes else drawn & taken
+                yield frozenset({"sampler", "num_inference_steps"}), bad, lambda _, f=fault: f
     images = bounds("num_images")[1]
     if "seed" in rules.axes or "seed" in columns:
         seeds = (
@@ -267,20 +289,48 @@ def _pair_rules(columns: Mapping[str, pa.Array], count: int, rules: Rules) -> It
         )
 
 
-def _samples_with(columns: Mapping[str, pa.Array], count: int, rules: Rules, sampler: str) -> NDArray[np.bool_]:
-    """Rows that the sampler draws, in at least one combination of the axes."""
-    if "sampler" in rules.axes:
-        return np.full(count, sampler in rules.axes["sampler"])
-    if "sampler" not in columns:
-        return np.full(count, rules.defaults["sampler"] == sampler)
+def _samplers(columns: Mapping[str, pa.Array], count: int, rules: Rules) -> Iterator[tuple[str, NDArray[np.bool_]]]:
+    """Each sampler with the rows that it draws, in at least one combination of the axes."""
+    if "sampler" in rules.axes or "sampler" not in columns:
+        for sampler in rules.axes.get("sampler", (rules.defaults["sampler"],)):
+            yield str(sampler), np.full(count, fill_value=True)
+        return
     filled = columns["sampler"].fill_null(rules.defaults["sampler"])
-    return np.asarray(pc.equal(filled, sampler).to_numpy(zero_copy_only=False), dtype=bool)
+    for sampler in filled.unique().to_pylist():
+        yield sampler, np.asarray(pc.equal(filled, sampler).to_numpy(zero_copy_only=False), dtype=bool)
+
+
+def _distinct_steps(columns: Mapping[str, pa.Array], rules: Rules) -> list[int]:
+    name = "num_inference_steps"
+    if name in rules.axes or name not in columns:
+        return [int(steps) for steps in rules.axes.get(name, (rules.defaults[name],))]
+    return [int(steps) for steps in columns[name].fill_null(rules.defaults[name]).unique().to_pylist()]
+
+
+def _check_lengths(
+    columns: Mapping[str, pa.Array], rules: Rules, tokens: TokenCounter, faults: dict[int, list[str]]
+) -> None:
+    """A fault for each sound row whose prompt or own negative prompt has too many tokens; the counter counts them."""
+    for name in ("prompt", "negative_prompt"):
+        if name not in columns or name in rules.axes:
+            continue
+        column = columns[name] if name == "prompt" else columns[name].fill_null(rules.defaults[name])
+        for index, count in enumerate(tokens.counts(column)):
+            fault = tokens.fault(name, count)
+            if fault is not None and index not in faults:
+                tokens.refused += 1
+                faults[index] = [fault]
+
+
+def _length_fault(name: str, value: Value, rules: Rules) -> str | None:
+    """Why an axis value or default of the negative prompt is too long, or None."""
+    if rules.tokens is None or name != "negative_prompt":
+        return None
+    return rules.tokens.fault(name, rules.tokens.count(str(value)))
 
 
 def _value_fault(name: str, value: Value, rules: Rules) -> str | None:
     """Why the model refuses one value, or None."""
-    if name == "num_inference_steps" and isinstance(value, int) and value > rules.max_steps:
-        return f"num_inference_steps {value} is more than the model's {rules.max_steps}; use fewer"
     if name in {"width", "height"} and isinstance(value, int) and value % rules.factor:
         below, above = value // rules.factor * rules.factor, (value // rules.factor + 1) * rules.factor
         near = f"{below} or {above}" if below else f"{above}"

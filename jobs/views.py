@@ -21,6 +21,12 @@ if TYPE_CHECKING:
 
 _DEFECTS_SHOWN = 20
 _VALUES_SHOWN = 8
+_UNREADABLE = {"require": "the sample fails", "retry": "marked again with dwtDctSvd, else the sample fails"}
+_LONG_PROMPTS = {
+    "truncate": "are cut there: --long-prompts chunk reads all of them",
+    "chunk": "are read whole, in several chunks",
+    "error": "are rejected: --long-prompts chunk reads all of them",
+}
 
 
 def show_plan(plan: PlanSummary) -> None:
@@ -38,10 +44,12 @@ def show_plan(plan: PlanSummary) -> None:
         "samples": f"{plan.samples:,}",
         "chunks": f"{plan.chunks:,} of up to {plan.chunk_size} samples, in {len(plan.groups)} group(s) of one shape",
         "batches": f"{plan.batches:,} of {plan.batch_size}, {plan.padding_waste:.1%} padding",
-        "prompts": f"{plan.tokens_over_limit:,} of {plan.tokens_checked:,} are longer than {plan.token_limit} tokens "
-        "and would be cut",
+        "prompts": f"{plan.tokens_over_limit:,} of {plan.tokens_checked:,} have more than {plan.token_limit} tokens"
+        + (f" and {_LONG_PROMPTS[plan.long_prompts]}" if plan.tokens_over_limit else "")
+        + f"; syntax {plan.prompt_syntax}",
         "safety": f"{plan.safety}, flagged pictures: {plan.on_flagged}",
-        "watermark": plan.watermark,
+        "watermark": plan.watermark
+        + ("" if plan.watermark_policy == "record" else f", not readable: {_UNREADABLE[plan.watermark_policy]}"),
         "size": f"about {size(plan.bytes_expected)}",
         "plan hash": plan.plan_hash[:16],
         "output": f"{plan.out} (nothing was written)",
@@ -143,7 +151,9 @@ def show_models(presets: Mapping[str, ModelPreset]) -> None:
         for name, preset in presets.items()
     ]
     print_table("models", ["--model", "what", "size", "defaults", "batch"], rows)
-    print_line("--model also takes a folder in the diffusers layout.")
+    print_line(
+        "--model also takes a diffusers folder, a .safetensors or .ckpt file, a hub id, or NAME=PLACE for a copy."
+    )
 
 
 def show_marks(readings: Sequence[MarkReading]) -> None:
@@ -151,6 +161,6 @@ def show_marks(readings: Sequence[MarkReading]) -> None:
     for reading in readings:
         verdict = "found" if reading.found else "not found"
         print_line(
-            f"{safe(reading.file)}: {verdict}, {reading.method}, {reading.bit_accuracy:.0%} of the bits: "
-            f"{safe(reading.text)}"
+            f"{safe(reading.file)}: {verdict}, {reading.method}, {reading.bits_matching} of {reading.bits} bits "
+            f"({reading.bit_accuracy:.0%}; chance gives fewer than {reading.bits_needed}): {safe(reading.text)}"
         )

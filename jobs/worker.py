@@ -15,10 +15,15 @@ from typing import Any, Literal, Protocol
 from engine import GenerationRequest, GenerationResult
 from engine.types import Pixels
 from jobs.errors import JobError
-from jobs.images import blank, encode_png, parameters_text, pixel_sha256
+from jobs.images import blank, encode_png, pixel_sha256
 from jobs.job import Job, open_job
+from jobs.mark_bits import bits_needed, matching_bits
+from jobs.parameters import parameters_text
 from jobs.plan import Plan, PlannedSample
 from jobs.records import encode_record, tool_versions
+
+RETRY_METHOD = "dwtDctSvd"
+"""What the policy `retry` marks with where the plan's own mark cannot be read back: it holds on smooth pictures."""
 
 _ERROR_LIMIT = 1000
 
@@ -75,13 +80,19 @@ def load_engine(plan: Plan, device: str) -> ChunkEngine:
     """The plan's own model on `device` (`auto`: a GPU if there is one), at the plan's dtype, threads and batch size."""
     import torch
 
-    from engine import Engine, ModelSpec
+    from engine import Engine
 
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if plan.threads_per_actor:
         torch.set_num_threads(plan.threads_per_actor)
-    spec = ModelSpec(model=plan.model.path, safety=plan.safety, safety_threshold=plan.nsfw_threshold)
+    spec = replace(
+        plan.model.spec,
+        safety=plan.safety,
+        safety_threshold=plan.nsfw_threshold,
+        prompt_syntax=plan.prompt_syntax,
+        long_prompts=plan.long_prompts,
+    )
     return Engine.load(spec, device=device, dtype=plan.dtype, batch_size=plan.batch_size)
 
 
@@ -194,7 +205,9 @@ def _finish_sample(plan: Plan, sample: PlannedSample, result: GenerationResult, 
     if pixels is None:
         return _Finished(row=_row(plan, sample, result, execution_class), data=None)
     try:
-        picture, accuracy = _watermarked(plan, pixels)
+        picture, mark = _marked(plan, pixels, required=pixels is result.pixels)
+        if mark.fault is not None:
+            return _Finished(row=_row(plan, sample, result, execution_class, error=mark.fault), data=None)
         data = encode_png(picture, _text(plan, sample.request))
     except MemoryError:
         raise
@@ -204,7 +217,7 @@ def _finish_sample(plan: Plan, sample: PlannedSample, result: GenerationResult, 
         )
         return _Finished(row=_row(plan, sample, failed, execution_class, error=failed.error), data=None)
     row = _row(plan, sample, result, execution_class)
-    row |= {"watermark": plan.watermark, "watermark_bit_accuracy": accuracy, "pixel_sha256": pixel_sha256(picture)}
+    row |= {"watermark": mark.method, "watermark_bit_accuracy": mark.accuracy, "pixel_sha256": pixel_sha256(picture)}
     return _Finished(row=row, data=data)
 
 
@@ -216,20 +229,42 @@ def _kept_pixels(plan: Plan, result: GenerationResult) -> Pixels | None:
     return blank(result.pixels) if plan.on_flagged == "blank" else None
 
 
-def _watermarked(plan: Plan, pixels: Pixels) -> tuple[Pixels, float | None]:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Mark:
+    """How a picture was marked, what was read back, and why that is not enough, if it is not."""
+
+    method: str
+    accuracy: float | None = None
+    fault: str | None = None
+
+
+def _marked(plan: Plan, pixels: Pixels, *, required: bool) -> tuple[Pixels, _Mark]:
+    """The picture with the plan's mark; a blank one in a flagged picture's place need not be readable (`required`)."""
     if plan.watermark == "none":
-        return pixels, None
+        return pixels, _Mark(method="none")
     from engine import embed_watermark, watermark_bit_accuracy
 
-    marked = embed_watermark(pixels, plan.watermark_text, plan.watermark)
-    return marked, watermark_bit_accuracy(marked, plan.watermark_text, plan.watermark)
+    methods = [plan.watermark]
+    if plan.watermark_policy == "retry" and plan.watermark != RETRY_METHOD:
+        methods.append(RETRY_METHOD)
+    n_bits = 8 * len(plan.watermark_text.encode())
+    needed = bits_needed(n_bits) if required and plan.watermark_policy != "record" else None
+    tried = []
+    for method in methods:
+        picture = embed_watermark(pixels, plan.watermark_text, method)
+        accuracy = watermark_bit_accuracy(picture, plan.watermark_text, method)
+        if needed is None or matching_bits(accuracy, n_bits) >= needed:
+            return picture, _Mark(method=method, accuracy=accuracy)
+        tried.append(f"{method} {matching_bits(accuracy, n_bits)}")
+    fault = f"the mark cannot be read back: {', '.join(tried)} of {n_bits} bits, {needed} are needed"
+    return pixels, _Mark(method=plan.watermark, fault=fault)
 
 
 def _text(plan: Plan, request: GenerationRequest) -> str:
-    files = plan.model.files
-    weights = next((digest for path, digest in files.items() if path.startswith("unet/") and "config" not in path), "")
     version = f"latentmill {plan.versions['latentmill']}"  # the plan's: an upgrade half-way must not change a byte
-    return parameters_text(request, model_name=plan.model.name, model_hash=weights[:10], version=version)
+    return parameters_text(
+        request, model_name=plan.model.name, model_hash=plan.model.weights_digest[:10], version=version
+    )
 
 
 def _row(

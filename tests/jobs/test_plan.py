@@ -104,7 +104,9 @@ CHANGES = {
     "eta": {"eta": 0.5}, "images": {"num_images": 2}, "sweep": {"sweep": ["seed=0:2"]}, "chunk": {"chunk_size": 16},
     "batch": {"batch_size": 2}, "safety": {"safety": "none"}, "threshold": {"nsfw_threshold": 0.5},
     "flagged": {"on_flagged": "keep"}, "watermark": {"watermark": "dwtDct"}, "mark": {"watermark_text": "other"},
-    "threads": {"threads_per_actor": 3}, "device": {"device": "cuda"},
+    "threads": {"threads_per_actor": 3}, "device": {"device": "cuda"}, "policy": {"watermark_policy": "require"},
+    "syntax": {"prompt_syntax": "a1111"}, "long": {"long_prompts": "chunk"},
+    "prediction": {"prediction_type": "v_prediction"}, "spacing": {"timestep_spacing": "trailing"},
 }  # fmt: skip
 
 
@@ -148,6 +150,8 @@ def test_the_axes_order_is_part_of_the_plan(job):
         {"strict": True},
         {"dtype": "float32", "device": "cpu"},
         {"watermark_text": "StableDiffusionV1"},
+        {"manifest_format": "lines"},
+        {"prediction_type": "epsilon", "timestep_spacing": "leading"},
     ],
 )
 def test_what_cannot_change_anything_does_not_change_the_hash(job, flags):
@@ -293,6 +297,37 @@ def test_the_summary_says_what_would_happen(job, tmp_path):
     assert json.loads(json.dumps(summary.to_dict()))["axes"] == {"guidance_scale": [1.0, 4.0], "seed": [0, 1, 2]}
 
 
+def long_rows(tmp_path):
+    """A short prompt, a long one, one that is long only with its brackets, and one with a long negative prompt."""
+    rows = [
+        {"prompt": "short"},
+        {"prompt": "star " * 80},
+        {"prompt": "(star) " * 60},
+        {"prompt": "x", "negative_prompt": "star " * 90},
+    ]
+    (tmp_path / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return [str(tmp_path / "long.jsonl")]
+
+
+@pytest.mark.parametrize(("syntax", "over"), [("plain", 3), ("a1111", 2)])
+def test_long_prompts_are_counted_in_the_syntax_that_is_chosen(job, tmp_path, syntax, over):
+    for choice in ("truncate", "chunk"):
+        with draft_plan(job(prompts=long_rows(tmp_path), prompt_syntax=syntax, long_prompts=choice)) as draft:
+            summary = draft.summary()
+        assert (summary.rows, summary.tokens_over_limit, summary.tokens_checked) == (4, over, 4)
+        assert (summary.prompt_syntax, summary.long_prompts) == (syntax, choice)
+
+
+def test_long_prompts_are_rejected_with_their_length_where_they_are_errors(job, tmp_path):
+    spec = job(prompts=long_rows(tmp_path), prompt_syntax="a1111", long_prompts="error")
+    with draft_plan(spec) as draft:
+        summary = draft.summary()
+    assert (summary.rows, summary.rejected_rows, summary.tokens_over_limit, summary.tokens_checked) == (2, 2, 2, 4)
+    assert [note.row_number for note in summary.first_rejects] == [2, 4]
+    assert summary.first_rejects[0].reason.startswith("prompt has 80 tokens, the limit is 75; shorten it")
+    assert summary.first_rejects[1].reason.startswith("negative_prompt has 90 tokens, the limit is 75")
+
+
 def test_no_secret_reaches_the_plan(job, tmp_path, s3, s3_environment):
     import fsspec
 
@@ -380,11 +415,39 @@ BAD_JOBS = {
     ),
     "unknown model": (lambda put, half: {"model": "embeded"}, ["'embeded'", "did you mean 'embedded'", "folder"]),
     "half a model": (lambda put, half: {"model": half()}, ["vae", "missing"]),
-    "a file as model": (lambda put, half: {"model": put("m.ckpt", "x")}, ["is a file", "folder"]),
+    "a file as model": (lambda put, half: {"model": put("m.ckpt", "x")}, ["m.ckpt"]),
     "revision": (lambda put, half: {"revision": "main"}, ["revision 'main'"]),
     "odd size": (lambda put, half: {"width": 257}, ["width 257", "multiple of 8", "256 or 264"]),
     "small for the mark": (lambda put, half: {"width": 128}, ["128x256", "65,536", "watermark none"]),
     "plms with eta": (lambda put, half: {"sampler": "plms", "eta": 0.3}, ["eta 0.3", "plms"]),
+    "euler_a with eta": (lambda put, half: {"sampler": "euler_a", "eta": 0.3}, ["eta 0.3", "euler_a", "sampler ddim"]),
+    "steps that do not fit": (
+        lambda put, half: {"num_inference_steps": 3, "timestep_spacing": "original"},
+        ["sampler ddim", "num_inference_steps is 3", "original spacing", "the nearest number that does is 2"],
+    ),
+    "steps of an axis": (
+        lambda put, half: {"sweep": ["num_inference_steps=4,3"], "timestep_spacing": "original"},
+        ["num_inference_steps is 3"],
+    ),
+    "spacing": (lambda put, half: {"timestep_spacing": "even"}, ["timestep_spacing 'even'", "trailing"]),
+    "tokenizer of a folder": (lambda put, half: {"tokenizer": "x/y"}, ["tokenizer is 'x/y'", "leave it out"]),
+    "no checker": (lambda put, half: {"safety": "clip-concepts"}, ["clip-concepts", "safety_checker", "open-nsfw"]),
+    "no mark to require": (
+        lambda put, half: {"watermark": "none", "watermark_policy": "require"},
+        ["watermark_policy 'require'", "watermark is none"],
+    ),
+    "a mark of chance": (
+        lambda put, half: {"watermark_text": "ab", "watermark_policy": "retry"},
+        ["watermark_text 'ab' has 16 bits", "3 bytes"],
+    ),
+    "default negative too long": (
+        lambda put, half: {"negative_prompt": "word " * 300, "long_prompts": "error"},
+        ["negative_prompt has", "tokens, the limit is 75", "chunk"],
+    ),
+    "blocks as lines": (
+        lambda put, half: {"prompts": [put("m.txt", "a cat\nNegative prompt: blurry\n")]},
+        ["m.txt", "manifest_format parameters", "lines"],
+    ),
     "axis size": (lambda put, half: {"sweep": ["width=256,300"]}, ["axis width", "300"]),
     "seeds run out": (lambda put, half: {"seed": 2**32 - 3}, ["seed 4294967293", "5 samples", "4294967295"]),
     "too many groups": (

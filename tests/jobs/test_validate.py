@@ -9,6 +9,7 @@ import pytest
 from jobs.errors import UsageError
 from jobs.fields import FIELDS
 from jobs.readers import RowBatch
+from jobs.tokens import TokenCounter
 from jobs.validate import Rules, check_job, snapshot_schema, validate
 
 DEFAULTS = {
@@ -17,8 +18,19 @@ DEFAULTS = {
 }  # fmt: skip
 
 
-def rules(defaults=(), axes=(), min_pixels=65_536):
-    return Rules(factor=8, min_pixels=min_pixels, max_steps=1000, defaults=DEFAULTS | dict(defaults), axes=dict(axes))
+def steps_fault(sampler, steps):
+    return f"{sampler} takes no {steps} steps" if (sampler, steps) in {("plms", 3), ("ddim", 7)} else None
+
+
+def rules(defaults=(), axes=(), min_pixels=65_536, tokens=None):
+    return Rules(
+        factor=8,
+        min_pixels=min_pixels,
+        steps_fault=steps_fault,
+        defaults=DEFAULTS | dict(defaults),
+        axes=dict(axes),
+        tokens=tokens,
+    )
 
 
 def check(columns, *, offset=0, with_rules=None, carried=(), faults=()):
@@ -137,6 +149,13 @@ def test_pairs_are_checked_with_defaults_and_axes():
     assert "eta 0.5 does not go with sampler plms" in reason_of("eta", 0.5, with_rules=rules({"sampler": "plms"}))
     assert "plms" in reason_of("eta", 0.5, with_rules=rules(axes={"sampler": ("ddim", "plms")}))
     assert "plms" in reason_of("sampler", "plms", with_rules=rules(axes={"eta": (0.0, 0.5)}))
+    assert "euler_a" in reason_of("sampler", "euler_a", with_rules=rules({"eta": 0.5}))
+    assert "plms takes no 3 steps" in reason_of("num_inference_steps", 3, with_rules=rules({"sampler": "plms"}))
+    assert "plms takes no 3 steps" in reason_of(
+        "sampler", "plms", with_rules=rules(axes={"num_inference_steps": (3, 4)})
+    )
+    both = check({"prompt": list("abc"), "sampler": ["ddim", "plms", "plms"], "num_inference_steps": [3, 3, 7]})
+    assert [reject.row_number for reject in both.rejects] == [2]
     assert "runs past 4294967295" in reason_of("seed", 2**32 - 1, with_rules=rules({"num_images": 2}))
     assert "runs past" in reason_of("num_images", 3, with_rules=rules(axes={"seed": (1, 2**32 - 2)}))
     assert "too small" in reason_of("width", 248, with_rules=rules(axes={"height": (256, 512)}))
@@ -151,6 +170,8 @@ def test_pairs_are_checked_with_defaults_and_axes():
         (rules({"width": 64}), (), "size 64x256 is too small"),
         (rules({"sampler": "plms", "eta": 0.1}), (), "eta 0.1 does not go with sampler plms"),
         (rules(axes={"sampler": ("plms",)}, defaults={"eta": 0.1}), ("sampler",), "does not go"),
+        (rules({"num_inference_steps": 7}), ("prompt",), "ddim takes no 7 steps"),
+        (rules(axes={"sampler": ("ddim", "plms"), "num_inference_steps": (3,)}), (), "plms takes no 3 steps"),
         (rules(axes={"width": (256, 100)}), ("width",), "sweep axis width: width 100 is not a multiple"),
         (rules(axes={"width": (64,), "height": (64,)}), ("width", "height"), "size 64x64 is too small"),
     ],
@@ -163,6 +184,45 @@ def test_what_no_row_can_mend_is_refused_before_rows_are_read(job, own, words):
 def test_what_rows_can_mend_is_left_to_them():
     check_job(rules({"width": 100}), ("width",))
     check_job(rules({"sampler": "plms", "eta": 0.1}), ("eta",))
+    check_job(rules({"num_inference_steps": 7}), ("sampler",))
+
+
+class Words:
+    def count(self, texts):
+        return [len(text.split()) for text in texts]
+
+
+def counter(negatives=(), default=""):
+    return TokenCounter(Words, syntax="a1111", limit=3, negatives=negatives, default_negative=default)
+
+
+def test_texts_over_the_limit_are_rejected_where_that_is_an_error():
+    tokens = counter()
+    long = "a b (c d)"
+    columns = {
+        "prompt": ["a b (c:1.5)", long, "x", long],
+        "negative_prompt": [None, None, long, "y"],
+        "seed": [1, 1, 1, -1],
+    }
+    checked = check(columns, with_rules=rules(tokens=tokens))
+    assert [reject.row_number for reject in checked.rejects] == [2, 3, 4]
+    assert checked.rejects[0].reason.startswith("prompt has 4 tokens, the limit is 3; shorten it, or use long_prompts")
+    assert checked.rejects[1].reason.startswith("negative_prompt has 4 tokens")
+    assert "seed -1" in checked.rejects[2].reason
+    assert tokens.refused == 2
+    swept = rules(tokens=counter(), axes={"negative_prompt": ("x", long)})
+    with pytest.raises(UsageError, match="sweep axis negative_prompt: negative_prompt has 4 tokens, the limit is 3"):
+        check_job(swept, ())
+    fits = rules(tokens=counter(), axes={"negative_prompt": ("x", "y")}, defaults={"negative_prompt": long})
+    assert len(check({"prompt": ["a"], "negative_prompt": [long]}, with_rules=fits).kept) == 1
+    check_job(fits, ("negative_prompt",))
+
+
+def test_the_longest_text_of_a_row_counts():
+    rows = pa.RecordBatch.from_pydict({"prompt": ["a", "a b c"], "negative_prompt": [None, "a b c d e"]})
+    assert counter(default="a b").longest(rows) == [2, 5]
+    assert counter(negatives=["a", "a b c d"], default="a b c d e f").longest(rows) == [4, 4]
+    assert counter(default="a b").longest(rows.select(["prompt"])) == [2, 3]
 
 
 def test_fast_and_slow_paths_agree():

@@ -15,9 +15,10 @@ from PIL import Image
 
 from engine import GenerationRequest
 from jobs import worker
-from jobs.images import TEXT_LIMIT, decode_png, encode_png, parameters_text, pixel_sha256
+from jobs.images import decode_png, encode_png, pixel_sha256
 from jobs.job import Job, open_job
 from jobs.ledger import record_path
+from jobs.parameters import TEXT_LIMIT, parameters_text
 from jobs.plan import adopt, draft_plan
 from jobs.storage import Storage
 from jobs.storage_errors import StorageError
