@@ -32,7 +32,7 @@ from jobs.txt2img_options import (
     build_parser,
     parse_options,
 )
-from tests.engine.families import write_sd1
+from tests.engine.families import write_ldm, write_sd1
 from tests.engine.originals import write_ckpt
 
 ROOT = Path(__file__).parents[1]
@@ -553,6 +553,25 @@ def test_the_command_draws_with_a_checkpoint_and_its_config(sd1, tmp_path, monke
     assert "(stable-diffusion), 256x256" in out
     assert "1 prompts were longer than the 75 tokens that this model reads; cut there" in out
     assert np.array_equal(read(tmp_path / "out/samples/00000.png"), read(tmp_path / "out/grid-0000.png"))
+
+
+def test_laion400m_draws_with_the_files_at_the_originals_places(tmp_path, monkeypatch, capsys):
+    """The checkpoint has the published key names and small widths; a config in the working folder is taken first."""
+    config = yaml.safe_load((ROOT / LAION_CONFIG).read_text())
+    params = config["model"]["params"]
+    params["unet_config"]["params"] = {"model_channels": 32, "channel_mult": [1, 2, 2], "context_dim": 64}
+    params["first_stage_config"]["params"]["ddconfig"] |= {"ch": 32, "ch_mult": [1, 1, 1, 2]}
+    params["cond_stage_config"]["params"]["tokenizer"] = str(tmp_path / "folder")
+    for name in (LAION_CONFIG, LAION_CKPT):
+        (tmp_path / name).parent.mkdir(parents=True)
+    (tmp_path / LAION_CONFIG).write_text(yaml.safe_dump(config))
+    write_ckpt(write_ldm(tmp_path / "folder"), tmp_path / LAION_CKPT)
+    monkeypatch.chdir(tmp_path)
+    few = ("--H", 256, "--W", 256, "--n_samples", 1, "--n_iter", 1, "--ddim_steps", 2, "--scale", 5, "--plms")
+    code, out, err = call(monkeypatch, capsys, "--laion400m", *few)
+    assert code == 0, err
+    assert out.startswith(f"Falling back to LAION 400M model...\nmodel: {LAION_CKPT} (latent-diffusion), 256x256\n")
+    assert (tmp_path / LAION_OUTDIR / "samples" / "00000.png").is_file()
 
 
 def test_help_lists_every_option_and_the_differences(monkeypatch, capsys):
