@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -75,14 +76,17 @@ def test_help_is_grouped_and_comes_at_once(call: Call):
     _, flags, _ = call("run", "--help")
     assert all(f"--{name}" in flags for name in ("config", "out", "sweep", "guidance-scale", "on-flagged", "address"))
     assert "Where it runs" in flags
-    seconds = []
-    for _ in range(3):
-        began = time.perf_counter()
-        process = start("run", "--help")
-        process.communicate()
-        assert process.returncode == 0
-        seconds.append(time.perf_counter() - began)
-    assert min(seconds) < 0.7
+    before = cpu_seconds_of_children()
+    process = start("run", "--help")
+    process.communicate()
+    assert process.returncode == 0
+    assert cpu_seconds_of_children() - before < 0.7
+
+
+def cpu_seconds_of_children() -> float:
+    """Processor time, which unlike the clock does not depend on what else the machine is doing."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def test_every_flag_is_a_key_of_the_job_file_and_the_other_way_round():
@@ -250,7 +254,7 @@ def test_marks_are_read_back_from_pictures(call: Call, tmp_path: Path):
 
 
 def test_ctrl_c_ends_in_order_and_the_same_command_resumes(call: Call, job: list[object], tmp_path: Path):
-    slow = [*job, "--num-inference-steps", 60, "--num-images", 20]
+    slow = [*job, "--num-inference-steps", 60, "--num-images", 8]
     process = start("run", *slow)
     deadline = time.monotonic() + 60
     while not list(tmp_path.glob("out/ledger/*/*.parquet")):
@@ -266,7 +270,7 @@ def test_ctrl_c_ends_in_order_and_the_same_command_resumes(call: Call, job: list
     committed = len(list(tmp_path.glob("out/ledger/*/*.parquet")))
     code, out, _ = call("run", *slow, "--json")
     assert code == 0
-    assert json.loads(out)["generated"] == 120 - 2 * committed
+    assert json.loads(out)["generated"] == 48 - 2 * committed
 
 
 def test_a_run_on_ray_says_nothing_but_its_own_lines(job: list[object], tmp_path: Path):

@@ -92,7 +92,7 @@ def test_a_cluster_that_does_not_answer_is_told_at_once(address: str):
 def test_a_killed_actor_changes_nothing(tiny_model: Path, manifest, tmp_path: Path):
     """SIGKILL of one of two models in the middle: the dataset is bit by bit the one of an undisturbed inline run."""
     settings = {"num_inference_steps": 40, "threads_per_actor": 1, "safety": "none"}
-    prompts = manifest(64)
+    prompts = manifest(40)
     calm, rough = str(tmp_path / "calm"), str(tmp_path / "rough")
     assert run_job(job_spec(tiny_model, prompts, calm, **settings)).exit_code == 0
     killer = Killer(rough)
@@ -100,8 +100,8 @@ def test_a_killed_actor_changes_nothing(tiny_model: Path, manifest, tmp_path: Pa
     summary = run_job(job_spec(tiny_model, prompts, rough, **settings, executor="ray"))
     killer.join()
     assert killer.victim is not None
-    assert killer.committed_then < 32
-    assert (summary.exit_code, summary.counts) == (0, {"ok": 64, "flagged": 0, "failed": 0})
+    assert killer.committed_then < 20
+    assert (summary.exit_code, summary.counts) == (0, {"ok": 40, "flagged": 0, "failed": 0})
     assert read_dataset(rough) == read_dataset(calm)
     assert not list(Path("/tmp").glob(f"lm-*/r/session_*_{os.getpid()}"))
 
