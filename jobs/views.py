@@ -21,7 +21,11 @@ if TYPE_CHECKING:
 
 _DEFECTS_SHOWN = 20
 _VALUES_SHOWN = 8
-_UNREADABLE = {"require": "the sample fails", "retry": "marked again with dwtDctSvd, else the sample fails"}
+_UNREADABLE = {
+    "record": "",
+    "require": "; where it cannot be read back, the sample fails",
+    "retry": "; where it cannot be read back, dwtDctSvd, and where that cannot, the sample fails",
+}
 _LONG_PROMPTS = {
     "truncate": "are cut there: --long-prompts chunk reads all of them",
     "chunk": "are read whole, in several chunks",
@@ -48,8 +52,7 @@ def show_plan(plan: PlanSummary) -> None:
         + (f" and {_LONG_PROMPTS[plan.long_prompts]}" if plan.tokens_over_limit else "")
         + f"; syntax {plan.prompt_syntax}",
         "safety": f"{plan.safety}, flagged pictures: {plan.on_flagged}",
-        "watermark": plan.watermark
-        + ("" if plan.watermark_policy == "record" else f", not readable: {_UNREADABLE[plan.watermark_policy]}"),
+        "watermark": plan.watermark + _UNREADABLE[plan.watermark_policy],
         "size": f"about {size(plan.bytes_expected)}",
         "plan hash": plan.plan_hash[:16],
         "output": f"{plan.out} (nothing was written)",

@@ -19,6 +19,7 @@ from jobs.manifest import open_manifest
 from jobs.parameters import SAMPLER_NAMES, find_sampler, parameters_text, read_parameters
 from jobs.prompt_flags import read_flags
 from jobs.readers import MAX_ROW_BYTES
+from tests.jobs.driver import job_spec, read_dataset, run
 
 ALICE = (
     "Positive prompt: {{alice}}, alice in wonderland, {{{solo}}},1girl,{{delicate face}}, 10s,\n"
@@ -198,6 +199,20 @@ def test_blocks_over_the_limit_are_faults_and_the_next_is_read(tmp_path: Path) -
     (tmp_path / "m.txt").write_text("one\n\n" + long * (MAX_ROW_BYTES // 1000 + 2) + "\n\ntwo\n")
     lines, rows, faults = rows_of(tmp_path / "m.txt", "parameters")
     assert (lines[:2], list(faults), rows[2]) == ([1, 3], [1], {"prompt": "two"})
+
+
+def test_the_pictures_of_a_job_are_a_manifest_of_the_same_pictures(tmp_path: Path, tiny_model: Path) -> None:
+    (tmp_path / "m.jsonl").write_text(
+        "".join(json.dumps(dict(zip(("prompt", "negative_prompt"), pair, strict=True))) + "\n" for pair in NASTY)
+    )
+    sweep = {"guidance_scale": [1, 3.3], "sampler": ["plms", "dpmpp_2m_karras"]}
+    run(job_spec(tiny_model, tmp_path / "m.jsonl", tmp_path / "first", sweep=sweep))
+    run(job_spec(tiny_model, f"{tmp_path}/first/images/*/*/*.png", tmp_path / "second"))
+    first, second = (read_dataset(str(tmp_path / name)).rows for name in ("first", "second"))
+    assert len(first) == 4 * len(NASTY)
+    assert {row["row_id"]: row["pixel_sha256"] for row in second.to_pylist()} == {
+        f"{row['sample_id']}.png": row["pixel_sha256"] for row in first.to_pylist()
+    }
 
 
 @pytest.mark.parametrize(
