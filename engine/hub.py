@@ -33,18 +33,23 @@ def fetch_model(repo: str, revision: str | None) -> Path:
 
     Raises EngineError that says which files, from where, and how to use a local copy instead.
     """
-    folder = _snapshot(repo, revision, (*_CONFIGS, *_TOKENIZERS, *_SAFETENSORS), "a diffusers folder")
+    needed = (
+        "model_index.json, and of each part (scheduler, tokenizer, text encoder, U-Net, autoencoder) its config and "
+        "its weights as .safetensors or .bin"
+    )
+    folder = _snapshot(repo, revision, (*_CONFIGS, *_TOKENIZERS, *_SAFETENSORS), needed, "diffusers folder")
     if not (folder / "unet" / "diffusion_pytorch_model.safetensors").is_file():
-        folder = _snapshot(repo, revision, (*_CONFIGS, *_TOKENIZERS, *_PICKLES), "a diffusers folder")
+        folder = _snapshot(repo, revision, (*_CONFIGS, *_TOKENIZERS, *_PICKLES), needed, "diffusers folder")
     return folder
 
 
 def fetch_tokenizer(repo: str) -> Path:
     """The local snapshot of a tokenizer's files. Raises EngineError as `fetch_model` does."""
-    return _snapshot(repo, None, _VOCABULARY, "a folder with vocab.json and merges.txt (CLIP) or vocab.txt (BERT)")
+    needed = "the tokenizer's vocab.json and merges.txt (CLIP) or vocab.txt (BERT)"
+    return _snapshot(repo, None, _VOCABULARY, needed, "folder, as tokenizer")
 
 
-def _snapshot(repo: str, revision: str | None, patterns: tuple[str, ...], local_form: str) -> Path:
+def _snapshot(repo: str, revision: str | None, patterns: tuple[str, ...], needed: str, local_form: str) -> Path:
     from huggingface_hub import constants, snapshot_download
 
     try:
@@ -54,7 +59,7 @@ def _snapshot(repo: str, revision: str | None, patterns: tuple[str, ...], local_
         at = f" at revision {revision}" if revision else ""
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise EngineError(
-            f"{repo}{at} is not in the cache {constants.HF_HUB_CACHE} and cannot be fetched ({reason}). Needed: "
-            f"{', '.join(patterns)}. Run `hf download {repo}{f' --revision {revision}' if revision else ''}` where the "
-            f"hub can be reached, or give the path of a local copy instead: {local_form}"
+            f"{repo}{at} is not in the cache {constants.HF_HUB_CACHE} and cannot be fetched. Needed: {needed}. Run "
+            f"`hf download {repo}{f' --revision {revision}' if revision else ''}` where the hub can be reached, or "
+            f"give the path of a local copy ({local_form}). The hub's client said: {reason}"
         ) from None
