@@ -181,7 +181,12 @@ def _join_cluster(address: str) -> None:
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
         except (OSError, RuntimeError, ValueError) as error:
             reason = " ".join(str(error).split())[:200]
-            raise UsageError(f"no Ray cluster answers at {where}: {reason}; check --address or RAY_ADDRESS") from error
+            token = (
+                "" if os.environ.get("RAY_AUTH_MODE") else ", and set RAY_AUTH_MODE=token if the cluster asks for one"
+            )
+            raise UsageError(
+                f"no Ray cluster answers at {where}: {reason}; check --address or RAY_ADDRESS{token}"
+            ) from error
 
 
 def _knock(address: str) -> None:
