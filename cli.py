@@ -253,6 +253,20 @@ def verify(
     raise typer.Exit(report.exit_code)
 
 
+@app.command(rich_help_panel=_MORE, epilog="Example: [bold]latentmill clean s3://bucket/dataset --dry-run[/bold]")
+def clean(
+    out: OutArgument,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be swept, and delete nothing.")] = False,
+    json: Json = False,
+) -> None:
+    """Sweep what interrupted runs left behind: only proven garbage, safe beside a running job."""
+    from jobs.clean import clean as clean_job
+
+    report = clean_job(out, dry_run=dry_run)
+    _answer(report.to_dict(), json, lambda views: views.show_clean(report))
+    raise typer.Exit(report.exit_code)
+
+
 @app.command(rich_help_panel=_LOOK, epilog="Example: [bold]latentmill report out/sample --max-sheets 5[/bold]")
 def report(
     out: OutArgument,

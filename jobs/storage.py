@@ -5,6 +5,7 @@ Nothing here streams into an output: fsspec commits a partial object when an exc
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import secrets
@@ -35,6 +36,8 @@ class _Backend(Protocol):
     def create(self, path: str, data: bytes) -> bool: ...
     def size(self, path: str) -> int: ...
     def list(self, prefix: str) -> Iterator[tuple[str, int]]: ...
+    def list_hidden(self, prefix: str) -> Iterator[tuple[str, int]]: ...
+    def modified(self, path: str) -> float: ...
     def delete(self, path: str) -> None: ...
     def open_input(self, path: str) -> IO[bytes]: ...
 
@@ -83,6 +86,15 @@ class _Local:
                     folders.append(path)
                 else:
                     yield path, entry.stat().st_size
+
+    def list_hidden(self, prefix: str) -> Iterator[tuple[str, int]]:
+        for folder, _, names in os.walk(self._root / prefix):
+            for path in (Path(folder, name) for name in sorted(names) if name.startswith(".")):
+                with contextlib.suppress(FileNotFoundError):  # a temporary file whose writer has just finished
+                    yield path.relative_to(self._root).as_posix(), path.stat(follow_symlinks=False).st_size
+
+    def modified(self, path: str) -> float:
+        return (self._root / path).stat().st_mtime
 
     def delete(self, path: str) -> None:
         (self._root / path).unlink(missing_ok=True)
@@ -156,12 +168,18 @@ class _ObjectStore:
         return int(info["size"])
 
     def list(self, prefix: str) -> Iterator[tuple[str, int]]:
-        folder = self._full(prefix.strip("/")) + "/"
-        strip = len(self._fs._strip_protocol(self._root)) + 1
-        for name, info in sorted(self._fs.find(folder, detail=True).items()):
-            path = name[strip:]
-            if info["type"] == "file" and not any(part.startswith(".") for part in path.split("/")):
+        for path, info in self._find(prefix):
+            if not any(part.startswith(".") for part in path.split("/")):
                 yield path, int(info["size"])
+
+    def list_hidden(self, prefix: str) -> Iterator[tuple[str, int]]:
+        for path, info in self._find(prefix):
+            if path.rpartition("/")[2].startswith("."):
+                yield path, int(info["size"])
+
+    def modified(self, path: str) -> float:
+        modified: float = self._fs.modified(self._full(path)).timestamp()
+        return modified
 
     def delete(self, path: str) -> None:
         try:
@@ -172,6 +190,13 @@ class _ObjectStore:
     def open_input(self, path: str) -> IO[bytes]:
         file: IO[bytes] = self._fs.open(self._full(path), "rb")
         return file
+
+    def _find(self, prefix: str) -> Iterator[tuple[str, dict[str, Any]]]:
+        folder = self._full(prefix.strip("/")) + "/"
+        strip = len(self._fs._strip_protocol(self._root)) + 1
+        for name, info in sorted(self._fs.find(folder, detail=True).items()):
+            if info["type"] == "file":
+                yield name[strip:], info
 
     def _full(self, path: str) -> str:
         return f"{self._root}/{path}"
@@ -236,6 +261,14 @@ class Storage:
     def list(self, prefix: str) -> Iterator[tuple[str, int]]:
         """Path and size of every object under a folder, recursively; names that begin with a dot are skipped."""
         yield from self._patiently("list", prefix, lambda: list(self._backend.list(prefix)))
+
+    def list_hidden(self, prefix: str) -> Iterator[tuple[str, int]]:
+        """Path and size of what `list` skips under a folder: objects whose names begin with a dot."""
+        yield from self._patiently("list", prefix, lambda: list(self._backend.list_hidden(prefix)))
+
+    def modified(self, path: str) -> float:
+        """When the object was last written, in seconds since 1970 by the store's clock."""
+        return self._patiently("look up", path, lambda: self._backend.modified(path))
 
     def delete(self, path: str) -> None:
         """Afterwards there is no such object."""

@@ -11,6 +11,7 @@ from jobs.display import duration, print_facts, print_line, print_table, safe, s
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from jobs.clean import CleanReport
     from jobs.marks import MarkReading
     from jobs.presets import ModelPreset
     from jobs.report import ReportSummary
@@ -48,7 +49,9 @@ def show_plan(plan: PlanSummary) -> None:
         "samples": f"{plan.samples:,}",
         "chunks": f"{plan.chunks:,} of up to {plan.chunk_size} samples, in {len(plan.groups)} group(s) of one shape",
         "batches": f"{plan.batches:,} of {plan.batch_size}, {plan.padding_waste:.1%} padding",
-        "prompts": f"{plan.tokens_over_limit:,} of {plan.tokens_checked:,} have more than {plan.token_limit} tokens"
+        "prompts": "this model's limit of tokens is not known"
+        if plan.token_limit is None
+        else f"{plan.tokens_over_limit:,} of {plan.tokens_checked:,} have more than {plan.token_limit} tokens"
         + (f" and {_LONG_PROMPTS[plan.long_prompts]}" if plan.tokens_over_limit else "")
         + f"; syntax {plan.prompt_syntax}",
         "safety": f"{plan.safety}, flagged pictures: {plan.on_flagged}",
@@ -126,6 +129,26 @@ def show_verify(report: VerifyReport) -> None:
         shown = report.defects[:_DEFECTS_SHOWN]
         rows = [[defect.kind, defect.path, defect.detail] for defect in shown]
         print_table(f"defects (first {len(rows)} of {len(report.defects):,})", ["kind", "where", "what"], rows)
+
+
+def show_clean(report: CleanReport) -> None:
+    """What was swept, what was kept, and why."""
+    facts: dict[str, object] = {
+        "would sweep" if report.dry_run else "swept": f"{report.objects:,} objects, {size(report.bytes)}",
+        "lost attempts": f"{report.attempts:,} with {report.images:,} images",
+        "leftovers": f"{report.temporary_files:,} temporary files, {report.probes:,} probes, "
+        f"{report.parts:,} dataset parts that nothing refers to; a day old at least",
+    }
+    if report.open_attempts:
+        facts["kept"] = f"{report.open_attempts:,} attempts at chunks that are not committed yet"
+    if report.unreadable_chunks:
+        first = ", ".join(map(str, report.unreadable_chunks[:_VALUES_SHOWN]))
+        facts["unreadable"] = f"{len(report.unreadable_chunks):,} damaged commit records, first of chunks {first}"
+        facts["next"] = f"latentmill verify {shlex.quote(report.out)}"
+    elif report.dry_run and report.objects:
+        facts["next"] = f"latentmill clean {shlex.quote(report.out)}"
+    title = "dry run, nothing was deleted" if report.dry_run else "clean"
+    print_facts(title, facts, style="yellow" if report.exit_code or report.dry_run else "green")
 
 
 def show_report(report: ReportSummary) -> None:

@@ -21,7 +21,7 @@ from engine import embed_watermark
 from jobs.runner import RunSummary
 
 ROOT = Path(__file__).parents[1]
-VERBS = ["plan", "run", "status", "verify", "report", "models", "watermark read"]
+VERBS = ["plan", "run", "status", "verify", "report", "clean", "models", "watermark read"]
 
 Call = Callable[..., tuple[int, str, str]]
 
@@ -192,7 +192,7 @@ def test_wrong_usage_exits_with_two_and_without_a_traceback(call: Call, argument
     assert "Traceback" not in err
 
 
-@pytest.mark.parametrize("verb", ["status", "verify", "report"])
+@pytest.mark.parametrize("verb", ["status", "verify", "report", "clean"])
 def test_an_output_without_a_plan_is_refused(call: Call, tmp_path: Path, verb: str):
     code, _, err = call(verb, tmp_path)
     assert code == 2
