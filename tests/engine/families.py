@@ -30,7 +30,7 @@ from transformers import (
     CLIPTokenizer,
 )
 
-from engine import GenerationRequest
+from engine import Engine, GenerationRequest
 from tests.engine.engine_models import byte_tokenizer
 
 SCHEDULE = {
@@ -69,7 +69,7 @@ def clip(tokenizer: CLIPTokenizer, width: int, layers: int, *, projection: bool 
 def unet(channels: tuple[int, ...], context: int, attends: tuple[bool, ...], **changes: Any) -> UNet2DConditionModel:
     down = ["CrossAttnDownBlock2D" if level else "DownBlock2D" for level in attends]
     up = ["CrossAttnUpBlock2D" if level else "UpBlock2D" for level in reversed(attends)]
-    config = {"sample_size": 8, "block_out_channels": channels, "cross_attention_dim": context, "layers_per_block": 2}
+    config = {"sample_size": 8, "block_out_channels": channels, "cross_attention_dim": context, "layers_per_block": 1}
     return UNet2DConditionModel(**{**config, "down_block_types": down, "up_block_types": up, **changes})
 
 
@@ -273,3 +273,20 @@ def assert_same_pictures(found: np.ndarray, expected: np.ndarray) -> None:
     assert len({picture.tobytes() for picture in expected}) == len(expected), "the prompt or seed has no effect"
     difference = np.abs(found.astype(int) - expected.astype(int))
     assert (difference <= 1).mean() >= 0.999, f"{(difference > 1).mean():.2%} of values differ, by {difference.max()}"
+
+
+def assert_same_unet(engine: Engine, pipeline: DiffusionPipeline) -> None:
+    """The network's output within 1e-4 of the reference's, relative to its largest value."""
+    ours, config = engine._models.unet, engine._models.unet.config
+    torch.manual_seed(0)
+    latents, timesteps = torch.randn(2, config.in_channels, 8, 16), torch.tensor([10, 700])
+    context = torch.randn(2, 77, config.context_dim)
+    extra: dict[str, Any] = {}
+    if config.projection_input_dim is not None:
+        pooled = torch.randn(2, config.projection_input_dim - 6 * config.addition_time_embed_dim)
+        extra = {"pooled": pooled, "time_ids": torch.tensor([[32.0, 64, 0, 0, 32, 64]] * 2)}
+    conditions = {"text_embeds": extra["pooled"], "time_ids": extra["time_ids"]} if extra else None
+    with torch.inference_mode():
+        expected = pipeline.unet(latents, timesteps, context, added_cond_kwargs=conditions).sample
+        found = ours(latents, timesteps, context, **extra)
+    assert (found - expected).abs().max() <= 1e-4 * expected.abs().max()

@@ -18,6 +18,7 @@ from engine.vae import build_first_stage
 from engine.weights import build_tower
 from tests.engine.families import (
     assert_same_pictures,
+    assert_same_unet,
     first_stage,
     ldm_bert,
     reference_pictures,
@@ -48,8 +49,9 @@ def pictures(engine: Engine, rows) -> np.ndarray:
 @pytest.mark.parametrize("guidance_scale", [5.0, 1.0])
 def test_pictures_equal_the_reference_pipelines(kind, guidance_scale, folders):
     rows = requests(8 * FACTORS[kind], guidance_scale=guidance_scale)
-    expected = reference_pictures(LDMTextToImagePipeline.from_pretrained(folders[kind]), rows)
-    assert_same_pictures(pictures(load(folders[kind]), rows), expected)
+    engine, pipeline = load(folders[kind]), LDMTextToImagePipeline.from_pretrained(folders[kind])
+    assert_same_unet(engine, pipeline)
+    assert_same_pictures(pictures(engine, rows), reference_pictures(pipeline, rows))
 
 
 @pytest.mark.parametrize("kind", KINDS)

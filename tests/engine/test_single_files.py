@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from engine import Engine, EngineError, ModelSpec, describe_model, load_tokenizer
 from tests.engine.families import (
     assert_same_pictures,
+    assert_same_unet,
     bert_tokenizer,
     reference_pictures,
     requests,
@@ -65,8 +66,9 @@ def reference(file: Path, folder: Path) -> DiffusionPipeline:
 @pytest.mark.parametrize("name", WRITERS)
 def test_pictures_equal_those_of_the_references_own_single_file_loader(name, files, folders):
     rows = requests(32)
-    expected = reference_pictures(reference(files[name], folders[name]), rows)
-    assert_same_pictures(pictures(load(spec(files[name], folders[name])), rows), expected)
+    engine, pipeline = load(spec(files[name], folders[name])), reference(files[name], folders[name])
+    assert_same_unet(engine, pipeline)
+    assert_same_pictures(pictures(engine, rows), reference_pictures(pipeline, rows))
 
 
 @pytest.mark.parametrize("name", WRITERS)
