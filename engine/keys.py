@@ -69,13 +69,17 @@ _FIRST_STAGE = "first_stage_model."
 _IGNORED = (
     re.compile(r"model_ema\."),  # the running average of the weights; the original script samples without it
     re.compile(r"(betas|alphas_cumprod(_prev)?|sqrt_.*|log_one_minus_alphas_cumprod|posterior_.*|lvlb_weights)$"),
-    re.compile(r"(logvar|ddim_.*|v_pred|denoiser\.(log_)?sigmas)$"),  # the schedule again, or a mark
+    re.compile(
+        r"(logvar|ddim_.*|v_pred|ztsnr|denoiser\.(log_)?sigmas)$"
+    ),  # the schedule again, or a mark that says which
     re.compile(r"first_stage_model\.(loss|model_ema)\."),  # the discriminator and its perceptual loss
     re.compile(
         r"(cond_stage_model|conditioner\.embedders\.\d)\.(transformer\.)?(text_model\.)?embeddings\.position_ids$"
     ),
     re.compile(r"(cond_stage_model|conditioner\.embedders\.\d)\.logit_scale$"),
     re.compile(r"(cond_stage_model|conditioner\.embedders\.\d)\.model\.(logit_scale|attn_mask)$"),
+    # CLIP's projection into the space that it shares with pictures: web UIs save it along, no model here uses it
+    re.compile(r"(cond_stage_model|conditioner\.embedders\.0)\.(transformer\.)?text_projection(\.weight)?$"),
     re.compile(r"cond_stage_model\.transformer\.to_logits\."),
 )
 """Keys of single files that change no pixel, whichever the family."""

@@ -98,6 +98,7 @@ def recognise(file: WeightsFile, prediction_type: str | None) -> Blueprint:
                     "beta_start": published.betas[0],
                     "beta_end": published.betas[1],
                     "steps_offset": 1,
+                    "rescale_betas_zero_snr": "ztsnr" in file.shapes,
                     "prediction_type": prediction_type or _prediction_type(file, published),
                 }
             ),

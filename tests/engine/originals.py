@@ -64,6 +64,8 @@ def _beside(family: str, weights: dict[str, Tensor]) -> dict[str, Tensor]:
         beside["cond_stage_model.transformer.to_logits.bias"] = torch.randn(vocabulary)
     elif family == "stable-diffusion":
         beside["cond_stage_model.transformer.text_model.embeddings.position_ids"] = torch.arange(77)[None]
+        beside["cond_stage_model.transformer.text_projection.weight"] = torch.randn(64, 64)
+        beside["cond_stage_model.logit_scale"] = torch.tensor(4.6)
     else:
         beside["conditioner.embedders.0.transformer.text_model.embeddings.position_ids"] = torch.arange(77)[None]
         beside["conditioner.embedders.1.model.logit_scale"] = torch.tensor(4.6)

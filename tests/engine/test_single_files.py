@@ -168,6 +168,17 @@ def test_stable_diffusion_2_must_be_told_what_it_predicts(files, folders, tmp_pa
     assert describe_model(dataclasses.replace(silent, model=str(marked))).prediction_type == "v_prediction"
 
 
+def test_the_marks_of_fine_tuned_models_are_read(files, folders, tmp_path):
+    def mark(weights):
+        weights.update(v_pred=torch.zeros(0), ztsnr=torch.zeros(0))
+
+    file = edited(files, "sdxl", tmp_path / "marked.safetensors", mark)
+    scheduler = load(spec(file, folders["sdxl"])).description.layout.blueprint.scheduler
+    assert (scheduler.prediction_type, scheduler.rescale_betas_zero_snr) == ("v_prediction", True)
+    plain = describe_model(spec(files["sdxl"], folders["sdxl"])).layout.blueprint.scheduler
+    assert (plain.prediction_type, plain.rescale_betas_zero_snr) == ("epsilon", False)
+
+
 def test_without_its_vocabulary_a_single_file_says_where_to_get_one(files, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(EngineError, match=r"openai/clip-vit-large-patch14 .* vocab.json.*hf download.*local copy"):
