@@ -163,7 +163,10 @@ def _now(storage: Storage, *, dry_run: bool) -> float:
         return time.time()
     path = f"_job/.probe-{secrets.token_hex(8)}"
     storage.write(path, b"clock")
-    now = storage.modified(path)
+    try:
+        now = storage.modified(path)
+    except FileNotFoundError:
+        return 0.0  # asleep for longer than the grace, so that another sweep took the probe: nothing is old this time
     storage.delete(path)
     return now
 

@@ -1,0 +1,372 @@
+"""Who acts: drivers with their crews, sweepers, and the two plans they may have. All protocol code is the real one."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import pyarrow as pa
+
+import jobs.clean
+import jobs.executors.inline
+import jobs.job
+import jobs.ledger
+import jobs.plan
+import jobs.publish
+import jobs.runner
+import jobs.sinks
+import jobs.storage
+import jobs.worker
+from engine import GenerationRequest, GenerationResult, SafetyVerdict
+from jobs.errors import JobError, OutputConflict, UsageError
+from jobs.ledger import Ledger, record_path
+from jobs.planned import PLAN_PATH, PlannedSample, fingerprint
+from jobs.publish import MANIFEST_PATH
+from jobs.records import OWN_FIELDS, decode_record
+from jobs.runner import RunSummary
+from jobs.storage import Storage
+from jobs.storage_errors import StorageError
+from jobs.worker import ChunkGenerator, Receipt
+from tests.simulator.world import URL, Actor, SerialPool, SimulatedStorage, World
+
+COLUMNS = ("sample_id", "seed", "status", "error", "image", "bytes", "sha256", "pixel_sha256", "execution_class")
+CHUNKS = ((0, 2), (4,), (1, 3))
+"""Ordinals by chunk: the first two chunks are one group, the third is another, so that publishing has to merge."""
+
+
+class SimulatedPlan:
+    """What the protocol asks of a plan: five samples in three chunks; `first_seed` tells two plans apart."""
+
+    n_rows = n_samples = 5
+    n_rejected = 0
+    n_chunks = len(CHUNKS)
+    format = "files"
+    device = "cpu"
+    batch_size = 2
+    on_flagged = "blank"
+    watermark, watermark_policy, watermark_text = "none", "record", ""
+    model = SimpleNamespace(name="simulated", weights_digest="0" * 64)
+    versions: Mapping[str, str] = {"latentmill": "0"}
+    groups = (SimpleNamespace(first_chunk=0, n_chunks=2), SimpleNamespace(first_chunk=2, n_chunks=1))
+    record_schema = pa.schema([entry for entry in OWN_FIELDS if entry.name in COLUMNS])
+
+    def __init__(self, first_seed: int, poisoned: frozenset[int]) -> None:
+        self.first_seed = first_seed
+        self.poisoned = poisoned
+        parameters = {"seed": first_seed}
+        self.identity = {"model_files": {}, "parameters": parameters, "axes": [], "manifest": "0" * 64}
+        self.identity["threads_per_actor"] = 1
+        self.plan_hash = fingerprint(self.identity)
+
+    def samples_of_chunk(self, chunk: int) -> list[PlannedSample]:
+        return [self._sample(ordinal) for ordinal in CHUNKS[chunk]]
+
+    def samples_in_chunks(self, chosen: Any) -> int:
+        return sum(len(CHUNKS[chunk]) for chunk in np.flatnonzero(chosen))
+
+    def _sample(self, ordinal: int) -> PlannedSample:
+        request = GenerationRequest(
+            prompt="simulated",
+            negative_prompt="",
+            seed=self.first_seed + ordinal,
+            width=8,
+            height=8,
+            num_inference_steps=1,
+            guidance_scale=1.0,
+            sampler="ddim",
+            eta=0.0,
+        )
+        sample_id = f"{ordinal:08d}"
+        return PlannedSample(
+            ordinal=ordinal, sample_id=sample_id, row_number=ordinal, row_id=sample_id, request=request, extra={}
+        )
+
+
+PLANS = (SimulatedPlan(100, frozenset({3})), SimulatedPlan(200, frozenset()))
+"""One with a sample that fails (exit code 1), one without (exit code 0)."""
+PLAN_BY_HASH = {plan.plan_hash: plan for plan in PLANS}
+
+
+class SimulatedEngine:
+    """Pictures that follow from the seed alone; ordinal 2 is flagged, the plan's poisoned ones fail."""
+
+    execution_class = "simulated"
+
+    def __init__(self, plan: SimulatedPlan) -> None:
+        self._plan = plan
+
+    def generate(self, requests: Sequence[GenerationRequest]) -> list[GenerationResult]:
+        return [result_of(self._plan, request.seed - self._plan.first_seed) for request in requests]
+
+
+@cache
+def result_of(plan_: SimulatedPlan, ordinal: int) -> GenerationResult:
+    failed = ordinal in plan_.poisoned
+    flagged = ordinal == 2
+    verdict = SafetyVerdict(checker="simulated", score=0.9 if flagged else 0.1, flagged=flagged)
+    return GenerationResult(
+        pixels=None if failed else np.full((8, 8, 3), plan_.first_seed % 251 + ordinal, np.uint8),
+        error="poison" if failed else None,
+        safety=None if failed else verdict,
+        prompt_tokens=1,
+        precision="fp32",
+        batch_size=2,
+        batch_slot=0,
+    )
+
+
+class Draft:
+    """What `adopt` asks of a draft."""
+
+    def __init__(self, plan: SimulatedPlan) -> None:
+        self.identity = plan.identity
+        self.digest = f"{plan.first_seed:064d}"
+        self.spec = SimpleNamespace(threads_per_actor=1, out=URL)
+        self.snapshot = SimpleNamespace(parts=(0,), path=lambda _: _Bytes(b"the snapshot of a manifest"))
+        self.rejects = SimpleNamespace(path=_Bytes(b"the rejected rows"))
+        self._hash = plan.plan_hash
+
+    def document(self) -> dict[str, Any]:
+        return {"plan_hash": self._hash}
+
+
+@dataclass(frozen=True)
+class _Bytes:
+    data: bytes
+
+    def read_bytes(self) -> bytes:
+        return self.data
+
+
+class Crew:
+    """An executor: one or two workers that share a queue. Who is given up is not waited for, but may still work."""
+
+    def __init__(self, cast: Cast, driver: Actor) -> None:
+        self._cast = cast
+        self._driver = driver
+
+    def run(self, out_url: str, chunks: Sequence[int]) -> Iterator[Receipt]:
+        world = self._cast.world
+        order = list(chunks)
+        world.random.shuffle(order)
+        queue, receipts = deque(order), deque[Receipt]()
+        crew = [self._hire(out_url, queue, receipts) for _ in range(world.random.randint(1, 2))]
+        self._cast.crews.setdefault(self._driver.name, []).extend(crew)
+        while receipts or any(not worker.over and not worker.given_up for worker in crew):
+            if receipts:
+                yield receipts.popleft()
+            else:
+                world.pause(0.1)
+
+    def describe(self) -> str:
+        return "simulated"
+
+    def live_actors(self) -> int:
+        return 1
+
+    def close(self) -> None:
+        pass
+
+    def _hire(self, out_url: str, queue: deque[int], receipts: deque[Receipt]) -> Actor:
+        world = self._cast.world
+
+        def work() -> None:
+            try:
+                generator = ChunkGenerator(out_url, engine_factory=lambda plan, _: SimulatedEngine(plan))
+            except (StorageError, UsageError):
+                return  # the actor cannot load its plan; the driver's next pass hires another
+            while queue and not worker.given_up:
+                generated = jobs.executors.inline._generate(generator, queue.popleft())
+                if not isinstance(generated, Receipt):
+                    generated = jobs.executors.inline._finish(out_url, generated)
+                receipts.append(generated)
+
+        worker = world.spawn(f"worker{next(self._cast.numbers)}", work, mortal=self._driver.mortal)
+        return worker
+
+
+class Cast:
+    """Puts actors into a world and remembers how drivers ended."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.numbers = itertools.count(1)
+        self.tokens = itertools.count(1)
+        self.crews: dict[str, list[Actor]] = {}
+        self.summaries: list[RunSummary] = []
+        self.conflicts = self.lost = self.swept = 0
+
+    def driver(self, plan: SimulatedPlan, *, lives: int = 1, after: float = 0.0, mortal: bool = True) -> Actor:
+        """Someone who types `latentmill run`, and again when it is lost, `lives` times in all."""
+        name = f"driver{next(self.numbers)}"
+        ready = [True]
+
+        def restart() -> None:
+            for worker in self.crews.pop(name, []):
+                if not worker.over and actor.dead and self.world.random.random() < 0.5:
+                    self.world.kill(worker)
+                worker.given_up = True
+            if ready.pop() and lives > 1:
+                self.driver(plan, lives=lives - 1, after=self.world.random.uniform(0, 20), mortal=mortal)
+            ready.append(False)
+
+        def drive() -> None:
+            try:
+                self._finished(plan, jobs.runner.run_job(SimpleNamespace(out=URL, plan=plan)))
+            except OutputConflict:
+                self.conflicts += 1
+                if standing_plan(self.world.store.objects) is plan:
+                    self.world.report("I7: a driver was refused by an output that has its own plan")
+            except (StorageError, UsageError):
+                restart()
+            except JobError as error:
+                if "still open" not in str(error):
+                    self.world.report(f"I2/I9: a driver cannot publish: {error}")
+                restart()
+
+        actor = self.world.spawn(name, drive, after=after, mortal=mortal)
+        actor.on_loss = restart
+        return actor
+
+    def sweeper(self, sweeps: int, *, longest_pause: float, mortal: bool = True) -> Actor:
+        """Someone who types `latentmill clean` now and then."""
+
+        def sweep() -> None:
+            for _ in range(sweeps):
+                self.world.pause(self.world.random.uniform(0, longest_pause))
+                try:
+                    self.swept += jobs.clean.clean(URL).images
+                except (StorageError, UsageError):
+                    continue  # there is no plan yet, or the store is out of order
+
+        return self.world.spawn(f"sweeper{next(self.numbers)}", sweep, mortal=mortal)
+
+    def _finished(self, plan: SimulatedPlan, summary: RunSummary) -> None:
+        self.summaries.append(summary)
+        objects = self.world.store.objects
+        if standing_plan(objects) is not plan or MANIFEST_PATH not in objects:
+            self.world.report("I9: a driver ended with success, and its plan is not published")
+        if summary.exit_code != int(bool(plan.poisoned)):
+            self.world.report(f"I9: a driver's exit code is {summary.exit_code}")
+
+    def token(self, size: int) -> str:
+        return f"{next(self.tokens):0{2 * size}x}"
+
+    def open_executor(self, *_: Any) -> Crew:
+        actor = self.world.current
+        assert actor is not None
+        return Crew(self, actor)
+
+
+class _OpenJob:
+    """`open_job`, cached by process: an actor is one."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+
+    def __call__(self, out_url: str) -> jobs.job.Job:
+        actor = self._world.current
+        assert actor is not None
+        if actor.job is None:
+            actor.job = jobs.job.open_job.__wrapped__(out_url)
+        return actor.job
+
+    def cache_clear(self) -> None:
+        actor = self._world.current
+        assert actor is not None
+        actor.job = None
+
+
+decode_once = lru_cache(maxsize=20_000)(decode_record)
+_encoded: dict[tuple[str, int, str], bytes] = {}
+_finished: dict[tuple[str, str], Any] = {}
+_encode, _finish_sample = jobs.worker.encode_record, jobs.worker._finish_sample
+
+
+def _encode_once(rows: Any, schema: Any, **how: Any) -> bytes:
+    """A record is a function of plan, chunk and attempt here: schedules share the work of writing Parquet."""
+    key = (how["plan_hash"], how["chunk"], how["attempt"])
+    if key not in _encoded:
+        _encoded[key] = _encode(rows, schema, **how)
+    return _encoded[key]
+
+
+def finish_once(plan: Any, sample: Any, result: Any, execution_class: str) -> Any:
+    key = (plan.plan_hash, sample.sample_id)
+    if key not in _finished:
+        _finished[key] = _finish_sample(plan, sample, result, execution_class)
+    return _finished[key]
+
+
+@contextmanager
+def installed(world: World, cast: Cast) -> Iterator[None]:
+    """The real code, with the world in place of store, clock, threads and chance."""
+    pool, open_job = (lambda *_, **__: SerialPool(world)), _OpenJob(world)
+    tokens = SimpleNamespace(token_hex=cast.token)
+    with ExitStack() as patches:
+        for target, name, value in (
+            (Storage, "open", staticmethod(lambda _: SimulatedStorage(world))),
+            (jobs.storage, "_sleep", world.pause),
+            (jobs.storage, "random", world.random),
+            (jobs.storage, "secrets", tokens),
+            (jobs.worker, "secrets", tokens),
+            (jobs.clean, "secrets", tokens),
+            (jobs.ledger, "ThreadPoolExecutor", pool),
+            (jobs.sinks, "ThreadPoolExecutor", pool),
+            (jobs.publish, "ThreadPoolExecutor", pool),
+            (jobs.clean, "ThreadPoolExecutor", pool),
+            (jobs.runner, "open_job", open_job),
+            (jobs.worker, "open_job", open_job),
+            (jobs.clean, "open_job", open_job),
+            (jobs.plan, "parse_plan", lambda data, _: PLAN_BY_HASH[json.loads(data)["plan_hash"]]),
+            (jobs.runner, "draft_plan", _draft),
+            (jobs.runner, "_open_executor", cast.open_executor),
+            (jobs.runner, "_graceful_interrupt", _uninterrupted),
+            (jobs.ledger, "decode_record", decode_once),
+            (jobs.worker, "encode_record", _encode_once),
+            (jobs.worker, "_finish_sample", finish_once),
+            (Ledger, "commit", _truthful(cast, Ledger.commit)),
+        ):
+            patches.enter_context(patch.object(target, name, value))
+        yield
+
+
+def _truthful(cast: Cast, commit: Callable[..., str]) -> Callable[..., str]:
+    """`commit`, whose word is compared with what stands in the store."""
+
+    def checked(self: Ledger, chunk: int, attempt: str, data: bytes) -> str:
+        outcome = commit(self, chunk, attempt, data)
+        cast.lost += outcome == "lost"
+        stands = cast.world.store.objects.get(record_path(chunk))
+        winner = None if stands is None else decode_once(stands).attempt
+        if winner is None or (outcome == "mine") != (winner == attempt):
+            cast.world.report(f"I1: chunk {chunk}: {attempt} was told {outcome!r}, but {winner}'s record stands")
+        return outcome
+
+    return checked
+
+
+@contextmanager
+def _draft(spec: Any) -> Iterator[Draft]:
+    yield Draft(spec.plan)
+
+
+@contextmanager
+def _uninterrupted(_: Any) -> Iterator[threading.Event]:
+    yield threading.Event()
+
+
+def standing_plan(objects: dict[str, bytes]) -> SimulatedPlan | None:
+    """The plan of the output."""
+    data = objects.get(PLAN_PATH)
+    return None if data is None else PLAN_BY_HASH[json.loads(data)["plan_hash"]]

@@ -1,0 +1,108 @@
+"""One seed, one schedule: disturbed drivers, crews and sweepers, then a last undisturbed run and the audit."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+from jobs.runner import RunSummary
+from tests.simulator.cast import PLANS, Cast, SimulatedPlan, installed, standing_plan
+from tests.simulator.invariants import Watch, check_end, check_swept
+from tests.simulator.world import Violation, Weather, World, digest
+
+CALM = Weather(fault=0.0, refusal=0.0, kill=0.0, freeze=0.0)
+_TRACE_SHOWN = 60
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What happened in a schedule. `trace` is the digest of every event: equal digests, equal schedules.
+
+    `lost` attempts were finished and outrun by another, `swept` images were deleted, `conflicts` are drivers refused.
+    """
+
+    seed: int
+    steps: int
+    kills: int
+    freezes: int
+    faults: int
+    lost: int
+    swept: int
+    conflicts: int
+    trace: str
+
+
+def run_schedule(seed: int) -> Outcome:
+    """Play one schedule and audit it. Raises Violation, which names the seed and shows the last events."""
+    chooser = random.Random(f"weather {seed}")
+    weather = Weather(
+        fault=chooser.choice([0.0, 0.05, 0.2, 0.4]),
+        refusal=chooser.choice([0.0, 0.0, 0.05]),
+        kill=chooser.choice([0.0, 0.002, 0.01, 0.03]),
+        freeze=chooser.choice([0.0, 0.005, 0.02]),
+    )
+    world = World(seed, weather)
+    cast = Cast(world)
+    Watch(world)
+    try:
+        with installed(world, cast):
+            try:
+                _play(world, cast, chooser)
+            finally:
+                world.stop()
+    except Exception as error:
+        events = "\n  ".join(world.trace[-_TRACE_SHOWN:])
+        raise Violation(f"seed {seed}: {type(error).__name__}: {error}\n  {events}") from error
+    return Outcome(
+        seed=seed,
+        steps=world.steps,
+        kills=world.kills,
+        freezes=world.freezes,
+        faults=world.faults,
+        lost=cast.lost,
+        swept=cast.swept,
+        conflicts=cast.conflicts,
+        trace=digest(world.trace),
+    )
+
+
+def first_violation(seeds: range) -> tuple[int, Violation] | None:
+    """How many schedules it took until one broke an invariant, and how; None if none did."""
+    for number, seed in enumerate(seeds, start=1):
+        try:
+            run_schedule(seed)
+        except Violation as violation:
+            return number, violation
+    return None
+
+
+def _play(world: World, cast: Cast, chooser: random.Random) -> None:
+    favourite = chooser.choice(PLANS)
+    for _ in range(2):
+        plan = favourite if chooser.random() < 0.85 else chooser.choice(PLANS)
+        cast.driver(plan, lives=chooser.randint(1, 4), after=chooser.uniform(0, 3))
+    for _ in range(chooser.randint(0, 2)):
+        cast.sweeper(chooser.randint(1, 6), longest_pause=chooser.choice([0.5, 2.0, 200_000.0]))
+    world.run()
+
+    world.weather = CALM
+    plan = standing_plan(world.store.objects) or favourite
+    _run_undisturbed(world, cast, plan)
+    check_end(world, plan)
+
+    before = dict(world.store.objects)
+    if _run_undisturbed(world, cast, plan).generated or world.store.objects != before:
+        raise Violation("I8: a finished job was run again, and something was generated or changed")
+    cast.sweeper(1, longest_pause=1.0, mortal=False)
+    world.run()
+    check_end(world, plan)
+    check_swept(world)
+
+
+def _run_undisturbed(world: World, cast: Cast, plan: SimulatedPlan) -> RunSummary:
+    cast.summaries.clear()
+    cast.driver(plan, mortal=False)
+    world.run()
+    if not cast.summaries:
+        raise Violation("I9: an undisturbed driver did not finish")
+    return cast.summaries[0]

@@ -1,0 +1,139 @@
+"""The protocol holds in every schedule; a protocol with one mistake planted in it does not."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+from collections.abc import Callable, Sequence
+
+import pytest
+
+from jobs import clean as clean_module
+from jobs import publish as publish_module
+from jobs.job import Job
+from jobs.ledger import Ledger, record_path
+from jobs.records import CommitRecord
+from jobs.sinks import FilesSink, StoredImage, attempt_folder
+from tests.simulator.schedule import Outcome, first_violation, run_schedule
+
+SCHEDULES = 400
+
+
+def test_the_invariants_hold_in_every_schedule() -> None:
+    first = int(os.environ.get("LATENTMILL_TEST_SEED", random.randrange(2**32)))
+    print(f"LATENTMILL_TEST_SEED={first}")
+    outcomes = [run_schedule(seed) for seed in range(first, first + SCHEDULES)]
+    for name in ("kills", "freezes", "faults", "lost", "swept", "conflicts"):
+        assert sum(getattr(outcome, name) for outcome in outcomes) > SCHEDULES // 50, f"too few {name} to mean anything"
+
+
+def test_a_seed_replays_exactly_and_another_does_not() -> None:
+    first: list[Outcome] = [run_schedule(seed) for seed in range(20)]
+    assert [run_schedule(seed) for seed in range(20)] == first
+    assert len({outcome.trace for outcome in first}) == 20
+
+
+def caught_after(most: int, invariants: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """The planted mistake breaks one of the invariants within so many schedules, and the failing seed replays."""
+    found = first_violation(range(most))
+    assert found is not None, f"{most} schedules did not see the mistake"
+    number, violation = found
+    text = str(violation)
+    assert any(f"Violation: {invariant}" in text for invariant in invariants.split()), text
+    seed = int(text.removeprefix("seed ").partition(":")[0])
+    again = first_violation(range(seed, seed + 1))
+    assert again is not None
+    assert str(again[1]) == text
+    with capsys.disabled():
+        print(f"\ncaught after {number} schedules: {text.splitlines()[0]}")
+
+
+def test_committing_before_the_images_are_written_is_caught(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write, commit = FilesSink.write, Ledger.commit
+    waiting: dict[str, Callable[[], object]] = {}
+
+    def promise(
+        self: FilesSink, chunk: int, attempt: str, images: Sequence[tuple[str, bytes]]
+    ) -> dict[str, StoredImage]:
+        waiting[attempt] = lambda: write(self, chunk, attempt, images)
+        folder = attempt_folder(chunk, attempt)
+        return {
+            name: StoredImage(path=f"{folder}/{name}.png", size=len(data), sha256=hashlib.sha256(data).hexdigest())
+            for name, data in images
+        }
+
+    def commit_first(self: Ledger, chunk: int, attempt: str, data: bytes) -> str:
+        outcome = commit(self, chunk, attempt, data)
+        waiting.pop(attempt)()
+        return outcome
+
+    monkeypatch.setattr(FilesSink, "write", promise)
+    monkeypatch.setattr(Ledger, "commit", commit_first)
+    caught_after(5, "I2", capsys)
+
+
+def test_sweeping_attempts_at_open_chunks_is_caught(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    losers = clean_module._Sweep._losers
+
+    def everything_if_open(self, found):
+        chunk, attempts = found
+        if self._job.ledger.read(chunk) is None:
+            return [entry for entries in attempts.values() for entry in entries]
+        return losers(self, found)
+
+    monkeypatch.setattr(clean_module._Sweep, "_losers", everything_if_open)
+    caught_after(100, "I2 I6", capsys)
+
+
+def test_overwriting_instead_of_creating_is_caught(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def overwrite(self: Ledger, chunk: int, attempt: str, data: bytes) -> str:
+        self.storage.write(record_path(chunk), data)
+        return "mine"
+
+    monkeypatch.setattr(Ledger, "commit", overwrite)
+    caught_after(100, "I5", capsys)
+
+
+def test_trusting_a_refusal_without_reading_back_is_caught(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def trust(self: Ledger, chunk: int, attempt: str, data: bytes) -> str:
+        return "mine" if self.storage.create(record_path(chunk), data) else "lost"
+
+    monkeypatch.setattr(Ledger, "commit", trust)
+    caught_after(100, "I1", capsys)
+
+
+def test_publishing_from_a_listing_of_images_is_caught(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fetch_listed(job: Job) -> Callable[[int], CommitRecord]:
+        def fetch(chunk: int) -> CommitRecord:
+            record = job.ledger.read(chunk)
+            assert record is not None
+            listed = {
+                path.rpartition("/")[2]: path for path, _ in job.storage.list("images") if f"{chunk:08d}-" in path
+            }
+            images = [listed.get(f"{name}.png") for name in record.table.column("sample_id").to_pylist()]
+            place = record.table.schema.get_field_index("image")
+            table = record.table.set_column(place, record.table.schema.field(place), [images])
+            return CommitRecord(
+                chunk=chunk,
+                attempt=record.attempt,
+                plan_hash=record.plan_hash,
+                execution_class=record.execution_class,
+                table=table,
+                metadata=record.metadata,
+            )
+
+        return fetch
+
+    monkeypatch.setattr(publish_module, "_fetch_present", fetch_listed)
+    caught_after(100, "I1", capsys)
