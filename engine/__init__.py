@@ -13,8 +13,10 @@ from engine.describe import ModelDescription, describe_model, load_tokenizer
 from engine.prompts import parse_prompt
 from engine.timesteps import check_steps
 from engine.types import (
+    FOLDER_SAMPLER,
     LONG_PROMPTS,
     PROMPT_SYNTAXES,
+    SAMPLER_CHOICES,
     SAMPLERS,
     SAMPLERS_WITH_ETA,
     SEED_LIMIT,
@@ -45,10 +47,12 @@ _HEAVY = {
 
 __all__ = [
     "EMBEDDED_MODEL",
+    "FOLDER_SAMPLER",
     "LONG_PROMPTS",
     "PROMPT_SYNTAXES",
     "SAMPLERS",
     "SAMPLERS_WITH_ETA",
+    "SAMPLER_CHOICES",
     "SEED_LIMIT",
     "WATERMARK_METHODS",
     "WATERMARK_MIN_PIXELS",

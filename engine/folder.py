@@ -48,6 +48,9 @@ _PIPELINES = {
     "LatentDiffusionPipeline": _LDM,
 }
 
+OWN_PIPELINES = tuple(_PIPELINES)
+"""The pipelines that the engine runs itself, by their class's name in model_index.json."""
+
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a model folder. Raises EngineError if it is missing or broken."""

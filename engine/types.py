@@ -28,7 +28,13 @@ SAMPLERS = (
     "dpmpp_2m_sde_karras",
     "lcm",
 )
-"""Names that `GenerationRequest.sampler` takes. `lcm` is for models distilled for it, the others for any."""
+"""The engine's own algorithms. `lcm` is for models distilled for it, the others for any latent diffusion model."""
+
+FOLDER_SAMPLER = "default"
+"""The one sampler of pipelines that run by the library diffusers: the scheduler of the model's own folder."""
+
+SAMPLER_CHOICES = (*SAMPLERS, FOLDER_SAMPLER)
+"""All that `GenerationRequest.sampler` takes; `ModelDescription.samplers` says which of them a model does."""
 
 SAMPLERS_WITH_ETA = ("ddim",)
 """Samplers whose noise eta scales. The others take no eta but 0: their noise, if any, is part of the algorithm."""

@@ -18,7 +18,7 @@ from typing import Any, Self
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from engine import SEED_LIMIT, WATERMARK_MIN_PIXELS, EngineError, ModelDescription, check_steps, load_tokenizer
+from engine import SEED_LIMIT, WATERMARK_MIN_PIXELS, EngineError, ModelDescription, load_tokenizer
 from jobs.errors import UsageError
 from jobs.grid import Grid, class_fields, decode_class
 from jobs.identity import default_parameters, plan_identity
@@ -159,7 +159,7 @@ class DraftPlan:
             return self.tokens.refused, self.n_rows + self.tokens.refused
         over = checked = 0
         for batch in islice(self._prompts(), MAX_PROMPTS_TOKENIZED // _TOKENIZER_BATCH):
-            over += sum(longest > self.tokens.limit for longest in self.tokens.longest(batch))
+            over += sum(map(self.tokens.is_over, self.tokens.longest(batch)))
             checked += len(batch)
         return over, checked
 
@@ -190,13 +190,17 @@ def draft_plan(spec: JobSpec) -> DraftPlan:
         raise UsageError(
             f"safety clip-concepts needs the folder safety_checker, which {model.name} lacks; use open-nsfw"
         )
+    try:
+        described.check_prompts(spec.prompt_syntax, spec.long_prompts)
+    except EngineError as error:
+        raise UsageError(str(error)) from None
     parameters = default_parameters(spec, defaults)
     manifest = open_manifest(spec.prompts, spec.manifest_format)
     axis_values = {axis.name: axis.values for axis in axes}
     tokens = TokenCounter(
         lambda: load_tokenizer(model.spec),
         syntax=spec.prompt_syntax,
-        limit=model.max_tokens - 2,
+        limit=None if model.max_tokens is None else model.max_tokens - 2,
         negatives=[str(text) for text in axis_values.get("negative_prompt", ())],
         default_negative=str(parameters["negative_prompt"]),
     )
@@ -254,7 +258,7 @@ def _steps_fault(described: ModelDescription) -> Callable[[str, int], str | None
     @cache
     def fault(sampler: str, steps: int) -> str | None:
         try:
-            check_steps(sampler, described.layout.blueprint.scheduler, steps)
+            described.check_steps(sampler, steps)
         except EngineError as error:
             return f"sampler {sampler}: {error}"
         return None

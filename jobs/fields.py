@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from engine import SAMPLERS, SEED_LIMIT
+from engine import SAMPLER_CHOICES, SEED_LIMIT
 
 MAX_TEXT_BYTES = 16_384
 """Longest prompt, negative prompt or id, in bytes of UTF-8: more than any text encoder reads."""
@@ -41,10 +41,9 @@ class Field:
             return self._number(value)
         if not isinstance(value, str):
             raise FieldError(f"{self.name} is {shorten(value)}, expected text; quote it")
-        if self.kind == "sampler" and value not in SAMPLERS:
-            raise FieldError(
-                f"sampler {shorten(value)} is unknown{nearest(value, SAMPLERS)}; known: {', '.join(SAMPLERS)}"
-            )
+        if self.kind == "sampler" and value not in SAMPLER_CHOICES:
+            near, known = nearest(value, SAMPLER_CHOICES), ", ".join(SAMPLER_CHOICES)
+            raise FieldError(f"sampler {shorten(value)} is unknown{near}; known: {known}")
         fault = text_fault(value)
         if fault:
             raise FieldError(f"{self.name} {fault}")

@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from engine import SAMPLERS
+from engine import SAMPLER_CHOICES
 from jobs.errors import JobError, UsageError
 from jobs.fields import Value
 from jobs.sweep import Axis, count_combinations
@@ -29,7 +29,7 @@ MAX_SAMPLES = 10**10
 
 LoopKey = tuple[int, int, int, str, bool]
 RowClass = tuple[int, ...]
-"""One whole number per loop field that no axis gives: samplers by their place in SAMPLERS, guided as 0 or 1."""
+"""One whole number per loop field that no axis gives: samplers by their place in SAMPLER_CHOICES, guided as 0 or 1."""
 
 
 def class_fields(axes: Sequence[Axis]) -> tuple[str, ...]:
@@ -52,7 +52,7 @@ def _class_column(table: pa.Table, name: str, defaults: Mapping[str, Value]) -> 
     column = table.column(source).fill_null(default)
     if name == "sampler":
         encoded = column.combine_chunks().dictionary_encode()
-        codes = np.array([SAMPLERS.index(value) for value in encoded.dictionary.to_pylist()], dtype=np.int64)
+        codes = np.array([SAMPLER_CHOICES.index(value) for value in encoded.dictionary.to_pylist()], dtype=np.int64)
         return codes[encoded.indices.to_numpy()] if len(table) else codes
     values = column.to_numpy()
     return np.asarray(values > 1.0 if name == "guided" else values, dtype=np.int64)
@@ -60,24 +60,26 @@ def _class_column(table: pa.Table, name: str, defaults: Mapping[str, Value]) -> 
 
 def _encode(name: str, value: Value) -> int:
     if name == "sampler":
-        return SAMPLERS.index(str(value))
+        return SAMPLER_CHOICES.index(str(value))
     return int(float(value) > 1.0) if name == "guided" else int(value)
 
 
 def decode_class(fields: Sequence[str], numbers: RowClass) -> list[Value]:
     """A class as it is stored: samplers by name, because their places may change from version to version."""
-    return [SAMPLERS[number] if name == "sampler" else number for name, number in zip(fields, numbers, strict=True)]
+    return [
+        SAMPLER_CHOICES[number] if name == "sampler" else number for name, number in zip(fields, numbers, strict=True)
+    ]
 
 
 def encode_class(fields: Sequence[str], values: Sequence[Value]) -> RowClass:
     """The reverse of `decode_class`. Raises JobError for a sampler that this version lacks."""
     for name, value in zip(fields, values, strict=True):
-        if name == "sampler" and value not in SAMPLERS:
+        if name == "sampler" and value not in SAMPLER_CHOICES:
             raise JobError(
                 f"the plan has the sampler {value!r}, which this version lacks; use the version that made it"
             )
     return tuple(
-        SAMPLERS.index(str(value)) if name == "sampler" else int(value)
+        SAMPLER_CHOICES.index(str(value)) if name == "sampler" else int(value)
         for name, value in zip(fields, values, strict=True)
     )
 
@@ -181,7 +183,7 @@ class Grid:
                     values["width"],
                     values["height"],
                     values["num_inference_steps"],
-                    SAMPLERS[values["sampler"]],
+                    SAMPLER_CHOICES[values["sampler"]],
                     bool(values["guided"]),
                 )
                 yield key, row_class, tuple(digits for _, _, digits in choice)

@@ -27,6 +27,7 @@ SAMPLER_NAMES = {
     "dpmpp_2m_sde": "DPM++ 2M SDE",
     "dpmpp_2m_sde_karras": "DPM++ 2M SDE Karras",
     "lcm": "LCM",
+    "default": "Default",
 }
 """Our samplers in the words of web UIs."""
 

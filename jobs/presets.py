@@ -16,9 +16,9 @@ from jobs.fields import nearest, shorten
 
 FALLBACK_STEPS = 50
 FALLBACK_GUIDANCE = 7.5
-FALLBACK_SAMPLER = "ddim"
 FALLBACK_BATCH = 4
-"""What a bare folder gets: the published defaults of Stable Diffusion, and a batch that fits a small GPU."""
+"""What a bare folder gets: the published defaults of Stable Diffusion, and a batch that fits a small GPU; its sampler is
+the first that the model takes."""
 
 _WEIGHTS = (".safetensors", ".ckpt", ".bin")
 
@@ -76,7 +76,7 @@ class ResolvedModel:
     family: str
     factor: int
     latent_channels: int
-    max_tokens: int
+    max_tokens: int | None
     files: Mapping[str, str]
 
     @property
@@ -87,10 +87,14 @@ class ResolvedModel:
 
     @property
     def weights_digest(self) -> str:
-        """The sha256 of the single file, or of the U-Net's weights: what web UIs call the model's hash."""
+        """The sha256 of the single file, or of the denoiser's weights: what web UIs call the model's hash."""
         single_file = (digest for path, digest in self.files.items() if "/" not in path and path.endswith(_WEIGHTS))
-        unet = (digest for path, digest in self.files.items() if path.startswith("unet/") and path.endswith(_WEIGHTS))
-        return next(single_file, next(unet, ""))
+        denoiser = (
+            digest
+            for path, digest in self.files.items()
+            if path.startswith(("unet/", "transformer/")) and path.endswith(_WEIGHTS)
+        )
+        return next(single_file, next(denoiser, ""))
 
     @property
     def spec(self) -> ModelSpec:
@@ -158,7 +162,6 @@ def resolve_model(choice: ModelChoice) -> tuple[ResolvedModel, ModelDefaults, Mo
         files = dict(described.files)
     except (EngineError, OSError) as error:
         raise UsageError(_not_a_model(choice.source, spec.model, error)) from None
-    scheduler = described.layout.blueprint.scheduler
     name, _, _ = choice.source.partition("=")
     # A commit in place of a branch: it means the same files for ever.
     commit = described.path.name if described.path.parent.name == "snapshots" else spec.revision
@@ -168,8 +171,8 @@ def resolve_model(choice: ModelChoice) -> tuple[ResolvedModel, ModelDefaults, Mo
         tokenizer=spec.tokenizer,
         prediction_type=spec.prediction_type,
         timestep_spacing=spec.timestep_spacing,
-        predicts=scheduler.prediction_type,
-        spacing=scheduler.timestep_spacing,
+        predicts=described.prediction_type,
+        spacing=described.timestep_spacing,
         name=name if preset else described.name,
         family=described.family,
         factor=described.factor,
@@ -225,6 +228,6 @@ def _defaults(preset: ModelPreset | None, described: ModelDescription) -> ModelD
         height=height,
         num_inference_steps=FALLBACK_STEPS,
         guidance_scale=FALLBACK_GUIDANCE,
-        sampler=FALLBACK_SAMPLER,
+        sampler=described.samplers[0],
         batch_size=FALLBACK_BATCH,
     )

@@ -43,7 +43,7 @@ class PlanSummary:
     """A plan in numbers.
 
     `tokens_over_limit` counts rows whose prompt or negative prompt has more than `token_limit` tokens, among the first
-    `tokens_checked`; `long_prompts` says what becomes of them.
+    `tokens_checked`; `long_prompts` says what becomes of them. The limit is None where the model's is not known.
     """
 
     plan_hash: str
@@ -69,7 +69,7 @@ class PlanSummary:
     padding_waste: float
     prompt_syntax: str
     long_prompts: str
-    token_limit: int
+    token_limit: int | None
     tokens_over_limit: int
     tokens_checked: int
     bytes_expected: int

@@ -29,7 +29,7 @@ class TokenCounter:
         load: Callable[[], _Counts],
         *,
         syntax: str,
-        limit: int,
+        limit: int | None,
         negatives: Sequence[str] = (),
         default_negative: str = "",
     ) -> None:
@@ -54,9 +54,13 @@ class TokenCounter:
             negatives = [max(self._count(self._negatives or [self._default]))] * len(rows)
         return list(map(max, prompts, negatives))
 
+    def is_over(self, count: int) -> bool:
+        """Whether a text of so many tokens is too long; none is where the limit is not known."""
+        return self.limit is not None and count > self.limit
+
     def fault(self, name: str, count: int) -> str | None:
         """Why a text of so many tokens is refused, or None."""
-        if count <= self.limit:
+        if not self.is_over(count):
             return None
         return (
             f"{name} has {count} tokens, the limit is {self.limit}; shorten it, "

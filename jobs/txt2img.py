@@ -257,7 +257,7 @@ def run_txt2img(
     """Each picture is saved as soon as its batch is done, the grid at the end. `on_batch` is told how many are done."""
     options = plan.options
     folder = OutputFolder(Path(options.outdir))
-    limit = plan.model.max_tokens - 2
+    limit = plan.model.layout.blueprint.max_tokens - 2
     pictures: list[Pixels] = []
     saved: list[Path] = []
     results: list[GenerationResult] = []

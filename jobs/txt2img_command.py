@@ -76,7 +76,7 @@ def _progress(total: int) -> Iterator[Callable[[int], None]]:
 
 def _tell(plan: Txt2ImgPlan, summary: Txt2ImgSummary) -> None:
     if summary.cut_prompts:
-        limit = plan.model.max_tokens - 2
+        limit = plan.model.layout.blueprint.max_tokens - 2
         print_line(
             f"{summary.cut_prompts} prompts were longer than the {limit} tokens that this model reads; cut there"
         )

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from engine import SAMPLERS, SAMPLERS_WITH_ETA, SEED_LIMIT
+from engine import SAMPLER_CHOICES, SAMPLERS_WITH_ETA, SEED_LIMIT
 from jobs.columns import to_plain
 from jobs.errors import UsageError
 from jobs.fields import FIELDS, MAX_TEXT_BYTES, Field, FieldError, Value, shorten
@@ -196,7 +196,7 @@ def _suspects(field: Field, array: pa.Array) -> NDArray[np.bool_]:
     if field.kind == "text":
         found = pc.or_(pc.greater(pc.binary_length(array), MAX_TEXT_BYTES), pc.match_substring(array, "\0"))
     elif field.kind == "sampler":
-        found = pc.invert(pc.is_in(array, value_set=pa.array([*SAMPLERS, None], pa.string())))
+        found = pc.invert(pc.is_in(array, value_set=pa.array([*SAMPLER_CHOICES, None], pa.string())))
     else:
         inside = pc.and_(pc.greater_equal(array, field.low), pc.less_equal(array, field.high))
         found = pc.invert(inside)

@@ -76,8 +76,8 @@ def test_parts_of_two_models_are_refused(folder):
         describe_model(folder)
 
 
-def test_another_kind_of_pipeline_is_refused_by_name(folder):
-    edit_json(folder / "model_index.json", _class_name="FluxPipeline")
+def test_a_pipeline_with_code_of_its_own_is_refused(folder):
+    edit_json(folder / "model_index.json", _class_name=["pipeline", "FluxPipeline"])
     with pytest.raises(EngineError, match="FluxPipeline"):
         describe_model(folder)
 

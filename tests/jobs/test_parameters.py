@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
-from engine import SAMPLERS, GenerationRequest
+from engine import SAMPLER_CHOICES, GenerationRequest
 from jobs.errors import UsageError
 from jobs.images import encode_png
 from jobs.manifest import open_manifest
@@ -124,7 +124,7 @@ def test_a_block_that_cannot_be_followed_is_a_fault_of_its_row(tmp_path: Path, s
 
 
 def test_samplers_have_the_names_of_web_uis_both_ways() -> None:
-    assert SAMPLER_NAMES.keys() == set(SAMPLERS)
+    assert SAMPLER_NAMES.keys() == set(SAMPLER_CHOICES)
     for sampler, name in SAMPLER_NAMES.items():
         assert find_sampler(name) == find_sampler(name.upper()) == find_sampler(sampler) == sampler
     assert find_sampler("DPM++ 2M Karras", "Karras") == find_sampler("DPM++ 2M", "Automatic") == "dpmpp_2m_karras"
