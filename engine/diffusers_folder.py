@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from engine.folder import OWN_PIPELINES, read_json
+from engine.folder import pipeline_parts, read_json
 from engine.types import EngineError, ModelSpec
 
 _DENOISERS = ("transformer", "unet", "prior", "decoder")
@@ -118,15 +118,15 @@ def find_pipeline(spec: ModelSpec) -> DiffusersFolder | None:
     folder = Path(spec.model)
     if not (folder / "model_index.json").is_file():
         return None
-    index = read_json(folder / "model_index.json")
-    name = index.get("_class_name")
-    if not isinstance(name, str) or name in OWN_PIPELINES:
+    parts = pipeline_parts(folder / "model_index.json")
+    if not parts:
         return None
+    index = read_json(folder / "model_index.json")
+    name = str(index["_class_name"])
     for option in ("tokenizer", "prediction_type", "timestep_spacing"):
         if getattr(spec, option) is not None:
             raise EngineError(f"{option} is {getattr(spec, option)!r}, but {folder} is a {name}: leave it out")
-    pairs = {part: entry for part, entry in index.items() if isinstance(entry, list) and len(entry) == 2}
-    components = {part: (str(entry[0]), str(entry[1])) for part, entry in pairs.items() if None not in entry}
+    components = {part: (str(index[part][0]), str(index[part][1])) for part in parts}
     return DiffusersFolder(path=folder, class_name=name, components=components)
 
 

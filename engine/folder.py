@@ -89,6 +89,16 @@ def read_blueprint(folder: Path) -> Blueprint:
     return blueprint
 
 
+def pipeline_parts(index: Path) -> tuple[str, ...]:
+    """The parts of a pipeline that is none of OWN_PIPELINES, by its model_index.json; none for any other."""
+    content = read_json(index)
+    if not isinstance(content.get("_class_name"), str) or content["_class_name"] in OWN_PIPELINES:
+        return ()
+    return tuple(
+        part for part, entry in content.items() if isinstance(entry, list) and len(entry) == 2 and None not in entry
+    )
+
+
 def weights_file(folder: Path, component: str) -> Path:
     """The component's weights: safetensors where there are any. Raises EngineError that names what was looked for."""
     names = _DIFFUSERS_WEIGHTS if component in ("unet", "vae", "vqvae") else _TRANSFORMERS_WEIGHTS

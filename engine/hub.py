@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from engine.folder import pipeline_parts
 from engine.types import EngineError
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -13,6 +14,9 @@ _TOKENIZERS = ("tokenizer/*", "tokenizer_2/*")
 _PARTS = ("unet", "vae", "vqvae", "text_encoder", "text_encoder_2", "bert", "safety_checker")
 _SAFETENSORS = tuple(f"{part}/{name}.safetensors" for part in _PARTS for name in ("diffusion_pytorch_model", "model"))
 _PICKLES = tuple(f"{part}/{name}.bin" for part in _PARTS for name in ("diffusion_pytorch_model", "pytorch_model"))
+_READ = ("json", "safetensors", "txt", "model", "jinja")
+"""What is fetched of every part of a pipeline that runs by the library diffusers."""
+
 _VOCABULARY = (
     "vocab.json",
     "merges.txt",
@@ -37,6 +41,11 @@ def fetch_model(repo: str, revision: str | None) -> Path:
         "model_index.json, and of each part (scheduler, tokenizer, text encoder, U-Net, autoencoder) its config and "
         "its weights as .safetensors or .bin"
     )
+    index = _snapshot(repo, revision, ("model_index.json",), needed, "diffusers folder") / "model_index.json"
+    other = pipeline_parts(index) if index.is_file() else ()
+    if other:
+        patterns = ("model_index.json", *(f"{part}/*.{suffix}" for part in other for suffix in _READ))
+        return _snapshot(repo, revision, patterns, needed, "diffusers folder")
     folder = _snapshot(repo, revision, (*_CONFIGS, *_TOKENIZERS, *_SAFETENSORS), needed, "diffusers folder")
     if not (folder / "unet" / "diffusion_pytorch_model.safetensors").is_file():
         folder = _snapshot(repo, revision, (*_CONFIGS, *_TOKENIZERS, *_PICKLES), needed, "diffusers folder")

@@ -17,8 +17,8 @@ from jobs.fields import nearest, shorten
 FALLBACK_STEPS = 50
 FALLBACK_GUIDANCE = 7.5
 FALLBACK_BATCH = 4
-"""What a bare folder gets: the published defaults of Stable Diffusion, and a batch that fits a small GPU; its sampler is
-the first that the model takes."""
+"""What a bare folder gets, beside the first sampler that it takes: the published defaults of Stable Diffusion, and a
+batch that fits a small GPU."""
 
 _WEIGHTS = (".safetensors", ".ckpt", ".bin")
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import fnmatch
 import shutil
 from pathlib import Path
 
+import huggingface_hub
 import numpy as np
 import pytest
 
 from engine import Engine, EngineError, GenerationRequest, ModelSpec, describe_model
+from tests.engine.diffusers_models import write_flux
 from tests.engine.families import write_ldm
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -81,3 +84,19 @@ def test_pickled_weights_will_do_where_there_is_no_safetensors(cache, tmp_path):
 def test_what_is_no_hub_id_is_not_looked_up(cache, name):
     with pytest.raises(EngineError, match="does not exist; give a local diffusers folder"):
         describe_model(name)
+
+
+def test_a_pipeline_of_diffusers_is_fetched_with_all_its_parts(cache, tmp_path, monkeypatch):
+    snapshot = put(cache, "someone/a-flux", write_flux(tmp_path / "flux"))
+    asked = []
+    fetch = huggingface_hub.snapshot_download
+    monkeypatch.setattr(
+        huggingface_hub,
+        "snapshot_download",
+        lambda *names, **options: (asked.append(options), fetch(*names, **options))[1],
+    )
+    found = describe_model("someone/a-flux")
+    assert (found.path, found.family) == (snapshot, "FluxPipeline")
+    patterns = asked[-1]["allow_patterns"]
+    for name in found.files:
+        assert any(fnmatch.fnmatch(name, pattern) for pattern in patterns), name

@@ -1,0 +1,68 @@
+"""A job whose model is a pipeline of the library diffusers: planned, drawn, committed and published like any other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from jobs.draft import draft_plan
+from jobs.errors import UsageError
+from jobs.verify import verify
+from jobs.worker import load_engine
+from tests.engine.diffusers_models import write_sd3
+from tests.jobs.driver import job_spec, read_dataset, run
+
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+
+
+@pytest.fixture(scope="module")
+def sd3(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_sd3(tmp_path_factory.mktemp("models") / "sd3")
+
+
+def test_a_job_draws_with_a_pipeline_of_diffusers(sd3: Path, manifest: Callable[..., Path], tmp_path: Path):
+    prompts = manifest(["a red cat", "a sad dog", "a blue bird"])
+    spec = job_spec(sd3, prompts, tmp_path / "out", sweep={"guidance_scale": [1.0, 3.0]}, safety="none")
+    summary = run(spec, engine_factory=load_engine)
+    assert (summary.exit_code, summary.generated) == (0, 6)
+    rows = read_dataset(str(tmp_path / "out")).rows
+    assert set(rows.column("status").to_pylist()) == {"ok"}
+    assert set(rows.column("sampler").to_pylist()) == {"default"}
+    assert rows.column("prompt_tokens").to_pylist() == [7, 7, 7, 7, 9, 9]
+    assert len(set(rows.column("pixel_sha256").to_pylist())) == 6
+    assert all(", diffusers " in text for text in rows.column("execution_class").to_pylist())
+    assert verify(str(tmp_path / "out")).exit_code == 0
+    assert run(spec, engine_factory=load_engine).generated == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        (
+            {"sampler": "ddim"},
+            "sampler ddim: sampler 'ddim' is not one of default: StableDiffusion3Pipeline samples by",
+        ),
+        ({"width": 72}, "width 72 is not a multiple of 16"),
+        ({"prompt_syntax": "a1111"}, "a StableDiffusion3Pipeline reads prompts its own way"),
+        ({"long_prompts": "error"}, "a StableDiffusion3Pipeline reads prompts its own way"),
+        ({"timestep_spacing": "trailing"}, "timestep_spacing is 'trailing'"),
+    ],
+)
+def test_what_it_cannot_take_is_refused_by_the_plan(sd3, manifest, tmp_path, settings, reason):
+    with pytest.raises(UsageError, match=reason):
+        draft_plan(job_spec(sd3, manifest(), tmp_path / "out", **settings))
+
+
+def test_the_plan_says_that_the_limit_of_tokens_is_not_known(sd3, manifest, tmp_path):
+    with draft_plan(job_spec(sd3, manifest(["x" * 500]), tmp_path / "out")) as draft:
+        summary = draft.summary()
+    assert (summary.token_limit, summary.tokens_over_limit) == (None, 0)
+    assert summary.parameters["sampler"] == "default"
+    assert summary.model_family == "StableDiffusion3Pipeline"
+
+
+def test_the_engines_own_models_refuse_the_default_sampler_by_plan(tiny_model, manifest, tmp_path):
+    with pytest.raises(UsageError, match="'default' is not one of ddim"):
+        draft_plan(job_spec(tiny_model, manifest(), tmp_path / "out", sampler="default"))
