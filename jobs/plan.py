@@ -27,19 +27,21 @@ __all__ = ["DraftPlan", "Plan", "PlannedSample", "adopt", "draft_plan", "load_pl
 
 
 def adopt(draft: DraftPlan, storage: Storage) -> Plan:
-    """Afterwards the output has this plan: published now, plan.json last, or found there from an earlier start.
+    """Afterwards the output has this plan, published now or found there from an earlier start, and its rejected rows.
 
-    Raises OutputConflict, and has written nothing, if the output belongs to another plan.
+    Raises OutputConflict, and has changed nothing that another plan needs, if the output belongs to another plan.
     """
     existing = _read_plan(storage)
-    if existing is not None:
-        return _same_plan(draft, existing)
-    for part in range(len(draft.snapshot.parts)):
-        storage.create(part_path(draft.digest, part), draft.snapshot.path(part).read_bytes())
-    storage.write(REJECTED_PATH, draft.rejects.path.read_bytes())
-    if storage.create(PLAN_PATH, canonical(draft.document()).encode()):
-        return load_plan(storage)
-    return _same_plan(draft, load_plan(storage))
+    if existing is None:
+        for part in range(len(draft.snapshot.parts)):
+            storage.create(part_path(draft.digest, part), draft.snapshot.path(part).read_bytes())
+        storage.create(PLAN_PATH, canonical(draft.document()).encode())
+        existing = load_plan(storage)  # ours, or that of whoever was faster
+    plan = _same_plan(draft, existing)
+    if not storage.exists(REJECTED_PATH):
+        # after the plan, because its name is the same for all plans: any other plan's driver has been refused by now
+        storage.create(REJECTED_PATH, draft.rejects.path.read_bytes())
+    return plan
 
 
 def load_plan(storage: Storage) -> Plan:

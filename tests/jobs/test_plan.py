@@ -73,14 +73,15 @@ def test_publishing_writes_the_plan_and_starting_again_finds_it(job, tmp_path):
     assert (plan.n_rows, plan.n_rejected, plan.n_samples, plan.n_chunks) == (5, 0, 5, 1)
 
 
-def test_plan_json_is_written_last(job, monkeypatch):
+def test_the_snapshot_comes_before_the_plan_and_the_rejected_rows_after_it(job, monkeypatch):
+    """Whoever reads a plan finds its rows; whoever is refused by it has not touched its rejected rows."""
     written = []
     create, write = Storage.create, Storage.write
     monkeypatch.setattr(Storage, "create", lambda self, path, data: (written.append(path), create(self, path, data))[1])
     monkeypatch.setattr(Storage, "write", lambda self, path, data: (written.append(path), write(self, path, data))[1])
     publish(job())
-    assert written[-1] == "_job/plan.json"
-    assert len(written) == 3
+    assert written[0].startswith("_job/manifest-")
+    assert written[1:] == ["_job/plan.json", "_job/rejected.parquet"]
 
 
 def test_the_loser_of_a_race_adopts_the_winners_plan_or_refuses(job, monkeypatch):

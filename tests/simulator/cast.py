@@ -67,6 +67,7 @@ class SimulatedPlan:
         self.identity = {"model_files": {}, "parameters": parameters, "axes": [], "manifest": "0" * 64}
         self.identity["threads_per_actor"] = 1
         self.plan_hash = fingerprint(self.identity)
+        self.rejected = f"the rejected rows of plan {first_seed}".encode()
 
     def samples_of_chunk(self, chunk: int) -> list[PlannedSample]:
         return [self._sample(ordinal) for ordinal in CHUNKS[chunk]]
@@ -130,10 +131,10 @@ class Draft:
 
     def __init__(self, plan: SimulatedPlan) -> None:
         self.identity = plan.identity
-        self.digest = f"{plan.first_seed:064d}"
+        self.digest = str(plan.first_seed).ljust(64, "0")
         self.spec = SimpleNamespace(threads_per_actor=1, out=URL)
         self.snapshot = SimpleNamespace(parts=(0,), path=lambda _: _Bytes(b"the snapshot of a manifest"))
-        self.rejects = SimpleNamespace(path=_Bytes(b"the rejected rows"))
+        self.rejects = SimpleNamespace(path=_Bytes(plan.rejected))
         self._hash = plan.plan_hash
 
     def document(self) -> dict[str, Any]:

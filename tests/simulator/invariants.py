@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from jobs.ledger import chunk_of_path
-from jobs.planned import PLAN_PATH
+from jobs.planned import PLAN_PATH, REJECTED_PATH
 from jobs.publish import MANIFEST_PATH, Publication
 from tests.simulator.cast import CHUNKS, COLUMNS, SimulatedPlan, decode_once, finish_once, result_of, standing_plan
 from tests.simulator.world import Violation, World
@@ -80,6 +80,7 @@ def check_end(world: World, plan: SimulatedPlan) -> None:
     """Every chunk is committed and published, exactly as an undisturbed run would have; and nothing else is left."""
     objects = world.store.objects
     _must(standing_plan(objects) == plan, "I7: the output has another plan than its driver")
+    _must(objects.get(REJECTED_PATH) == plan.rejected, "I7: the rejected rows are another plan's")
     records = {chunk_of_path(path): data for path, data in objects.items() if path.startswith("ledger/")}
     _must(set(records) == set(range(len(CHUNKS))), f"I1: the ledger has chunks {sorted(map(str, records))}")
     committed = {row["sample_id"]: row for data in records.values() for row in _rows(data)}
