@@ -65,7 +65,7 @@ def clean(out_url: str, *, dry_run: bool = False, grace_seconds: float = GRACE_S
     """Afterwards no attempt is left that lost its chunk, nor old temporary files, probes and unnamed dataset parts.
 
     Everything a commit record or the dataset's manifest refers to, and every attempt at an open chunk, is untouched.
-    Raises UsageError if the output has no plan, OutputConflict if a record belongs to another plan.
+    Raises UsageError if the output has no plan, OutputConflictError if a record belongs to another plan.
     """
     open_job.cache_clear()
     sweep = _Sweep(open_job(out_url), dry_run=dry_run)

@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import cache, cached_property
-from importlib import metadata
+from importlib import import_module, metadata
 from itertools import islice
 from pathlib import Path
 from types import TracebackType
@@ -267,6 +267,16 @@ def _steps_fault(described: ModelDescription) -> Callable[[str, int], str | None
 
 
 def _check_mark(spec: JobSpec) -> None:
+    if spec.watermark == "none":
+        return
+    try:
+        import_module("cv2")
+    except ImportError as error:
+        # OpenCV's usual build needs the system's libGL, and small containers have none.
+        raise UsageError(
+            f"the watermark needs OpenCV, which cannot be loaded here ({error}): install libgl1, or put "
+            f"opencv-python-headless in its place, or use watermark none"
+        ) from None
     n_bits = 8 * len(spec.watermark_text.encode())
     if spec.watermark_policy != "record" and bits_needed(n_bits) is None:
         raise UsageError(

@@ -15,7 +15,7 @@ class UsageError(JobError):
     exit_code = 2
 
 
-class OutputConflict(JobError):
+class OutputConflictError(JobError):
     """The output already belongs to another plan; nothing was written."""
 
     exit_code = 3

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from jobs.errors import OutputConflict
+from jobs.errors import OutputConflictError
 from jobs.records import CommitRecord, DamagedRecordError, decode_record
 from jobs.storage import Storage
 from jobs.storage_errors import StorageError
@@ -53,8 +53,8 @@ class Ledger:
         """Create the chunk's record. `mine` if this attempt's record stands, `lost` if another attempt's does.
 
         A create that is refused, or whose answer is lost, says nothing by itself: the record that stands decides. If
-        none can be read, the StorageError goes on, and the chunk is tried again later. Raises OutputConflict if the
-        record belongs to another plan.
+        none can be read, the StorageError goes on, and the chunk is tried again later. Raises OutputConflictError if
+        the record belongs to another plan.
         """
         try:
             if self.storage.create(record_path(chunk), data):
@@ -75,7 +75,7 @@ class Ledger:
     def read(self, chunk: int) -> CommitRecord | None:
         """The record of a chunk, checked; None if the chunk is not committed.
 
-        Raises DamagedRecordError for one that changed after it was written, OutputConflict for one of another plan.
+        Raises DamagedRecordError for one that changed since it was written, OutputConflictError for another plan's.
         """
         try:
             data = self.storage.read(record_path(chunk))
@@ -89,7 +89,7 @@ class Ledger:
                 f"copy, or make the dataset again in a new --out"
             ) from error
         if record.plan_hash != self.plan_hash:
-            raise OutputConflict(
+            raise OutputConflictError(
                 f"commit record {record_path(chunk)} in {self.storage.url} belongs to plan {record.plan_hash[:12]}, "
                 f"not to {self.plan_hash[:12]}; use another --out"
             )

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from jobs.draft import DraftPlan, draft_plan
-from jobs.errors import OutputConflict, UsageError
+from jobs.errors import OutputConflictError, UsageError
 from jobs.fields import shorten
 from jobs.planned import (
     PLAN_PATH,
@@ -29,7 +29,7 @@ __all__ = ["DraftPlan", "Plan", "PlannedSample", "adopt", "draft_plan", "load_pl
 def adopt(draft: DraftPlan, storage: Storage) -> Plan:
     """Afterwards the output has this plan, published now or found there from an earlier start, and its rejected rows.
 
-    Raises OutputConflict, and has changed nothing that another plan needs, if the output belongs to another plan.
+    Raises OutputConflictError, and has changed nothing that another plan needs, if the output belongs to another plan.
     """
     existing = _read_plan(storage)
     if existing is None:
@@ -69,7 +69,7 @@ def _same_plan(draft: DraftPlan, existing: Plan) -> Plan:
         return existing
     differences = list(_differences(existing.identity, identity))
     shown = "; ".join(differences[:6]) + ("; …" if len(differences) > 6 else "")
-    raise OutputConflict(
+    raise OutputConflictError(
         f"{display_url(draft.spec.out)} belongs to another plan: {shown}. Use another --out, or the old settings"
     )
 

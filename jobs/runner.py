@@ -75,7 +75,7 @@ def run_job(
     """Afterwards the dataset is published (exit code 0, or 1 with failed samples), or the job can be resumed (130).
 
     The first SIGINT calls `on_stop` and lets the chunks in flight finish, the second stops at once. Raises UsageError
-    or OutputConflict before anything is written or any model is loaded, JobError when the open chunks keep failing.
+    or OutputConflictError before anything is written or any model is loaded, JobError when open chunks keep failing.
     """
     started = time.monotonic()
     job = _adopt(spec)

@@ -12,7 +12,7 @@ import pytest
 
 from jobs import clean as clean_module
 from jobs.clean import GRACE_SECONDS, clean
-from jobs.errors import OutputConflict
+from jobs.errors import OutputConflictError
 from jobs.job import open_job
 from jobs.ledger import record_path
 from jobs.publish import MANIFEST_PATH
@@ -141,7 +141,7 @@ def test_another_plans_record_stops_the_sweep(out: str, tiny_model: Path, manife
     run(job_spec(tiny_model, manifest(PROMPTS), other, seed=7))
     storage.write(record_path(0), Storage.open(other).read(record_path(0)))
     kept = leave_behind(storage, 0)
-    with pytest.raises(OutputConflict):
+    with pytest.raises(OutputConflictError):
         clean(out)
     assert kept <= everything(storage)
 

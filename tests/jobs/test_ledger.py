@@ -13,7 +13,7 @@ import pyarrow as pa
 import pytest
 
 from jobs import storage as storage_module
-from jobs.errors import OutputConflict
+from jobs.errors import OutputConflictError
 from jobs.ledger import Ledger, chunk_of_path, record_path
 from jobs.records import OWN_FIELDS, DamagedRecordError, decode_record, encode_record
 from jobs.storage import Storage
@@ -84,9 +84,9 @@ def test_an_unknown_outcome_is_not_a_commit(ledger: Ledger, monkeypatch: pytest.
 
 def test_another_plans_record_is_fatal(ledger: Ledger) -> None:
     ledger.storage.create(record_path(7), record("theirs", plan_hash="b" * 64))
-    with pytest.raises(OutputConflict, match="belongs to plan bbbb"):
+    with pytest.raises(OutputConflictError, match="belongs to plan bbbb"):
         ledger.commit(7, "mine", record("mine"))
-    with pytest.raises(OutputConflict):
+    with pytest.raises(OutputConflictError):
         ledger.read(7)
 
 

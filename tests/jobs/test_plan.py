@@ -16,7 +16,7 @@ import pytest
 
 from jobs import plan as plan_module
 from jobs import readers, snapshot
-from jobs.errors import JobError, OutputConflict, UsageError
+from jobs.errors import JobError, OutputConflictError, UsageError
 from jobs.plan import adopt, draft_plan, load_plan
 from jobs.planned import fingerprint
 from jobs.presets import list_presets
@@ -89,7 +89,7 @@ def test_the_loser_of_a_race_adopts_the_winners_plan_or_refuses(job, monkeypatch
     real = plan_module._read_plan
     with draft_plan(job()) as first, draft_plan(job()) as same, draft_plan(job(seed=1)) as other:
         winner = adopt(first, storage)
-        for loser, expected in ((same, None), (other, OutputConflict)):
+        for loser, expected in ((same, None), (other, OutputConflictError)):
             answers = iter([lambda _: None, real])  # the plan appears between the look and the create
             monkeypatch.setattr(plan_module, "_read_plan", lambda storage, answers=answers: next(answers)(storage))
             if expected is None:
@@ -115,7 +115,7 @@ CHANGES = {
 def test_whatever_can_change_a_pixel_or_a_row_changes_the_hash_and_is_refused(job, change):
     publish(job(device="cpu"))
     flags = {"device": "cpu"} | CHANGES[change]
-    with draft_plan(job(**flags)) as draft, pytest.raises(OutputConflict) as caught:
+    with draft_plan(job(**flags)) as draft, pytest.raises(OutputConflictError) as caught:
         adopt(draft, Storage.open(job().out))
     assert "->" in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -128,17 +128,19 @@ def test_changed_rows_and_changed_weights_are_refused(job, tmp_path, tiny_model)
     weights = model / "unet" / "diffusion_pytorch_model.safetensors"
     original = weights.read_bytes()
     weights.write_bytes(original[:-1] + bytes([original[-1] ^ 1]))
-    with pytest.raises(OutputConflict, match=r"model file unet/diffusion_pytorch_model\.safetensors: '\w+' -> '\w+'"):
+    with pytest.raises(
+        OutputConflictError, match=r"model file unet/diffusion_pytorch_model\.safetensors: '\w+' -> '\w+'"
+    ):
         publish(job(model=str(model)))
     weights.write_bytes(original)
     (tmp_path / "prompts.txt").write_text("another prompt\n")
-    with pytest.raises(OutputConflict, match="manifest rows"):
+    with pytest.raises(OutputConflictError, match="manifest rows"):
         publish(job(model=str(model)))
 
 
 def test_the_axes_order_is_part_of_the_plan(job):
     publish(job(sweep=["seed=0:2", "sampler=ddim,plms"]))
-    with pytest.raises(OutputConflict, match="axis order: 'seed,sampler' -> 'sampler,seed'"):
+    with pytest.raises(OutputConflictError, match="axis order: 'seed,sampler' -> 'sampler,seed'"):
         publish(job(sweep=["sampler=ddim,plms", "seed=0:2"]))
 
 
@@ -165,7 +167,7 @@ def test_a_resumed_job_keeps_its_threads_unless_told_otherwise(job):
     assert publish(job(threads_per_actor=3)).threads_per_actor == 3
     assert publish(job()).threads_per_actor == 3
     assert publish(job(num_actors=1)).threads_per_actor == 3
-    with pytest.raises(OutputConflict, match="threads_per_actor: 3 -> 2"):
+    with pytest.raises(OutputConflictError, match="threads_per_actor: 3 -> 2"):
         publish(job(threads_per_actor=2))
 
 
@@ -491,3 +493,10 @@ def test_presets_are_whole_and_the_default_exists():
     for name, preset in presets.items():
         assert preset.width % 8 == 0, name
         assert preset.width * preset.height >= 65_536, name
+
+
+def test_a_machine_that_cannot_load_opencv_is_told_before_a_model_is_loaded(job, monkeypatch):
+    monkeypatch.setitem(sys.modules, "cv2", None)
+    with pytest.raises(UsageError, match="install libgl1, or put opencv-python-headless in its place"):
+        draft_plan(job())
+    draft_plan(job(watermark="none")).close()

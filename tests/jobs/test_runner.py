@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from engine import EngineError, GenerationRequest, GenerationResult
-from jobs.errors import JobError, OutputConflict, UsageError
+from jobs.errors import JobError, OutputConflictError, UsageError
 from jobs.executors.inline import InlineExecutor
 from jobs.job import open_job
 from jobs.plan import Plan
@@ -83,7 +83,7 @@ def test_another_plan_is_refused_and_nothing_changes(manifest: Manifest, tiny_mo
     prompts = manifest(3)
     run(job_spec(tiny_model, prompts, out))
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
-    with pytest.raises(OutputConflict, match="seed"):
+    with pytest.raises(OutputConflictError, match="seed"):
         run(job_spec(tiny_model, prompts, out, seed=7))
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs.errors import OutputConflict, UsageError
+from jobs.errors import OutputConflictError, UsageError
 from jobs.status import status
 from jobs.storage import Storage
 from jobs.verify import verify
@@ -31,7 +31,7 @@ def test_a_job_on_s3_equals_the_same_job_on_disk(s3: str, manifest: Manifest, ti
     assert verify(s3).defects == ()
     assert status(s3).state == "published"
     assert run(job_spec(tiny_model, prompts, s3)).generated == 0
-    with pytest.raises(OutputConflict):
+    with pytest.raises(OutputConflictError):
         run(job_spec(tiny_model, prompts, s3, seed=1))
 
 

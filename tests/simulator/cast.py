@@ -28,7 +28,7 @@ import jobs.sinks
 import jobs.storage
 import jobs.worker
 from engine import GenerationRequest, GenerationResult, SafetyVerdict
-from jobs.errors import JobError, OutputConflict, UsageError
+from jobs.errors import JobError, OutputConflictError, UsageError
 from jobs.ledger import Ledger, record_path
 from jobs.planned import PLAN_PATH, PlannedSample, fingerprint
 from jobs.publish import MANIFEST_PATH
@@ -224,7 +224,7 @@ class Cast:
         def drive() -> None:
             try:
                 self._finished(plan, jobs.runner.run_job(SimpleNamespace(out=URL, plan=plan)))
-            except OutputConflict:
+            except OutputConflictError:
                 self.conflicts += 1
                 if standing_plan(self.world.store.objects) is plan:
                     self.world.report("I7: a driver was refused by an output that has its own plan")
