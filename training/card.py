@@ -8,7 +8,7 @@ from typing import Any
 
 from training import icons, scenes
 
-CLAIM_FROM = 0.6  # share of its styles in which a name must come out for the card to claim it
+CLAIM_FROM = 1.0  # share of its styles in which a name must come out for the card to claim it
 TRAINING_NOTE = Path(__file__).with_name("TRAINED.md")
 
 _CARD = """# latentmill-embedded
@@ -17,14 +17,14 @@ A small text-to-image latent diffusion model, trained from nothing by `python -m
 shipped so that the whole pipeline can be run and tested with real weights and no download. It draws two things, at
 256 x 256 pixels, and knows no others.
 
-**Scenes.** One object on a plain background: `a large red circle on the left on a white background`.
+**Scenes.** One object on a plain background: `a large red circle in the center on a white background`.
 Shapes: {shapes}. Colours: {colours}. Backgrounds: {backgrounds}. Positions: {positions}. Sizes: {sizes}.
 
 **Icons.** `a flat icon of a red apple`, optionally `... on a light blue background`. Styles: {styles}. Names that
-come out in at least two of the three styles: {claimed}.{others}
+come out in every style: {claimed}.{others}
 
-It cannot draw people, photographs, text, two objects, or any word that is not above; such prompts give arbitrary
-pictures. It has no notion of what is unsafe, and little to be unsafe with.
+It cannot draw people, photographs, text, two objects, objects off the centre, or any word that is not above; such
+prompts give arbitrary pictures. It has no notion of what is unsafe, and little to be unsafe with.
 
 ## Parts
 
@@ -45,11 +45,11 @@ with 3 layers and its own vocabulary. 20 DDIM steps and a guidance scale of 3 to
 | icons: {icon_count} pictures, nearest true icon among all {name_count} names | right |
 |---|---|
 | all names | {icon_share} |
-| the {claimed_count} names claimed above | {claimed_share} |
+| the {claimed_count} names claimed above (chosen by this very evaluation) | {claimed_share} |
 
 The judge (`training/judge.py`) uses no learned part. It is right about true renders in at least 99.5 % of the cases and
 at chance about wrong labels (`tests/training/test_judge.py`). Held-out means: the combination of shape, colour,
-background, position and size never occurred in training.
+background, position and size never occurred in training. There are {held_out} of them, drawn in turn with new seeds.
 
 {trained}
 """
@@ -69,7 +69,7 @@ def write_card(model: Path, figures: Mapping[str, Any]) -> None:
         shapes=", ".join(scenes.SHAPES),
         colours=", ".join(scenes.COLOURS),
         backgrounds=", ".join(scenes.BACKGROUNDS),
-        positions=", ".join(scenes.POSITIONS),
+        positions=", ".join(scenes.TRAINED_POSITIONS),
         sizes=", ".join(scenes.SIZES),
         styles=", ".join(icons.STYLES),
         claimed=", ".join(claimed),
@@ -79,6 +79,7 @@ def write_card(model: Path, figures: Mapping[str, Any]) -> None:
         device=figures["device"],
         seconds=figures["seconds_per_image"],
         prompts=figures["scene_prompts"],
+        held_out=len(scenes.split(held_out=True)),
         scene_rows="\n".join(f"| {word} | {_percent(share)} |" for word, share in figures["scenes"].items()),
         icon_count=len(names) * len(icons.STYLES),
         name_count=len(names),

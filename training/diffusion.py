@@ -10,6 +10,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -34,10 +35,13 @@ from training.common import (
 )
 
 CHECKPOINT = "diffusion.pt"
-PEAK_RATE = 1.5e-3
+PEAK_RATE = 1.2e-3
 PICTURES, NOISES = 16, 2  # per process and step; each picture is seen at two timesteps, its caption encoded once
-SCENE_SHARE = 0.65
+SCENE_SHARE = 0.6
 CAPTION_DROPOUT = 0.1
+# Captions here say nearly all about a picture, so that its shape is settled under strong noise: three quarters of the
+# timesteps come from there. Below, only edges are left to do, and their loss is low after the first minutes.
+TIMESTEP_EDGES, TIMESTEP_SHARES = (0.0, 0.15, 0.4, 1.0), (0.0, 0.1, 0.25, 1.0)
 CHECKPOINT_SECONDS = 120.0
 SHEET_SECONDS = 400.0
 SHEET_STEPS, SHEET_GUIDANCE = 20, 4.0
@@ -103,9 +107,11 @@ class Data:
 
 
 def stratified_timesteps(count: int, total: int, generator: torch.Generator) -> Tensor:
-    """`count` timesteps, one from each equal part of [0, total), in random order: (count,) int64."""
+    """`count` timesteps, one from each equally likely part of the schedule, in random order: (count,) int64."""
     strata = torch.randperm(count, generator=generator) + torch.rand(count, generator=generator)
-    return (strata / count * total).long().clamp(max=total - 1)
+    place = (strata / count).numpy()
+    times = np.interp(place, TIMESTEP_SHARES, TIMESTEP_EDGES) * total
+    return torch.from_numpy(times).long().clamp(max=total - 1)
 
 
 def velocity_loss(model: Model, schedule: NoiseSchedule, data: Data, generator: torch.Generator) -> Tensor:
@@ -195,7 +201,7 @@ def _sheet(average: RunningAverage, work: Path, schedule: NoiseSchedule, path: P
     texts = [scenes.caption(scene) for scene in held_out[:: len(held_out) // 12][:12]]
     names = list(icons.NAMES)[:: len(icons.NAMES) // 12][:12]
     texts += [
-        icons.caption(icons.Icon(name=name, style=icons.STYLES[index % 3], background="white"))
+        icons.caption(icons.Icon(name=name, style=icons.STYLES[index % len(icons.STYLES)], background="white"))
         for index, name in enumerate(names)
     ]
     ids = tokenizer.encode(words, [""] * len(texts) + texts).to(device())

@@ -11,7 +11,7 @@ def test_the_split_is_fixed_and_covers_every_word():
     assert len(held_out) + len(training) == len(scenes.all_scenes())
     assert not set(held_out) & set(training)
     assert 0.05 < len(held_out) / len(scenes.all_scenes()) < 0.15
-    for word in ("shape", "colour", "background", "position", "size"):
+    for word in ("shape", "colour", "background", "size"):
         every = {getattr(scene, word) for scene in scenes.all_scenes()}
         assert {getattr(scene, word) for scene in held_out} == every
         assert {getattr(scene, word) for scene in training} == every
