@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +34,7 @@ def find_config(name: str) -> Path:
     if path.is_file():
         return path
     if name.startswith(_SHIPPED):
-        shipped = Path(str(resources.files("configs") / name.removeprefix(_SHIPPED)))
+        shipped = Path(__file__).parents[1] / name
         if shipped.is_file():
             return shipped
     raise UsageError(

@@ -85,7 +85,12 @@ def sd1(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_ckpt(write_sd1(root / "folder"), root / "model.ckpt")
     config = yaml.safe_load((ROOT / DEFAULT_CONFIG).read_text())
     params = config["model"]["params"]
-    params["unet_config"]["params"] |= {"model_channels": 32, "channel_mult": [1, 2, 2, 2], "context_dim": 64}
+    params["unet_config"]["params"] |= {
+        "model_channels": 32,
+        "channel_mult": [1, 2, 2, 2],
+        "context_dim": 64,
+        "num_res_blocks": 1,
+    }
     params["first_stage_config"]["params"]["ddconfig"] |= {"ch": 32, "ch_mult": [1, 1, 2]}
     params["cond_stage_config"] = {
         "target": "ldm.modules.encoders.modules.FrozenCLIPEmbedder",
