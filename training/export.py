@@ -90,6 +90,7 @@ def _write_part(folder: Path, config: Mapping[str, Any], state: Mapping[str, Ten
         if not torch.isfinite(value).all():
             raise RuntimeError(f"{folder.name}: {key} is not finite in fp16")
     save_file(halves, folder / name, metadata={"format": "pt"})
+    (folder / name).chmod(0o644)  # safetensors writes for the owner only; the package is for all
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
