@@ -34,7 +34,7 @@ where this differs from the original, on purpose:
     had already used up some of it by building its network, how much depended on the versions of its libraries.
 
 example:
-  latentmill txt2img --prompt "a large red circle on the left on a white background" --plms
+  latentmill txt2img --prompt "a large red circle in the center on a white background" --plms
 
 exit codes: 0 done; 1 a picture could not be made or checked; 2 the options are at fault, nothing was written;
 130 interrupted, what was saved stays."""
