@@ -1,0 +1,82 @@
+"""The model that ships: loaded by the code that loads Stable Diffusion, drawn the same by diffusers, judged right."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, StableDiffusionPipeline
+
+from engine import EMBEDDED_MODEL, Engine, GenerationRequest, ModelSpec
+
+PROMPTS = [
+    "a large red circle in the center on a white background",
+    "a small yellow triangle in the center on a black background",
+    "a flat icon of a panda",
+    "",
+]
+
+
+@pytest.fixture(scope="module")
+def engine() -> Engine:
+    return Engine.load(ModelSpec(model=str(EMBEDDED_MODEL), safety="none"), device="cpu", dtype="float32", batch_size=4)
+
+
+@pytest.fixture(scope="module")
+def pipeline() -> StableDiffusionPipeline:
+    loaded = StableDiffusionPipeline.from_pretrained(EMBEDDED_MODEL, safety_checker=None, dtype=torch.float32)
+    assert isinstance(loaded.scheduler, DDIMScheduler)
+    loaded.set_progress_bar_config(disable=True)
+    return loaded
+
+
+@pytest.mark.parametrize(("guidance_scale", "eta"), [(4.0, 0.0), (1.0, 0.0), (4.0, 0.5)])
+def test_latents_and_pictures_are_the_reference_pipelines(engine, pipeline, monkeypatch, guidance_scale, eta):
+    rows = [
+        GenerationRequest(
+            prompt=prompt,
+            seed=seed,
+            width=256,
+            height=256,
+            num_inference_steps=20,
+            guidance_scale=guidance_scale,
+            eta=eta,
+        )
+        for seed, prompt in enumerate(PROMPTS)
+    ]
+
+    def reference(output_type: str):
+        return pipeline(
+            PROMPTS,
+            generator=[torch.Generator().manual_seed(row.seed) for row in rows],
+            num_inference_steps=20,
+            guidance_scale=guidance_scale,
+            eta=eta,
+            output_type=output_type,
+        ).images
+
+    decoded = []
+    vae = engine._models.vae
+    decode = vae.decode
+    monkeypatch.setattr(vae, "decode", lambda latents: (decoded.append(latents.clone()), decode(latents))[1])
+    pictures = np.stack([result.pixels for result in engine.generate(rows)])
+
+    expected = reference("latent") / vae.config.scaling_factor
+    assert (decoded[0] - expected).abs().max() <= 1e-4 * expected.abs().max()
+    difference = np.abs(pictures.astype(int) - (reference("np") * 255).round().astype(int))
+    assert pictures.std() > 20
+    assert (difference <= 2).mean() >= 0.995
+
+
+def test_it_draws_what_it_is_asked_for(engine):
+    red, yellow = (
+        GenerationRequest(prompt=prompt, seed=7, width=256, height=256, num_inference_steps=20, guidance_scale=4.0)
+        for prompt in PROMPTS[:2]
+    )
+    red_circle, yellow_triangle = (result.pixels.astype(int) for result in engine.generate([red, yellow]))
+    assert (red_circle[128, 128] - [215, 35, 35] < 60).all()
+    assert red_circle[128, 128, 0] > 150
+    assert red_circle[8, 8].min() > 200
+    assert yellow_triangle[140, 128, :2].min() > 150
+    assert yellow_triangle[140, 128, 2] < 110
+    assert yellow_triangle[8, 8].max() < 60
