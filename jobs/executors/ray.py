@@ -6,6 +6,7 @@ twice; commit records are create-only and the runner plans `all - committed` aga
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import pickle
@@ -168,6 +169,9 @@ def _connect(address: str | None) -> _Connection:
             where = f"this machine, {_cores()} cores"
             _start_cluster(undo.enter_context(scratch_folder()))
         undo.callback(ray.shutdown)
+        # Called first: a dataset that was left early holds generators in reference cycles, and one that is finalised
+        # after the shutdown (Ray has a thread that collects garbage) ends the whole process with exit code 1.
+        undo.callback(gc.collect)
         return _Connection(where=where, ending=undo.pop_all())
 
 

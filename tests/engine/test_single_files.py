@@ -9,7 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import (
+    DDIMScheduler,
+    DiffusionPipeline,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+)
 from safetensors.torch import load_file, save_file
 
 from engine import Engine, EngineError, ModelSpec, describe_model, load_tokenizer
@@ -189,3 +196,27 @@ def test_a_tokenizer_of_another_model_is_refused(files, folders, tmp_path):
     bert_tokenizer(tmp_path / "tokenizer")
     with pytest.raises(EngineError, match="tokenizer"):
         load(ModelSpec(model=str(files["sd1"]), tokenizer=str(tmp_path / "tokenizer"), safety="none"))
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers' own, in its Euler
+@pytest.mark.parametrize(
+    ("name", "sampler", "scheduler"),
+    [("sd2", "euler", EulerDiscreteScheduler), ("sdxl", "euler_a", EulerAncestralDiscreteScheduler)],
+    ids=["sd-turbo", "sdxl-turbo"],
+)
+@pytest.mark.parametrize("steps", [1, 4])
+def test_a_turbo_models_single_file_draws_as_the_references_loader_of_it(tmp_path, name, sampler, scheduler, steps):
+    writers = {"sd2": lambda folder: write_sd2(folder, "epsilon"), "sdxl": write_sdxl}
+    folder = writers[name](tmp_path / name)
+    file = write_safetensors(folder, tmp_path / "turbo.safetensors")
+    pipeline = reference(file, folder)
+    pipeline.scheduler = scheduler.from_config(pipeline.scheduler.config, timestep_spacing="trailing")
+    rows = requests(32, guidance_scale=0.0, steps=steps, sampler=sampler)
+    model = ModelSpec(
+        model=str(file),
+        tokenizer=str(folder),
+        safety="none",
+        prediction_type="epsilon",
+        timestep_spacing="trailing",
+    )
+    assert_same_pictures(pictures(load(model), rows), reference_pictures(pipeline, rows))

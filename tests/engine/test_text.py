@@ -11,6 +11,7 @@ import torch
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from engine import Engine, EngineError, GenerationRequest, ModelSpec
+from tests.engine.families import write_sdxl
 
 LONG = " ".join(f"word{number}" for number in range(40))
 """With a token a byte: over 200 tokens, three chunks of 75."""
@@ -130,3 +131,15 @@ def test_too_long_a_prompt_is_refused_alone_where_that_is_asked_for(eps_model):
 def test_an_unknown_choice_is_refused(eps_model, option):
     with pytest.raises(EngineError, match="there are plain, a1111, novelai and truncate, chunk, error"):
         load(eps_model, **option)
+
+
+def test_emphasis_weighs_in_each_of_two_encoders_and_leaves_the_pooled_state(tmp_path):
+    folder = write_sdxl(tmp_path / "sdxl")
+    text = load(folder, prompt_syntax="a1111")._models.text
+    widths = [loaded.tower.width for loaded in text._towers]
+    with torch.inference_mode():
+        plain, weighted = text.encode(["a red cat"]), text.encode(["a (red:1.6) cat"])
+    changed = (plain.context - weighted.context).abs()[0].split(widths, dim=-1)
+    assert len(changed) == 2
+    assert all(part.max() > 1e-2 for part in changed)
+    assert torch.equal(plain.pooled, weighted.pooled)
