@@ -181,7 +181,7 @@ def _takes_a_job(verb: Callable[[str | None, dict[str, Any], bool], None]) -> Ca
 @_takes_a_job
 def plan(config: str | None, flags: dict[str, Any], as_json: bool) -> None:
     """Say what a run would do, and write nothing."""
-    from jobs.plan import draft_plan
+    from jobs.plans.plan import draft_plan
     from jobs.spec import resolve
 
     with draft_plan(resolve(config, flags)) as draft:
@@ -200,7 +200,7 @@ def run(config: str | None, flags: dict[str, Any], as_json: bool) -> None:
     """Make the dataset, or go on with it: every image exactly once."""
     from dataclasses import asdict
 
-    from jobs.display import progress_view
+    from jobs.show.display import progress_view
 
     with progress_view() as view:
         from jobs.runner import run_job  # the view comes first: these imports take a second
@@ -219,7 +219,7 @@ def run(config: str | None, flags: dict[str, Any], as_json: bool) -> None:
 )
 def txt2img(context: typer.Context) -> None:
     """Draw a few pictures for a prompt: the original Stable Diffusion script's command, option for option."""
-    from jobs.txt2img_command import run_command
+    from jobs.txt2img.command import run_command
 
     raise typer.Exit(run_command(context.args))
 
@@ -231,7 +231,7 @@ def status(
     json: Json = False,
 ) -> None:
     """Say how far a job is."""
-    from jobs.status import status as job_status
+    from jobs.outputs.status import status as job_status
 
     report = job_status(out, deep=deep)
     _answer(report.to_dict(), json, lambda views: views.show_status(report))
@@ -246,7 +246,7 @@ def verify(
     json: Json = False,
 ) -> None:
     """Read everything again and compare it with what was written; exit code 1 if anything differs."""
-    from jobs.verify import verify as verify_job
+    from jobs.outputs.verify import verify as verify_job
 
     report = verify_job(out, sample_n=sample)
     _answer(report.to_dict(), json, lambda views: views.show_verify(report))
@@ -260,7 +260,7 @@ def clean(
     json: Json = False,
 ) -> None:
     """Sweep what interrupted runs left behind: only proven garbage, safe beside a running job."""
-    from jobs.clean import clean as clean_job
+    from jobs.outputs.clean import clean as clean_job
 
     report = clean_job(out, dry_run=dry_run)
     _answer(report.to_dict(), json, lambda views: views.show_clean(report))
@@ -274,7 +274,7 @@ def report(
     json: Json = False,
 ) -> None:
     """Draw labelled contact sheets of a finished dataset: sweep axes as rows and columns."""
-    from jobs.report import report as draw_report
+    from jobs.show.report import report as draw_report
 
     summary = draw_report(out, max_sheets=max_sheets)
     _answer(summary.to_dict(), json, lambda views: views.show_report(summary))
@@ -283,7 +283,7 @@ def report(
 @app.command(rich_help_panel=_MORE, epilog="Example: [bold]latentmill models[/bold]")
 def models(json: Json = False) -> None:
     """List the models that --model knows by name."""
-    from jobs.presets import list_presets
+    from jobs.plans.presets import list_presets
 
     presets = list_presets()
     as_data = {name: preset.model_dump() for name, preset in presets.items()}
@@ -311,7 +311,7 @@ def read(
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        from jobs.records import tool_versions
+        from jobs.outputs.records import tool_versions
 
         sys.stdout.write(f"latentmill {tool_versions()['latentmill']}\n")
         raise typer.Exit
@@ -328,7 +328,7 @@ def _root(
 
 
 def _answer(data: Any, as_json: bool, show: Callable[[Any], None]) -> None:
-    from jobs import display, views
+    from jobs.show import display, views
 
     if as_json:
         display.print_json(data)
@@ -352,7 +352,7 @@ def main() -> None:
 
 
 def _complain(text: str, exit_code: int) -> None:
-    from jobs.display import print_line, safe
+    from jobs.show.display import print_line, safe
 
     print_line(f"error: {safe(' '.join(text.split()))}", error=True)
     sys.exit(exit_code)

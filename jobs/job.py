@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from jobs.errors import UsageError
-from jobs.ledger import Ledger
-from jobs.plan import Plan, load_plan
-from jobs.sinks import Sink, open_sink
-from jobs.storage import Storage
-from jobs.storage_errors import StorageError
+from jobs.outputs.ledger import Ledger
+from jobs.outputs.sinks import Sink, open_sink
+from jobs.plans.plan import Plan, load_plan
+from jobs.store.errors import StorageError
+from jobs.store.storage import Storage
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

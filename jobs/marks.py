@@ -13,9 +13,9 @@ from PIL import Image
 from engine import WATERMARK_METHODS, WATERMARK_MIN_PIXELS, read_watermark, watermark_bit_accuracy
 from engine.types import Pixels
 from jobs.errors import UsageError
-from jobs.fields import nearest, shorten
+from jobs.manifests.fields import nearest, shorten
 from jobs.mark_bits import bits_needed, matching_bits
-from jobs.urls import allowed_filesystem, display_url
+from jobs.store.urls import allowed_filesystem, display_url
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 from jobs.errors import JobError
 from jobs.executors.base import Executor
 from jobs.job import Job, open_job
-from jobs.plan import Plan, adopt, draft_plan
-from jobs.publish import Publication, publish, standing_publication
+from jobs.outputs.publish import Publication, publish, standing_publication
+from jobs.plans.plan import Plan, adopt, draft_plan
 from jobs.spec import JobSpec
-from jobs.storage import Storage
+from jobs.store.storage import Storage
 from jobs.worker import EngineFactory, Receipt, load_engine
 
 PASSES_WITHOUT_PROGRESS = 3

@@ -10,10 +10,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from engine import LONG_PROMPTS, PROMPT_SYNTAXES, WATERMARK_METHODS
 from jobs.errors import UsageError
-from jobs.fields import FIELDS, FieldError, nearest, shorten, text_fault
-from jobs.parameters import MANIFEST_FORMATS
-from jobs.sweep import build_axes, parse_axis
-from jobs.urls import allowed_filesystem, display_url
+from jobs.manifests.fields import FIELDS, FieldError, nearest, shorten, text_fault
+from jobs.manifests.parameters import MANIFEST_FORMATS
+from jobs.plans.sweep import build_axes, parse_axis
+from jobs.store.urls import allowed_filesystem, display_url
 
 FORMATS = ("files",)
 SAFETY = ("auto", "open-nsfw", "clip-concepts", "none")

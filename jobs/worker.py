@@ -15,12 +15,12 @@ from typing import Any, Literal, Protocol
 from engine import GenerationRequest, GenerationResult
 from engine.types import Pixels
 from jobs.errors import JobError
-from jobs.images import blank, encode_png, pixel_sha256
 from jobs.job import Job, open_job
+from jobs.manifests.parameters import parameters_text
 from jobs.mark_bits import bits_needed, matching_bits
-from jobs.parameters import parameters_text
-from jobs.plan import Plan, PlannedSample
-from jobs.records import encode_record, tool_versions
+from jobs.outputs.images import blank, encode_png, pixel_sha256
+from jobs.outputs.records import encode_record, tool_versions
+from jobs.plans.plan import Plan, PlannedSample
 
 RETRY_METHOD = "dwtDctSvd"
 """What the policy `retry` marks with where the plan's own mark cannot be read back: it holds on smooth pictures."""

@@ -103,7 +103,7 @@ def test_the_command_holds_no_logic():
         ("import cli; cli.app(['--help'], standalone_mode=False)", {"torch", "ray", "pyarrow", "numpy", "pydantic"}),
         ("import engine", {"torch", "transformers", "ray", "pyarrow", "fsspec", "cv2"}),
         ("import jobs.runner", {"torch", "ray", "transformers", "cv2"}),
-        ("import jobs.report", {"torch", "ray", "transformers", "cv2"}),
+        ("import jobs.show.report", {"torch", "ray", "transformers", "cv2"}),
     ],
 )
 def test_what_an_import_must_not_bring_along(statement: str, heavy: set[str]):

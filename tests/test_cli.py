@@ -218,7 +218,7 @@ def test_a_mistake_of_ours_keeps_its_traceback(call: Call, monkeypatch: pytest.M
     def broken(*_args: object, **_options: object) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr("jobs.status.status", broken)
+    monkeypatch.setattr("jobs.outputs.status.status", broken)
     with pytest.raises(ZeroDivisionError):
         call("status", "x")
 

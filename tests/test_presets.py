@@ -10,7 +10,7 @@ import pytest
 from engine import SAMPLERS
 from engine.hub import is_hub_id
 from jobs.errors import UsageError
-from jobs.presets import ModelChoice, list_presets, resolve_model
+from jobs.plans.presets import ModelChoice, list_presets, resolve_model
 from tests.engine.families import write_sd2, write_sdxl
 from tests.engine.originals import write_safetensors
 

@@ -8,7 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 from engine import EngineError
 from jobs.errors import JobError
-from jobs.storage_errors import StorageError
+from jobs.store.errors import StorageError
 from jobs.worker import ChunkGenerator, EngineFactory, GeneratedChunk, Receipt, finish_chunk, load_engine
 
 _FINISHERS = 2

@@ -21,13 +21,13 @@ from typing import Any
 
 import pyarrow as pa
 
-from jobs.display import held_back_stderr
 from jobs.errors import JobError, UsageError
 from jobs.executors.scratch import scratch_folder
-from jobs.plan import Plan
+from jobs.plans.plan import Plan
+from jobs.show.display import held_back_stderr
 from jobs.spec import Runtime
-from jobs.storage_errors import StorageError
-from jobs.urls import allowed_filesystem, display_url
+from jobs.store.errors import StorageError
+from jobs.store.urls import allowed_filesystem, display_url
 from jobs.worker import ChunkGenerator, EngineFactory, GeneratedChunk, Receipt, finish_chunk, load_engine
 
 FINISHER_CPUS = 0.5

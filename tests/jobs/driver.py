@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 
 from jobs.runner import RunSummary, run_job
 from jobs.spec import JobSpec
-from jobs.storage import Storage
+from jobs.store.storage import Storage
 from jobs.worker import EngineFactory
 from tests.jobs.fakes import fake_engine
 

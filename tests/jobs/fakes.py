@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from engine import GenerationRequest, GenerationResult, SafetyVerdict
-from jobs.plan import Plan
+from jobs.plans.plan import Plan
 
 
 @dataclass

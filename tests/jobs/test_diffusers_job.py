@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from jobs.draft import draft_plan
 from jobs.errors import UsageError
-from jobs.verify import verify
+from jobs.outputs.verify import verify
+from jobs.plans.draft import draft_plan
 from jobs.worker import load_engine
 from tests.engine.diffusers_models import write_sd3
 from tests.jobs.driver import job_spec, read_dataset, run

@@ -16,12 +16,12 @@ from PIL import Image
 from engine import embed_watermark
 from jobs import worker
 from jobs.errors import UsageError
-from jobs.images import decode_png
 from jobs.job import open_job
 from jobs.mark_bits import CHANCE, bits_needed
 from jobs.marks import read_marks
-from jobs.plan import adopt, draft_plan
-from jobs.storage import Storage
+from jobs.outputs.images import decode_png
+from jobs.plans.plan import adopt, draft_plan
+from jobs.store.storage import Storage
 from jobs.worker import ChunkGenerator, GeneratedChunk, finish_chunk
 from tests.jobs.driver import job_spec
 from tests.jobs.fakes import FakeEngine, fake_engine

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs.verify import verify
+from jobs.outputs.verify import verify
 from jobs.worker import load_engine
 from tests.jobs.driver import Dataset, KillAt, committed_generations, job_spec, read_dataset, run, start
 from tests.jobs.fakes import slow_engine

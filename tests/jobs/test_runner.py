@@ -14,11 +14,11 @@ from engine import EngineError, GenerationRequest, GenerationResult
 from jobs.errors import JobError, OutputConflictError, UsageError
 from jobs.executors.inline import InlineExecutor
 from jobs.job import open_job
-from jobs.plan import Plan
+from jobs.outputs.status import status
+from jobs.outputs.verify import verify
+from jobs.plans.plan import Plan
 from jobs.runner import Progress, run_job
-from jobs.status import status
-from jobs.storage import _Local
-from jobs.verify import verify
+from jobs.store.storage import _Local
 from tests.jobs.driver import job_spec, read_dataset, run
 from tests.jobs.fakes import FakeEngine, fake_engine
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from jobs.errors import OutputConflictError, UsageError
-from jobs.status import status
-from jobs.storage import Storage
-from jobs.verify import verify
+from jobs.outputs.status import status
+from jobs.outputs.verify import verify
+from jobs.store.storage import Storage
 from tests.conftest import S3_SECRET
 from tests.jobs.driver import KillAt, job_spec, read_dataset, run, start
 from tests.jobs.fakes import slow_engine

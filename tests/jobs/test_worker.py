@@ -15,13 +15,13 @@ from PIL import Image
 
 from engine import GenerationRequest
 from jobs import worker
-from jobs.images import decode_png, encode_png, pixel_sha256
 from jobs.job import Job, open_job
-from jobs.ledger import record_path
-from jobs.parameters import TEXT_LIMIT, parameters_text
-from jobs.plan import adopt, draft_plan
-from jobs.storage import Storage
-from jobs.storage_errors import StorageError
+from jobs.manifests.parameters import TEXT_LIMIT, parameters_text
+from jobs.outputs.images import decode_png, encode_png, pixel_sha256
+from jobs.outputs.ledger import record_path
+from jobs.plans.plan import adopt, draft_plan
+from jobs.store.errors import StorageError
+from jobs.store.storage import Storage
 from jobs.worker import ChunkGenerator, GeneratedChunk, Receipt, finish_chunk
 from tests.jobs.driver import job_spec
 from tests.jobs.fakes import fake_engine, fake_pixels

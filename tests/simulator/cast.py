@@ -17,25 +17,25 @@ from unittest.mock import patch
 import numpy as np
 import pyarrow as pa
 
-import jobs.clean
 import jobs.executors.inline
 import jobs.job
-import jobs.ledger
-import jobs.plan
-import jobs.publish
+import jobs.outputs.clean
+import jobs.outputs.ledger
+import jobs.outputs.publish
+import jobs.outputs.sinks
+import jobs.plans.plan
 import jobs.runner
-import jobs.sinks
-import jobs.storage
+import jobs.store.storage
 import jobs.worker
 from engine import GenerationRequest, GenerationResult, SafetyVerdict
 from jobs.errors import JobError, OutputConflictError, UsageError
-from jobs.ledger import Ledger, record_path
-from jobs.planned import PLAN_PATH, PlannedSample, fingerprint
-from jobs.publish import MANIFEST_PATH
-from jobs.records import OWN_FIELDS, decode_record
+from jobs.outputs.ledger import Ledger, record_path
+from jobs.outputs.publish import MANIFEST_PATH
+from jobs.outputs.records import OWN_FIELDS, decode_record
+from jobs.plans.planned import PLAN_PATH, PlannedSample, fingerprint
 from jobs.runner import RunSummary
-from jobs.storage import Storage
-from jobs.storage_errors import StorageError
+from jobs.store.errors import StorageError
+from jobs.store.storage import Storage
 from jobs.worker import ChunkGenerator, Receipt
 from tests.simulator.world import URL, Actor, SerialPool, SimulatedStorage, World
 
@@ -246,7 +246,7 @@ class Cast:
             for _ in range(sweeps):
                 self.world.pause(self.world.random.uniform(0, longest_pause))
                 try:
-                    self.swept += jobs.clean.clean(URL).images
+                    self.swept += jobs.outputs.clean.clean(URL).images
                 except (StorageError, UsageError):
                     continue  # there is no plan yet, or the store is out of order
 
@@ -317,23 +317,23 @@ def installed(world: World, cast: Cast) -> Iterator[None]:
     with ExitStack() as patches:
         for target, name, value in (
             (Storage, "open", staticmethod(lambda _: SimulatedStorage(world))),
-            (jobs.storage, "_sleep", world.pause),
-            (jobs.storage, "random", world.random),
-            (jobs.storage, "secrets", tokens),
+            (jobs.store.storage, "_sleep", world.pause),
+            (jobs.store.storage, "random", world.random),
+            (jobs.store.storage, "secrets", tokens),
             (jobs.worker, "secrets", tokens),
-            (jobs.clean, "secrets", tokens),
-            (jobs.ledger, "ThreadPoolExecutor", pool),
-            (jobs.sinks, "ThreadPoolExecutor", pool),
-            (jobs.publish, "ThreadPoolExecutor", pool),
-            (jobs.clean, "ThreadPoolExecutor", pool),
+            (jobs.outputs.clean, "secrets", tokens),
+            (jobs.outputs.ledger, "ThreadPoolExecutor", pool),
+            (jobs.outputs.sinks, "ThreadPoolExecutor", pool),
+            (jobs.outputs.publish, "ThreadPoolExecutor", pool),
+            (jobs.outputs.clean, "ThreadPoolExecutor", pool),
             (jobs.runner, "open_job", open_job),
             (jobs.worker, "open_job", open_job),
-            (jobs.clean, "open_job", open_job),
-            (jobs.plan, "parse_plan", lambda data, _: PLAN_BY_HASH[json.loads(data)["plan_hash"]]),
+            (jobs.outputs.clean, "open_job", open_job),
+            (jobs.plans.plan, "parse_plan", lambda data, _: PLAN_BY_HASH[json.loads(data)["plan_hash"]]),
             (jobs.runner, "draft_plan", _draft),
             (jobs.runner, "_open_executor", cast.open_executor),
             (jobs.runner, "_graceful_interrupt", _uninterrupted),
-            (jobs.ledger, "decode_record", decode_once),
+            (jobs.outputs.ledger, "decode_record", decode_once),
             (jobs.worker, "encode_record", _encode_once),
             (jobs.worker, "_finish_sample", finish_once),
             (Ledger, "commit", _truthful(cast, Ledger.commit)),

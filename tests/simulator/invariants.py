@@ -10,9 +10,9 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from jobs.ledger import chunk_of_path
-from jobs.planned import PLAN_PATH, REJECTED_PATH
-from jobs.publish import MANIFEST_PATH, Publication
+from jobs.outputs.ledger import chunk_of_path
+from jobs.outputs.publish import MANIFEST_PATH, Publication
+from jobs.plans.planned import PLAN_PATH, REJECTED_PATH
 from tests.simulator.cast import CHUNKS, COLUMNS, SimulatedPlan, decode_once, finish_once, result_of, standing_plan
 from tests.simulator.world import Violation, World
 

@@ -9,12 +9,12 @@ from collections.abc import Callable, Sequence
 
 import pytest
 
-from jobs import clean as clean_module
-from jobs import publish as publish_module
 from jobs.job import Job
-from jobs.ledger import Ledger, record_path
-from jobs.records import CommitRecord
-from jobs.sinks import FilesSink, StoredImage, attempt_folder
+from jobs.outputs import clean as clean_module
+from jobs.outputs import publish as publish_module
+from jobs.outputs.ledger import Ledger, record_path
+from jobs.outputs.records import CommitRecord
+from jobs.outputs.sinks import FilesSink, StoredImage, attempt_folder
 from tests.simulator.schedule import Outcome, first_violation, run_schedule
 
 SCHEDULES = 300

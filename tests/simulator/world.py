@@ -15,7 +15,7 @@ from typing import IO, Any
 
 import greenlet
 
-from jobs.storage import Storage
+from jobs.store.storage import Storage
 
 URL = "memory://simulated"
 STEP_SECONDS = 0.04

@@ -1,0 +1,123 @@
+"""Parquet manifests as batches of rows, in small steps, because a tiny file can decode to gigabytes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from jobs.errors import UsageError
+from jobs.manifests.columns import can_carry, plain_type, row_bytes, to_plain
+from jobs.manifests.fields import FIELDS, shorten
+from jobs.manifests.readers import (
+    BATCH_BYTES,
+    BATCH_ROWS,
+    BLOCK_BYTES,
+    MAX_COLUMNS,
+    MAX_ROW_BYTES,
+    Layout,
+    Opener,
+    RowBatch,
+)
+
+READ_ROWS = 64
+"""Rows decoded at once: a hostile file of a few hundred bytes can hold 1 MiB per row."""
+
+MAX_CHUNK_BYTES = 512 << 20
+MAX_EXPANSION = 100
+
+
+def scan_parquet(opener: Opener) -> Layout:
+    """The columns of a Parquet file; one of ours with an unsuitable type is refused as a whole."""
+    with opener() as stream, pq.ParquetFile(stream) as file:
+        schema = file.schema_arrow
+    names = schema.names
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise UsageError(f"has the column {shorten(twice[0])} twice; rename one")
+    if len(names) > MAX_COLUMNS + len(FIELDS):
+        raise UsageError(f"has {len(names):,} columns, the limit is {MAX_COLUMNS}; drop those that are not needed")
+    for entry in schema:
+        _refuse_type(entry)
+        if not can_carry(plain_type(entry.type)):
+            raise UsageError(
+                f"has the column {shorten(entry.name)} as {entry.type}, which cannot be carried; make it text"
+            )
+    return Layout(
+        own=tuple(name for name in FIELDS if name in names),
+        carried=tuple(pa.field(entry.name, plain_type(entry.type)) for entry in schema if entry.name not in FIELDS),
+    )
+
+
+def _refuse_type(entry: pa.Field) -> None:
+    type_, known = plain_type(entry.type), FIELDS.get(entry.name)
+    if known is None:
+        return
+    is_number = pa.types.is_integer(type_) or pa.types.is_floating(type_)
+    is_text = pa.types.is_string(type_) or pa.types.is_large_string(type_)
+    fits = is_number if known.kind in {"int", "float"} else is_text or (entry.name == "id" and is_number)
+    if not fits and not pa.types.is_null(type_):
+        expected = "numbers" if known.kind in {"int", "float"} else "text"
+        raise UsageError(f"has the column {entry.name} as {entry.type}, expected {expected}; convert the column")
+
+
+def read_parquet(opener: Opener, columns: Sequence[str]) -> Iterator[RowBatch]:
+    """The named columns in small steps; a row over the limit is a fault, and its values are dropped."""
+    with opener() as stream, pq.ParquetFile(stream, pre_buffer=False, buffer_size=BLOCK_BYTES) as file:
+        _refuse_bombs(file.metadata, set(columns))
+        held: list[pa.RecordBatch] = []
+        faults: dict[int, str] = {}
+        start, rows, size = 1, 0, 0
+        for piece in file.iter_batches(READ_ROWS, columns=list(columns), use_threads=False):
+            small = _drop_huge(piece, rows, faults)
+            held.append(small)
+            rows += len(small)
+            size += small.nbytes
+            if rows >= BATCH_ROWS or size > BATCH_BYTES:
+                yield _parquet_batch(held, faults, start)
+                start, rows, size, held, faults = start + rows, 0, 0, [], {}
+        if held:
+            yield _parquet_batch(held, faults, start)
+
+
+def _refuse_bombs(metadata: Any, columns: set[str]) -> None:
+    """A page is always decompressed whole, so refuse chunks that are huge and expand beyond any honest ratio."""
+    for group in range(metadata.num_row_groups):
+        for index in range(metadata.num_columns):
+            chunk = metadata.row_group(group).column(index)
+            expanded, packed = chunk.total_uncompressed_size, max(chunk.total_compressed_size, 1)
+            if (
+                chunk.path_in_schema.split(".")[0] in columns
+                and expanded > MAX_CHUNK_BYTES
+                and expanded > MAX_EXPANSION * packed
+            ):
+                raise UsageError(
+                    f"has a column chunk of {packed:,} bytes that expands to {expanded:,} "
+                    f"({chunk.path_in_schema}); the limit is {MAX_CHUNK_BYTES:,}: write smaller row groups"
+                )
+
+
+def _drop_huge(piece: pa.RecordBatch, offset: int, faults: dict[int, str]) -> pa.RecordBatch:
+    plain = pa.RecordBatch.from_arrays([to_plain(column) for column in piece.columns], names=piece.schema.names)
+    sizes = row_bytes(plain)
+    huge = np.flatnonzero(sizes > MAX_ROW_BYTES)
+    for index in huge:
+        faults[offset + int(index)] = (
+            f"the row has {int(sizes[index]):,} bytes, the limit is {MAX_ROW_BYTES:,}; shorten it"
+        )
+    if not len(huge):
+        return plain
+    kept = pa.array(np.arange(len(plain)), mask=sizes > MAX_ROW_BYTES)
+    return plain.take(kept)
+
+
+def _parquet_batch(held: list[pa.RecordBatch], faults: dict[int, str], start: int) -> RowBatch:
+    batch = pa.concat_batches(held)
+    return RowBatch(
+        lines=np.arange(start, start + len(batch), dtype=np.int64),
+        columns=dict(zip(batch.schema.names, batch.columns, strict=True)),
+        faults=faults,
+    )

@@ -1,0 +1,109 @@
+"""Prompt lines with flags, as two web UIs' scripts take them; nothing in them is ever executed.
+
+`--prompt "a cat" --seed 3 --sampler_name "Euler a"`: every value behind its flag, quoted as in a shell.
+`a cat --n blurry --d 3 --s 20`: the prompt first, then one-letter flags.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Mapping
+from typing import Any
+
+from jobs.manifests.fields import nearest, shorten
+from jobs.manifests.parameters import find_sampler, unknown_sampler
+
+COLUMNS = (
+    "prompt",
+    "negative_prompt",
+    "seed",
+    "width",
+    "height",
+    "guidance_scale",
+    "num_inference_steps",
+    "sampler",
+    "num_images",
+)
+"""The columns that a line can give."""
+
+_LONG = {
+    "prompt": "prompt",
+    "negative_prompt": "negative_prompt",
+    "seed": "seed",
+    "steps": "num_inference_steps",
+    "cfg_scale": "guidance_scale",
+    "width": "width",
+    "height": "height",
+    "sampler_name": "sampler",
+    "n_iter": "num_images",
+}
+_SHORT = {
+    "n": "negative_prompt",
+    "d": "seed",
+    "s": "num_inference_steps",
+    "l": "guidance_scale",
+    "w": "width",
+    "h": "height",
+}
+_INLINE_FLAG = re.compile(r"(?:^|\s)--(?=[A-Za-z])")
+
+
+def read_flags(line: str) -> tuple[dict[str, Any], str | None]:
+    """A line's columns, and why they cannot be used, or None. A line without flags is a prompt."""
+    long = line.lstrip().startswith("--")
+    try:
+        given = _long_flags(line) if long else _inline_flags(line)
+    except ValueError as error:
+        return {"prompt": line}, str(error)
+    known = _LONG if long else _SHORT
+    row: dict[str, Any] = {}
+    for flag, value in given:
+        if flag not in known and flag:
+            return {"prompt": line}, _unknown(flag, known)
+        column = known[flag] if flag else "prompt"
+        if column in row:
+            return {"prompt": line}, f"--{flag} is given twice; leave one out"
+        row[column] = value
+    if row.get("seed") == "-1":  # any seed: the job's own
+        del row["seed"]
+    if "sampler" in row:
+        name = row["sampler"]
+        row["sampler"] = find_sampler(name)
+        if row["sampler"] is None:
+            return row, unknown_sampler(name)
+    return row, None
+
+
+def _long_flags(line: str) -> list[tuple[str, str]]:
+    try:
+        words = shlex.split(line)
+    except ValueError as error:
+        raise ValueError(f"the line is not quoted as in a shell ({error}); close the quotes") from None
+    given: list[tuple[str, list[str]]] = []
+    for word in words:
+        if word.startswith("--"):
+            flag, equals, value = word.removeprefix("--").partition("=")
+            given.append((flag, [value] if equals else []))
+        else:
+            given[-1][1].append(word)
+    empty = next((flag for flag, values in given if not values), None)
+    if empty is not None:
+        raise ValueError(f"--{empty} has no value; write one behind it")
+    return [(flag, " ".join(values)) for flag, values in given]
+
+
+def _inline_flags(line: str) -> list[tuple[str, str]]:
+    """The prompt under no name, then the flags. Everything up to the next flag is a flag's value."""
+    prompt, *rest = _INLINE_FLAG.split(line)
+    given = [("", prompt.strip() if rest else prompt)]
+    for text in rest:
+        flag, _, value = text.partition(" ")
+        given.append((flag, value.strip()))
+    return given
+
+
+def _unknown(flag: str, known: Mapping[str, str]) -> str:
+    return (
+        f"--{shorten(flag)[1:-1]} is unknown{nearest(flag, known)}; known: {', '.join(f'--{name}' for name in known)}"
+    )

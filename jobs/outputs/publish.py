@@ -1,0 +1,244 @@
+"""Commit records -> one sorted dataset: `dataset/part-*.parquet` and, last, `dataset/manifest.json`.
+
+Commit records never change, so publishing is a pure function of the ledger: two publishers at once, or one after a
+crash, write the same bytes under the same names.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from jobs.errors import JobError
+from jobs.job import Job
+from jobs.outputs.records import STATUSES, CommitRecord, count_statuses
+
+MANIFEST_PATH = "dataset/manifest.json"
+ROWS_PER_PART = 50_000
+_READ_AHEAD = 32
+_READ_THREADS = 16
+
+Fetch = Callable[[int], CommitRecord]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Part:
+    """One published Parquet file."""
+
+    path: str
+    rows: int
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Publication:
+    """What `dataset/manifest.json` says."""
+
+    plan_hash: str
+    rows: int
+    counts: dict[str, int]
+    images: int
+    image_bytes: int
+    rejected_rows: int
+    execution_classes: tuple[str, ...]
+    schema: tuple[tuple[str, str], ...]
+    parts: tuple[Part, ...]
+
+    def to_json(self) -> bytes:
+        """The manifest file's bytes: the same publication always gives the same ones."""
+        return (json.dumps({"format": 1, **asdict(self)}, indent=2) + "\n").encode()
+
+    @classmethod
+    def from_json(cls, data: bytes) -> Publication:
+        """Raises ValueError for anything but a manifest file."""
+        try:
+            fields = json.loads(data)
+            if fields.pop("format") != 1:
+                raise ValueError("it is of a newer format")
+            fields["parts"] = tuple(Part(**part) for part in fields["parts"])
+            fields["schema"] = tuple((name, kind) for name, kind in fields["schema"])
+            fields["execution_classes"] = tuple(fields["execution_classes"])
+            return cls(**fields)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"it is not a dataset manifest: {error}") from error
+
+
+def load_publication(job: Job) -> Publication | None:
+    """The published manifest; None if the dataset is not published or its manifest is damaged."""
+    try:
+        publication = Publication.from_json(job.storage.read(MANIFEST_PATH))
+    except (FileNotFoundError, ValueError):
+        return None
+    return publication if publication.plan_hash == job.plan.plan_hash else None
+
+
+def standing_publication(job: Job) -> Publication | None:
+    """The publication if it stands as it was made, all its parts present; None if there is anything left to do."""
+    publication = load_publication(job)
+    if publication is None:
+        return None
+    sizes = dict(job.storage.list("dataset"))
+    whole = all(sizes.get(part.path) == part.bytes for part in publication.parts)
+    return publication if whole else None
+
+
+def publish(
+    job: Job, *, rows_per_part: int = ROWS_PER_PART, on_rows: Callable[[int], None] | None = None
+) -> Publication:
+    """Afterwards the dataset is published: every row once, sorted by sample_id, every referenced object present.
+
+    Call it when every chunk is committed. A dataset that is published already is left alone. Raises JobError if a
+    record or a referenced picture is missing.
+    """
+    standing = standing_publication(job)
+    if standing is not None:
+        return standing
+    tally = _Tally()
+    parts = []
+    for number, table in enumerate(merged_tables(job, _fetch_present(job), rows_per_part)):
+        parts.append(_write_part(job, number, table))
+        tally.add(table)
+        if on_rows is not None:
+            on_rows(tally.rows)
+    publication = Publication(
+        plan_hash=job.plan.plan_hash,
+        rows=tally.rows,
+        counts=tally.counts,
+        images=tally.images,
+        image_bytes=tally.image_bytes,
+        rejected_rows=job.plan.n_rejected,
+        execution_classes=tuple(sorted(tally.execution_classes)),
+        schema=tuple((field.name, str(field.type)) for field in job.ledger.schema),
+        parts=tuple(parts),
+    )
+    job.storage.write(MANIFEST_PATH, publication.to_json())
+    return publication
+
+
+def merged_tables(job: Job, fetch: Fetch, rows_per_part: int) -> Iterator[pa.Table]:
+    """All rows in order of sample_id, `rows_per_part` at a time.
+
+    Within one group of the plan, chunks and their rows ascend, so this is a merge of as many sorted streams as there
+    are groups; memory holds one part, and what was read ahead. Raises JobError unless every sample is there once.
+    """
+    groups = [range(group.first_chunk, group.first_chunk + group.n_chunks) for group in job.plan.groups]
+    ahead = max(1, _READ_AHEAD // max(1, len(groups)))
+    with ThreadPoolExecutor(_READ_THREADS) as pool:
+        streams = [_Stream(chunks, fetch, pool, ahead) for chunks in groups]
+        for start in range(0, job.plan.n_samples, rows_per_part):
+            end = min(start + rows_per_part, job.plan.n_samples)
+            pieces = [piece for stream in streams for piece in stream.take(end)]
+            table = pa.concat_tables([job.ledger.schema.empty_table(), *pieces])
+            ordinals = _ordinals(table)
+            order = np.argsort(ordinals, kind="stable")
+            if not np.array_equal(ordinals[order], np.arange(start, end)):
+                raise JobError(
+                    f"samples {start}..{end - 1} are not in the ledger exactly once ({len(ordinals)} rows for "
+                    f"{end - start} samples); run `latentmill verify` to see which"
+                )
+            yield table.take(pa.array(order)).combine_chunks()
+
+
+class _Stream:
+    """The rows of one group, in order, read ahead by a pool's threads."""
+
+    def __init__(self, chunks: Sequence[int], fetch: Fetch, pool: ThreadPoolExecutor, ahead: int) -> None:
+        self._chunks = iter(chunks)
+        self._fetch = fetch
+        self._pool = pool
+        self._ahead = ahead
+        self._waiting: deque[Future[CommitRecord]] = deque()
+        self._rest: pa.Table | None = None
+
+    def take(self, end: int) -> Iterator[pa.Table]:
+        """The next rows whose ordinal is below `end`."""
+        while True:
+            table = self._rest if self._rest is not None else self._next()
+            if table is None:
+                return
+            split = int(np.searchsorted(_ordinals(table), end))
+            if split:
+                yield table.slice(0, split)
+            if split < table.num_rows:
+                self._rest = table.slice(split)
+                return
+            self._rest = None
+
+    def _next(self) -> pa.Table | None:
+        while len(self._waiting) < self._ahead:
+            chunk = next(self._chunks, None)
+            if chunk is None:
+                break
+            self._waiting.append(self._pool.submit(self._fetch, chunk))
+        return self._waiting.popleft().result().table if self._waiting else None
+
+
+class _Tally:
+    """Totals over the published rows."""
+
+    def __init__(self) -> None:
+        self.rows = self.images = self.image_bytes = 0
+        self.counts = dict.fromkeys(STATUSES, 0)
+        self.execution_classes: set[str] = set()
+
+    def add(self, table: pa.Table) -> None:
+        self.rows += table.num_rows
+        for status, count in count_statuses(table).items():
+            self.counts[status] += count
+        self.images += table.num_rows - table.column("image").null_count
+        self.image_bytes += pc.sum(table.column("bytes")).as_py() or 0
+        self.execution_classes.update(table.column("execution_class").unique().to_pylist())
+
+
+def encode_part(table: pa.Table) -> bytes:
+    """The bytes of a published part."""
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer, compression="zstd")
+    return buffer.getvalue()
+
+
+def _write_part(job: Job, number: int, table: pa.Table) -> Part:
+    data = encode_part(table)
+    digest = hashlib.sha256(data).hexdigest()
+    path = f"dataset/part-{number:05d}-{digest[:16]}.parquet"
+    job.storage.write(path, data)
+    return Part(path=path, rows=table.num_rows, bytes=len(data), sha256=digest)
+
+
+def _fetch_present(job: Job) -> Fetch:
+    """Reads a record and makes sure that every picture it refers to lies there with its size."""
+
+    def fetch(chunk: int) -> CommitRecord:
+        record = job.ledger.read(chunk)
+        if record is None:
+            raise JobError(f"chunk {chunk} is not committed; run the same command again")
+        rows: list[dict[str, Any]] = record.table.select(["image", "bytes"]).to_pylist()
+        wanted = {row["image"]: row["bytes"] for row in rows if row["image"] is not None}
+        present = job.sink.sizes(chunk, record.attempt) if wanted else {}
+        missing = sorted(path for path, size in wanted.items() if present.get(path) != size)
+        if missing:
+            raise JobError(
+                f"{len(missing)} committed pictures are missing or cut short in {job.storage.url}, first {missing[0]}; "
+                f"run `latentmill verify`, then restore them from a copy"
+            )
+        return record
+
+    return fetch
+
+
+def _ordinals(table: pa.Table) -> NDArray[np.int64]:
+    ordinals: NDArray[np.int64] = pc.cast(table.column("sample_id"), pa.int64()).to_numpy()
+    return ordinals

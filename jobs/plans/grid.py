@@ -1,0 +1,283 @@
+"""The arithmetic between rows, axes, samples and chunks: prefix sums and mixed radices, never a list of samples.
+
+A *class* is a set of rows that are alike in everything a row says about the loop (size, steps, sampler, guided or not);
+a *group* is a class together with those axis values that complete the loop key. A group's samples are ordered by row,
+then by the combinations of the axes, the last axis fastest, then by image; chunks are cut out of one group each.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from engine import SAMPLER_CHOICES
+from jobs.errors import JobError, UsageError
+from jobs.manifests.fields import Value
+from jobs.plans.sweep import Axis, count_combinations
+
+LOOP_FIELDS = ("width", "height", "num_inference_steps", "sampler", "guided")
+MAX_GROUPS = 1024
+MAX_SAMPLES = 10**10
+
+LoopKey = tuple[int, int, int, str, bool]
+RowClass = tuple[int, ...]
+"""One whole number per loop field that no axis gives: samplers by their place in SAMPLER_CHOICES, guided as 0 or 1."""
+
+
+def class_fields(axes: Sequence[Axis]) -> tuple[str, ...]:
+    """The loop fields that are a matter of the row, because no axis gives them."""
+    given = {"guided" if axis.name == "guidance_scale" else axis.name for axis in axes}
+    return tuple(name for name in LOOP_FIELDS if name not in given)
+
+
+def row_classes(table: pa.Table, fields: Sequence[str], defaults: Mapping[str, Value]) -> NDArray[np.int64]:
+    """`(rows, len(fields))`: each row's class."""
+    columns = [_class_column(table, name, defaults) for name in fields]
+    return np.stack(columns, axis=1) if columns else np.zeros((len(table), 0), dtype=np.int64)
+
+
+def _class_column(table: pa.Table, name: str, defaults: Mapping[str, Value]) -> NDArray[np.int64]:
+    source = "guidance_scale" if name == "guided" else name
+    default = defaults[source]
+    if source not in table.column_names:
+        return np.full(len(table), _encode(name, default), dtype=np.int64)
+    column = table.column(source).fill_null(default)
+    if name == "sampler":
+        encoded = column.combine_chunks().dictionary_encode()
+        codes = np.array([SAMPLER_CHOICES.index(value) for value in encoded.dictionary.to_pylist()], dtype=np.int64)
+        return codes[encoded.indices.to_numpy()] if len(table) else codes
+    values = column.to_numpy()
+    return np.asarray(values > 1.0 if name == "guided" else values, dtype=np.int64)
+
+
+def _encode(name: str, value: Value) -> int:
+    if name == "sampler":
+        return SAMPLER_CHOICES.index(str(value))
+    return int(float(value) > 1.0) if name == "guided" else int(value)
+
+
+def decode_class(fields: Sequence[str], numbers: RowClass) -> list[Value]:
+    """A class as it is stored: samplers by name, because their places may change from version to version."""
+    return [
+        SAMPLER_CHOICES[number] if name == "sampler" else number for name, number in zip(fields, numbers, strict=True)
+    ]
+
+
+def encode_class(fields: Sequence[str], values: Sequence[Value]) -> RowClass:
+    """The reverse of `decode_class`. Raises JobError for a sampler that this version lacks."""
+    for name, value in zip(fields, values, strict=True):
+        if name == "sampler" and value not in SAMPLER_CHOICES:
+            raise JobError(
+                f"the plan has the sampler {value!r}, which this version lacks; use the version that made it"
+            )
+    return tuple(
+        SAMPLER_CHOICES.index(str(value)) if name == "sampler" else int(value)
+        for name, value in zip(fields, values, strict=True)
+    )
+
+
+def images_per_row(table: pa.Table, defaults: Mapping[str, Value]) -> NDArray[np.int64]:
+    """How many images each row asks for, per combination of the axes."""
+    if "num_images" not in table.column_names:
+        return np.full(len(table), int(defaults["num_images"]), dtype=np.int64)
+    return np.asarray(table.column("num_images").fill_null(defaults["num_images"]).to_numpy(), dtype=np.int64)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Group:
+    """Samples of one loop key. `digits` holds, per axis, the places of those values that belong here."""
+
+    key: LoopKey
+    row_class: int
+    digits: tuple[tuple[int, ...], ...]
+    n_samples: int
+    first_chunk: int
+    n_chunks: int
+
+    @property
+    def combinations(self) -> int:
+        """Samples per row and image in this group."""
+        return math.prod(len(digits) for digits in self.digits)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Place:
+    """One sample: its row inside the part, the axis values' places, the image of the row, the global ordinal."""
+
+    row: int
+    digits: tuple[int, ...]
+    image: int
+    ordinal: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grid:
+    """All of a job's samples. `images[part, row_class]` sums the images per combination over the part's rows."""
+
+    axes: tuple[Axis, ...]
+    classes: tuple[RowClass, ...]
+    images: NDArray[np.int64]
+    chunk_size: int
+
+    @cached_property
+    def combinations(self) -> int:
+        """Samples per row and image."""
+        return count_combinations(self.axes)
+
+    @cached_property
+    def n_samples(self) -> int:
+        """All samples of the job."""
+        return int(self.images.sum()) * self.combinations
+
+    @property
+    def n_chunks(self) -> int:
+        """All chunks of the job."""
+        last = self.groups[-1]
+        return last.first_chunk + last.n_chunks
+
+    @cached_property
+    def groups(self) -> tuple[Group, ...]:
+        """All groups by loop key, none empty."""
+        keyed = sorted(self._keys(), key=lambda entry: entry[0])
+        groups: list[Group] = []
+        first = 0
+        totals = self.images.sum(axis=0)
+        for key, row_class, digits in keyed:
+            samples = int(totals[row_class]) * math.prod(map(len, digits))
+            chunks = -(-samples // self.chunk_size)
+            groups.append(
+                Group(
+                    key=key, row_class=row_class, digits=digits, n_samples=samples, first_chunk=first, n_chunks=chunks
+                )
+            )
+            first += chunks
+        return tuple(groups)
+
+    def check_limits(self) -> None:
+        """Raise UsageError where there are too many groups or too many samples; nothing is enumerated for that."""
+        count = len(self.classes) * math.prod(len(_axis_choices(axis)) for axis in self.axes)
+        if count > MAX_GROUPS:
+            raise UsageError(
+                f"the job mixes {count:,} combinations of size, steps, sampler and guidance, the limit is "
+                f"{MAX_GROUPS:,}: each needs chunks of its own; use fewer, or split the job"
+            )
+        if self.n_samples > MAX_SAMPLES:
+            raise UsageError(f"the job has {self.n_samples:,} samples, the limit is {MAX_SAMPLES:,}; split it")
+
+    def _keys(self) -> Iterator[tuple[LoopKey, int, tuple[tuple[int, ...], ...]]]:
+        fields = class_fields(self.axes)
+        choices = [_axis_choices(axis) for axis in self.axes]
+        for row_class, numbers in enumerate(self.classes):
+            known: dict[str, Any] = dict(zip(fields, numbers, strict=True))
+            for choice in itertools.product(*choices):
+                values = {**known, **{name: value for name, value, _ in choice if name is not None}}
+                key = (
+                    values["width"],
+                    values["height"],
+                    values["num_inference_steps"],
+                    SAMPLER_CHOICES[values["sampler"]],
+                    bool(values["guided"]),
+                )
+                yield key, row_class, tuple(digits for _, _, digits in choice)
+
+    def group_of(self, chunk: int) -> tuple[Group, int, int]:
+        """The chunk's group and the positions [start, stop) of its samples in that group."""
+        if not 0 <= chunk < self.n_chunks:
+            raise IndexError(f"chunk {chunk} is outside 0..{self.n_chunks - 1}")
+        first = int(np.searchsorted(self._first_chunks, chunk, side="right")) - 1
+        group = self.groups[first]
+        start = (chunk - group.first_chunk) * self.chunk_size
+        return group, start, min(start + self.chunk_size, group.n_samples)
+
+    def pieces(self, group: Group, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+        """The parts that hold the group's positions [start, stop), each with the positions inside that part."""
+        ends = self._ends_by_class[:, group.row_class] * group.combinations
+        part = int(np.searchsorted(ends, start, side="right"))
+        while start < stop:
+            before = int(ends[part - 1]) if part else 0
+            until = min(stop, int(ends[part]))
+            if until > start:
+                yield part, start - before, until - before
+            start, part = max(start, until), part + 1
+
+    def first_ordinal(self, part: int) -> int:
+        """The ordinal of the part's first sample."""
+        return int(self._images_before[part]) * self.combinations
+
+    @cached_property
+    def _first_chunks(self) -> NDArray[np.int64]:
+        return np.array([group.first_chunk for group in self.groups], dtype=np.int64)
+
+    @cached_property
+    def _ends_by_class(self) -> NDArray[np.int64]:
+        return np.cumsum(self.images, axis=0)
+
+    @cached_property
+    def _images_before(self) -> NDArray[np.int64]:
+        per_part = self.images.sum(axis=1)
+        return np.asarray(np.cumsum(per_part) - per_part, dtype=np.int64)
+
+
+def _axis_choices(axis: Axis) -> list[tuple[str | None, int, tuple[int, ...]]]:
+    """How an axis splits into groups: (loop field, its encoded value, places of the values), or one choice of all."""
+    everything = tuple(range(len(axis.values)))
+    if axis.name == "guidance_scale":
+        sides = [(flag, tuple(i for i in everything if _encode("guided", axis.values[i]) == flag)) for flag in (0, 1)]
+        return [("guided", flag, digits) for flag, digits in sides if digits]
+    if axis.name in LOOP_FIELDS:
+        return [(axis.name, _encode(axis.name, axis.values[i]), (i,)) for i in everything]
+    return [(None, 0, everything)]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PartRows:
+    """A part's rows as the arithmetic needs them: which row has which class and how many images."""
+
+    classes: NDArray[np.int64]
+    images: NDArray[np.int64]
+
+    def places(self, grid: Grid, group: Group, part: int, start: int, stop: int) -> Iterator[Place]:
+        """The samples at the group's positions [start, stop) inside this part."""
+        rows = np.flatnonzero((self.classes == np.array(grid.classes[group.row_class])).all(axis=1))
+        ends = np.cumsum(self.images[rows]) * group.combinations
+        images_before = np.cumsum(self.images) - self.images
+        first_ordinal = grid.first_ordinal(part)
+        sizes = [len(axis.values) for axis in grid.axes]
+        index = int(np.searchsorted(ends, start, side="right"))
+        for position in range(start, stop):
+            while position >= ends[index]:
+                index += 1
+            row = int(rows[index])
+            count = int(self.images[row])
+            inside = position - (int(ends[index - 1]) if index else 0)
+            combination, image = divmod(inside, count)
+            digits = _digits(combination, group.digits)
+            ordinal = (
+                first_ordinal + int(images_before[row]) * grid.combinations + _number(digits, sizes) * count + image
+            )
+            yield Place(row=row, digits=digits, image=image, ordinal=ordinal)
+
+
+def _digits(combination: int, allowed: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+    """The places of the axis values in the given combination of a group; the last axis runs fastest."""
+    digits: list[int] = []
+    for places in reversed(allowed):
+        combination, digit = divmod(combination, len(places))
+        digits.append(places[digit])
+    return tuple(reversed(digits))
+
+
+def _number(digits: Sequence[int], sizes: Sequence[int]) -> int:
+    """The combination's number among all combinations of the job."""
+    number = 0
+    for digit, size in zip(digits, sizes, strict=True):
+        number = number * size + digit
+    return number

@@ -1,0 +1,94 @@
+"""What makes two plans the same: every setting that can change a pixel or a row, with its default filled in."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jobs.errors import UsageError
+from jobs.manifests.fields import Value
+from jobs.plans.presets import ModelDefaults, ResolvedModel
+from jobs.plans.sweep import Axis
+from jobs.spec import JobSpec
+
+
+def default_parameters(spec: JobSpec, defaults: ModelDefaults) -> dict[str, Value]:
+    """Each parameter's value for rows and axes that do not give it: flag or job file over preset."""
+
+    def first(given: Value | None, default: Value) -> Value:
+        return default if given is None else given
+
+    return {
+        "negative_prompt": first(spec.negative_prompt, ""),
+        "seed": spec.seed,
+        "width": first(spec.width, defaults.width),
+        "height": first(spec.height, defaults.height),
+        "num_inference_steps": first(spec.num_inference_steps, defaults.num_inference_steps),
+        "guidance_scale": first(spec.guidance_scale, defaults.guidance_scale),
+        "sampler": first(spec.sampler, defaults.sampler),
+        "eta": first(spec.eta, 0.0),
+        "num_images": spec.num_images,
+    }
+
+
+def plan_identity(
+    spec: JobSpec,
+    model: ResolvedModel,
+    parameters: Mapping[str, Value],
+    axes: tuple[Axis, ...],
+    digest: str,
+    batch_size: int,
+) -> dict[str, Any]:
+    """All that can change a pixel or a row, and nothing else."""
+    device = _resolve_device(spec)
+    if spec.dtype == "float16" and device == "cpu":
+        raise UsageError("dtype float16 does not run on cpu; use float32, or device cuda")
+    return {
+        "model_files": dict(sorted(model.files.items())),
+        "prediction_type": model.predicts,
+        "timestep_spacing": model.spacing,
+        "prompt_syntax": spec.prompt_syntax,
+        "long_prompts": spec.long_prompts,
+        "parameters": dict(parameters),
+        "axes": [[axis.name, list(axis.values)] for axis in axes],
+        "manifest": digest,
+        "chunk_size": spec.chunk_size,
+        "batch_size": batch_size,
+        "device": device,
+        "dtype": spec.dtype if spec.dtype != "auto" else "float16" if device == "cuda" else "float32",
+        "threads_per_actor": _resolve_threads(spec),
+        "safety": spec.safety,
+        "nsfw_threshold": None if spec.safety == "none" else spec.nsfw_threshold,
+        "on_flagged": spec.on_flagged,
+        "watermark": spec.watermark,
+        "watermark_text": "" if spec.watermark == "none" else spec.watermark_text,
+        "watermark_policy": spec.watermark_policy,
+        "format": spec.format,
+    }
+
+
+def _resolve_device(spec: JobSpec) -> str:
+    """`auto` is cuda where actors are given GPUs or this machine has one. Torch is asked only if a driver is there."""
+    if spec.device != "auto":
+        return spec.device
+    if spec.runtime.gpus_per_actor is not None:
+        return "cuda" if spec.runtime.gpus_per_actor > 0 else "cpu"
+    if not Path("/dev/nvidiactl").exists():
+        return "cpu"
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _resolve_threads(spec: JobSpec) -> int:
+    """Threads change bits, so they are planned: one, for one actor per core, unless the number of actors is given.
+
+    One thread by default, whatever the machine and the executor, makes the same job the same plan everywhere.
+    """
+    if spec.threads_per_actor is not None:
+        return spec.threads_per_actor
+    if spec.runtime.num_actors is None:
+        return 1
+    return max(1, len(os.sched_getaffinity(0)) // spec.runtime.num_actors)

@@ -1,0 +1,95 @@
+"""An output's plan: published once and resumed ever after, or refused with what differs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from jobs.errors import OutputConflictError, UsageError
+from jobs.manifests.fields import shorten
+from jobs.plans.draft import DraftPlan, draft_plan
+from jobs.plans.planned import (
+    PLAN_PATH,
+    REJECTED_PATH,
+    Plan,
+    PlannedSample,
+    canonical,
+    fingerprint,
+    parse_plan,
+    part_path,
+)
+from jobs.store.urls import display_url
+
+if TYPE_CHECKING:
+    from jobs.store.storage import Storage
+
+__all__ = ["DraftPlan", "Plan", "PlannedSample", "adopt", "draft_plan", "load_plan"]
+
+
+def adopt(draft: DraftPlan, storage: Storage) -> Plan:
+    """Afterwards the output has this plan, published now or found there from an earlier start, and its rejected rows.
+
+    Raises OutputConflictError, and has changed nothing that another plan needs, if the output belongs to another plan.
+    """
+    existing = _read_plan(storage)
+    if existing is None:
+        for part in range(len(draft.snapshot.parts)):
+            storage.create(part_path(draft.digest, part), draft.snapshot.path(part).read_bytes())
+        storage.create(PLAN_PATH, canonical(draft.document()).encode())
+        existing = load_plan(storage)  # ours, or that of whoever was faster
+    plan = _same_plan(draft, existing)
+    if not storage.exists(REJECTED_PATH):
+        # after the plan, because its name is the same for all plans: any other plan's driver has been refused by now
+        storage.create(REJECTED_PATH, draft.rejects.path.read_bytes())
+    return plan
+
+
+def load_plan(storage: Storage) -> Plan:
+    """The output's plan. Raises UsageError if it has none."""
+    plan = _read_plan(storage)
+    if plan is None:
+        raise UsageError(f"{storage.url} has no plan; start one with: latentmill run PROMPTS --out {storage.url}")
+    return plan
+
+
+def _read_plan(storage: Storage) -> Plan | None:
+    try:
+        data = storage.read(PLAN_PATH)
+    except FileNotFoundError:
+        return None
+    return parse_plan(data, storage)
+
+
+def _same_plan(draft: DraftPlan, existing: Plan) -> Plan:
+    identity = dict(draft.identity)
+    if draft.spec.threads_per_actor is None:
+        # not asked for, only derived from this machine: a resumed job keeps its own
+        identity["threads_per_actor"] = existing.threads_per_actor
+    if fingerprint(identity) == existing.plan_hash:
+        return existing
+    differences = list(_differences(existing.identity, identity))
+    shown = "; ".join(differences[:6]) + ("; …" if len(differences) > 6 else "")
+    raise OutputConflictError(
+        f"{display_url(draft.spec.out)} belongs to another plan: {shown}. Use another --out, or the old settings"
+    )
+
+
+def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:
+    """`field: old -> new` for every field that differs."""
+    before, after = _flat(old), _flat(new)
+    for name in sorted(before.keys() | after.keys()):
+        if before.get(name) != after.get(name):
+            yield f"{name}: {shorten(before.get(name, 'absent'), 40)} -> {shorten(after.get(name, 'absent'), 40)}"
+
+
+def _flat(identity: Mapping[str, Any]) -> dict[str, Any]:
+    flat = {
+        key: value for key, value in identity.items() if key not in {"model_files", "parameters", "axes", "manifest"}
+    }
+    flat |= {f"model file {name}": digest[:12] for name, digest in identity["model_files"].items()}
+    flat |= identity["parameters"]
+    flat |= {f"sweep {name}": ",".join(map(str, values)) for name, values in identity["axes"]}
+    if len(identity["axes"]) > 1:
+        flat["axis order"] = ",".join(name for name, _ in identity["axes"])
+    flat["manifest rows (digest)"] = identity["manifest"][:12]
+    return flat

@@ -1,0 +1,249 @@
+"""The plan as its readers know it: small, immutable, and able to say what any chunk is made of."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from engine import GenerationRequest
+from jobs.errors import JobError
+from jobs.manifests.fields import Value
+from jobs.manifests.validate import CARRIED_PREFIX, snapshot_schema
+from jobs.outputs.records import OWN_FIELDS, OWN_NAMES
+from jobs.plans.grid import Grid, Group, Place, class_fields, encode_class
+from jobs.plans.presets import ResolvedModel
+from jobs.plans.snapshot import PartInfo, SnapshotReader
+from jobs.plans.sweep import Axis
+
+if TYPE_CHECKING:
+    from jobs.store.storage import Storage
+
+PLAN_PATH = "_job/plan.json"
+REJECTED_PATH = "_job/rejected.parquet"
+FORMAT_VERSION = 2
+
+_MIN_ID_DIGITS = 8
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PlannedSample:
+    """One image to be made. `extra` holds the row's carried columns under their names in the commit record."""
+
+    ordinal: int
+    sample_id: str
+    row_number: int
+    row_id: str
+    request: GenerationRequest
+    extra: dict[str, Any]
+
+
+def canonical(value: Any) -> str:
+    """JSON with one spelling."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+
+
+def fingerprint(value: Any) -> str:
+    """sha256 of the canonical JSON."""
+    return hashlib.sha256(canonical(value).encode()).hexdigest()
+
+
+def part_path(digest: str, part: int) -> str:
+    """Where a part of the manifest snapshot lies in the output."""
+    return f"_job/manifest-{digest[:16]}-{part:05d}.parquet"
+
+
+def record_names(carried: Sequence[str]) -> list[str]:
+    """The carried columns' names in the commit record: a name that is taken gets the prefix `manifest_`."""
+    taken = set(OWN_NAMES) | set(carried)
+    names: list[str] = []
+    for name in carried:
+        if name in OWN_NAMES:
+            while name in taken:
+                name = f"manifest_{name}"  # noqa: PLW2901
+            taken.add(name)
+        names.append(name)
+    return names
+
+
+class Plan:
+    """What the output's plan.json says. Two plans with one `plan_hash` make the same rows and pixels."""
+
+    def __init__(self, document: Mapping[str, Any], storage: Storage) -> None:
+        self._document = document
+        self._storage = storage
+        identity, manifest = document["identity"], document["manifest"]
+        self.plan_hash: str = document["plan_hash"]
+        self.identity: Mapping[str, Any] = identity
+        self.versions: Mapping[str, str] = document["versions"]
+        self.model = ResolvedModel(**document["model"])
+        self.parameters: Mapping[str, Value] = identity["parameters"]
+        self.axes = tuple(Axis(name=name, values=tuple(values)) for name, values in identity["axes"])
+        self.chunk_size: int = identity["chunk_size"]
+        self.batch_size: int = identity["batch_size"]
+        self.dtype: str = identity["dtype"]
+        self.device: str = identity["device"]
+        self.threads_per_actor: int = identity["threads_per_actor"]
+        self.safety: str = identity["safety"]
+        self.nsfw_threshold: float = document["nsfw_threshold"]
+        self.on_flagged: str = identity["on_flagged"]
+        self.watermark: str = identity["watermark"]
+        self.watermark_text: str = identity["watermark_text"]
+        self.watermark_policy: str = identity["watermark_policy"]
+        self.prompt_syntax: str = identity["prompt_syntax"]
+        self.long_prompts: str = identity["long_prompts"]
+        self.format: str = identity["format"]
+        self.sources: tuple[str, ...] = tuple(manifest["sources"])
+        self.n_rows: int = manifest["rows"]
+        self.n_rejected: int = manifest["rejected"]
+        self.grid = Grid(
+            axes=self.axes,
+            classes=tuple(encode_class(class_fields(self.axes), values) for values in manifest["classes"]),
+            images=np.array(manifest["images"], dtype=np.int64).reshape(len(manifest["parts"]), -1),
+            chunk_size=self.chunk_size,
+        )
+        carried = pa.ipc.read_schema(pa.py_buffer(bytes.fromhex(manifest["carried"])))
+        self._names = record_names(carried.names)
+        self.record_schema = pa.schema(
+            [*OWN_FIELDS, *(pa.field(name, entry.type) for name, entry in zip(self._names, carried, strict=True))]
+        )
+        self._snapshot = SnapshotReader(
+            lambda part: storage.read(part_path(manifest["digest"], part)),
+            [PartInfo(**part) for part in manifest["parts"]],
+            snapshot_schema(tuple(manifest["own"]), carried),
+            class_fields=class_fields(self.axes),
+            defaults=self.parameters,
+        )
+
+    @property
+    def n_samples(self) -> int:
+        """All samples of the job."""
+        return self.grid.n_samples
+
+    @property
+    def n_chunks(self) -> int:
+        """All chunks of the job; they are numbered 0..n_chunks-1."""
+        return self.grid.n_chunks
+
+    @property
+    def groups(self) -> tuple[Group, ...]:
+        """The groups in order of execution; inside one, samples ascend by ordinal."""
+        return self.grid.groups
+
+    def samples_in_chunks(self, chosen: NDArray[np.bool_]) -> int:
+        """How many samples the chosen chunks hold; `chosen` has one entry per chunk."""
+        total = int(np.count_nonzero(chosen)) * self.chunk_size
+        for group in self.groups:
+            if chosen[group.first_chunk + group.n_chunks - 1]:
+                total -= group.n_chunks * self.chunk_size - group.n_samples
+        return total
+
+    def images_per_row(self) -> Iterator[int]:
+        """For each valid row, in order, how many images it asks for with every combination of the axes."""
+        for part in range(len(self.grid.images)):
+            _, rows = self._snapshot.part(part)
+            yield from rows.images.tolist()
+
+    def samples_of_chunk(self, chunk: int) -> list[PlannedSample]:
+        """The chunk's samples in order of execution, all of one loop key. Reads only the parts that they come from."""
+        group, start, stop = self.grid.group_of(chunk)
+        samples: list[PlannedSample] = []
+        for part, first, last in self.grid.pieces(group, start, stop):
+            table, rows = self._snapshot.part(part)
+            places = list(rows.places(self.grid, group, part, first, last))
+            low, high = places[0].row, places[-1].row
+            values = _Rows(table.slice(low, high - low + 1))
+            samples.extend(self._sample(values, place, place.row - low) for place in places)
+        return samples
+
+    @cached_property
+    def _id_digits(self) -> int:
+        return max(_MIN_ID_DIGITS, len(str(self.n_samples - 1)))
+
+    def _sample(self, rows: _Rows, place: Place, row: int) -> PlannedSample:
+        swept = {axis.name: axis.values[digit] for axis, digit in zip(self.axes, place.digits, strict=True)}
+
+        def value(name: str) -> Any:
+            if name in swept:
+                return swept[name]
+            own = rows.get(name, row)
+            return self.parameters[name] if own is None else own
+
+        seed = swept.get("seed", rows.get("seed", row))
+        request = GenerationRequest(
+            prompt=rows.get("prompt", row),
+            negative_prompt=value("negative_prompt"),
+            seed=int(self.parameters["seed"]) + place.ordinal if seed is None else int(seed) + place.image,
+            width=value("width"),
+            height=value("height"),
+            num_inference_steps=value("num_inference_steps"),
+            guidance_scale=value("guidance_scale"),
+            sampler=value("sampler"),
+            eta=value("eta"),
+        )
+        return PlannedSample(
+            ordinal=place.ordinal,
+            sample_id=f"{place.ordinal:0{self._id_digits}d}",
+            row_number=rows.get("row_number", row),
+            row_id=rows.get("row_id", row),
+            request=request,
+            extra=dict(zip(self._names, rows.carried(row), strict=True)),
+        )
+
+
+class _Rows:
+    """A few rows of a part as Python values, converted once."""
+
+    def __init__(self, table: pa.Table) -> None:
+        self._columns = {
+            name: _python_values(table.column(name))
+            for name in table.column_names
+            if not name.startswith(CARRIED_PREFIX)
+        }
+        self._carried = [
+            _python_values(table.column(name)) for name in table.column_names if name.startswith(CARRIED_PREFIX)
+        ]
+
+    def get(self, name: str, row: int) -> Any:
+        column = self._columns.get(name)
+        return None if column is None else column[row]
+
+    def carried(self, row: int) -> list[Any]:
+        return [column[row] for column in self._carried]
+
+
+def _python_values(column: pa.ChunkedArray) -> list[Any]:
+    if _has_nanoseconds(column.type):
+        # datetime stops at microseconds: these stay Arrow scalars, which go back into Arrow as they are
+        return [value if value.is_valid else None for value in column]
+    return cast(list[Any], column.to_pylist())
+
+
+def _has_nanoseconds(type_: Any) -> bool:
+    return (pa.types.is_temporal(type_) and getattr(type_, "unit", "") == "ns") or any(
+        _has_nanoseconds(type_.field(index).type) for index in range(type_.num_fields)
+    )
+
+
+def parse_plan(data: bytes, storage: Storage) -> Plan:
+    """The plan in a plan.json. Raises JobError if the file is not, to the letter, one that was planned."""
+    try:
+        document = json.loads(data)
+        checksum = document.pop("checksum")
+        version = document["format_version"]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise JobError(f"{PLAN_PATH} cannot be read: {error}; restore it from a copy, or use another output") from error
+    if version != FORMAT_VERSION:
+        raise JobError(
+            f"{PLAN_PATH} has format {version}, this version reads {FORMAT_VERSION}; use the version that made it"
+        )
+    if checksum != fingerprint(document) or document["plan_hash"] != fingerprint(document["identity"]):
+        raise JobError(f"{PLAN_PATH} was changed after it was written; restore it from a copy, or use another output")
+    return Plan(document, storage)

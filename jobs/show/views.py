@@ -1,0 +1,192 @@
+"""Every answer of a verb as a person reads it: facts in a frame, tables below."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from typing import TYPE_CHECKING
+
+from jobs.show.display import duration, print_facts, print_line, print_table, safe, size
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from jobs.marks import MarkReading
+    from jobs.outputs.clean import CleanReport
+    from jobs.outputs.status import StatusReport
+    from jobs.outputs.verify import VerifyReport
+    from jobs.plans.presets import ModelPreset
+    from jobs.plans.summary import PlanSummary
+    from jobs.runner import RunSummary
+    from jobs.show.report import ReportSummary
+
+_DEFECTS_SHOWN = 20
+_VALUES_SHOWN = 8
+_UNREADABLE = {
+    "record": "",
+    "require": "; where it cannot be read back, the sample fails",
+    "retry": "; where it cannot be read back, dwtDctSvd, and where that cannot, the sample fails",
+}
+_LONG_PROMPTS = {
+    "truncate": "are cut there: --long-prompts chunk reads all of them",
+    "chunk": "are read whole, in several chunks",
+    "error": "are rejected: --long-prompts chunk reads all of them",
+}
+
+
+def show_plan(plan: PlanSummary) -> None:
+    """What a run would do, and the first rows that it would leave out."""
+    facts: dict[str, object] = {
+        "manifest": ", ".join(plan.sources),
+        "rows": f"{plan.rows:,} valid, {plan.rejected_rows:,} rejected",
+        "model": f"{plan.model} ({plan.model_family}, {plan.dtype} on {plan.device})",
+        "parameters": ", ".join(f"{name} {value}" for name, value in plan.parameters.items() if value != ""),
+    }
+    for name, values in plan.axes.items():
+        more = f", ... ({len(values):,} values)" if len(values) > _VALUES_SHOWN else ""
+        facts[f"sweep {name}"] = ", ".join(map(str, values[:_VALUES_SHOWN])) + more
+    facts |= {
+        "samples": f"{plan.samples:,}",
+        "chunks": f"{plan.chunks:,} of up to {plan.chunk_size} samples, in {len(plan.groups)} group(s) of one shape",
+        "batches": f"{plan.batches:,} of {plan.batch_size}, {plan.padding_waste:.1%} padding",
+        "prompts": "this model's limit of tokens is not known"
+        if plan.token_limit is None
+        else f"{plan.tokens_over_limit:,} of {plan.tokens_checked:,} have more than {plan.token_limit} tokens"
+        + (f" and {_LONG_PROMPTS[plan.long_prompts]}" if plan.tokens_over_limit else "")
+        + f"; syntax {plan.prompt_syntax}",
+        "safety": f"{plan.safety}, flagged pictures: {plan.on_flagged}",
+        "watermark": plan.watermark + _UNREADABLE[plan.watermark_policy],
+        "size": f"about {size(plan.bytes_expected)}",
+        "plan hash": plan.plan_hash[:16],
+        "output": f"{plan.out} (nothing was written)",
+    }
+    print_facts("plan", facts, style="cyan")
+    if plan.first_rejects:
+        rows = [[note.source, note.source_row, note.reason, note.excerpt] for note in plan.first_rejects]
+        print_table(
+            f"rejected rows (first {len(rows)} of {plan.rejected_rows:,})", ["file", "row", "why", "text"], rows
+        )
+    print_line(f"next: latentmill run {shlex.join(sys.argv[2:])}" if len(sys.argv) > 2 else "next: latentmill run")
+
+
+def show_run(summary: RunSummary) -> None:
+    """How the run ended, where everything lies, and what to type next."""
+    counts = summary.counts
+    done = counts is not None
+    facts: dict[str, object] = {
+        "samples": f"{summary.samples:,}"
+        + (f", {summary.rejected_rows:,} rows rejected" if summary.rejected_rows else ""),
+    }
+    if counts is not None:
+        facts["result"] = ", ".join(f"{count:,} {status}" for status, count in counts.items())
+    facts["this run"] = (
+        f"{summary.generated:,} images in {duration(summary.seconds)} ({summary.seconds:.1f} s), "
+        f"{summary.images_per_second:.2f} images/s"
+    )
+    facts["executor"] = summary.executor
+    facts["images"] = f"{summary.out}/images"
+    if done:
+        facts["dataset"] = f"{summary.out}/dataset"
+        facts["next"] = f"latentmill verify {shlex.quote(summary.out)}   or   {summary.next_command}"
+    else:
+        facts["resume"] = resume_command()
+    title = "finished" if summary.exit_code == 0 else "finished with failed samples" if done else "interrupted"
+    print_facts(title, facts, style="green" if summary.exit_code == 0 else "yellow")
+
+
+def resume_command() -> str:
+    """What the user typed, to be typed again."""
+    return shlex.join(["latentmill", *sys.argv[1:]])
+
+
+def show_status(report: StatusReport) -> None:
+    """Where a job stands."""
+    facts: dict[str, object] = {
+        "state": report.state,
+        "chunks": f"{report.chunks_committed:,} of {report.chunks:,} committed",
+        "samples": f"{report.samples:,}",
+        "rows": f"{report.rows:,} valid, {report.rejected_rows:,} rejected",
+        "result": "unknown before publication; --deep counts"
+        if report.counts is None
+        else ", ".join(f"{count:,} {status}" for status, count in report.counts.items()),
+        "plan hash": report.plan_hash[:16],
+    }
+    print_facts(report.out, facts, style="green" if report.published else "yellow")
+
+
+def show_verify(report: VerifyReport) -> None:
+    """What was read again, and what was wrong with it."""
+    facts: dict[str, object] = {
+        "read": f"{report.rows:,} rows in {report.chunks:,} chunks, {report.images_checked:,} images, "
+        f"{report.parts_checked:,} dataset parts, {size(report.bytes_read)}",
+        "defects": f"{len(report.defects):,}" if report.defects else "none",
+        "plan hash": report.plan_hash[:16],
+    }
+    print_facts(
+        "verified" if not report.defects else "NOT as written", facts, style="red" if report.defects else "green"
+    )
+    if report.defects:
+        shown = report.defects[:_DEFECTS_SHOWN]
+        rows = [[defect.kind, defect.path, defect.detail] for defect in shown]
+        print_table(f"defects (first {len(rows)} of {len(report.defects):,})", ["kind", "where", "what"], rows)
+
+
+def show_clean(report: CleanReport) -> None:
+    """What was swept, what was kept, and why."""
+    facts: dict[str, object] = {
+        "would sweep" if report.dry_run else "swept": f"{report.objects:,} objects, {size(report.bytes)}",
+        "lost attempts": f"{report.attempts:,} with {report.images:,} images",
+        "leftovers": f"{report.temporary_files:,} temporary files, {report.probes:,} probes, "
+        f"{report.parts:,} dataset parts that nothing refers to; a day old at least",
+    }
+    if report.open_attempts:
+        facts["kept"] = f"{report.open_attempts:,} attempts at chunks that are not committed yet"
+    if report.unreadable_chunks:
+        first = ", ".join(map(str, report.unreadable_chunks[:_VALUES_SHOWN]))
+        facts["unreadable"] = f"{len(report.unreadable_chunks):,} damaged commit records, first of chunks {first}"
+        facts["next"] = f"latentmill verify {shlex.quote(report.out)}"
+    elif report.dry_run and report.objects:
+        facts["next"] = f"latentmill clean {shlex.quote(report.out)}"
+    title = "dry run, nothing was deleted" if report.dry_run else "clean"
+    print_facts(title, facts, style="yellow" if report.exit_code or report.dry_run else "green")
+
+
+def show_report(report: ReportSummary) -> None:
+    """Where the sheets lie."""
+    facts: dict[str, object] = {
+        "sheets": f"{len(report.sheets)}",
+        "samples": f"{report.samples_shown:,} of {report.samples:,}"
+        + ("" if report.samples_shown == report.samples else "; --max-sheets shows more"),
+    }
+    facts |= {f"sheet {number}": f"{report.out}/{path}" for number, path in enumerate(report.sheets[:5], start=1)}
+    if len(report.sheets) > 5:
+        facts["more"] = f"{report.out}/report"
+    print_facts("report", facts)
+
+
+def show_models(presets: Mapping[str, ModelPreset]) -> None:
+    """The presets that --model knows."""
+    rows = [
+        [
+            name,
+            preset.description,
+            f"{preset.width}x{preset.height}",
+            f"{preset.num_inference_steps} steps, {preset.sampler}, guidance {preset.guidance_scale:g}",
+            preset.batch_size,
+        ]
+        for name, preset in presets.items()
+    ]
+    print_table("models", ["--model", "what", "size", "defaults", "batch"], rows)
+    print_line(
+        "--model also takes a diffusers folder, a .safetensors or .ckpt file, a hub id, or NAME=PLACE for a copy."
+    )
+
+
+def show_marks(readings: Sequence[MarkReading]) -> None:
+    """One line per file, as grep would print it."""
+    for reading in readings:
+        verdict = "found" if reading.found else "not found"
+        print_line(
+            f"{safe(reading.file)}: {verdict}, {reading.method}, {reading.bits_matching} of {reading.bits} bits "
+            f"({reading.bit_accuracy:.0%}; chance gives fewer than {reading.bits_needed}): {safe(reading.text)}"
+        )

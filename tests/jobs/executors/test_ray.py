@@ -1,0 +1,203 @@
+"""Real Ray: a cluster of its own for the kill test, one shared by the others."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from jobs.errors import JobError, UsageError
+from jobs.executors import ray as ray_executor
+from jobs.runner import Progress, run_job
+from jobs.spec import Runtime
+from jobs.store.storage import Storage
+from jobs.worker import Receipt
+from tests.jobs.driver import job_spec, read_dataset, run
+
+pytestmark = pytest.mark.filterwarnings(r"ignore::DeprecationWarning:ray\..*")  # Ray 2.60 uses its own old settings
+
+
+def plan_like(**changes) -> SimpleNamespace:
+    return SimpleNamespace(**{"device": "cpu", "threads_per_actor": 1, **changes})
+
+
+def pool(resources: dict[str, float], plan: SimpleNamespace | None = None, **runtime) -> tuple[int, float, float]:
+    sized = ray_executor._pool(plan or plan_like(), Runtime(**runtime), resources)
+    return sized.actors, sized.cpus, sized.gpus
+
+
+def test_the_pool_fits_the_machine():
+    assert pool({"CPU": 3.0}) == (2, 0.5, 0.0)
+    assert pool({"CPU": 17.0}) == (16, 0.5, 0.0)
+    assert pool({"CPU": 17.0}, plan_like(threads_per_actor=4)) == (4, 2.0, 0.0)
+    assert pool({"CPU": 2.0}, plan_like(threads_per_actor=1)) == (1, 0.5, 0.0)
+    assert pool({"CPU": 17.0}, num_actors=3) == (3, 0.5, 0.0)
+    assert pool({"CPU": 17.0, "GPU": 8.0}) == (16, 0.5, 0.0)
+
+
+def test_on_gpus_there_is_an_actor_for_each():
+    cuda = plan_like(device="cuda")
+    assert pool({"CPU": 17.0, "GPU": 8.0}, cuda) == (8, 0.0, 1.0)
+    assert pool({"CPU": 17.0, "GPU": 2.0}, cuda, gpus_per_actor=0.5) == (4, 0.0, 0.5)
+    assert pool({"CPU": 17.0, "GPU": 8.0}, cuda, num_actors=2, cpus_per_actor=4) == (2, 4.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("resources", "plan", "runtime", "words"),
+    [
+        ({"CPU": 8.0}, plan_like(device="cuda"), {}, "device is cuda but the Ray cluster has no GPU"),
+        ({"CPU": 1.0}, None, {}, "but the cluster has 1 CPUs"),
+        ({"CPU": 8.0}, None, {"cpus_per_actor": 7}, "lower cpus_per_actor"),
+        ({"CPU": 8.0}, None, {"gpus_per_actor": 1}, "leave gpus_per_actor out"),
+        ({"CPU": 8.0, "GPU": 1.0}, plan_like(device="cuda"), {"gpus_per_actor": 2}, "has 8 CPUs and 1 GPUs"),
+    ],
+)
+def test_what_can_never_be_scheduled_is_refused_instead_of_waiting_for_ever(resources, plan, runtime, words):
+    with pytest.raises(JobError, match=words):
+        pool(resources, plan, **runtime)
+
+
+def test_it_gives_up_when_everything_fails_but_not_when_something_does():
+    bad, good = Receipt(chunk=0, outcome="error"), Receipt(chunk=1, outcome="committed")
+    assert len(list(ray_executor._until_hopeless(iter_of([bad] * 50), patience=10))) == 10
+    mixed = ([bad] * 9 + [good]) * 5
+    assert len(list(ray_executor._until_hopeless(iter_of(mixed), patience=10))) == 50
+
+
+def iter_of(receipts: list[Receipt]) -> Iterator[Receipt]:
+    yield from receipts
+
+
+def test_an_output_in_the_memory_of_one_process_is_refused():
+    with pytest.raises(UsageError, match="--executor inline"):
+        ray_executor._shared_url("memory://x")
+    assert ray_executor._shared_url("relative/path") == str(Path("relative/path").absolute())
+    assert ray_executor._shared_url("s3://bucket/x") == "s3://bucket/x"
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "nowhere.invalid:6379", "ray://127.0.0.1:10001", "6379"])
+def test_a_cluster_that_does_not_answer_is_told_at_once(address: str):
+    began = time.monotonic()
+    with pytest.raises(UsageError, match=r"no Ray cluster answers at .*check --address"):
+        ray_executor._connect(address)
+    assert time.monotonic() - began < 30
+
+
+def test_a_killed_actor_changes_nothing(tiny_model: Path, manifest, tmp_path: Path):
+    """SIGKILL of one of two models in the middle: the dataset is bit by bit the one of an undisturbed inline run."""
+    settings = {"num_inference_steps": 40, "threads_per_actor": 1, "safety": "none"}
+    prompts = manifest(40)
+    calm, rough = str(tmp_path / "calm"), str(tmp_path / "rough")
+    assert run_job(job_spec(tiny_model, prompts, calm, **settings)).exit_code == 0
+    killer = Killer(rough)
+    killer.start()
+    summary = run_job(job_spec(tiny_model, prompts, rough, **settings, executor="ray"))
+    killer.join()
+    assert killer.victim is not None
+    assert killer.committed_then < 20
+    assert (summary.exit_code, summary.counts) == (0, {"ok": 40, "flagged": 0, "failed": 0})
+    assert read_dataset(rough) == read_dataset(calm)
+    assert not list(Path("/tmp").glob(f"lm-*/r/session_*_{os.getpid()}"))
+
+
+class Killer(threading.Thread):
+    """Waits until two models are at work, then kills one of their processes."""
+
+    def __init__(self, out: str) -> None:
+        super().__init__(daemon=True)
+        self.victim: int | None = None
+        self.committed_then = -1
+        self._out = Storage.open(out)
+
+    def run(self) -> None:
+        deadline = time.monotonic() + 200
+        while time.monotonic() < deadline:
+            pids = actor_pids()
+            if len(pids) == 2:
+                time.sleep(0.3)
+                self.committed_then = len(list(self._out.list("ledger")))
+                self.victim = pids[0]
+                os.kill(self.victim, signal.SIGKILL)
+                return
+            time.sleep(0.1)
+
+
+def actor_pids() -> list[int]:
+    import ray
+    from ray._private.state import actors
+
+    if not ray.is_initialized():
+        return []
+    return [
+        actor["Pid"]
+        for actor in actors().values()
+        if actor["State"] == "ALIVE" and "_Generate" in actor["ActorClassName"]
+    ]
+
+
+@pytest.fixture(scope="module")
+def session(s3_environment: dict[str, str]) -> Iterator[None]:
+    """One Ray session for several tests, started by the executor's own code, with the S3 server's credentials."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in s3_environment.items():
+            patch.setenv(name, value)
+        connection = ray_executor._connect(None)
+        yield
+        connection.close()
+
+
+def test_poison_is_data_and_the_session_of_others_is_left_alone(session, tiny_model: Path, manifest, tmp_path: Path):
+    import ray
+
+    prompts = manifest(["a", "poison", "nsfw", "b", "c", "d"])
+    spec = job_spec(tiny_model, prompts, tmp_path / "out", executor="ray")
+    summary = run(spec)
+    assert summary.counts == {"ok": 4, "flagged": 1, "failed": 1}
+    assert summary.exit_code == 1
+    assert summary.executor.startswith("Ray (the session of this process), up to 2 actors")
+    assert ray.is_initialized()
+    run(job_spec(tiny_model, prompts, tmp_path / "inline"))
+    assert read_dataset(str(tmp_path / "out")) == read_dataset(str(tmp_path / "inline"))
+
+
+def test_a_device_that_breaks_is_told_in_the_error_and_the_rest_is_kept(session, tiny_model, manifest, tmp_path):
+    spec = job_spec(tiny_model, manifest(["a", "b", "crash", "c", "d", "e"]), tmp_path / "out", executor="ray")
+    with pytest.raises(JobError, match="RuntimeError: the device is lost"):
+        run(spec)
+    assert len(list(Storage.open(str(tmp_path / "out")).list("ledger"))) == 2
+
+
+def test_a_job_on_s3_resumes_and_generates_nothing_twice(session, s3: str, tiny_model: Path, manifest):
+    spec = job_spec(tiny_model, manifest(6), s3, executor="ray")
+    first = run(spec)
+    assert (first.exit_code, first.generated) == (0, 6)
+    storage = Storage.open(s3)
+    storage.delete("dataset/manifest.json")
+    record, _ = next(storage.list("ledger"))
+    storage.delete(record)
+    again = run(spec)
+    assert (again.exit_code, again.generated) == (0, 2)
+
+
+def test_leaving_early_stops_the_work(session, tiny_model: Path, manifest, tmp_path: Path):
+    from jobs.plans.plan import load_plan
+
+    out = str(tmp_path / "out")
+    spec = job_spec(tiny_model, manifest(200), out, executor="ray")
+    seen: list[Progress] = []
+
+    def interrupt(progress: Progress) -> None:
+        seen.append(progress)
+        if progress.phase == "generating":
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.1)
+
+    summary = run(spec, on_progress=interrupt)
+    assert summary.exit_code == 130
+    assert 0 < len(list(Storage.open(out).list("ledger"))) < load_plan(Storage.open(out)).n_chunks

@@ -1,0 +1,166 @@
+"""The commit protocol, one chunk at a time: one record wins, and everyone learns which."""
+
+from __future__ import annotations
+
+import random
+import threading
+import tracemalloc
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from jobs.errors import OutputConflictError
+from jobs.outputs.ledger import Ledger, chunk_of_path, record_path
+from jobs.outputs.records import OWN_FIELDS, DamagedRecordError, decode_record, encode_record
+from jobs.store import storage as storage_module
+from jobs.store.errors import StorageError
+from jobs.store.storage import Storage
+
+SCHEMA = pa.schema([*OWN_FIELDS, pa.field("topic", pa.string())])
+PLAN = "a" * 64
+
+
+def record(attempt: str, *, chunk: int = 7, plan_hash: str = PLAN, samples: int = 3) -> bytes:
+    rows = [{"sample_id": f"{number:05d}", "status": "ok", "prompt": "0" * 64} for number in range(samples)]
+    return encode_record(
+        rows, SCHEMA, chunk=chunk, attempt=attempt, plan_hash=plan_hash, execution_class="cpu", versions={"python": "3"}
+    )
+
+
+@pytest.fixture
+def ledger(tmp_path: Path) -> Ledger:
+    return Ledger(storage=Storage.open(str(tmp_path / "out")), plan_hash=PLAN, n_chunks=2001, schema=SCHEMA)
+
+
+@pytest.fixture(autouse=True)
+def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage_module, "_sleep", lambda _: None)
+
+
+def test_first_commit_stands_and_the_second_learns_it(ledger: Ledger) -> None:
+    assert ledger.read(7) is None
+    first = record("first")
+    assert ledger.commit(7, "first", first) == "mine"
+    assert ledger.commit(7, "second", record("second")) == "lost"
+    assert ledger.commit(7, "first", first) == "mine"
+    stands = ledger.read(7)
+    assert stands is not None
+    assert stands.attempt == "first"
+    assert stands.counts() == {"ok": 3, "flagged": 0, "failed": 0}
+    assert ledger.storage.read(record_path(7)) == first
+
+
+@pytest.mark.parametrize("answers_lost", [1, storage_module.TRIES])
+def test_a_lost_answer_is_still_a_commit(ledger: Ledger, monkeypatch: pytest.MonkeyPatch, answers_lost: int) -> None:
+    create, lost = ledger.storage._backend.create, [0]
+
+    def create_and_drop_the_answer(path: str, data: bytes) -> bool:
+        made = create(path, data)
+        lost[0] += 1
+        if lost[0] <= answers_lost:
+            raise ConnectionResetError("the answer was lost")
+        return made
+
+    monkeypatch.setattr(ledger.storage._backend, "create", create_and_drop_the_answer)
+    assert ledger.commit(7, "first", record("first")) == "mine"
+    lost[0] = 0
+    assert ledger.commit(7, "second", record("second")) == "lost"
+
+
+def test_an_unknown_outcome_is_not_a_commit(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreachable(*_: object) -> bytes:
+        raise TimeoutError("timed out")
+
+    monkeypatch.setattr(ledger.storage._backend, "create", unreachable)
+    with pytest.raises(StorageError, match="cannot create"):
+        ledger.commit(7, "first", record("first"))
+    monkeypatch.setattr(ledger.storage._backend, "read", unreachable)
+    with pytest.raises(StorageError, match="cannot create"):
+        ledger.commit(7, "first", record("first"))
+
+
+def test_another_plans_record_is_fatal(ledger: Ledger) -> None:
+    ledger.storage.create(record_path(7), record("theirs", plan_hash="b" * 64))
+    with pytest.raises(OutputConflictError, match="belongs to plan bbbb"):
+        ledger.commit(7, "mine", record("mine"))
+    with pytest.raises(OutputConflictError):
+        ledger.read(7)
+
+
+def test_every_flipped_byte_of_a_record_is_found() -> None:
+    data = record("first")
+    assert decode_record(data).table.column("prompt")[0].as_py() == "0" * 64
+    for position in range(len(data)):
+        changed = bytearray(data)
+        changed[position] ^= 1 << random.Random(position).randrange(8)
+        with pytest.raises(DamagedRecordError):
+            decode_record(bytes(changed))
+    for length in (0, 1, len(data) // 2, len(data) - 1):
+        with pytest.raises(DamagedRecordError):
+            decode_record(data[:length])
+
+
+def test_a_record_in_the_wrong_place_is_damage(ledger: Ledger) -> None:
+    ledger.storage.create(record_path(8), record("first", chunk=7))
+    with pytest.raises(DamagedRecordError, match="says chunk 7"):
+        ledger.read(8)
+
+
+def test_committed_chunks_come_from_names_alone(ledger: Ledger) -> None:
+    chosen = {0, 7, 999, 1000, 1999, 2000}
+    for chunk in chosen:
+        ledger.storage.create(record_path(chunk), b"not read")
+    for stray in ("ledger/00000/notes.txt", "ledger/00000/00000003.r1.parquet", "ledger/00000/.00000004.parquet.1.tmp"):
+        ledger.storage.write(stray, b"x")
+    ledger.storage.write("ledger/00001/00000005.parquet", b"in the wrong folder")
+    ledger.storage.write("ledger/00002/00002001.parquet", b"beyond the plan")
+    assert set(ledger.committed().nonzero()[0].tolist()) == chosen
+
+
+def test_paths_and_chunks_are_each_others_inverse() -> None:
+    for chunk in (0, 999, 1000, 12_345_678, 99_999_999, 123_456_789):
+        assert chunk_of_path(record_path(chunk)) == chunk
+
+
+@pytest.mark.parametrize("place", ["local", "memory", "s3"])
+def test_racing_attempts_agree_on_one_winner(place: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    url = {"local": str(tmp_path), "memory": f"memory://{tmp_path.name}"}.get(place) or request.getfixturevalue("s3")
+    ledger = Ledger(storage=Storage.open(url), plan_hash=PLAN, n_chunks=10, schema=SCHEMA)
+    attempts, chunks = (2, 2) if place == "s3" else (6, 5)  # SeaweedFS takes seconds over every loser
+    for chunk in range(chunks):
+        barrier = threading.Barrier(attempts)
+
+        def commit(number: int, chunk: int = chunk, barrier: threading.Barrier = barrier) -> str:
+            data = record(f"attempt{number}", chunk=chunk)
+            barrier.wait()
+            return ledger.commit(chunk, f"attempt{number}", data)
+
+        with ThreadPoolExecutor(attempts) as pool:
+            outcomes = list(pool.map(commit, range(attempts)))
+        assert sorted(outcomes) == ["lost"] * (attempts - 1) + ["mine"]
+        stands = ledger.read(chunk)
+        assert stands is not None
+        assert stands.attempt == f"attempt{outcomes.index('mine')}"
+
+
+def test_listing_many_chunks_needs_little_memory() -> None:
+    class Listing(Storage):
+        """Lists as a full store would, without all the files."""
+
+        def list(self, prefix: str) -> Iterator[tuple[str, int]]:
+            folder = int(prefix.rpartition("/")[2])
+            yield from [(record_path(chunk), 8000) for chunk in range(folder * 1000, folder * 1000 + 1000, 2)]
+
+    ledger = Ledger(storage=Listing("memory://many"), plan_hash=PLAN, n_chunks=200_000, schema=SCHEMA)
+    tracemalloc.start()
+    try:
+        committed = ledger.committed()
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert committed.sum() == 100_000
+    assert committed[::2].all()
+    assert peak < 10_000_000

@@ -1,0 +1,194 @@
+"""The published dataset is a function of the ledger: sorted, complete, the same for every publisher."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from jobs.errors import JobError
+from jobs.job import Job, open_job
+from jobs.outputs import publish as publish_module
+from jobs.outputs.ledger import record_path
+from jobs.outputs.publish import MANIFEST_PATH, publish
+from jobs.outputs.records import encode_record
+from tests.jobs.driver import job_spec, run
+
+Manifest = Callable[..., Path]
+
+
+@pytest.fixture
+def make_job(tiny_model: Path, tmp_path: Path) -> Callable[..., Job]:
+    """A finished job with many groups, whose samples are interleaved in the plan's order."""
+
+    def make(rows: int = 40, **settings: Any) -> Job:
+        chooser = random.Random(0)
+        manifest = tmp_path / "rows.jsonl"
+        with manifest.open("w") as file:
+            for number in range(rows):
+                row = {
+                    "prompt": f"number {number}"
+                    + (" nsfw" if number % 11 == 5 else " poison" if number % 13 == 7 else ""),
+                    "width": chooser.choice([64, 128]),
+                    "num_inference_steps": chooser.choice([2, 3, 4]),
+                    "topic": f"topic {number % 3}",
+                }
+                file.write(json.dumps(row) + "\n")
+        out = str(tmp_path / "out")
+        run(job_spec(tiny_model, manifest, out, width=None, num_inference_steps=None, on_flagged="drop", **settings))
+        open_job.cache_clear()
+        return open_job(out)
+
+    return make
+
+
+def files_of(job: Job) -> dict[str, bytes]:
+    return {path: job.storage.read(path) for path, _ in job.storage.list("dataset")}
+
+
+def unpublish(job: Job) -> None:
+    for path, _ in list(job.storage.list("dataset")):
+        job.storage.delete(path)
+
+
+@pytest.mark.parametrize("rows_per_part", [1, 7, 40, 1000])
+def test_parts_are_sorted_complete_and_described(
+    rows_per_part: int, make_job: Callable[..., Job], tmp_path: Path
+) -> None:
+    job = make_job(sweep={"guidance_scale": [1.0, 4.0]}, chunk_size=3)
+    assert len(job.plan.groups) == 12
+    unpublish(job)
+    publication = publish(job, rows_per_part=rows_per_part)
+    assert [part.rows for part in publication.parts[:-1]] == [rows_per_part] * (len(publication.parts) - 1)
+    rows = [row for part in publication.parts for row in pq.read_table(tmp_path / "out" / part.path).to_pylist()]
+    assert [int(row["sample_id"]) for row in rows] == list(range(80))
+    planned = {
+        sample.sample_id: sample for chunk in range(job.plan.n_chunks) for sample in job.plan.samples_of_chunk(chunk)
+    }
+    assert all(row["prompt"] == planned[row["sample_id"]].request.prompt for row in rows)
+    assert all(row["topic"] == planned[row["sample_id"]].extra["topic"] for row in rows)
+    assert publication.rows == 80
+    assert publication.counts == {
+        status: sum(row["status"] == status for row in rows) for status in ("ok", "flagged", "failed")
+    }
+    assert publication.counts["flagged"] == 8
+    assert publication.images == publication.counts["ok"]
+    assert publication.image_bytes == sum(row["bytes"] or 0 for row in rows)
+    assert {name for name, _ in publication.schema} >= {"sample_id", "topic", "sha256"}
+
+
+def test_publishing_again_writes_nothing(make_job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch) -> None:
+    job = make_job()
+    before = files_of(job)
+
+    def refuse(*_: object) -> None:
+        pytest.fail("something was written")
+
+    monkeypatch.setattr(job.storage._backend, "write", refuse)
+    publish(job)
+    assert files_of(job) == before
+
+
+def test_two_publishers_at_once_write_the_same_dataset(make_job: Callable[..., Job]) -> None:
+    job = make_job()
+    before = files_of(job)
+    unpublish(job)
+    with ThreadPoolExecutor(4) as pool:
+        publications = list(pool.map(lambda _: publish(job), range(4)))
+    assert files_of(job) == before
+    assert all(publication == publications[0] for publication in publications)
+
+
+@pytest.mark.parametrize("damage", ["no manifest", "broken manifest", "part cut short", "part missing"])
+def test_a_damaged_publication_is_made_again(damage: str, make_job: Callable[..., Job]) -> None:
+    job = make_job()
+    before = files_of(job)
+    part = next(path for path in before if path != MANIFEST_PATH)
+    match damage:
+        case "no manifest":
+            job.storage.delete(MANIFEST_PATH)
+        case "broken manifest":
+            job.storage.write(MANIFEST_PATH, before[MANIFEST_PATH][:50])
+        case "part cut short":
+            job.storage.write(part, before[part][:-1])
+        case "part missing":
+            job.storage.delete(part)
+    publish(job)
+    assert files_of(job) == before
+
+
+def test_a_missing_picture_or_record_stops_publication(make_job: Callable[..., Job]) -> None:
+    job = make_job()
+    unpublish(job)
+    picture = next(path for path, _ in job.storage.list("images"))
+    data = job.storage.read(picture)
+    job.storage.write(picture, data[:-1])
+    with pytest.raises(JobError, match=f"1 committed pictures are missing or cut short.*{picture}"):
+        publish(job)
+    job.storage.write(picture, data)
+    record = job.storage.read(record_path(1))
+    job.storage.write(record_path(1), record[:100] + bytes([record[100] ^ 1]) + record[101:])
+    with pytest.raises(JobError, match="is damaged"):
+        publish(job)
+    job.storage.delete(record_path(1))
+    with pytest.raises(JobError, match="chunk 1 is not committed"):
+        publish(job)
+    assert files_of(job) == {}
+    job.storage.write(record_path(1), record)
+    assert publish(job).rows == 40
+
+
+def test_a_ledger_that_holds_a_sample_twice_is_not_published(make_job: Callable[..., Job]) -> None:
+    job = make_job()
+    unpublish(job)
+    record = job.ledger.read(0)
+    assert record is not None
+    rows = record.table.to_pylist()
+    data = encode_record(
+        [rows[0], *rows[:-1]],
+        job.ledger.schema,
+        chunk=0,
+        attempt=record.attempt,
+        plan_hash=record.plan_hash,
+        execution_class=record.execution_class,
+        versions={},
+    )
+    job.storage.write(record_path(0), data)
+    with pytest.raises(JobError, match="not in the ledger exactly once"):
+        publish(job)
+    assert files_of(job) == {}
+
+
+def test_memory_does_not_grow_with_the_number_of_chunks(
+    make_job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = make_job(rows=60, chunk_size=1)
+    unpublish(job)
+    live, peak = 0, 0
+    read = type(job.ledger).read
+
+    def counted(self: object, chunk: int) -> object:
+        nonlocal live, peak
+        live += 1
+        peak = max(peak, live)
+        return read(self, chunk)
+
+    taken = publish_module._Stream._next
+
+    def next_counted(self: object) -> object:
+        nonlocal live
+        table = taken(self)
+        live -= table is not None
+        return table
+
+    monkeypatch.setattr(publish_module, "_READ_AHEAD", 8)
+    monkeypatch.setattr(type(job.ledger), "read", counted)
+    monkeypatch.setattr(publish_module._Stream, "_next", next_counted)
+    publish(job, rows_per_part=5)
+    assert peak <= 8 + len(job.plan.groups)

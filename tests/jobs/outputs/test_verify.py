@@ -1,0 +1,184 @@
+"""`verify` finds whatever changed after it was written, and cries at nothing else."""
+
+from __future__ import annotations
+
+import io
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from jobs.job import Job, open_job
+from jobs.outputs.images import encode_png
+from jobs.outputs.ledger import record_path
+from jobs.outputs.publish import MANIFEST_PATH
+from jobs.outputs.records import encode_record
+from jobs.outputs.verify import VerifyReport, verify
+from jobs.store.storage import Storage
+from tests.jobs.driver import job_spec, run
+
+PROMPTS = ["one", "two", "some nsfw", "some poison", "five", "six"]
+
+
+@pytest.fixture
+def out(tiny_model: Path, manifest: Callable[..., Path], tmp_path: Path) -> str:
+    out = str(tmp_path / "out")
+    run(job_spec(tiny_model, manifest(PROMPTS), out))
+    open_job.cache_clear()
+    return out
+
+
+def kinds(report: VerifyReport) -> set[str]:
+    assert report.exit_code == (1 if report.defects else 0)
+    return {defect.kind for defect in report.defects}
+
+
+def flip(storage: Storage, path: str, position: int) -> None:
+    data = bytearray(storage.read(path))
+    data[position] ^= 0x10
+    storage.write(path, bytes(data))
+
+
+def rewrite_record(job: Job, chunk: int, change: Callable[[list[dict[str, Any]]], list[dict[str, Any]]]) -> None:
+    """Replace a record by a well-formed, sealed one that says something else."""
+    record = job.ledger.read(chunk)
+    assert record is not None
+    data = encode_record(
+        change(record.table.to_pylist()),
+        job.ledger.schema,
+        chunk=chunk,
+        attempt=record.attempt,
+        plan_hash=record.plan_hash,
+        execution_class=record.execution_class,
+        versions={},
+    )
+    job.storage.write(record_path(chunk), data)
+
+
+def test_a_sound_output_has_no_defects(out: str) -> None:
+    seen: list[tuple[int, int]] = []
+    report = verify(out, on_progress=lambda done, total: seen.append((done, total)))
+    assert report.defects == ()
+    assert (report.chunks, report.rows, report.images_checked, report.parts_checked) == (3, 6, 5, 1)
+    assert report.bytes_read > 5000
+    assert seen[-1] == (3, 3)
+    assert json.loads(json.dumps(report.to_dict()))["exit_code"] == 0
+
+
+def test_any_flipped_byte_of_a_picture(out: str) -> None:
+    storage = Storage.open(out)
+    path, size = next(storage.list("images"))
+    for position in random.Random(0).sample(range(size), 8):
+        flip(storage, path, position)
+        (defect,) = verify(out).defects
+        assert (defect.kind, defect.path) == ("image-damaged", path)
+        flip(storage, path, position)
+    assert verify(out).defects == ()
+
+
+def test_any_flipped_byte_of_a_commit_record(out: str) -> None:
+    storage = Storage.open(out)
+    path = record_path(1)
+    for position in random.Random(0).sample(range(storage.size(path)), 8):
+        flip(storage, path, position)
+        (defect,) = verify(out).defects
+        assert (defect.kind, defect.path) == ("record-damaged", path)
+        flip(storage, path, position)
+
+
+def test_any_flipped_byte_of_a_published_part(out: str) -> None:
+    storage = Storage.open(out)
+    path = next(path for path, _ in storage.list("dataset") if path != MANIFEST_PATH)
+    for position in random.Random(0).sample(range(storage.size(path)), 8):
+        flip(storage, path, position)
+        (defect,) = verify(out).defects
+        assert (defect.kind, defect.path) == ("part-damaged", path)
+        flip(storage, path, position)
+
+
+def test_missing_objects(out: str) -> None:
+    storage = Storage.open(out)
+    path, _ = next(storage.list("images"))
+    data = storage.read(path)
+    storage.delete(path)
+    assert [(defect.kind, defect.path) for defect in verify(out).defects] == [("image-missing", path)]
+    storage.write(path, data)
+    storage.delete(record_path(2))
+    assert kinds(verify(out)) == {"chunk-missing"}
+    storage.delete(MANIFEST_PATH)
+    assert kinds(verify(out)) == {"chunk-missing", "not-published"}
+
+
+def test_another_picture_with_the_same_digest_claims_is_found_by_its_pixels(out: str) -> None:
+    job = open_job(out)
+    other = encode_png(np.zeros((64, 64, 3), np.uint8))
+
+    def claim(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        import hashlib
+
+        job.storage.write(rows[0]["image"], other)
+        return [{**rows[0], "bytes": len(other), "sha256": hashlib.sha256(other).hexdigest()}, *rows[1:]]
+
+    rewrite_record(job, 0, claim)
+    assert "pixels-changed" in kinds(verify(out))
+
+
+@pytest.mark.parametrize(
+    ("change", "kind"),
+    [
+        (lambda rows: [rows[0], rows[0]], "row-wrong"),
+        (lambda rows: rows[:1], "row-wrong"),
+        (lambda rows: rows[::-1], "row-wrong"),
+        (lambda rows: [{**rows[0], "prompt": "another prompt"}, rows[1]], "row-wrong"),
+        (lambda rows: [{**rows[0], "guidance_scale": 3.25}, rows[1]], "row-wrong"),
+        (lambda rows: [{**rows[0], "seed": 1}, rows[1]], "row-wrong"),
+        (lambda rows: [{**rows[0], "row_id": "another"}, rows[1]], "row-wrong"),
+        (lambda rows: [{**rows[0], "status": "failed"}, rows[1]], "row-wrong"),
+        (lambda rows: [{**rows[0], "status": "fine"}, rows[1]], "row-wrong"),
+        (lambda rows: [{**rows[0], "nsfw_checker": None}, rows[1]], "row-wrong"),
+        (lambda rows: [{**rows[0], "nsfw_checker": "none"}, rows[1]], "row-wrong"),
+        (lambda rows: [{**rows[0], "image": None}, rows[1]], "row-wrong"),
+        (lambda rows: [{**rows[0], "prompt_tokens": 99}, rows[1]], "dataset-wrong"),
+    ],
+)
+def test_a_well_formed_record_that_lies(out: str, change: Callable[..., Any], kind: str) -> None:
+    rewrite_record(open_job(out), 0, change)
+    assert kind in kinds(verify(out))
+
+
+def test_a_published_part_with_a_duplicated_sample(out: str) -> None:
+    """Even with a manifest that was made to match it."""
+    import hashlib
+
+    storage = Storage.open(out)
+    manifest = json.loads(storage.read(MANIFEST_PATH))
+    part = manifest["parts"][0]
+    table = pq.read_table(io.BytesIO(storage.read(part["path"])))
+    buffer = io.BytesIO()
+    pq.write_table(pa.concat_tables([table.slice(0, 5), table.slice(4, 1)]), buffer)
+    storage.write(part["path"], buffer.getvalue())
+    part |= {"bytes": len(buffer.getvalue()), "sha256": hashlib.sha256(buffer.getvalue()).hexdigest()}
+    storage.write(MANIFEST_PATH, json.dumps(manifest).encode())
+    assert kinds(verify(out)) == {"dataset-wrong"}
+
+
+def test_strays(out: str) -> None:
+    storage = Storage.open(out)
+    storage.write("ledger/00000/00000003.parquet", storage.read(record_path(0)))
+    storage.write("dataset/part-00001-0123456789abcdef.parquet", b"x")
+    assert kinds(verify(out)) == {"record-stray", "part-stray"}
+
+
+def test_a_sample_of_the_pictures(out: str) -> None:
+    assert verify(out, sample_n=2).images_checked <= 2
+    storage = Storage.open(out)
+    for path, _ in list(storage.list("images")):
+        storage.delete(path)
+    assert kinds(verify(out, sample_n=3)) == {"image-missing"}
+    assert len(verify(out).defects) == 5

@@ -1,0 +1,147 @@
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+from rich.console import Console
+
+from jobs.errors import JobError
+from jobs.runner import Progress
+from jobs.show.display import (
+    BarView,
+    LineView,
+    duration,
+    held_back_stderr,
+    print_facts,
+    print_json,
+    print_table,
+    progress_detail,
+    safe,
+    size,
+)
+
+HOSTILE = "\x1b]52;c;ZXZpbA==\x07\x1b[2J\x9b31m\u202egnp.exe\u2066\u200b\ud800\x00\r\n\t[link=http://x]y[/link]"
+
+
+def progress(**changes) -> Progress:
+    values = {
+        "phase": "generating",
+        "done": 8,
+        "total": 24,
+        "ok": 6,
+        "flagged": 1,
+        "failed": 1,
+        "chunks_done": 2,
+        "chunks_total": 6,
+        "actors": 2,
+        "images_per_second": 1.25,
+        "eta_seconds": 12.8,
+    }
+    return Progress(**{**values, **changes})
+
+
+def test_hostile_text_is_spelled_out_on_one_line():
+    shown = safe(HOSTILE)
+    assert shown.isprintable()
+    assert shown.startswith("\\x1b]52;c;ZXZpbA==\\x07\\x1b[2J\\x9b31m\\u202egnp.exe\\u2066\\u200b\\ud800\\x00\\r\\n\\t")
+    assert safe("naïve 日本語 😀 [bold]") == "naïve 日本語 😀 [bold]"
+
+
+def test_long_text_is_cut_and_says_so():
+    assert safe("abcdef", 4) == "abc…"
+    assert safe("abcd", 4) == "abcd"
+    assert len(safe("\x1b" * 10, 8)) == 8
+
+
+def test_tables_and_facts_show_untrusted_cells_literally(capsys):
+    print_table("t", ["a"], [[HOSTILE]])
+    print_facts("[red]title", {"value": HOSTILE})
+    shown = capsys.readouterr().out
+    assert "\x1b" not in shown
+    assert "\u202e" not in shown
+    assert "[link=http://x]y[/link]" in shown.replace("\n", "").replace(" ", "")
+    assert "[red]title" in shown
+
+
+def test_json_is_ascii_and_round_trips(capsys):
+    print_json({"prompt": HOSTILE + "\x7f"})
+    shown = capsys.readouterr().out
+    assert json.loads(shown) == {"prompt": HOSTILE + "\x7f"}
+    assert all(32 <= ord(character) < 127 or character == "\n" for character in shown)
+
+
+def test_durations_and_sizes_read_well():
+    assert [duration(value) for value in (None, 0, 65.4, 3723)] == ["-", "0:00", "1:05", "1:02:03"]
+    assert [size(value) for value in (0, 999, 1500, 2_500_000, 3e12)] == ["0 B", "999 B", "1.5 kB", "2.5 MB", "3.0 TB"]
+
+
+def test_detail_names_every_figure():
+    assert progress_detail(progress()) == "1.25 img/s, ETA 0:13, 1 flagged, 1 failed, 2 actors"
+
+
+def test_plain_lines_come_at_once_on_a_new_phase_and_every_so_often():
+    stream = io.StringIO()
+    with LineView(stream, every=0.05) as view:
+        assert stream.getvalue() == "latentmill: planning [0:00]\n"
+        view.update(progress(phase="planning", done=0))
+        assert stream.getvalue().count("\n") == 1
+        view.update(progress(phase="starting", done=0))
+        view.update(progress())
+        view.update(progress(done=9))
+        head = stream.getvalue().splitlines()[1:3]
+        time.sleep(0.3)
+    lines = stream.getvalue().splitlines()
+    assert head == [
+        "latentmill: starting 0/24 [0:00] 1.25 img/s, ETA 0:13, 1 flagged, 1 failed, 2 actors",
+        "latentmill: generating 8/24 [0:00] 1.25 img/s, ETA 0:13, 1 flagged, 1 failed, 2 actors",
+    ]
+    assert sum("generating 9/24" in line for line in lines) >= 2
+    view.note("evil \x1b[2J")
+    assert stream.getvalue().endswith("latentmill: evil \\x1b[2J\n")
+
+
+def test_bar_shows_every_figure_on_a_terminal_of_eighty_columns():
+    stream = io.StringIO()
+    console = Console(file=stream, force_terminal=True, width=80, legacy_windows=False)
+    with BarView(console) as view:
+        view.update(progress())
+        view.note("stopping \x1b[2J")
+    shown = stream.getvalue()
+    assert "8/24" in shown
+    assert "1.25 img/s, ETA 0:13, 1 flagged, 1 failed, 2 actors" in shown
+    assert "stopping \\x1b[2J" in shown
+
+
+def fail_within(error: Exception) -> None:
+    with held_back_stderr():
+        os.write(2, b"the cause")
+        raise error
+
+
+def test_stderr_is_held_back_unless_something_unforeseen_happens(capfd):
+    with held_back_stderr():
+        os.write(2, b"chatter")
+    with pytest.raises(JobError):
+        fail_within(JobError("ours"))
+    assert capfd.readouterr().err == ""
+    with pytest.raises(KeyError):
+        fail_within(KeyError())
+    os.write(2, b" and afterwards")
+    assert capfd.readouterr().err == "the cause and afterwards"
+
+
+def test_the_view_goes_on_while_stderr_is_held_back():
+    script = (
+        "from jobs.show.display import held_back_stderr, progress_view\n"
+        "import os\n"
+        "with progress_view() as view, held_back_stderr():\n"
+        "    os.write(2, b'chatter')\n"
+        "    view.note('visible')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stderr == "latentmill: planning [0:00]\nlatentmill: visible\n"
