@@ -14,6 +14,7 @@ import pytest
 
 from jobs.errors import JobError, UsageError
 from jobs.executors import ray as ray_executor
+from jobs.executors.ray_cluster import connect
 from jobs.runner import Progress, run_job
 from jobs.spec import Runtime
 from jobs.store.storage import Storage
@@ -85,7 +86,7 @@ def test_an_output_in_the_memory_of_one_process_is_refused():
 def test_a_cluster_that_does_not_answer_is_told_at_once(address: str):
     began = time.monotonic()
     with pytest.raises(UsageError, match=r"no Ray cluster answers at .*check --address"):
-        ray_executor._connect(address)
+        connect(address)
     assert time.monotonic() - began < 30
 
 
@@ -147,7 +148,7 @@ def session(s3_environment: dict[str, str]) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         for name, value in s3_environment.items():
             patch.setenv(name, value)
-        connection = ray_executor._connect(None)
+        connection = connect(None)
         yield
         connection.close()
 
