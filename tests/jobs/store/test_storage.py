@@ -19,7 +19,7 @@ from jobs.errors import UsageError
 from jobs.store import storage as storage_module
 from jobs.store.errors import StorageError, is_transient
 from jobs.store.storage import Storage
-from tests.conftest import S3_READER, S3_SECRET
+from tests.seaweedfs import S3_READER, S3_SECRET
 
 
 @pytest.fixture(params=["local", "memory", "s3"])
