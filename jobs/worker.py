@@ -1,4 +1,4 @@
-"""What happens to one chunk: generate it, apply the policies, write its pictures, commit its record last."""
+"""What happens to one chunk: generate it, finish its samples, write its pictures, commit its record last."""
 
 from __future__ import annotations
 
@@ -7,25 +7,17 @@ import secrets
 import socket
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Literal, Protocol
 
 from engine import GenerationRequest, GenerationResult
-from engine.types import Pixels
-from jobs.errors import JobError
+from jobs.errors import JobError, OutputConflictError
+from jobs.finishing import FinishedSample, finish_sample
 from jobs.job import Job, open_job
-from jobs.manifests.parameters import parameters_text
-from jobs.mark_bits import bits_needed, matching_bits
-from jobs.outputs.images import blank, encode_png, pixel_sha256
-from jobs.outputs.records import encode_record, tool_versions
-from jobs.plans.plan import Plan, PlannedSample
-
-RETRY_METHOD = "dwtDctSvd"
-"""What the policy `retry` marks with where the plan's own mark cannot be read back: it holds on smooth pictures."""
-
-_ERROR_LIMIT = 1000
+from jobs.outputs.records import count_statuses, encode_record, tool_versions
+from jobs.plans.plan import Plan
 
 
 class ChunkEngine(Protocol):
@@ -57,15 +49,17 @@ class Receipt:
     """What became of one try at one chunk. It informs; the ledger decides.
 
     `committed`: this try's record stands. `already`: the chunk was committed before, nothing was generated.
-    `lost`: another attempt committed it first. `error`: the chunk is still open.
+    `lost`: another attempt committed it first. `skipped`: it was not tried, and is still open. `error`: it was tried,
+    and is still open; `blame` says whether the chunk itself may be at fault, or another plan's record was met.
     """
 
     chunk: int
-    outcome: Literal["committed", "already", "lost", "error"]
+    outcome: Literal["committed", "already", "lost", "skipped", "error"]
     ok: int = 0
     flagged: int = 0
     failed: int = 0
     error: str | None = None
+    blame: Literal["chunk", "conflict", "elsewhere"] = "elsewhere"
     actor: str = ""
     generate_seconds: float = 0.0
     finish_seconds: float = 0.0
@@ -73,7 +67,21 @@ class Receipt:
     @property
     def done(self) -> bool:
         """Whether the chunk is committed, by whomever."""
-        return self.outcome != "error"
+        return self.outcome not in {"error", "skipped"}
+
+
+def fault_receipt(chunk: int, error: Exception, actor: str = "") -> Receipt:
+    """The receipt of a try that ended in an exception: what a job's own errors say is not the chunk's fault."""
+    if isinstance(error, OutputConflictError):
+        return Receipt(chunk=chunk, outcome="error", error=str(error), blame="conflict", actor=actor)
+    if isinstance(error, JobError):
+        return Receipt(chunk=chunk, outcome="error", error=str(error), actor=actor)
+    return Receipt(chunk=chunk, outcome="error", error=describe_fault(error), blame="chunk", actor=actor)
+
+
+def describe_fault(error: BaseException) -> str:
+    """An exception that is not of ours, in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:1000]
 
 
 def load_engine(plan: Plan, device: str) -> ChunkEngine:
@@ -113,7 +121,7 @@ class ChunkGenerator:
         """The whole chunk, or a receipt if the ledger has it already: a committed chunk is never generated again."""
         record = self._job.ledger.read(chunk)
         if record is not None:
-            counts = record.counts()
+            counts = count_statuses(record.table)
             return Receipt(
                 chunk=chunk,
                 outcome="already",
@@ -133,6 +141,34 @@ class ChunkGenerator:
             generate_seconds=time.perf_counter() - started,
         )
 
+    def generate_rows(self, chunk: int, rows: Collection[int]) -> dict[int, GenerationResult]:
+        """Only these rows of a chunk, at the batch shape and in the slots that they have in the whole chunk.
+
+        Every other row of their batches is replaced by one of them: it is not touched, whatever is wrong with it.
+        """
+        requests = [sample.request for sample in self._job.plan.samples_of_chunk(chunk)]
+        size = self._job.plan.batch_size
+        results: dict[int, GenerationResult] = {}
+        for start in range(0, len(requests), size):
+            places = range(start, min(start + size, len(requests)))
+            wanted = [row for row in places if row in rows]
+            if wanted:
+                batch = [requests[row if row in rows else wanted[0]] for row in places]
+                found = self._engine.generate(batch)
+                results |= {row: found[row - start] for row in wanted}
+        return results
+
+    def finish_row(self, chunk: int, row: int) -> FinishedSample:
+        """One row of a chunk from prompt to file, in this process, without the others."""
+        sample = self._job.plan.samples_of_chunk(chunk)[row]
+        return finish_sample(self._job.plan, sample, self.generate_rows(chunk, [row])[row], self.execution_class)
+
+    def generate_control(self, chunk: int) -> None:
+        """A batch of empty prompts of the chunk's shape. If that fails, the machine is at fault and not a prompt."""
+        plan = self._job.plan
+        request = replace(plan.samples_of_chunk(chunk)[0].request, prompt="", negative_prompt="", seed=0)
+        self._engine.generate([request] * plan.batch_size)
+
 
 def finish_chunk(out_url: str, generated: GeneratedChunk) -> Receipt:
     """Afterwards the chunk is committed: by this attempt, with all its pictures durable, or by an earlier one.
@@ -140,52 +176,65 @@ def finish_chunk(out_url: str, generated: GeneratedChunk) -> Receipt:
     Raises StorageError if the store would not say so; the chunk then counts as open and is tried again.
     """
     started = time.perf_counter()
-    job = open_job(out_url)
-    samples = job.plan.samples_of_chunk(generated.chunk)
+    plan = open_job(out_url).plan
+    samples = plan.samples_of_chunk(generated.chunk)
     if len(samples) != len(generated.results):
         raise JobError(
             f"chunk {generated.chunk} has {len(samples)} samples but the engine returned {len(generated.results)}; "
             f"nothing of it is committed"
         )
-    attempt = secrets.token_hex(8)
     finished = [
-        _finish_sample(job.plan, sample, result, generated.execution_class)
+        finish_sample(plan, sample, result, generated.execution_class)
         for sample, result in zip(samples, generated.results, strict=True)
     ]
-    rows = _store_pictures(job, generated.chunk, attempt, finished)
+    receipt = commit_chunk(
+        out_url,
+        generated.chunk,
+        finished,
+        execution_class=generated.execution_class,
+        actor=generated.actor,
+        generate_seconds=generated.generate_seconds,
+    )
+    return replace(receipt, finish_seconds=time.perf_counter() - started)
+
+
+def commit_chunk(
+    out_url: str,
+    chunk: int,
+    finished: Sequence[FinishedSample],
+    *,
+    execution_class: str,
+    actor: str,
+    generate_seconds: float,
+) -> Receipt:
+    """Write the pictures of a chunk's finished samples, then its commit record; the end of `finish_chunk`."""
+    job = open_job(out_url)
+    attempt = secrets.token_hex(8)
+    rows = _store_pictures(job, chunk, attempt, finished)
     data = encode_record(
         rows,
         job.ledger.schema,
-        chunk=generated.chunk,
+        chunk=chunk,
         attempt=attempt,
         plan_hash=job.plan.plan_hash,
-        execution_class=generated.execution_class,
+        execution_class=execution_class,
         versions=_versions(),
-        details={"actor": generated.actor, "generate_seconds": f"{generated.generate_seconds:.3f}"},
+        details={"actor": actor, "generate_seconds": f"{generate_seconds:.3f}"},
     )
-    outcome = job.ledger.commit(generated.chunk, attempt, data)
+    outcome = job.ledger.commit(chunk, attempt, data)
     counts = Counter(row["status"] for row in rows)
     return Receipt(
-        chunk=generated.chunk,
+        chunk=chunk,
         outcome="committed" if outcome == "mine" else "lost",
-        actor=generated.actor,
-        generate_seconds=generated.generate_seconds,
-        finish_seconds=time.perf_counter() - started,
+        actor=actor,
+        generate_seconds=generate_seconds,
         ok=counts["ok"],
         flagged=counts["flagged"],
         failed=counts["failed"],
     )
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Finished:
-    """A row without the place of its picture, and the picture's file bytes if it has one."""
-
-    row: dict[str, Any]
-    data: bytes | None
-
-
-def _store_pictures(job: Job, chunk: int, attempt: str, finished: Sequence[_Finished]) -> list[dict[str, Any]]:
+def _store_pictures(job: Job, chunk: int, attempt: str, finished: Sequence[FinishedSample]) -> list[dict[str, Any]]:
     images = [(item.row["sample_id"], item.data) for item in finished if item.data is not None]
     stored = job.sink.write(chunk, attempt, images)
     rows = []
@@ -194,111 +243,6 @@ def _store_pictures(job: Job, chunk: int, attempt: str, finished: Sequence[_Fini
         place = {} if image is None else {"image": image.path, "bytes": image.size, "sha256": image.sha256}
         rows.append(item.row | place)
     return rows
-
-
-def _finish_sample(plan: Plan, sample: PlannedSample, result: GenerationResult, execution_class: str) -> _Finished:
-    """One sample's row and file. Whatever is wrong with this sample alone becomes its error, never an exception."""
-    if result.status == "failed":
-        error = result.error or "the engine gave no picture or no safety verdict"
-        return _Finished(row=_row(plan, sample, result, execution_class, error=error), data=None)
-    pixels = _kept_pixels(plan, result)
-    if pixels is None:
-        return _Finished(row=_row(plan, sample, result, execution_class), data=None)
-    try:
-        picture, mark = _marked(plan, pixels, required=pixels is result.pixels)
-        if mark.fault is not None:
-            return _Finished(row=_row(plan, sample, result, execution_class, error=mark.fault), data=None)
-        data = encode_png(picture, _text(plan, sample.request))
-    except MemoryError:
-        raise
-    except Exception as error:  # noqa: BLE001 - OpenCV, PyWavelets and Pillow share no base; the chunk must survive
-        failed = replace(
-            result, pixels=None, error=f"the picture could not be finished: {type(error).__name__}: {error}"
-        )
-        return _Finished(row=_row(plan, sample, failed, execution_class, error=failed.error), data=None)
-    row = _row(plan, sample, result, execution_class)
-    row |= {"watermark": mark.method, "watermark_bit_accuracy": mark.accuracy, "pixel_sha256": pixel_sha256(picture)}
-    return _Finished(row=row, data=data)
-
-
-def _kept_pixels(plan: Plan, result: GenerationResult) -> Pixels | None:
-    """The policy on flagged pictures; the status stays `flagged` under each of them."""
-    assert result.pixels is not None  # noqa: S101 - a result that is not `failed` has pixels
-    if result.status == "ok" or plan.on_flagged == "keep":
-        return result.pixels
-    return blank(result.pixels) if plan.on_flagged == "blank" else None
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Mark:
-    """How a picture was marked, what was read back, and why that is not enough, if it is not."""
-
-    method: str
-    accuracy: float | None = None
-    fault: str | None = None
-
-
-def _marked(plan: Plan, pixels: Pixels, *, required: bool) -> tuple[Pixels, _Mark]:
-    """The picture with the plan's mark; a blank one in a flagged picture's place need not be readable (`required`)."""
-    if plan.watermark == "none":
-        return pixels, _Mark(method="none")
-    from engine import embed_watermark, watermark_bit_accuracy
-
-    methods = [plan.watermark]
-    if plan.watermark_policy == "retry" and plan.watermark != RETRY_METHOD:
-        methods.append(RETRY_METHOD)
-    n_bits = 8 * len(plan.watermark_text.encode())
-    needed = bits_needed(n_bits) if required and plan.watermark_policy != "record" else None
-    tried = []
-    for method in methods:
-        picture = embed_watermark(pixels, plan.watermark_text, method)
-        accuracy = watermark_bit_accuracy(picture, plan.watermark_text, method)
-        if needed is None or matching_bits(accuracy, n_bits) >= needed:
-            return picture, _Mark(method=method, accuracy=accuracy)
-        tried.append(f"{method} {matching_bits(accuracy, n_bits)}")
-    fault = f"the mark cannot be read back: {', '.join(tried)} of {n_bits} bits, {needed} are needed"
-    return pixels, _Mark(method=plan.watermark, fault=fault)
-
-
-def _text(plan: Plan, request: GenerationRequest) -> str:
-    version = f"latentmill {plan.versions['latentmill']}"  # the plan's: an upgrade half-way must not change a byte
-    return parameters_text(
-        request, model_name=plan.model.name, model_hash=plan.model.weights_digest[:10], version=version
-    )
-
-
-def _row(
-    plan: Plan, sample: PlannedSample, result: GenerationResult, execution_class: str, *, error: str | None = None
-) -> dict[str, Any]:
-    """The row of one sample, with no picture yet."""
-    request = sample.request
-    verdict = result.safety
-    return (
-        dict.fromkeys(plan.record_schema.names)
-        | sample.extra
-        | {
-            "sample_id": sample.sample_id,
-            "row_id": sample.row_id,
-            "prompt": request.prompt,
-            "negative_prompt": request.negative_prompt,
-            "seed": request.seed,
-            "width": request.width,
-            "height": request.height,
-            "num_inference_steps": request.num_inference_steps,
-            "guidance_scale": request.guidance_scale,
-            "sampler": request.sampler,
-            "eta": request.eta,
-            "status": "failed" if error is not None else result.status,
-            "error": None if error is None else " ".join(error.split())[:_ERROR_LIMIT],
-            "nsfw_score": None if verdict is None else verdict.score,
-            "nsfw_checker": None if verdict is None else verdict.checker,
-            "prompt_tokens": result.prompt_tokens,
-            "precision": result.precision,
-            "batch_size": result.batch_size,
-            "batch_slot": result.batch_slot,
-            "execution_class": execution_class,
-        }
-    )
 
 
 @lru_cache(maxsize=1)

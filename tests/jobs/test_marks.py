@@ -14,7 +14,7 @@ from imwatermark import WatermarkEncoder
 from PIL import Image
 
 from engine import embed_watermark
-from jobs import worker
+from jobs import finishing
 from jobs.errors import UsageError
 from jobs.job import open_job
 from jobs.mark_bits import CHANCE, bits_needed
@@ -135,5 +135,5 @@ def test_if_no_method_holds_the_sample_fails_and_says_both(rows: Any, monkeypatc
     (row,) = rows(["flat"], watermark="dwtDct", watermark_policy="retry")
     assert row["status"] == "failed"
     assert (
-        row["error"] == f"the mark cannot be read back: dwtDct 95, {worker.RETRY_METHOD} 95 of 136 bits, 96 are needed"
+        row["error"] == f"the mark cannot be read back: dwtDct 95, {finishing.RETRY_METHOD} 95 of 136 bits, 96 are needed"
     )

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from engine import GenerationRequest
-from jobs import worker
+from jobs import finishing, worker
 from jobs.job import Job, open_job
 from jobs.manifests.parameters import TEXT_LIMIT, parameters_text
 from jobs.outputs.images import decode_png, encode_png, pixel_sha256
@@ -127,7 +127,7 @@ def test_a_sample_that_cannot_be_finished_fails_alone(
             raise OSError("encoder error -2")
         return encode_png(pixels, text)
 
-    monkeypatch.setattr(worker, "encode_png", encode)
+    monkeypatch.setattr(finishing, "encode_png", encode)
     receipt = finish_chunk(out, generate(out))
     assert (receipt.ok, receipt.failed) == (2, 1)
     assert rows_of(open_job(out))[1]["error"] == "the picture could not be finished: OSError: encoder error -2"

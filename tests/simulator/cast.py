@@ -291,7 +291,7 @@ class _OpenJob:
 decode_once = lru_cache(maxsize=20_000)(decode_record)
 _encoded: dict[tuple[str, int, str], bytes] = {}
 _finished: dict[tuple[str, str], Any] = {}
-_encode, _finish_sample = jobs.worker.encode_record, jobs.worker._finish_sample
+_encode, _finish_sample = jobs.worker.encode_record, jobs.worker.finish_sample
 
 
 def _encode_once(rows: Any, schema: Any, **how: Any) -> bytes:
@@ -335,7 +335,7 @@ def installed(world: World, cast: Cast) -> Iterator[None]:
             (jobs.runner, "_graceful_interrupt", _uninterrupted),
             (jobs.outputs.ledger, "decode_record", decode_once),
             (jobs.worker, "encode_record", _encode_once),
-            (jobs.worker, "_finish_sample", finish_once),
+            (jobs.worker, "finish_sample", finish_once),
             (Ledger, "commit", _truthful(cast, Ledger.commit)),
         ):
             patches.enter_context(patch.object(target, name, value))

@@ -1,0 +1,145 @@
+"""One finished sample: the policy on flagged pictures, the mark, the file, and the row that describes them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from engine import GenerationRequest, GenerationResult
+from engine.types import Pixels
+from jobs.manifests.parameters import parameters_text
+from jobs.mark_bits import bits_needed, matching_bits
+from jobs.outputs.images import blank, encode_png, pixel_sha256
+from jobs.plans.plan import Plan, PlannedSample
+
+RETRY_METHOD = "dwtDctSvd"
+"""What the policy `retry` marks with where the plan's own mark cannot be read back: it holds on smooth pictures."""
+
+_ERROR_LIMIT = 1000
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FinishedSample:
+    """A row without the place of its picture, and the picture's file bytes if it has one."""
+
+    row: dict[str, Any]
+    data: bytes | None
+
+
+def failed_sample(plan: Plan, sample: PlannedSample, slot: int, error: str, execution_class: str) -> FinishedSample:
+    """A sample for which there is no result at all: what became of the worker that tried is its error."""
+    result = GenerationResult(
+        pixels=None,
+        error=error,
+        safety=None,
+        prompt_tokens=0,
+        precision="fp16" if plan.dtype == "float16" else "fp32",
+        batch_size=plan.batch_size,
+        batch_slot=slot,
+    )
+    return finish_sample(plan, sample, result, execution_class)
+
+
+def finish_sample(plan: Plan, sample: PlannedSample, result: GenerationResult, execution_class: str) -> FinishedSample:
+    """One sample's row and file. Whatever is wrong with this sample alone becomes its error, never an exception."""
+    if result.status == "failed":
+        error = result.error or "the engine gave no picture or no safety verdict"
+        return FinishedSample(row=_row(plan, sample, result, execution_class, error=error), data=None)
+    pixels = _kept_pixels(plan, result)
+    if pixels is None:
+        return FinishedSample(row=_row(plan, sample, result, execution_class), data=None)
+    try:
+        picture, mark = _marked(plan, pixels, required=pixels is result.pixels)
+        if mark.fault is not None:
+            return FinishedSample(row=_row(plan, sample, result, execution_class, error=mark.fault), data=None)
+        data = encode_png(picture, _text(plan, sample.request))
+    except MemoryError:
+        raise
+    except Exception as error:  # noqa: BLE001 - OpenCV, PyWavelets and Pillow share no base; the chunk must survive
+        failed = replace(
+            result, pixels=None, error=f"the picture could not be finished: {type(error).__name__}: {error}"
+        )
+        return FinishedSample(row=_row(plan, sample, failed, execution_class, error=failed.error), data=None)
+    row = _row(plan, sample, result, execution_class)
+    row |= {"watermark": mark.method, "watermark_bit_accuracy": mark.accuracy, "pixel_sha256": pixel_sha256(picture)}
+    return FinishedSample(row=row, data=data)
+
+
+def _kept_pixels(plan: Plan, result: GenerationResult) -> Pixels | None:
+    """The policy on flagged pictures; the status stays `flagged` under each of them."""
+    assert result.pixels is not None  # noqa: S101 - a result that is not `failed` has pixels
+    if result.status == "ok" or plan.on_flagged == "keep":
+        return result.pixels
+    return blank(result.pixels) if plan.on_flagged == "blank" else None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Mark:
+    """How a picture was marked, what was read back, and why that is not enough, if it is not."""
+
+    method: str
+    accuracy: float | None = None
+    fault: str | None = None
+
+
+def _marked(plan: Plan, pixels: Pixels, *, required: bool) -> tuple[Pixels, _Mark]:
+    """The picture with the plan's mark; a blank one in a flagged picture's place need not be readable (`required`)."""
+    if plan.watermark == "none":
+        return pixels, _Mark(method="none")
+    from engine import embed_watermark, watermark_bit_accuracy
+
+    methods = [plan.watermark]
+    if plan.watermark_policy == "retry" and plan.watermark != RETRY_METHOD:
+        methods.append(RETRY_METHOD)
+    n_bits = 8 * len(plan.watermark_text.encode())
+    needed = bits_needed(n_bits) if required and plan.watermark_policy != "record" else None
+    tried = []
+    for method in methods:
+        picture = embed_watermark(pixels, plan.watermark_text, method)
+        accuracy = watermark_bit_accuracy(picture, plan.watermark_text, method)
+        if needed is None or matching_bits(accuracy, n_bits) >= needed:
+            return picture, _Mark(method=method, accuracy=accuracy)
+        tried.append(f"{method} {matching_bits(accuracy, n_bits)}")
+    fault = f"the mark cannot be read back: {', '.join(tried)} of {n_bits} bits, {needed} are needed"
+    return pixels, _Mark(method=plan.watermark, fault=fault)
+
+
+def _text(plan: Plan, request: GenerationRequest) -> str:
+    version = f"latentmill {plan.versions['latentmill']}"  # the plan's: an upgrade half-way must not change a byte
+    return parameters_text(
+        request, model_name=plan.model.name, model_hash=plan.model.weights_digest[:10], version=version
+    )
+
+
+def _row(
+    plan: Plan, sample: PlannedSample, result: GenerationResult, execution_class: str, *, error: str | None = None
+) -> dict[str, Any]:
+    """The row of one sample, with no picture yet."""
+    request = sample.request
+    verdict = result.safety
+    return (
+        dict.fromkeys(plan.record_schema.names)
+        | sample.extra
+        | {
+            "sample_id": sample.sample_id,
+            "row_id": sample.row_id,
+            "prompt": request.prompt,
+            "negative_prompt": request.negative_prompt,
+            "seed": request.seed,
+            "width": request.width,
+            "height": request.height,
+            "num_inference_steps": request.num_inference_steps,
+            "guidance_scale": request.guidance_scale,
+            "sampler": request.sampler,
+            "eta": request.eta,
+            "status": "failed" if error is not None else result.status,
+            "error": None if error is None else " ".join(error.split())[:_ERROR_LIMIT],
+            "nsfw_score": None if verdict is None else verdict.score,
+            "nsfw_checker": None if verdict is None else verdict.checker,
+            "prompt_tokens": result.prompt_tokens,
+            "precision": result.precision,
+            "batch_size": result.batch_size,
+            "batch_slot": result.batch_slot,
+            "execution_class": execution_class,
+        }
+    )
