@@ -11,10 +11,12 @@ import hashlib
 import io
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from jobs.errors import JobError
@@ -61,9 +63,17 @@ class DamagedRecordError(JobError):
     """A commit record that is not, byte for byte, what a worker wrote."""
 
 
+class WrongRepairError(DamagedRecordError):
+    """A repair record that would change more than rows which failed."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CommitRecord:
-    """One commit record as read back: its rows and who wrote them."""
+    """One commit record as read back: its rows and who wrote them.
+
+    `repair` is this object's own number, 0 for a commit record and 1, 2, ... for the repair records beside it.
+    `repaired_by` are the attempts whose repairs the rows already include, in order: empty for what was merely read.
+    """
 
     chunk: int
     attempt: str
@@ -71,10 +81,50 @@ class CommitRecord:
     execution_class: str
     table: pa.Table
     metadata: Mapping[str, str]
+    repair: int = 0
+    repaired_by: tuple[str, ...] = ()
+
+    @property
+    def repairs(self) -> int:
+        """How many repair records the rows include; the next repair of the chunk has the number after that."""
+        return len(self.repaired_by)
+
+    @property
+    def attempts(self) -> tuple[str, ...]:
+        """Whose pictures the rows refer to, by number of the repair: the commit's own attempt comes first."""
+        return (self.attempt, *self.repaired_by)
 
     def counts(self) -> dict[str, int]:
         """Number of rows by status."""
         return count_statuses(self.table)
+
+    def failed(self) -> tuple[int, ...]:
+        """Places within the chunk of the rows that failed."""
+        failed = pc.equal(self.table.column("status"), "failed").to_numpy()
+        return tuple(np.flatnonzero(failed).tolist())
+
+    def with_repair(self, repair: CommitRecord) -> CommitRecord:
+        """These rows with the repair's in the place of those that failed.
+
+        Raises WrongRepairError if the repair is not the next one, is empty, or has anything but rows of ours that
+        failed and do not fail any more.
+        """
+        if repair.repair != self.repairs + 1 or repair.chunk != self.chunk:
+            raise WrongRepairError(
+                f"it says repair {repair.repair} of chunk {repair.chunk}, "
+                f"not repair {self.repairs + 1} of chunk {self.chunk}"
+            )
+        samples, repaired = self.table.column("sample_id").to_pylist(), repair.table.column("sample_id").to_pylist()
+        places = {samples[place]: place for place in self.failed()}
+        order = np.arange(len(samples))
+        for number, sample in enumerate(repaired):
+            if sample not in places:
+                raise WrongRepairError(f"sample {sample} did not fail before it, or is there twice")
+            order[places.pop(sample)] = len(samples) + number
+        if not repaired or repair.failed():
+            raise WrongRepairError("it repairs nothing: it has no rows, or rows that failed again")
+        table = pa.concat_tables([self.table, repair.table]).take(pa.array(order)).combine_chunks()
+        return replace(self, table=table, repaired_by=(*self.repaired_by, repair.attempt))
 
 
 def count_statuses(table: pa.Table) -> dict[str, int]:
@@ -95,14 +145,19 @@ def encode_record(
     execution_class: str,
     versions: Mapping[str, str],
     details: Mapping[str, str] | None = None,
+    repair: int = 0,
 ) -> bytes:
-    """The rows as a sealed Parquet file; `details` (timings, actor) go to the file's metadata, never to its rows."""
+    """The rows as a sealed Parquet file; `details` (timings, actor) go to the file's metadata, never to its rows.
+
+    `repair` is the number of the repair record that it is to be: then the rows are only those repaired.
+    """
     table = pa.Table.from_pylist([dict(row) for row in rows], schema=schema)
     metadata = {
         "plan_hash": plan_hash,
         "attempt": attempt,
         "chunk": str(chunk),
         "execution_class": execution_class,
+        **({"repair": str(repair)} if repair else {}),
         "written_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         **{f"version.{name}": version for name, version in versions.items()},
         **(details or {}),
@@ -136,6 +191,7 @@ def decode_record(data: bytes) -> CommitRecord:
             execution_class=metadata["execution_class"],
             table=table.replace_schema_metadata(None),
             metadata=metadata,
+            repair=int(metadata.get("repair", "0")),
         )
     except (KeyError, ValueError) as error:
         raise DamagedRecordError(f"its file metadata are incomplete: {error}") from error

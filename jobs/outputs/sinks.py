@@ -26,25 +26,32 @@ class StoredImage:
 class Sink(Protocol):
     """Writes the pictures of one attempt, and finds them again by the paths in the commit record."""
 
-    def write(self, chunk: int, attempt: str, images: Sequence[tuple[str, bytes]]) -> dict[str, StoredImage]:
-        """Store `(sample_id, file bytes)` pairs; afterwards all of them are durable."""
+    def write(
+        self, chunk: int, attempt: str, images: Sequence[tuple[str, bytes]], repair: int = 0
+    ) -> dict[str, StoredImage]:
+        """Store `(sample_id, file bytes)` pairs; afterwards all of them are durable.
+
+        `repair` is the number of the repair that the attempt is one at, 0 if it is one at the chunk itself.
+        """
 
     def read(self, path: str) -> bytes:
         """The file bytes of one picture. Raises FileNotFoundError if it is gone."""
 
-    def sizes(self, chunk: int, attempt: str) -> Mapping[str, int]:
+    def sizes(self, chunk: int, attempt: str, repair: int = 0) -> Mapping[str, int]:
         """Size by path of everything that lies under one attempt, with as few requests as the store allows."""
 
 
 class FilesSink:
-    """One PNG per sample: `images/00000/00000007-{attempt}/{sample_id}.png`."""
+    """One PNG per sample: `images/00000/00000007-{attempt}/{sample_id}.png`, of a repair `00000007-r1-{attempt}`."""
 
     def __init__(self, storage: Storage) -> None:
         self._storage = storage
 
-    def write(self, chunk: int, attempt: str, images: Sequence[tuple[str, bytes]]) -> dict[str, StoredImage]:
+    def write(
+        self, chunk: int, attempt: str, images: Sequence[tuple[str, bytes]], repair: int = 0
+    ) -> dict[str, StoredImage]:
         """Store the pictures, several at a time."""
-        folder = attempt_folder(chunk, attempt)
+        folder = attempt_folder(chunk, attempt, repair)
 
         def store(item: tuple[str, bytes]) -> tuple[str, StoredImage]:
             sample_id, data = item
@@ -59,14 +66,15 @@ class FilesSink:
         """The PNG."""
         return self._storage.read(path)
 
-    def sizes(self, chunk: int, attempt: str) -> Mapping[str, int]:
+    def sizes(self, chunk: int, attempt: str, repair: int = 0) -> Mapping[str, int]:
         """One listing of the attempt's folder."""
-        return dict(self._storage.list(attempt_folder(chunk, attempt)))
+        return dict(self._storage.list(attempt_folder(chunk, attempt, repair)))
 
 
-def attempt_folder(chunk: int, attempt: str) -> str:
-    """The folder that belongs to one attempt at one chunk alone."""
-    return f"images/{chunk // 1000:05d}/{chunk:08d}-{attempt}"
+def attempt_folder(chunk: int, attempt: str, repair: int = 0) -> str:
+    """The folder that belongs to one attempt at one chunk, or at one repair of it, alone."""
+    number = f"r{repair}-" if repair else ""
+    return f"images/{chunk // 1000:05d}/{chunk:08d}-{number}{attempt}"
 
 
 SINKS: Mapping[str, type[FilesSink]] = {"files": FilesSink}

@@ -13,8 +13,8 @@ import pyarrow as pa
 import pytest
 
 from jobs.errors import OutputConflictError
-from jobs.outputs.ledger import Ledger, chunk_of_path, record_path
-from jobs.outputs.records import OWN_FIELDS, DamagedRecordError, decode_record, encode_record
+from jobs.outputs.ledger import Ledger, chunk_of_path, record_path, repair_of_path, repair_path
+from jobs.outputs.records import OWN_FIELDS, DamagedRecordError, WrongRepairError, decode_record, encode_record
 from jobs.store import storage as storage_module
 from jobs.store.errors import StorageError
 from jobs.store.storage import Storage
@@ -164,3 +164,140 @@ def test_listing_many_chunks_needs_little_memory() -> None:
     assert committed.sum() == 100_000
     assert committed[::2].all()
     assert peak < 10_000_000
+
+
+def rows_of(**statuses: str) -> list[dict[str, str | None]]:
+    return [
+        {"sample_id": name.removeprefix("s"), "status": status, "prompt": status, "error": None}
+        for name, status in statuses.items()
+    ]
+
+
+def sealed(rows: list[dict[str, str | None]], attempt: str, repair: int = 0, **changes: object) -> bytes:
+    how = {"chunk": 7, "plan_hash": PLAN, "execution_class": "cpu", "versions": {}} | changes
+    return encode_record(rows, SCHEMA, attempt=attempt, repair=repair, **how)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def damaged_chunk(ledger: Ledger) -> Ledger:
+    """Chunk 7 with rows 1 and 3 failed."""
+    ledger.commit(7, "base", sealed(rows_of(s0="ok", s1="failed", s2="flagged", s3="failed"), "base"))
+    return ledger
+
+
+def statuses(ledger: Ledger, repairs: int | None = None) -> list[str]:
+    record = ledger.effective(7, repairs)
+    assert record is not None
+    assert record.table.column("sample_id").to_pylist() == ["0", "1", "2", "3"]
+    return list(record.table.column("status").to_pylist())
+
+
+def test_repairs_supersede_failed_rows_one_after_the_other(damaged_chunk: Ledger) -> None:
+    ledger = damaged_chunk
+    assert ledger.failed_samples(7) == (1, 3)
+    assert ledger.commit_repair(7, 1, "first", sealed(rows_of(s3="flagged"), "first", 1)) == "mine"
+    assert statuses(ledger) == ["ok", "failed", "flagged", "flagged"]
+    assert ledger.commit_repair(7, 1, "late", sealed(rows_of(s1="ok"), "late", 1)) == "lost"
+    assert statuses(ledger) == ["ok", "failed", "flagged", "flagged"]
+    assert list(ledger.failed_chunks()) == [7]
+    assert ledger.commit_repair(7, 2, "second", sealed(rows_of(s1="ok"), "second", 2)) == "mine"
+    assert statuses(ledger) == ["ok", "ok", "flagged", "flagged"]
+    assert [statuses(ledger, number).count("failed") for number in range(3)] == [2, 1, 0]
+    record = ledger.effective(7)
+    assert record is not None
+    assert (record.attempt, record.repairs, record.attempts) == ("base", 2, ("base", "first", "second"))
+    assert (ledger.failed_samples(7), list(ledger.failed_chunks())) == ((), [])
+    listing = ledger.listing()
+    assert (dict(listing.repairs), listing.n_repairs, int(listing.committed.sum())) == ({7: 2}, 2, 1)
+    commit = ledger.read(7)
+    assert commit is not None
+    assert commit.counts() == {"ok": 1, "flagged": 1, "failed": 2}
+
+
+@pytest.mark.parametrize("answers_lost", [1, storage_module.TRIES])
+def test_a_repairs_lost_answer_is_still_a_commit(
+    damaged_chunk: Ledger, monkeypatch: pytest.MonkeyPatch, answers_lost: int
+) -> None:
+    create, lost = damaged_chunk.storage._backend.create, [0]
+
+    def create_and_drop_the_answer(path: str, data: bytes) -> bool:
+        made = create(path, data)
+        lost[0] += 1
+        if lost[0] <= answers_lost:
+            raise ConnectionResetError("the answer was lost")
+        return made
+
+    monkeypatch.setattr(damaged_chunk.storage._backend, "create", create_and_drop_the_answer)
+    assert damaged_chunk.commit_repair(7, 1, "first", sealed(rows_of(s1="ok"), "first", 1)) == "mine"
+    lost[0] = 0
+    assert damaged_chunk.commit_repair(7, 1, "second", sealed(rows_of(s1="ok"), "second", 1)) == "lost"
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        {"s0": "ok"},
+        {"s2": "ok"},
+        {"s1": "ok", "s2": "ok"},
+        {"s4": "ok"},
+        {"s1": "failed"},
+        {"s1": "ok", "s3": "failed"},
+        {},
+    ],
+)
+def test_a_repair_that_would_change_more_than_failed_rows_is_wrong(damaged_chunk: Ledger, rows: dict[str, str]) -> None:
+    damaged_chunk.storage.create(repair_path(7, 1), sealed(rows_of(**rows), "wrong", 1))
+    with pytest.raises(WrongRepairError, match=r"00000007\.r1\.parquet"):
+        damaged_chunk.effective(7)
+
+
+def test_a_row_is_repaired_once(damaged_chunk: Ledger) -> None:
+    damaged_chunk.commit_repair(7, 1, "first", sealed([*rows_of(s1="ok"), *rows_of(s1="ok")], "first", 1))
+    with pytest.raises(WrongRepairError, match="sample 1 did not fail before it, or is there twice"):
+        damaged_chunk.effective(7)
+
+
+def test_a_repair_of_another_plan_chunk_or_number_never_counts(damaged_chunk: Ledger) -> None:
+    ledger, rows = damaged_chunk, rows_of(s1="ok")
+    ledger.storage.write(repair_path(7, 1), sealed(rows, "a", 1, plan_hash="b" * 64))
+    with pytest.raises(OutputConflictError, match="belongs to plan bbbb"):
+        ledger.effective(7)
+    for data in (sealed(rows, "a", 1, chunk=8), sealed(rows, "a", 2), sealed(rows, "a", 0), record("a")):
+        ledger.storage.write(repair_path(7, 1), data)
+        with pytest.raises(DamagedRecordError, match="is not this chunk's"):
+            ledger.effective(7)
+    ledger.storage.write(repair_path(7, 1), sealed(rows, "a", 1)[:-1])
+    with pytest.raises(DamagedRecordError, match=r"repair record .* is damaged"):
+        ledger.effective(7)
+    ledger.storage.write(record_path(7), sealed(rows, "a", 1))
+    with pytest.raises(DamagedRecordError, match="says chunk 7, repair 1"):
+        ledger.read(7)
+
+
+def test_a_repair_that_was_listed_and_is_gone_is_damage(damaged_chunk: Ledger) -> None:
+    damaged_chunk.commit_repair(7, 2, "second", sealed(rows_of(s1="ok"), "second", 2))
+    with pytest.raises(DamagedRecordError, match=r"r1\.parquet in .* is missing"):
+        damaged_chunk.effective(7, damaged_chunk.repairs()[7])
+
+
+def test_requests_for_repairs_are_spared_where_a_listing_knows(
+    damaged_chunk: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reads: list[str] = []
+    read = damaged_chunk.storage._backend.read
+    monkeypatch.setattr(damaged_chunk.storage._backend, "read", lambda path: reads.append(path) or read(path))
+    damaged_chunk.effective(7, 0)
+    assert reads == [record_path(7)]
+    reads.clear()
+    damaged_chunk.effective(7)
+    assert reads == [record_path(7), repair_path(7, 1)]
+
+
+def test_repair_paths_are_told_from_commit_records() -> None:
+    for chunk, number in [(0, 1), (999, 12), (12_345_678, 2), (123_456_789, 3)]:
+        assert repair_of_path(repair_path(chunk, number)) == (chunk, number)
+        assert chunk_of_path(repair_path(chunk, number)) is None
+        assert repair_of_path(record_path(chunk)) is None
+    for stray in ("00000007.r0", "00000007.r01", "00000007.r", "7.r1", "00000007.r1.r2", "00000007.r²"):
+        assert repair_of_path(f"ledger/00000/{stray}.parquet") is None
+    assert repair_of_path("ledger/00001/00000007.r1.parquet") is None
