@@ -123,8 +123,17 @@ def pixel_files(folder: Path, blueprint: Blueprint) -> dict[str, Path]:
         paths += tokenizer_files(folder / tower.tokenizer)
     for component in blueprint.components:
         paths += [folder / component / "config.json", weights_file(folder, component)]
-    paths += [path for path in (folder / "safety_checker").glob("*") if path.is_file()]
-    return {path.relative_to(folder).as_posix(): path for path in sorted(paths)}
+    files = {path.relative_to(folder).as_posix(): path for path in paths}
+    return dict(sorted((files | checker_files(folder)).items()))
+
+
+def checker_files(folder: Path) -> dict[str, Path]:
+    """The files of a folder's own safety checker, which can change a verdict, by relative path; none if it has none."""
+    paths = [path for path in sorted((folder / "safety_checker").glob("*")) if path.is_file()]
+    processor = folder / "feature_extractor" / "preprocessor_config.json"
+    if paths and processor.is_file():
+        paths.append(processor)
+    return {path.relative_to(folder).as_posix(): path for path in paths}
 
 
 def _tower(folder: Path, family: Family, component: str, tokenizer: str) -> Tower:

@@ -11,7 +11,7 @@ from typing import Any
 from engine.blueprint import Blueprint
 from engine.checkpoint import open_weights
 from engine.config import SchedulerConfig
-from engine.folder import pixel_files, read_blueprint, tokenizer_files, weights_file
+from engine.folder import checker_files, pixel_files, read_blueprint, tokenizer_files, weights_file
 from engine.hub import fetch_model, fetch_tokenizer, is_hub_id
 from engine.single_file import default_tokenizer, recognise
 from engine.types import EngineError, ModelSpec
@@ -79,6 +79,7 @@ def _single_file(path: Path, spec: ModelSpec) -> ModelLayout:
         tokenizer /= "tokenizer"
     files = {path.name: path}
     files |= {f"tokenizer/{file.name}": file for file in tokenizer_files(tokenizer)}
+    files |= checker_files(path.parent)
     return ModelLayout(
         path=path,
         blueprint=blueprint,

@@ -134,4 +134,6 @@ def test_a_folder_with_its_own_checker_uses_it_by_default(eps_model, folder, tmp
     engine = Engine.load(ModelSpec(model=str(model)), device="cpu", dtype="float32", batch_size=2)
     request = GenerationRequest(prompt="a", width=64, height=64, num_inference_steps=2)
     assert engine.generate([request])[0].safety.checker == "clip-concepts"
-    assert {"safety_checker/model.safetensors", "safety_checker/config.json"} <= set(engine.description.files)
+    judges = {"safety_checker/model.safetensors", "safety_checker/config.json"}
+    judges.add("feature_extractor/preprocessor_config.json")
+    assert judges <= set(engine.description.files)
