@@ -1,7 +1,8 @@
 """Sweep what no reader will ever want: proven garbage, and nothing that might still become a dataset.
 
-An attempt is garbage when its chunk's commit record stands and is another attempt's. Records never change, so what is
-garbage once is garbage for ever: the sweep may race with any driver, and be killed anywhere.
+An attempt is garbage when its chunk's commit record stands and is another attempt's; an attempt at a repair, when the
+repair record of that number does. Records never change, so what is garbage once is garbage for ever: the sweep may race
+with any driver, and be killed anywhere.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ GRACE_SECONDS = 86_400.0
 
 _Entry = tuple[str, int]
 _THREADS = 8
-_ATTEMPT = re.compile(r"images/\d{5,}/(\d{8,})-([0-9a-f]{16})/[^/]+")
+_Attempts = dict[tuple[int, str], list[_Entry]]
+"""What lies there, by number of the repair (0 for the chunk itself) and attempt."""
+_ATTEMPT = re.compile(r"images/\d{5,}/(\d{8,})-(?:r([1-9]\d*)-)?([0-9a-f]{16})/[^/]+", re.ASCII)
 _TEMPORARY = re.compile(r"(?:_job|images|ledger|dataset|report)/(?:.+/)?\.[^/]+\.[0-9a-f]{12}\.tmp")
 _PROBE = re.compile(r"_job/\.probe-[0-9a-f]{16}")
 _PART = re.compile(r"dataset/part-\d{5,}-[0-9a-f]{16}\.parquet")
@@ -47,9 +50,9 @@ class CleanReport:
     objects: int
     bytes: int
     open_attempts: int
-    """Attempts at chunks that are not committed yet: kept, they may still win."""
+    """Attempts at chunks or repairs that are not committed yet: kept, they may still win."""
     unreadable_chunks: tuple[int, ...]
-    """Chunks whose commit record is damaged: nothing of theirs was touched; `verify` says what is wrong."""
+    """Chunks whose records are damaged: nothing of theirs was touched; `verify` says what is wrong."""
 
     @property
     def exit_code(self) -> int:
@@ -99,11 +102,14 @@ class _Sweep:
     def attempts(self) -> None:
         """Every attempt that lost, one folder of a thousand chunks at a time."""
         for folder in range((self._job.plan.n_chunks + PER_FOLDER - 1) // PER_FOLDER):
-            found: dict[int, dict[str, list[_Entry]]] = {}
+            found: dict[int, _Attempts] = {}
             for path, size in self._job.storage.list(f"images/{folder:05d}"):
                 place = _ATTEMPT.fullmatch(path)
-                if place and path.startswith(f"{attempt_folder(int(place[1]), place[2])}/"):
-                    found.setdefault(int(place[1]), {}).setdefault(place[2], []).append((path, size))
+                if place is None:
+                    continue
+                chunk, repair, attempt = int(place[1]), int(place[2] or 0), place[3]
+                if path.startswith(f"{attempt_folder(chunk, attempt, repair)}/"):
+                    found.setdefault(chunk, {}).setdefault((repair, attempt), []).append((path, size))
             with ThreadPoolExecutor(_THREADS) as pool:
                 losers = [entry for entries in pool.map(self._losers, found.items()) for entry in entries]
             self._delete("images", losers)
@@ -128,11 +134,13 @@ class _Sweep:
             for kind, entries in suspects.items():
                 self._delete(kind, [entry for entry in entries if _is_older(storage, entry[0], latest)])
 
-    def _losers(self, found: tuple[int, dict[str, list[_Entry]]]) -> list[_Entry]:
-        """What lies in the folders of those attempts at a chunk that its record rules out."""
+    def _losers(self, found: tuple[int, _Attempts]) -> list[_Entry]:
+        """What lies in the folders of those attempts at a chunk that its records rule out."""
         chunk, attempts = found
         try:
-            record = self._job.ledger.read(chunk)
+            # no repair is looked for where nothing was written for one
+            needed = None if any(repair for repair, _ in attempts) else 0
+            record = self._job.ledger.effective(chunk, needed)
         except DamagedRecordError:
             self._unreadable.add(chunk)
             return []
@@ -141,9 +149,11 @@ class _Sweep:
             return []
         referenced = set(record.table.column("image").to_pylist())
         losers = []
-        for attempt, entries in attempts.items():
+        for (repair, attempt), entries in attempts.items():
+            if repair > record.repairs:
+                self._counts["open_attempts"] += 1
             # no record refers to another attempt's pictures; should one ever, they are not garbage
-            if attempt != record.attempt and referenced.isdisjoint(path for path, _ in entries):
+            elif attempt != record.attempts[repair] and referenced.isdisjoint(path for path, _ in entries):
                 self._counts["attempts"] += 1
                 losers.extend(entries)
         return losers

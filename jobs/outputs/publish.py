@@ -1,7 +1,9 @@
 """Commit records -> one sorted dataset: `dataset/part-*.parquet` and, last, `dataset/manifest.json`.
 
-Commit records never change, so publishing is a pure function of the ledger: two publishers at once, or one after a
-crash, write the same bytes under the same names.
+Commit records and repairs never change, so publishing is a pure function of the ledger as it was listed: two
+publishers at once, or one after a crash, write the same bytes under the same names. A publication says how many repairs
+it includes; once the ledger has more, it stands no longer and the next publisher replaces it. The manifest names the
+parts that count: those of the publication before lie beside them until they are swept.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ import hashlib
 import io
 import json
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -23,10 +25,12 @@ from numpy.typing import NDArray
 
 from jobs.errors import JobError
 from jobs.job import Job
+from jobs.outputs.ledger import LedgerListing
 from jobs.outputs.records import STATUSES, CommitRecord, count_statuses
 
 MANIFEST_PATH = "dataset/manifest.json"
 ROWS_PER_PART = 50_000
+_ROUNDS = 10
 _READ_AHEAD = 32
 _READ_THREADS = 16
 
@@ -53,6 +57,8 @@ class Publication:
     images: int
     image_bytes: int
     rejected_rows: int
+    repairs: int
+    """Repair records that the rows include."""
     execution_classes: tuple[str, ...]
     schema: tuple[tuple[str, str], ...]
     parts: tuple[Part, ...]
@@ -68,6 +74,7 @@ class Publication:
             fields = json.loads(data)
             if fields.pop("format") != 1:
                 raise ValueError("it is of a newer format")
+            fields.setdefault("repairs", 0)  # written before there were any
             fields["parts"] = tuple(Part(**part) for part in fields["parts"])
             fields["schema"] = tuple((name, kind) for name, kind in fields["schema"])
             fields["execution_classes"] = tuple(fields["execution_classes"])
@@ -86,9 +93,9 @@ def load_publication(job: Job) -> Publication | None:
 
 
 def standing_publication(job: Job) -> Publication | None:
-    """The publication if it stands as it was made, all its parts present; None if there is anything left to do."""
+    """The publication if it stands, all its parts present, with every repair that there is now; None otherwise."""
     publication = load_publication(job)
-    if publication is None:
+    if publication is None or publication.repairs < job.ledger.listing().n_repairs:
         return None
     sizes = dict(job.storage.list("dataset"))
     whole = all(sizes.get(part.path) == part.bytes for part in publication.parts)
@@ -100,32 +107,48 @@ def publish(
 ) -> Publication:
     """Afterwards the dataset is published: every row once, sorted by sample_id, every referenced object present.
 
-    Call it when every chunk is committed. A dataset that is published already is left alone. Raises JobError if a
-    record or a referenced picture is missing.
+    Call it when every chunk is committed. A publication that stands is left alone. Raises JobError if a record or a
+    referenced picture is missing.
     """
-    standing = standing_publication(job)
-    if standing is not None:
-        return standing
+    for _ in range(_ROUNDS):
+        standing = standing_publication(job)
+        if standing is not None:
+            return standing
+        listing = job.ledger.listing()
+        publication = _write_parts(job, listing, rows_per_part, on_rows)
+        # a repair may have come meanwhile, and its driver may have published: that must not be replaced by less
+        if job.ledger.listing().n_repairs == listing.n_repairs:
+            job.storage.write(MANIFEST_PATH, publication.to_json())
+            # then looked at again: whoever slept for days between the two lines above has put back what was replaced
+    raise JobError(
+        f"{job.storage.url}/dataset was published {_ROUNDS} times and changed by somebody else each time; "
+        f"wait for the other drivers, then run the same command again"
+    )
+
+
+def _write_parts(
+    job: Job, listing: LedgerListing, rows_per_part: int, on_rows: Callable[[int], None] | None
+) -> Publication:
+    """Afterwards the parts of this listing's publication are there, and nothing names them yet."""
     tally = _Tally()
     parts = []
-    for number, table in enumerate(merged_tables(job, _fetch_present(job), rows_per_part)):
+    for number, table in enumerate(merged_tables(job, _fetch_present(job, listing.repairs), rows_per_part)):
         parts.append(_write_part(job, number, table))
         tally.add(table)
         if on_rows is not None:
             on_rows(tally.rows)
-    publication = Publication(
+    return Publication(
         plan_hash=job.plan.plan_hash,
         rows=tally.rows,
         counts=tally.counts,
         images=tally.images,
         image_bytes=tally.image_bytes,
         rejected_rows=job.plan.n_rejected,
+        repairs=listing.n_repairs,
         execution_classes=tuple(sorted(tally.execution_classes)),
         schema=tuple((field.name, str(field.type)) for field in job.ledger.schema),
         parts=tuple(parts),
     )
-    job.storage.write(MANIFEST_PATH, publication.to_json())
-    return publication
 
 
 def merged_tables(job: Job, fetch: Fetch, rows_per_part: int) -> Iterator[pa.Table]:
@@ -218,16 +241,18 @@ def _write_part(job: Job, number: int, table: pa.Table) -> Part:
     return Part(path=path, rows=table.num_rows, bytes=len(data), sha256=digest)
 
 
-def _fetch_present(job: Job) -> Fetch:
-    """Reads a record and makes sure that every picture it refers to lies there with its size."""
+def _fetch_present(job: Job, repairs: Mapping[int, int]) -> Fetch:
+    """Reads a chunk with its repairs and makes sure that every picture it refers to lies there with its size."""
 
     def fetch(chunk: int) -> CommitRecord:
-        record = job.ledger.read(chunk)
+        record = job.ledger.effective(chunk, repairs.get(chunk, 0))
         if record is None:
             raise JobError(f"chunk {chunk} is not committed; run the same command again")
         rows: list[dict[str, Any]] = record.table.select(["image", "bytes"]).to_pylist()
         wanted = {row["image"]: row["bytes"] for row in rows if row["image"] is not None}
-        present = job.sink.sizes(chunk, record.attempt) if wanted else {}
+        present: dict[str, int] = {}
+        for repair, attempt in enumerate(record.attempts if wanted else ()):
+            present |= job.sink.sizes(chunk, attempt, repair)
         missing = sorted(path for path, size in wanted.items() if present.get(path) != size)
         if missing:
             raise JobError(

@@ -25,12 +25,14 @@ class StatusReport:
     samples: int
     chunks: int
     chunks_committed: int
+    repairs: int
+    """Repair records, which `run --retry-failed` made; the counts include them."""
     published: bool
     counts: dict[str, int] | None
 
     @property
     def state(self) -> str:
-        """`published`, `complete` (every chunk committed, not yet published), `started` or `planned`."""
+        """`published`, `complete` (every chunk committed, not yet published as it is now), `started` or `planned`."""
         if self.published:
             return "published"
         if self.chunks_committed == self.chunks:
@@ -43,19 +45,20 @@ class StatusReport:
 
 
 def status(out_url: str, *, deep: bool = False) -> StatusReport:
-    """Where the job in an output stands. Lists the ledger; `deep` also reads every commit record.
+    """Where the job in an output stands. Lists the ledger; `deep` also reads every record.
 
     Raises UsageError if the output has no plan.
     """
     open_job.cache_clear()
     job = open_job(out_url)
-    committed = job.ledger.committed()
+    listing = job.ledger.listing()
     publication = standing_publication(job)
     counts = None if publication is None else publication.counts
     if deep and counts is None:
         counts = dict.fromkeys(STATUSES, 0)
+        chunks: list[int] = np.flatnonzero(listing.committed).tolist()
         with ThreadPoolExecutor(16) as pool:
-            for record in pool.map(job.ledger.read, np.flatnonzero(committed).tolist()):
+            for record in pool.map(job.ledger.effective, chunks, [listing.repairs.get(chunk, 0) for chunk in chunks]):
                 if record is None:
                     raise JobError(f"a commit record vanished from {job.storage.url} while it was read")
                 for name, count in record.counts().items():
@@ -67,7 +70,8 @@ def status(out_url: str, *, deep: bool = False) -> StatusReport:
         rejected_rows=job.plan.n_rejected,
         samples=job.plan.n_samples,
         chunks=job.plan.n_chunks,
-        chunks_committed=int(committed.sum()),
+        chunks_committed=int(listing.committed.sum()),
+        repairs=listing.n_repairs,
         published=publication is not None,
         counts=counts,
     )
