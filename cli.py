@@ -149,12 +149,20 @@ def _job_flags(
         str | None,
         _flag("--address", _RUNNING, "Ray cluster to join; default RAY_ADDRESS, else one on this machine."),
     ] = None,
+    insecure_ray: Annotated[
+        bool | None,
+        _flag("--insecure-ray", _RUNNING, "Join a cluster without token authentication: anyone can run code on it."),
+    ] = None,
     num_actors: Annotated[int | None, _flag("--num-actors", _RUNNING, "Most models at work at once.")] = None,
     gpus_per_actor: Annotated[
         float | None, _flag("--gpus-per-actor", _RUNNING, "GPUs per model, fractions allowed.")
     ] = None,
     cpus_per_actor: Annotated[
         float | None, _flag("--cpus-per-actor", _RUNNING, "CPUs that Ray sets aside per model.")
+    ] = None,
+    single_writer: Annotated[
+        bool | None,
+        _flag("--single-writer", _RUNNING, "Accept a store without create-only writes: never run two drivers there."),
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Answer in JSON, for machines.", rich_help_panel=_INPUT)] = False,
 ) -> None:

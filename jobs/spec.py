@@ -43,6 +43,8 @@ class Runtime(BaseModel):
 
     executor: Literal["ray", "inline"] = "ray"
     address: str | None = None
+    insecure_ray: bool = False
+    single_writer: bool = False
     num_actors: int | None = Field(default=None, ge=1, le=10_000)
     gpus_per_actor: float | None = Field(default=None, ge=0, le=64)
     cpus_per_actor: float | None = Field(default=None, ge=0, le=1024)

@@ -39,7 +39,7 @@ class RayExecutor:
         self._engine_factory = engine_factory
         self._device = plan.device
         self._threads = plan.threads_per_actor or 1
-        self._connection = connect(runtime.address)
+        self._connection = connect(runtime.address, insecure=runtime.insecure_ray)
         try:
             self._pool = _pool(plan, runtime, self._connection.resources())
         except BaseException:

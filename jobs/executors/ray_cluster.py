@@ -5,11 +5,13 @@ from __future__ import annotations
 import gc
 import logging
 import os
+import secrets
 import socket
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from jobs.errors import UsageError
 from jobs.executors.scratch import scratch_folder
@@ -29,6 +31,7 @@ _QUIET = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
 _MIB = 2**20
+_ASK_SECONDS = 10.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,7 +51,11 @@ class Connection:
         self.ending.close()
 
 
-def connect(address: str | None) -> Connection:
+def connect(address: str | None, *, insecure: bool = False) -> Connection:
+    """A session with the cluster at `address` or RAY_ADDRESS, else with one of its own that nobody else can use.
+
+    Raises UsageError if no cluster answers, or if it serves anyone who reaches it and `insecure` does not allow that.
+    """
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
     try:
@@ -62,10 +69,12 @@ def connect(address: str | None) -> Connection:
     with ExitStack() as undo:
         if address and address != "local":
             where = f"cluster at {display_url(address)}"
-            _join_cluster(address)
+            _join_cluster(address, insecure=insecure)
         else:
             where = f"this machine, {_cores()} cores"
-            _start_cluster(undo.enter_context(scratch_folder()))
+            folder = undo.enter_context(scratch_folder())
+            undo.enter_context(_private_token(folder / "token"))
+            _start_cluster(folder)
         undo.callback(ray.shutdown)
         # Called first: a dataset that was left early holds generators in reference cycles, and one that is finalised
         # after the shutdown (Ray has a thread that collects garbage) ends the whole process with exit code 1.
@@ -73,32 +82,108 @@ def connect(address: str | None) -> Connection:
         return Connection(where=where, ending=undo.pop_all())
 
 
-def _join_cluster(address: str) -> None:
+def _join_cluster(address: str, *, insecure: bool) -> None:
     import ray
+    from ray.exceptions import AuthenticationError
 
     where = display_url(address)
     with held_back_stderr():
         try:
-            _knock(address)
-            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+            endpoint = _endpoint(address)
+            if not insecure and not asks_for_a_token(endpoint):
+                raise UsageError(open_cluster_text(where))
+            ray.init(address=endpoint, log_to_driver=False, logging_level=logging.ERROR)
+        except AuthenticationError as error:
+            raise UsageError(locked_out_text(where)) from error
         except (OSError, RuntimeError, ValueError) as error:
             reason = " ".join(str(error).split())[:200]
-            token = (
-                "" if os.environ.get("RAY_AUTH_MODE") else ", and set RAY_AUTH_MODE=token if the cluster asks for one"
-            )
-            raise UsageError(
-                f"no Ray cluster answers at {where}: {reason}; check --address or RAY_ADDRESS{token}"
-            ) from error
+            raise UsageError(f"no Ray cluster answers at {where}: {reason}; check --address or RAY_ADDRESS") from error
 
 
-def _knock(address: str) -> None:
-    """Raise OSError if nothing listens there: Ray itself would try for two minutes."""
+def open_cluster_text(where: str) -> str:
+    """What is wrong with a cluster without tokens, and what to do: anyone who reaches it can run code on it."""
+    return (
+        f"the Ray cluster at {where} runs code for anyone who can reach it (CVE-2023-48022); start its nodes with "
+        f"RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH naming a file of mode 0600, or, on a network that only you can "
+        f"reach, pass --insecure-ray"
+    )
+
+
+def locked_out_text(where: str) -> str:
+    """What a client without the cluster's token does next."""
+    return (
+        f"the Ray cluster at {where} asks for a token, and does not take the one given here, if any; set "
+        f"RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH to a copy of the head's token file (mode 0600)"
+    )
+
+
+def _endpoint(address: str) -> str:
+    """HOST:PORT of a head where something listens. Raises OSError otherwise: Ray itself would try for two minutes."""
     if address == "auto":
-        return
+        from ray._private.services import canonicalize_bootstrap_address
+
+        found: str | None = canonicalize_bootstrap_address("auto")
+        if not found:
+            raise OSError("no cluster runs on this machine")
+        address = found
     host, separator, port = address.rpartition(":")
     if "://" in address or not separator or not port.isdigit():
         raise ValueError("it is not HOST:PORT or auto; give the head node's address, for example 10.0.0.5:6379")
-    socket.create_connection((host, int(port)), timeout=10).close()
+    socket.create_connection((host, int(port)), timeout=_ASK_SECONDS).close()
+    return address
+
+
+def asks_for_a_token(endpoint: str) -> bool:
+    """Whether the head refuses a caller without a token: asked as such a caller, whatever this process could show."""
+    import grpc
+
+    with _channel(endpoint) as channel:
+        ask = channel.unary_unary("/ray.rpc.NodeInfoGcsService/GetClusterId")
+        try:
+            ask(b"", timeout=_ASK_SECONDS)
+        except grpc.RpcError as error:
+            code = error.code()
+            if code in {grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED}:
+                return True
+            raise OSError(f"it does not answer as a Ray head does ({code.name.lower()}: {error.details()})") from error
+    return False
+
+
+def _channel(endpoint: str) -> Any:
+    import grpc
+
+    if os.environ.get("RAY_USE_TLS", "0").lower() not in {"1", "true"}:
+        return grpc.insecure_channel(endpoint)
+    key, certificate, authority = (
+        Path(os.environ[f"RAY_TLS_{name}"]).read_bytes() for name in ("SERVER_KEY", "SERVER_CERT", "CA_CERT")
+    )
+    return grpc.secure_channel(endpoint, grpc.ssl_channel_credentials(authority, key, certificate))
+
+
+@contextmanager
+def _private_token(path: Path) -> Iterator[None]:
+    """Within, clusters that this process starts ask for a token that only its user can read, in a file of their own."""
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        file.write(secrets.token_hex(32))
+    names = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
+    before = {name: os.environ.pop(name, None) for name in names}
+    os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(path)}
+    _read_tokens_again()
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
+        _read_tokens_again()
+
+
+def _read_tokens_again() -> None:
+    from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
+
+    Config.initialize("")
+    AuthenticationTokenLoader.instance().reset_cache()
 
 
 def _start_cluster(folder: Path) -> None:
