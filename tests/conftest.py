@@ -33,6 +33,14 @@ def s3(s3_environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> str:
     return f"s3://test/{secrets.token_hex(6)}"
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """No test reads or fills the user's own cache of models; child processes inherit the variable."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LATENTMILL_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A diffusers folder with random weights, f=8, 256x256 by default: small enough for 256 px in a blink."""

@@ -24,6 +24,7 @@ from jobs.manifests.manifest import Manifest, open_manifest
 from jobs.manifests.tokens import TokenCounter
 from jobs.manifests.validate import Rules, check_job, snapshot_schema, validate
 from jobs.mark_bits import bits_needed
+from jobs.models.place import place_model
 from jobs.plans.grid import Grid, class_fields, decode_class
 from jobs.plans.identity import default_parameters, plan_identity
 from jobs.plans.planned import FORMAT_VERSION, fingerprint
@@ -198,7 +199,7 @@ def draft_plan(spec: JobSpec) -> DraftPlan:
     manifest = open_manifest(spec.prompts, spec.manifest_format)
     axis_values = {axis.name: axis.values for axis in axes}
     tokens = TokenCounter(
-        lambda: load_tokenizer(model.spec),
+        lambda: load_tokenizer(place_model(model)),
         syntax=spec.prompt_syntax,
         limit=None if model.max_tokens is None else model.max_tokens - 2,
         negatives=[str(text) for text in axis_values.get("negative_prompt", ())],

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import yaml
 from pydantic import BaseModel, ConfigDict
 
 from engine import EMBEDDED_MODEL, EngineError, ModelDescription, ModelSpec, describe_model
-from jobs.errors import UsageError
+from jobs.errors import JobError, UsageError
 from jobs.manifests.fields import nearest, shorten
+from jobs.models.cache import is_single_file, listing_digest
+from jobs.models.digests import file_digests
+from jobs.models.place import is_url, place_newest
+from jobs.store.urls import allowed_filesystem, display_url
 
 FALLBACK_STEPS = 50
 FALLBACK_GUIDANCE = 7.5
@@ -47,7 +50,7 @@ class ModelPreset(BaseModel):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelChoice:
-    """What a job says of its model. `source`: a preset, a folder, a single file, a hub id, or PRESET=PLACE."""
+    """What a job says of its model. `source`: a preset, a folder, a single file, a URL, a hub id, or PRESET=PLACE."""
 
     source: str
     revision: str | None = None
@@ -82,8 +85,7 @@ class ResolvedModel:
     @property
     def digest(self) -> str:
         """One hash over all the files' names and hashes."""
-        listing = "".join(f"{self.files[name]}  {name}\n" for name in sorted(self.files))
-        return hashlib.sha256(listing.encode()).hexdigest()
+        return listing_digest(self.files)
 
     @property
     def weights_digest(self) -> str:
@@ -98,7 +100,7 @@ class ResolvedModel:
 
     @property
     def spec(self) -> ModelSpec:
-        """The model as the engine finds it on this machine."""
+        """The model by its name: `jobs.models.place.place_model` makes it one that the engine may load."""
         return ModelSpec(
             model=model_place(self.source),
             revision=self.revision,
@@ -133,11 +135,15 @@ def list_presets() -> dict[str, ModelPreset]:
 
 
 def model_place(source: str) -> str:
-    """What the engine takes for a preset, PRESET=PLACE or a place: an absolute path, or a hub id."""
+    """What a preset, PRESET=PLACE or a place stands for: an absolute path, a URL, or a hub id."""
     preset, place = _split(source)
     if place is None:
         assert preset is not None  # noqa: S101 - _split gives one of the two
         place = str(EMBEDDED_MODEL) if preset.path == "embedded" else preset.path
+    if place.startswith("file://"):
+        _, place = allowed_filesystem(place)
+    if is_url(place):
+        return place.rstrip("/")
     path = Path(place).expanduser()
     return str(path.absolute()) if path.exists() else place
 
@@ -156,24 +162,26 @@ def _split(source: str) -> tuple[ModelPreset | None, str | None]:
 def resolve_model(choice: ModelChoice) -> tuple[ResolvedModel, ModelDefaults, ModelDescription]:
     """Find, read and hash the model without loading it. Raises UsageError for an unknown or incomplete one."""
     preset, place = _split(choice.source)
-    spec = _model_spec(choice, preset, own_place=place is None)
+    spec = local = _model_spec(choice, preset, own_place=place is None)
     try:
-        described = describe_model(spec)
-        files = dict(described.files)
-    except (EngineError, OSError) as error:
-        raise UsageError(_not_a_model(choice.source, spec.model, error)) from None
+        spec, local = place_newest(spec)
+        described = describe_model(local)
+        files = file_digests(described.paths)
+    except (EngineError, JobError, OSError) as error:
+        raise UsageError(_not_a_model(choice.source, spec.model, str(error).replace(local.model, spec.model))) from None
     name, _, _ = choice.source.partition("=")
     # A commit in place of a branch: it means the same files for ever.
     commit = described.path.name if described.path.parent.name == "snapshots" else spec.revision
+    is_local = Path(spec.model).exists()
     model = ResolvedModel(
         source=choice.source if preset else spec.model,
-        revision=None if Path(spec.model).exists() else commit,
+        revision=None if is_local else commit,
         tokenizer=spec.tokenizer,
         prediction_type=spec.prediction_type,
         timestep_spacing=spec.timestep_spacing,
         predicts=described.prediction_type,
         spacing=described.timestep_spacing,
-        name=name if preset else described.name,
+        name=name if preset else described.name if is_local else _last_part(spec.model),
         family=described.family,
         factor=described.factor,
         latent_channels=described.latent_channels,
@@ -186,11 +194,18 @@ def resolve_model(choice: ModelChoice) -> tuple[ResolvedModel, ModelDefaults, Mo
 def _model_spec(choice: ModelChoice, preset: ModelPreset | None, *, own_place: bool) -> ModelSpec:
     """Flags over the preset; a preset's revision belongs to its own place only."""
     model = model_place(choice.source)
-    local = Path(model).exists()
-    if choice.revision is not None and local:
-        raise UsageError(f"revision {shorten(choice.revision)} has no meaning for a local model; leave it out")
+    for place in (model, choice.tokenizer or ""):
+        if is_url(place) and display_url(place) != place:
+            raise UsageError(
+                f"{display_url(place)} carries a user or a query; give the plain address, and credentials by "
+                f"environment or profile"
+            )
+    if choice.revision is not None and (is_url(model) or Path(model).exists()):
+        kind = "model at a URL" if is_url(model) else "local model"
+        raise UsageError(f"revision {shorten(choice.revision)} has no meaning for a {kind}; leave it out")
     # A preset's tokenizer is for a single file; a folder has its own.
-    tokenizer = choice.tokenizer or (preset.tokenizer if preset and Path(model).is_file() else None)
+    single = is_single_file(model) if is_url(model) else Path(model).is_file()
+    tokenizer = choice.tokenizer or (preset.tokenizer if preset and single else None)
     if tokenizer is not None and Path(tokenizer).expanduser().exists():
         tokenizer = str(Path(tokenizer).expanduser().absolute())
     return ModelSpec(
@@ -202,13 +217,19 @@ def _model_spec(choice: ModelChoice, preset: ModelPreset | None, *, own_place: b
     )
 
 
-def _not_a_model(source: str, place: str, error: Exception) -> str:
+def _last_part(place: str) -> str:
+    """What a URL or a hub id calls the model."""
+    name = PurePosixPath(place).name
+    return PurePosixPath(name).stem if is_single_file(name) else name
+
+
+def _not_a_model(source: str, place: str, fault: str) -> str:
     presets = list_presets()
     if Path(place).exists() or "/" in source or source in presets:
-        return f"model {shorten(source)}: {' '.join(str(error).split())}"
+        return f"model {shorten(source)}: {' '.join(fault.split())}"
     return (
         f"model {shorten(source)} is neither a preset{nearest(source, presets)} nor a folder, a .safetensors or .ckpt "
-        f"file or a hub id (owner/name); presets: {', '.join(presets)}"
+        f"file, a URL of one of them (s3://...) or a hub id (owner/name); presets: {', '.join(presets)}"
     )
 
 

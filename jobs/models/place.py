@@ -1,0 +1,119 @@
+"""A model on this machine: as it is now, for planning; exactly as it was planned, for loading, or an error."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from engine import EngineError, ModelSpec, describe_model
+from jobs.errors import JobError
+from jobs.models.cache import fetch_newest, hold, is_single_file
+from jobs.models.digests import file_digests
+from jobs.models.node import node_name
+
+if TYPE_CHECKING:
+    from jobs.plans.presets import ResolvedModel
+
+_TOKENIZER = "tokenizer/"
+
+
+class ModelMismatchError(JobError):
+    """The model on this node is not, to the byte, the planned one: pictures made with it would be others."""
+
+
+def is_url(place: str) -> bool:
+    """Whether a model's place is a URL, and no path or hub id."""
+    return "://" in place
+
+
+def place_newest(spec: ModelSpec) -> tuple[ModelSpec, ModelSpec]:
+    """How the model is named from now on, on any node; and where it lies on this one, fetched if need be."""
+    named = local = spec
+    if is_url(spec.model):
+        if is_single_file(spec.model):
+            folder = fetch_newest(spec.model)
+            local = replace(local, model=str(folder / spec.model.rpartition("/")[2]))
+        else:
+            local = replace(local, model=str(fetch_newest(spec.model, lambda outline: _claim(spec.model, outline))))
+    if spec.tokenizer is not None and is_url(spec.tokenizer):
+        url = spec.tokenizer.rstrip("/")
+        folder = fetch_newest(url, lambda outline: _claim_vocabulary(url, outline))
+        # Most users know a model's own folder; its tokenizer lies inside.
+        named = replace(named, tokenizer=f"{url}/tokenizer" if (folder / "tokenizer").is_dir() else url)
+        local = replace(local, tokenizer=str(folder))
+    return named, local
+
+
+def place_model(model: ResolvedModel) -> ModelSpec:
+    """Afterwards the planned model lies at the path that is returned, every byte of it as it was planned.
+
+    A model at a URL is downloaded once per node; any other is where its name says. Files are hashed once per node, and
+    again whenever the file system says that one was touched. Raises ModelMismatchError that names the file, both
+    digests and the node; StorageError if a model cannot be fetched.
+    """
+    try:
+        spec = _held(model)
+        described = describe_model(spec)
+        found = file_digests({name: path for name, path in described.paths.items() if name in model.files})
+    except (EngineError, OSError) as error:
+        raise ModelMismatchError(
+            f"the planned model {model.source} is not on {node_name()}: {' '.join(str(error).split())}"
+        ) from error
+    for name in sorted(model.files):
+        path = described.paths.get(name)
+        if path is None:
+            raise ModelMismatchError(
+                f"{name} of the model {model.source} is not in {described.path} on {node_name()}; copy it there, or "
+                f"give a URL as --model"
+            )
+        if found[name] != model.files[name]:
+            raise ModelMismatchError(
+                f"{path} on {node_name()} is not the planned file: sha256 {model.files[name]} was planned, "
+                f"{found[name]} is there; {_remedy(model, path)}"
+            )
+    beside = sorted(described.paths.keys() - model.files.keys())
+    if beside:
+        raise ModelMismatchError(
+            f"{described.paths[beside[0]]} on {node_name()} was no part of the model when the job was planned; remove "
+            f"it, or use a new --out"
+        )
+    return replace(spec, model=str(described.path), revision=None)
+
+
+def _held(model: ResolvedModel) -> ModelSpec:
+    """The model with its URLs replaced by what this node holds of them."""
+    spec = model.spec
+    vocabulary = {name: digest for name, digest in model.files.items() if name.startswith(_TOKENIZER)}
+    if is_url(spec.model):
+        if is_single_file(spec.model):
+            name = spec.model.rpartition("/")[2]
+            spec = replace(spec, model=str(hold(spec.model, {name: model.files[name]}) / name))
+        else:
+            spec = replace(spec, model=str(hold(spec.model, model.files)))
+    if spec.tokenizer is not None and is_url(spec.tokenizer):
+        files = {name.removeprefix(_TOKENIZER): digest for name, digest in vocabulary.items()}
+        spec = replace(spec, tokenizer=str(hold(spec.tokenizer, files)))
+    return spec
+
+
+def _claim(url: str, outline: Path) -> Iterable[str]:
+    try:
+        return describe_model(str(outline)).paths
+    except EngineError as error:
+        raise EngineError(str(error).replace(str(outline), url)) from None
+
+
+def _claim_vocabulary(url: str, outline: Path) -> Iterable[str]:
+    folder = outline / "tokenizer" if (outline / "tokenizer").is_dir() else outline
+    files = [path for path in folder.iterdir() if path.is_file() and path.suffix in {".json", ".txt"}]
+    if not files:
+        raise EngineError(f"{url} holds no tokenizer: looked for vocab.json and merges.txt, or vocab.txt")
+    return [path.relative_to(outline).as_posix() for path in files]
+
+
+def _remedy(model: ResolvedModel, path: Path) -> str:
+    if Path(model.spec.model).exists():
+        return "copy the planned one there again, or use a new --out for this one"
+    return f"remove {path.resolve()}, so that it is fetched again"
