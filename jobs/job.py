@@ -30,8 +30,8 @@ def open_job(out_url: str) -> Job:
     A plan never changes once it is there, so a process may keep it; `open_job.cache_clear()` forgets it where an
     output may have been deleted and made again.
     """
-    storage = Storage.open(out_url)
     try:
+        storage = Storage.of_output(out_url)
         plan = load_plan(storage)
     except StorageError as error:
         raise UsageError(str(error)) from error

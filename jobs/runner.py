@@ -103,9 +103,9 @@ def run_job(
 def _adopt(spec: JobSpec) -> Job:
     """The job's output, checked to be writable and to belong to this very plan."""
     with draft_plan(spec) as draft:
-        storage = Storage.open(spec.out)
-        storage.probe()
+        storage = Storage.open(spec.out).probe(allow_single_writer=spec.runtime.single_writer)
         adopt(draft, storage)
+        storage.mark_single_writer()  # after the plan: an output of another plan has been refused by now
     open_job.cache_clear()  # an earlier run in this process may have known another plan here
     return open_job(spec.out)
 

@@ -9,16 +9,24 @@ from jobs.errors import JobError
 
 
 class StorageError(JobError):
-    """A disk or an object store that fails, after the retries that it deserved."""
+    """A disk or an object store that fails, after the retries that it deserved.
+
+    `transient`: it was out of reach for as long as was waited; otherwise only somebody's hand can help.
+    """
+
+    def __init__(self, message: str, *, transient: bool = False) -> None:
+        super().__init__(message)
+        self.transient = transient
 
 
 _TRANSIENT_CODES = frozenset(
     {
+        "BadDigest",
         "ConditionalRequestConflict",
+        "IncompleteBody",
         "InternalError",
         "OperationAborted",
         "RequestTimeout",
-        "RequestTimeTooSkewed",
         "ServiceUnavailable",
         "SlowDown",
         "Throttling",
@@ -30,9 +38,15 @@ _TRANSIENT_CODES = frozenset(
 _TRANSIENT_ERRNOS = frozenset(
     {errno.EAGAIN, errno.EBUSY, errno.EINTR, errno.ESTALE, errno.ETIMEDOUT, errno.EREMOTEIO, errno.ENETRESET}
 )
-_CREDENTIAL_CODES = frozenset({"401", "ExpiredToken", "InvalidAccessKeyId", "SignatureDoesNotMatch"})
+_CREDENTIAL_CODES = frozenset(
+    {"401", "AuthenticationFailed", "ExpiredToken", "InvalidAccessKeyId", "InvalidToken", "SignatureDoesNotMatch"}
+)
+_FULL_CODES = frozenset({"507", "EntityTooLarge", "InsufficientStorage", "QuotaExceeded", "XMinioStorageFull"})
+_NO_CREATE_CODES = frozenset({"501", "NotImplemented"})
 _CLIENT_LIBRARIES = ("aiobotocore", "aiohttp", "azure", "botocore", "gcsfs", "google", "http", "requests", "urllib3")
-_PERMANENT_NAMES = re.compile(r"Credential|ParamValidation|Profile|InvalidURL|InvalidRegion|UnknownService|Unauthor")
+_PERMANENT_NAMES = re.compile(
+    r"Credential|ParamValidation|Profile|InvalidURL|InvalidRegion|UnknownService|Unauthor|RefreshError"
+)
 _URL_SECRETS = re.compile(r"(?<=://)[^/@\s]*@|\?\S*")
 
 
@@ -49,26 +63,41 @@ def store_code(error: BaseException) -> str:
     return ""
 
 
+def _http_status(error: BaseException) -> int:
+    """The status behind an error code of the store's own; 0 if there is none."""
+    for link in (error, error.__cause__, error.__context__):
+        response = getattr(link, "response", None)
+        if isinstance(response, dict) and "HTTPStatusCode" in response.get("ResponseMetadata", {}):
+            return int(response["ResponseMetadata"]["HTTPStatusCode"])
+    code = store_code(error)
+    return int(code) if code.isdecimal() else 0
+
+
 def is_refused_create(error: BaseException) -> bool:
     """Whether a create-only write failed because the key exists."""
     return isinstance(error, FileExistsError) or store_code(error) in {"PreconditionFailed", "412"}
 
 
+def knows_no_create(error: BaseException) -> bool:
+    """Whether the store has never heard of create-only writes."""
+    return store_code(error) in _NO_CREATE_CODES
+
+
 def is_transient(error: BaseException) -> bool:
     """Whether the same call may well succeed in a moment."""
     code = store_code(error)
+    if code in _FULL_CODES | _NO_CREATE_CODES:
+        return False
     if code:
-        return code in _TRANSIENT_CODES or code in {"408", "409", "429"} or (code.isdecimal() and int(code) >= 500)
-    if isinstance(error, ConnectionError | TimeoutError):
+        return code in _TRANSIENT_CODES or code in {"408", "409", "429"} or _http_status(error) >= 500
+    if isinstance(error, OSError) and error.errno in _TRANSIENT_ERRNOS:
         return True
     if isinstance(error, FileNotFoundError | FileExistsError | PermissionError | NotADirectoryError):
         return False
-    if isinstance(error, OSError) and error.errno in _TRANSIENT_ERRNOS:
-        return True
     kind = type(error)
     if kind.__module__.split(".")[0] in _CLIENT_LIBRARIES:
         return _PERMANENT_NAMES.search(kind.__name__) is None
-    return kind.__module__.startswith("fsspec") and "Timeout" in kind.__name__
+    return isinstance(error, ConnectionError | TimeoutError)  # fsspec's own timeout is one, too
 
 
 def describe(error: BaseException) -> str:
@@ -76,6 +105,7 @@ def describe(error: BaseException) -> str:
     code = store_code(error)
     strerror = error.strerror if isinstance(error, OSError) and error.__cause__ is None else None
     text = _URL_SECRETS.sub("", strerror or str(error) or type(error).__name__)
+    text = "".join(letter if letter.isprintable() else " " for letter in text)  # a server's words, on a terminal
     text = " ".join(text.split())[:300]
     return f"{code}: {text}" if code and code not in text else text
 
@@ -83,11 +113,14 @@ def describe(error: BaseException) -> str:
 def remedy(error: BaseException) -> str:
     """What the user can do about an error that will not go away by itself."""
     code, number = store_code(error), error.errno if isinstance(error, OSError) else None
+    resume = "then run the same command again: it resumes"
     answers = (
         (code == "NoSuchBucket", "create the bucket or correct its name in --out"),
+        (code == "RequestTimeTooSkewed", f"set this machine's clock, {resume}"),
         (
             code in _CREDENTIAL_CODES or "Credential" in type(error).__name__,
-            "check the credentials in the environment or the profile (for S3: AWS_PROFILE, or AWS_ACCESS_KEY_ID)",
+            "check the credentials in the environment or the profile (for S3: AWS_PROFILE, or AWS_ACCESS_KEY_ID), "
+            + resume,
         ),
         (
             isinstance(error, PermissionError) or code in {"AccessDenied", "403"},
@@ -97,14 +130,13 @@ def remedy(error: BaseException) -> str:
             isinstance(error, NotADirectoryError | FileExistsError),
             "a part of the path is a file: choose another --out",
         ),
-        (
-            number in {errno.ENOSPC, errno.EDQUOT},
-            "free some space, then run the same command again: it resumes",
-        ),
-        (number == errno.EROFS, "the file system is read-only: choose another --out"),
+        (number in {errno.ENOSPC, errno.EDQUOT} or code in _FULL_CODES, f"free some space, {resume}"),
+        (number == errno.EROFS, f"the file system is read-only: make it writable, {resume}; or choose another --out"),
+        (number == errno.EIO, f"the disk fails (see the system's log): repair it, {resume}"),
+        (number == errno.EFBIG, f"files may not grow so large here: raise the limit (ulimit -f), {resume}"),
         (
             is_transient(error),
-            "check the network and the endpoint (for S3: AWS_ENDPOINT_URL), then run the same command again",
+            f"check the network and the endpoint (for S3: AWS_ENDPOINT_URL), {resume}",
         ),
     )
     return next((text for fits, text in answers if fits), "correct --out, or the store's settings in the environment")

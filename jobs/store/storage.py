@@ -6,227 +6,87 @@ Nothing here streams into an output: fsspec commits a partial object when an exc
 from __future__ import annotations
 
 import contextlib
-import os
+import logging
 import random
 import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import IO, Any, Protocol, TypeVar
+from functools import partial
+from typing import IO, TypeVar
 
 from jobs.errors import UsageError
-from jobs.store.errors import StorageError, describe, is_refused_create, is_transient, remedy, store_code
+from jobs.store.backends import Backend, CheckThenWrite, LocalFolder, ObjectStore
+from jobs.store.errors import (
+    StorageError,
+    describe,
+    is_transient,
+    knows_no_create,
+    remedy,
+    store_code,
+)
 from jobs.store.urls import allowed_filesystem, display_url
 
 T = TypeVar("T")
 
-TRIES = 7
-"""Attempts at a call that fails transiently; with the pauses between them about 15 s in all."""
+PATIENCE_SECONDS = 90.0
+"""How long a call that fails transiently is tried again: a server's restart, or a minute of "slow down"."""
 
+TRIES = 24
+"""At most so many tries. With a quarter of all answers faulty, a call then fails once in 10^14."""
+
+SINGLE_WRITER_PATH = "_job/single-writer.txt"
+"""Says that the store of this output has no create-only writes: every process that opens the output must know."""
+
+_SINGLE_WRITER_TEXT = (
+    b"The store of this dataset ignores create-only writes (If-None-Match), so its commit records are looked for and "
+    b"then written. That is safe for one driver at a time; --single-writer promised that there is never a second.\n"
+)
+_FIRST, _SECOND = b"first", b"second"
+_PROBE_SECONDS = 5.0
+_SILENCE_SECONDS = 5.0
+_LONGEST_PAUSE = 5.0
+
+_log = logging.getLogger(__name__)
 _sleep = time.sleep
+_clock = time.monotonic
 _memory_lock = threading.Lock()
-
-
-class _Backend(Protocol):
-    """Calls as the store makes them: one try each, its own exceptions, FileNotFoundError for a missing key."""
-
-    def read(self, path: str) -> bytes: ...
-    def write(self, path: str, data: bytes) -> None: ...
-    def create(self, path: str, data: bytes) -> bool: ...
-    def size(self, path: str) -> int: ...
-    def list(self, prefix: str) -> Iterator[tuple[str, int]]: ...
-    def list_hidden(self, prefix: str) -> Iterator[tuple[str, int]]: ...
-    def modified(self, path: str) -> float: ...
-    def delete(self, path: str) -> None: ...
-    def open_input(self, path: str) -> IO[bytes]: ...
-
-
-class _Local:
-    """A folder on a POSIX file system. What a call returns from has been flushed to the disk, names included."""
-
-    def __init__(self, root: str) -> None:
-        self._root = Path(root)
-
-    def read(self, path: str) -> bytes:
-        return (self._root / path).read_bytes()
-
-    def write(self, path: str, data: bytes) -> None:
-        self._place(path, data, lambda temporary, target: temporary.replace(target))
-
-    def create(self, path: str, data: bytes) -> bool:
-        try:
-            # a hard link is the only portable create that is both exclusive and all-or-nothing
-            self._place(path, data, lambda temporary, target: target.hardlink_to(temporary))
-        except FileExistsError:
-            if (self._root / path).is_file():
-                return False
-            raise
-        return True
-
-    def size(self, path: str) -> int:
-        target = self._root / path
-        if target.is_dir():
-            raise FileNotFoundError(path)
-        return target.stat().st_size
-
-    def list(self, prefix: str) -> Iterator[tuple[str, int]]:
-        folders = [prefix.strip("/")]
-        while folders:
-            folder = folders.pop()
-            try:
-                entries = sorted(os.scandir(self._root / folder), key=lambda entry: entry.name)
-            except FileNotFoundError:
-                continue
-            for entry in entries:
-                path = f"{folder}/{entry.name}" if folder else entry.name
-                if entry.name.startswith("."):
-                    continue
-                if entry.is_dir(follow_symlinks=False):
-                    folders.append(path)
-                else:
-                    yield path, entry.stat().st_size
-
-    def list_hidden(self, prefix: str) -> Iterator[tuple[str, int]]:
-        for folder, _, names in os.walk(self._root / prefix):
-            for path in (Path(folder, name) for name in sorted(names) if name.startswith(".")):
-                with contextlib.suppress(FileNotFoundError):  # a temporary file whose writer has just finished
-                    yield path.relative_to(self._root).as_posix(), path.stat(follow_symlinks=False).st_size
-
-    def modified(self, path: str) -> float:
-        return (self._root / path).stat().st_mtime
-
-    def delete(self, path: str) -> None:
-        (self._root / path).unlink(missing_ok=True)
-
-    def open_input(self, path: str) -> IO[bytes]:
-        return (self._root / path).open("rb")
-
-    def _place(self, path: str, data: bytes, publish: Callable[[Path, Path], object]) -> None:
-        target = self._root / path
-        self._make_folder(target.parent)
-        temporary = target.with_name(f".{target.name}.{secrets.token_hex(6)}.tmp")
-        try:
-            with temporary.open("xb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            publish(temporary, target)
-            _sync_folder(target.parent)
-        finally:
-            temporary.unlink(missing_ok=True)
-
-    def _make_folder(self, folder: Path) -> None:
-        missing = []
-        while not folder.is_dir():
-            missing.append(folder)
-            folder = folder.parent
-        for new in reversed(missing):
-            new.mkdir(exist_ok=True)
-            _sync_folder(new.parent)
-
-
-class _ObjectStore:
-    """A bucket's prefix through fsspec; `pipe_file` sends whole objects."""
-
-    def __init__(self, fs: Any, root: str, lock: threading.Lock | None) -> None:
-        self._fs = fs
-        self._root = root.rstrip("/")
-        self._lock = lock  # the in-memory store has no conditional write of its own
-        # s3fs asks for the size before it reads, to read in parallel; one request is better for small objects
-        self._read_options = {"max_concurrency": 1} if "s3" in fs.protocol else {}
-
-    def read(self, path: str) -> bytes:
-        data: bytes = self._fs.cat_file(self._full(path), **self._read_options)
-        return data
-
-    def write(self, path: str, data: bytes) -> None:
-        self._fs.pipe_file(self._full(path), data)
-
-    def create(self, path: str, data: bytes) -> bool:
-        if not data:
-            raise ValueError(f"{path}: an empty create is not exclusive on every store")
-        full = self._full(path)
-        if self._lock is not None:
-            with self._lock:
-                if self._fs.exists(full):
-                    return False
-                self._fs.pipe_file(full, data)
-                return True
-        try:
-            self._fs.pipe_file(full, data, mode="create")
-        except Exception as error:
-            if is_refused_create(error):
-                return False
-            raise
-        return True
-
-    def size(self, path: str) -> int:
-        info = self._fs.info(self._full(path))
-        if info["type"] != "file":
-            raise FileNotFoundError(path)
-        return int(info["size"])
-
-    def list(self, prefix: str) -> Iterator[tuple[str, int]]:
-        for path, info in self._find(prefix):
-            if not any(part.startswith(".") for part in path.split("/")):
-                yield path, int(info["size"])
-
-    def list_hidden(self, prefix: str) -> Iterator[tuple[str, int]]:
-        for path, info in self._find(prefix):
-            if path.rpartition("/")[2].startswith("."):
-                yield path, int(info["size"])
-
-    def modified(self, path: str) -> float:
-        modified: float = self._fs.modified(self._full(path)).timestamp()
-        return modified
-
-    def delete(self, path: str) -> None:
-        try:
-            self._fs.rm_file(self._full(path))
-        except FileNotFoundError:
-            return
-
-    def open_input(self, path: str) -> IO[bytes]:
-        file: IO[bytes] = self._fs.open(self._full(path), "rb")
-        return file
-
-    def _find(self, prefix: str) -> Iterator[tuple[str, dict[str, Any]]]:
-        folder = self._full(prefix.strip("/")) + "/"
-        strip = len(self._fs._strip_protocol(self._root)) + 1
-        for name, info in sorted(self._fs.find(folder, detail=True).items()):
-            if info["type"] == "file":
-                yield name[strip:], info
-
-    def _full(self, path: str) -> str:
-        return f"{self._root}/{path}"
 
 
 class Storage:
     """One output root. Paths are relative and '/'-separated; picklable; safe to share between threads.
 
-    Every call retries what is transient, with growing, jittered pauses. What remains is a FileNotFoundError for a
-    missing key, or a StorageError of one line without credentials.
+    Every call retries what is transient, with growing, jittered pauses, and says so when it takes long. What remains
+    is a FileNotFoundError for a missing key, or a StorageError of one line without credentials.
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, *, single_writer: bool = False) -> None:
         self._raw_url = url
         self.url = display_url(url)
-        fs, root = allowed_filesystem(url)
+        self.single_writer = single_writer
+        fs, root = allowed_filesystem(url, repeats=True)
         protocols = {fs.protocol} if isinstance(fs.protocol, str) else set(fs.protocol)
-        self._backend: _Backend
+        self._backend: Backend
         if protocols & {"file", "local"}:
-            self._backend = _Local(root)
+            self._backend = LocalFolder(root)
         else:
-            self._backend = _ObjectStore(fs, root, _memory_lock if "memory" in protocols else None)
+            self._backend = ObjectStore(fs, root, _memory_lock if "memory" in protocols else None)
+        if single_writer:
+            self._backend = CheckThenWrite(self._backend)
 
     @classmethod
     def open(cls, url: str) -> Storage:
         """The storage behind an allowed URL or path; nothing is touched yet."""
         return cls(url)
 
-    def __reduce__(self) -> tuple[type[Storage], tuple[str]]:
-        return (Storage, (self._raw_url,))
+    @classmethod
+    def of_output(cls, url: str) -> Storage:
+        """The storage of an output that a job has begun: it knows whether its creates must look before they write."""
+        storage = cls.open(url)
+        return cls(url, single_writer=True) if storage.exists(SINGLE_WRITER_PATH) else storage
+
+    def __reduce__(self) -> tuple[Callable[..., Storage], tuple[str, bool]]:
+        return (_reopened, (self._raw_url, self.single_writer))
 
     def __repr__(self) -> str:
         return f"Storage({self.url!r})"
@@ -278,30 +138,60 @@ class Storage:
         """The object as a seekable binary file, for readers of Parquet."""
         return self._patiently("open", path, lambda: self._backend.open_input(path))
 
-    def probe(self) -> None:
-        """Returns if this user can write here and a second create of one key is refused; a UsageError otherwise."""
+    def probe(self, *, allow_single_writer: bool = False) -> Storage:
+        """The storage that a job may write to: this user can write, read and list, and a key is created only once.
+
+        With `allow_single_writer` a store whose create overwrites is accepted too; the answer then looks before it
+        writes. Raises UsageError otherwise, and leaves nothing behind.
+        """
         path = f"_job/.probe-{secrets.token_hex(8)}"
         try:
-            first, second = (self._patiently("write to", path, _create(self._backend, path), tries=3) for _ in range(2))
+            self._create_twice(path)
+            back = self._probing("read from", path, lambda: self._backend.read(path))
+            listed = self._probing("list", "_job", lambda: dict(self._backend.list_hidden("_job")))
         except FileNotFoundError as error:
             raise UsageError(f"cannot write to {self.url}: {describe(error)}; {remedy(error)}") from error
         except StorageError as error:
             raise UsageError(str(error)) from error
-        self._tidy(path)
-        if not first or second:
+        with contextlib.suppress(StorageError):  # a store that forbids deletion keeps the probe, which no reader sees
+            self._probing("delete", path, lambda: self._backend.delete(path))
+        if back not in {_FIRST, _SECOND} or path not in listed:
+            raise UsageError(
+                f"{self.url} does not show at once what was written; use a store whose reads and listings are "
+                "consistent: a local disk, S3, GCS, Azure, SeaweedFS, MinIO"
+            )
+        if back == _FIRST:  # what stands decides: an answer may have been lost
+            return self
+        if not allow_single_writer:
             raise UsageError(
                 f"{self.url} ignores create-only writes (If-None-Match), without which two workers could overwrite "
-                "each other; use a store that honours them: a local disk, S3, GCS, Azure, SeaweedFS, MinIO"
+                "each other; use a store that honours them (a local disk, S3, GCS, Azure, SeaweedFS, MinIO), or "
+                "promise by --single-writer that no second driver will ever run on it"
             )
+        _log.warning("%s ignores create-only writes: two drivers at once would not be safe there", self.url)
+        return Storage(self._raw_url, single_writer=True)
 
-    def _tidy(self, path: str) -> None:
-        try:
-            self.delete(path)
-        except StorageError:
-            return  # a store that forbids deletion keeps the probe, whose dot-name every reader skips
+    def _create_twice(self, path: str) -> None:
+        """Afterwards the object holds `_FIRST` if the store refuses a second create, `_SECOND` if it does not."""
+        for content in (_FIRST, _SECOND):
+            try:
+                self._probing("write to", path, partial(self._backend.create, path, content))
+            except StorageError as error:
+                if error.__cause__ is None or not knows_no_create(error.__cause__):
+                    raise
+                self._probing("write to", path, partial(self._backend.write, path, content))
 
-    def _patiently(self, verb: str, path: str, call: Callable[[], T], *, tries: int = TRIES) -> T:
-        for failures in range(1, tries + 1):
+    def _probing(self, verb: str, path: str, call: Callable[[], T]) -> T:
+        return self._patiently(verb, path, call, patience=_PROBE_SECONDS)
+
+    def mark_single_writer(self) -> None:
+        """Afterwards every process that opens this output knows how it must create, if the store needs that."""
+        if self.single_writer and not self.exists(SINGLE_WRITER_PATH):
+            self.write(SINGLE_WRITER_PATH, _SINGLE_WRITER_TEXT)
+
+    def _patiently(self, verb: str, path: str, call: Callable[[], T], *, patience: float = PATIENCE_SECONDS) -> T:
+        started, told = _clock(), False
+        for failures in range(1, TRIES + 1):
             try:
                 return call()
             except FileNotFoundError as error:
@@ -311,22 +201,22 @@ class Storage:
             except Exception as error:  # fsspec's backends share no base class; anything not transient is re-raised
                 if isinstance(error, ValueError | TypeError | AttributeError):
                     raise
-                if not is_transient(error) or failures == tries:
+                waited = _clock() - started
+                if not is_transient(error) or failures == TRIES or waited >= patience:
                     raise self._error(verb, path, error) from error
-            _sleep(min(5.0, 0.2 * 2 ** (failures - 1)) * random.uniform(0.5, 1.5))  # noqa: S311
+                if waited >= _SILENCE_SECONDS and not told:
+                    told = True
+                    _log.warning(
+                        "cannot %s %s in %s: %s; trying on for %.0f s", verb, path, self.url, describe(error), patience
+                    )
+            _sleep(min(_LONGEST_PAUSE, 0.2 * 2 ** (failures - 1)) * random.uniform(0.5, 1.5))  # noqa: S311
         raise AssertionError("unreachable")
 
     def _error(self, verb: str, path: str, error: Exception) -> StorageError:
-        return StorageError(f"cannot {verb} {path} in {self.url}: {describe(error)}; {remedy(error)}")
+        return StorageError(
+            f"cannot {verb} {path} in {self.url}: {describe(error)}; {remedy(error)}", transient=is_transient(error)
+        )
 
 
-def _create(backend: _Backend, path: str) -> Callable[[], bool]:
-    return lambda: backend.create(path, b"probe")
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def _reopened(url: str, single_writer: bool) -> Storage:
+    return Storage(url, single_writer=single_writer)

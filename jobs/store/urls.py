@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import os
 
-import fsspec
 from fsspec.spec import AbstractFileSystem
 
 from jobs.errors import UsageError
+from jobs.store.clients import open_client
 
-_INSTALL = {"s3": "s3fs", "gs": "latentmill[gcs]", "abfs": "latentmill[azure]", "hf": "huggingface_hub"}
 PROTOCOLS = ("file", "s3", "gs", "abfs", "memory", "hf")
 
 
-def allowed_filesystem(url: str) -> tuple[AbstractFileSystem, str]:
+def allowed_filesystem(url: str, *, repeats: bool = False) -> tuple[AbstractFileSystem, str]:
     """Open the filesystem of `url` without a listings cache and return it with the path inside it.
 
     A bare path is local, made absolute. Anything but the allowed protocols is refused, chained URLs too, because they
-    reach other protocols through the back door. Nothing is contacted yet.
+    reach other protocols through the back door. Nothing is contacted yet. `repeats`: the caller repeats failed calls
+    itself.
     """
     if not url.strip():
         raise UsageError("the address is empty; give a local path or a URL such as s3://bucket/prefix")
@@ -29,12 +29,12 @@ def allowed_filesystem(url: str) -> tuple[AbstractFileSystem, str]:
     if protocol not in PROTOCOLS:
         raise UsageError(f"{display_url(url)!r} uses {protocol!r}; only {', '.join(PROTOCOLS)} are allowed")
     if protocol == "file":
-        return _filesystem(protocol), os.path.abspath(os.path.expanduser(rest))  # noqa: PTH100, PTH111 - must not touch the disk
+        return open_client(protocol, repeats=repeats), os.path.abspath(os.path.expanduser(rest))  # noqa: PTH100, PTH111 - must not touch the disk
     if ":" in rest.split("/", 1)[0].rpartition("@")[0]:
         raise UsageError(f"{display_url(url)!r} carries a password; give credentials by environment or profile instead")
     if ".." in rest.split("/"):
         raise UsageError(f"{display_url(url)!r} contains '..'; write the address without it")
-    fs = _filesystem(protocol)
+    fs = open_client(protocol, repeats=repeats)
     return fs, str(fs._strip_protocol(url))
 
 
@@ -49,12 +49,3 @@ def display_url(url: str) -> str:
     if at and (":" in user or protocol != "abfs"):
         host = after
     return f"{protocol}://{host}{slash}{path}"
-
-
-def _filesystem(protocol: str) -> AbstractFileSystem:
-    try:
-        return fsspec.filesystem(protocol, use_listings_cache=False)
-    except ImportError as error:
-        raise UsageError(
-            f"{protocol}:// needs an extra package: pip install {_INSTALL.get(protocol, protocol)!r}"
-        ) from error

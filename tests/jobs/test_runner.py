@@ -18,7 +18,7 @@ from jobs.outputs.status import status
 from jobs.outputs.verify import verify
 from jobs.plans.plan import Plan
 from jobs.runner import Progress, run_job
-from jobs.store.storage import _Local
+from jobs.store.backends import LocalFolder
 from tests.jobs.driver import job_spec, read_dataset, run
 from tests.jobs.fakes import FakeEngine, fake_engine
 
@@ -143,14 +143,14 @@ def test_a_full_disk_ends_in_one_line_and_is_resumed(
     manifest: Manifest, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spec = job_spec(tiny_model, manifest(6), tmp_path / "out")
-    place, calls = _Local._place, itertools.count()
+    place, calls = LocalFolder._place, itertools.count()
 
-    def full(self: _Local, path: str, data: bytes, publish: Callable[..., object]) -> None:
+    def full(self: LocalFolder, path: str, data: bytes, publish: Callable[..., object]) -> None:
         if path.startswith("images/") and next(calls) >= 3:
             raise OSError(28, "No space left on device")
         place(self, path, data, publish)
 
-    monkeypatch.setattr(_Local, "_place", full)
+    monkeypatch.setattr(LocalFolder, "_place", full)
     with pytest.raises(JobError, match=r"2 chunks are still open.*No space left on device; free some space") as caught:
         run(spec)
     assert "\n" not in str(caught.value)

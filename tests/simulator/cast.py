@@ -223,7 +223,7 @@ class Cast:
 
         def drive() -> None:
             try:
-                self._finished(plan, jobs.runner.run_job(SimpleNamespace(out=URL, plan=plan)))
+                self._finished(plan, jobs.runner.run_job(SimpleNamespace(out=URL, plan=plan, runtime=_RUNTIME)))
             except OutputConflictError:
                 self.conflicts += 1
                 if standing_plan(self.world.store.objects) is plan:
@@ -290,6 +290,7 @@ class _OpenJob:
 
 decode_once = lru_cache(maxsize=20_000)(decode_record)
 _encoded: dict[tuple[str, int, str], bytes] = {}
+_RUNTIME = SimpleNamespace(single_writer=False)
 _finished: dict[tuple[str, str], Any] = {}
 _encode, _finish_sample = jobs.worker.encode_record, jobs.worker.finish_sample
 
@@ -318,6 +319,7 @@ def installed(world: World, cast: Cast) -> Iterator[None]:
         for target, name, value in (
             (Storage, "open", staticmethod(lambda _: SimulatedStorage(world))),
             (jobs.store.storage, "_sleep", world.pause),
+            (jobs.store.storage, "_clock", lambda: world.now),
             (jobs.store.storage, "random", world.random),
             (jobs.store.storage, "secrets", tokens),
             (jobs.worker, "secrets", tokens),

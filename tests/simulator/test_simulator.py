@@ -82,7 +82,7 @@ def test_sweeping_attempts_at_open_chunks_is_caught(monkeypatch: pytest.MonkeyPa
         return losers(self, found)
 
     monkeypatch.setattr(clean_module._Sweep, "_losers", everything_if_open)
-    assert_caught("I2 I6", within=50)
+    assert_caught("I2 I6", within=400)
 
 
 def test_overwriting_instead_of_creating_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -244,6 +244,7 @@ class SimulatedStorage(Storage):
 
     def __init__(self, world: World) -> None:
         self._raw_url = self.url = URL
+        self.single_writer = False
         self._backend = Backend(world)
 
 

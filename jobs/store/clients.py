@@ -1,0 +1,54 @@
+"""Clients of disks and object stores: how long each waits for an answer, and how often it asks again by itself.
+
+The libraries' own habits multiply: botocore's five tries inside s3fs' five inside ours would hold a job for three
+quarters of an hour on one stalled connection. So exactly one layer repeats. What a user's fsspec configuration says
+(`FSSPEC_S3='{"config_kwargs": {"read_timeout": 60}}'`, or a file in `~/.config/fsspec`) stands above all of this.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import fsspec
+from fsspec.spec import AbstractFileSystem
+
+from jobs.errors import UsageError
+
+CONNECT_SECONDS = 10
+ANSWER_SECONDS = 20
+"""The longest silence on a connection; the length of an upload or a download does not count."""
+
+CLIENT_TRIES = 4
+"""Tries of a client at one request, where nothing above it tries again."""
+
+_INSTALL = {"s3": "s3fs", "gs": "latentmill[gcs]", "abfs": "latentmill[azure]", "hf": "huggingface_hub"}
+
+
+def open_client(protocol: str, *, repeats: bool) -> AbstractFileSystem:
+    """The filesystem of an allowed protocol, without a listings cache; nothing is contacted yet.
+
+    `repeats`: the caller repeats failed calls itself, so the client shall not.
+    """
+    try:
+        if protocol == "s3":
+            return _s3(repeats=repeats)
+        return fsspec.filesystem(protocol, use_listings_cache=False)
+    except ImportError as error:
+        raise UsageError(
+            f"{protocol}:// needs an extra package: pip install {_INSTALL.get(protocol, protocol)!r}"
+        ) from error
+
+
+def _s3(*, repeats: bool) -> AbstractFileSystem:
+    tries = 1 if repeats else CLIENT_TRIES
+    ours: dict[str, Any] = {"connect_timeout": CONNECT_SECONDS, "read_timeout": ANSWER_SECONDS}
+    if not {"AWS_MAX_ATTEMPTS", "AWS_RETRY_MODE"} & os.environ.keys():
+        ours["retries"] = {"mode": "standard", "total_max_attempts": tries}
+    configured = {**fsspec.config.conf.get("s3", {}), **fsspec.config.conf.get("s3a", {})}.get("config_kwargs", {})
+    if not isinstance(configured, Mapping):  # one string in an .ini file: nothing can be added to it
+        return fsspec.filesystem("s3", use_listings_cache=False)
+    fs = fsspec.filesystem("s3", use_listings_cache=False, config_kwargs={**ours, **configured})
+    fs.retries = 1 if repeats else 2  # of a dropped connection, which multiplies the client's own; s3fs has no option
+    return fs
