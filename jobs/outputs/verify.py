@@ -5,47 +5,29 @@ from __future__ import annotations
 import hashlib
 import io
 import random
+import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from jobs.errors import JobError
 from jobs.job import Job, open_job
+from jobs.outputs.defects import Defect, row_defects, status_defects
 from jobs.outputs.images import decode_png, pixel_sha256
-from jobs.outputs.ledger import chunk_of_path, record_path
+from jobs.outputs.ledger import chunk_of_path, record_path, repair_of_path, repair_path
 from jobs.outputs.publish import MANIFEST_PATH, ROWS_PER_PART, Part, Publication, load_publication, merged_tables
-from jobs.outputs.records import STATUSES, CommitRecord
-from jobs.plans.plan import PlannedSample
+from jobs.outputs.records import CommitRecord, WrongRepairError
 
-Kind = Literal[
-    "chunk-missing",
-    "record-damaged",
-    "record-stray",
-    "row-wrong",
-    "image-missing",
-    "image-damaged",
-    "pixels-changed",
-    "not-published",
-    "part-damaged",
-    "part-stray",
-    "dataset-wrong",
-]
+Phase = Literal["checking", "comparing"]
 _THREADS = 8
 _MAX_DEFECTS = 10_000
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Defect:
-    """One thing that is not as it should be."""
-
-    kind: Kind
-    path: str
-    detail: str
+_UNSOUND = frozenset(["chunk-missing", "record-damaged", "repair-wrong", "row-wrong"])
+"""Defects of the ledger: with one of them, it does not say what the dataset should be."""
+_PART = re.compile(r"dataset/part-\d{5,}-([0-9a-f]{16})\.parquet")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,6 +41,10 @@ class VerifyReport:
     images_checked: int
     bytes_read: int
     parts_checked: int
+    repairs: int
+    """Repair records, which `run --retry-failed` made; the rows include them."""
+    superseded_parts: int
+    """Whole parts of a publication with other repairs: no defect, `clean` sweeps them when they are a day old."""
     defects: tuple[Defect, ...]
 
     @property
@@ -71,20 +57,32 @@ class VerifyReport:
         return asdict(self) | {"exit_code": self.exit_code}
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VerifyProgress:
+    """How far it is: chunks while `checking` records and pictures, dataset parts while `comparing`."""
+
+    phase: Phase
+    done: int
+    total: int
+    images: int
+    bytes: int
+    defects: int
+
+
 def verify(
     out_url: str,
     *,
     sample_n: int | None = None,
-    on_progress: Callable[[int, int], None] = lambda _done, _total: None,
+    on_progress: Callable[[VerifyProgress], None] = lambda _: None,
 ) -> VerifyReport:
     """Checks the ledger against the plan, every picture against its row, and the published dataset against the ledger.
 
-    `sample_n` reads only that many pictures, chosen at random; records and dataset are always read whole.
-    `on_progress` gets chunks done and in all. Raises UsageError if the output has no plan.
+    `sample_n` reads only that many pictures, chosen at random; records and dataset are always read whole. Repairs
+    that are made meanwhile are not looked at. Raises UsageError if the output has no plan.
     """
     open_job.cache_clear()
-    checker = _Checker(open_job(out_url), sample_n)
-    checker.check_chunks(on_progress)
+    checker = _Checker(open_job(out_url), sample_n, on_progress)
+    checker.check_chunks()
     checker.check_strays()
     checker.check_dataset()
     return checker.report()
@@ -99,8 +97,12 @@ class _ChunkFindings:
 
 
 class _Checker:
-    def __init__(self, job: Job, sample_n: int | None) -> None:
+    def __init__(self, job: Job, sample_n: int | None, on_progress: Callable[[VerifyProgress], None]) -> None:
         self._job = job
+        self._on_progress = on_progress
+        self._publication = load_publication(job)  # before the listing, which therefore has all that it includes
+        self._listing = job.ledger.listing()
+        self._superseded = 0
         self._total = _ChunkFindings()
         self._defects: list[Defect] = []
         self._parts = 0
@@ -117,12 +119,15 @@ class _Checker:
             images_checked=self._total.images,
             bytes_read=self._total.bytes,
             parts_checked=self._parts,
+            repairs=self._listing.n_repairs,
+            superseded_parts=self._superseded,
             defects=tuple(sorted(self._defects, key=lambda defect: (defect.kind, defect.path, defect.detail))),
         )
 
-    def check_chunks(self, on_progress: Callable[[int, int], None]) -> None:
+    def check_chunks(self) -> None:
         """Every chunk of the plan, several at a time, with a bounded number under way."""
         chunks, done = iter(range(self._job.plan.n_chunks)), 0
+        self._show("checking", 0, self._job.plan.n_chunks)
         running: set[Future[_ChunkFindings]] = set()
         with ThreadPoolExecutor(_THREADS) as pool:
             while True:
@@ -134,7 +139,19 @@ class _Checker:
                 for future in finished:
                     self._add(future.result())
                 done += len(finished)
-                on_progress(done, self._job.plan.n_chunks)
+                self._show("checking", done, self._job.plan.n_chunks)
+
+    def _show(self, phase: Phase, done: int, total: int) -> None:
+        self._on_progress(
+            VerifyProgress(
+                phase=phase,
+                done=done,
+                total=total,
+                images=self._total.images,
+                bytes=self._total.bytes,
+                defects=len(self._defects),
+            )
+        )
 
     def _add(self, findings: _ChunkFindings) -> None:
         self._total.rows += findings.rows
@@ -150,37 +167,36 @@ class _Checker:
             return _ChunkFindings(defects=(Defect(kind="record-damaged", path=path, detail=str(error)),))
         if record is None:
             return _ChunkFindings(defects=(Defect(kind="chunk-missing", path=path, detail="it is not committed"),))
+        record, defects = self._repaired(record)
         rows: list[dict[str, Any]] = record.table.to_pylist()
         findings = _ChunkFindings(rows=len(rows))
-        defects = list(_row_defects(path, rows, self._job.plan.samples_of_chunk(chunk)))
+        defects.extend(row_defects(path, rows, self._job.plan.samples_of_chunk(chunk)))
         for row in rows:
-            defects.extend(self._status_defects(path, row))
+            defects.extend(status_defects(path, row, self._job.plan))
             if row["image"] is not None and self._is_chosen(row["sample_id"]):
                 defects.extend(self._picture_defects(row, findings))
         findings.defects = tuple(defects)
         return findings
 
+    def _repaired(self, record: CommitRecord) -> tuple[CommitRecord, list[Defect]]:
+        """The record with those repairs that were listed, as far as they are sound."""
+        while record.repairs < self._listing.repairs.get(record.chunk, 0):
+            path = repair_path(record.chunk, record.repairs + 1)
+            try:
+                further = self._job.ledger.with_next_repair(record)
+            except WrongRepairError as error:
+                return record, [Defect(kind="repair-wrong", path=path, detail=str(error))]
+            except JobError as error:
+                return record, [Defect(kind="record-damaged", path=path, detail=str(error))]
+            if further is None:
+                return record, [
+                    Defect(kind="repair-wrong", path=path, detail="it is missing, and a later one is there")
+                ]
+            record = further
+        return record, []
+
     def _is_chosen(self, sample_id: str) -> bool:
         return self._chosen is None or (sample_id.isdecimal() and int(sample_id) in self._chosen)
-
-    def _status_defects(self, path: str, row: dict[str, Any]) -> Iterator[Defect]:
-        """No row may claim what it cannot: `ok` needs a picture and a verdict, `failed` a reason."""
-        plan, status = self._job.plan, row["status"]
-        wrong = None
-        if status not in STATUSES:
-            wrong = f"its status is {status!r}"
-        elif status == "failed" and (row["error"] is None or row["image"] is not None):
-            wrong = "it failed, without a reason or with a picture"
-        elif status == "ok" and row["image"] is None:
-            wrong = "it is ok, without a picture"
-        elif status == "flagged" and (row["image"] is None) != (plan.on_flagged == "drop"):
-            wrong = f"it is flagged, and its picture does not follow the policy {plan.on_flagged!r}"
-        elif status != "failed" and (
-            row["nsfw_checker"] is None or (row["nsfw_checker"] == "none") != (plan.safety == "none")
-        ):
-            wrong = f"its safety checker is {row['nsfw_checker']!r}, the plan says {plan.safety!r}"
-        if wrong is not None:
-            yield Defect(kind="row-wrong", path=path, detail=f"sample {row['sample_id']}: {wrong}")
 
     def _picture_defects(self, row: dict[str, Any], findings: _ChunkFindings) -> Iterator[Defect]:
         path = row["image"]
@@ -207,15 +223,24 @@ class _Checker:
             yield Defect(kind="pixels-changed", path=path, detail="its pixels do not match those committed")
 
     def check_strays(self) -> None:
-        """Nothing lies in the ledger but the records of the plan's chunks."""
+        """Nothing lies in the ledger but the records of the plan's chunks, and repairs of chunks that are committed."""
+        suspects: list[tuple[int, str]] = []
         for path, _ in self._job.storage.list("ledger"):
-            chunk = chunk_of_path(path)
-            if chunk is None or chunk >= self._job.plan.n_chunks:
+            chunk, repair = chunk_of_path(path), repair_of_path(path)
+            if repair is not None and repair[0] < self._job.plan.n_chunks:
+                if not self._listing.committed[repair[0]]:
+                    suspects.append((repair[0], path))
+            elif chunk is None or chunk >= self._job.plan.n_chunks:
                 self._defects.append(Defect(kind="record-stray", path=path, detail="the plan has no such chunk"))
+        committed = self._job.ledger.committed() if suspects else self._listing.committed  # it may be a new one
+        for chunk, path in suspects:
+            if not committed[chunk]:
+                detail = f"chunk {chunk}, which it repairs, is not committed"
+                self._defects.append(Defect(kind="record-stray", path=path, detail=detail))
 
     def check_dataset(self) -> None:
         """The published parts hold exactly the ledger's rows, in order."""
-        publication = load_publication(self._job)
+        publication = self._publication
         if publication is None:
             self._defects.append(
                 Defect(kind="not-published", path=MANIFEST_PATH, detail="it is absent, damaged or another plan's")
@@ -224,20 +249,46 @@ class _Checker:
         known = {part.path for part in publication.parts} | {MANIFEST_PATH}
         for path, _ in self._job.storage.list("dataset"):
             if path not in known:
-                self._defects.append(Defect(kind="part-stray", path=path, detail="the manifest does not name it"))
-        if any(defect.kind in {"chunk-missing", "record-damaged", "row-wrong"} for defect in self._defects):
-            for part in publication.parts:
-                self._read_part(part)  # without a sound ledger the parts can only be held against their digests
+                self._check_unnamed(path, publication)
+        if publication.repairs < self._listing.n_repairs:
+            detail = (
+                f"it includes {publication.repairs} repair records of {self._listing.n_repairs}; run the same command "
+                f"again to publish them"
+            )
+            self._defects.append(Defect(kind="publication-stale", path=MANIFEST_PATH, detail=detail))
+        elif publication.repairs > self._listing.n_repairs:
+            self._wrong(
+                MANIFEST_PATH,
+                f"it includes {publication.repairs} repair records, the ledger has {self._listing.n_repairs}; restore "
+                f"the ledger from a copy",
+            )
+        elif not any(defect.kind in _UNSOUND for defect in self._defects):
+            self._compare_parts(publication)
             return
-        self._compare_parts(publication)
+        for part in publication.parts:
+            self._read_part(part)  # without its own ledger the parts can only be held against their digests
+
+    def _check_unnamed(self, path: str, publication: Publication) -> None:
+        """A part that no manifest names: where there are repairs, it may be of the publication before or to come."""
+        place = _PART.fullmatch(path)
+        if place is not None and (publication.repairs or self._listing.repairs):
+            try:
+                if hashlib.sha256(self._job.storage.read(path)).hexdigest().startswith(place[1]):
+                    self._superseded += 1
+                    return
+            except FileNotFoundError:
+                return  # a sweep was faster
+        self._defects.append(Defect(kind="part-stray", path=path, detail="the manifest does not name it"))
 
     def _compare_parts(self, publication: Publication) -> None:
         rows_per_part = publication.parts[0].rows if publication.parts else ROWS_PER_PART
         tables = merged_tables(self._job, self._fetch, rows_per_part)
-        for part, expected in zip(publication.parts, tables, strict=False):
+        for number, (part, expected) in enumerate(zip(publication.parts, tables, strict=False)):
+            self._show("comparing", number, len(publication.parts))
             table = self._read_part(part)
             if table is not None and not table.equals(expected):
                 self._wrong(part.path, "its rows are not those of the ledger")
+        self._show("comparing", len(publication.parts), len(publication.parts))
         total = sum(part.rows for part in publication.parts)
         if total != self._job.plan.n_samples or publication.rows != total or sum(publication.counts.values()) != total:
             self._wrong(MANIFEST_PATH, f"its totals do not add up to {self._job.plan.n_samples} samples")
@@ -257,42 +308,10 @@ class _Checker:
         return pq.read_table(io.BytesIO(data))
 
     def _fetch(self, chunk: int) -> CommitRecord:
-        record = self._job.ledger.read(chunk)
+        record = self._job.ledger.effective(chunk, self._listing.repairs.get(chunk, 0))
         if record is None:
             raise JobError(f"chunk {chunk} vanished from the ledger while it was read")
         return record
 
     def _wrong(self, path: str, detail: str) -> None:
         self._defects.append(Defect(kind="dataset-wrong", path=path, detail=detail))
-
-
-def _row_defects(path: str, rows: list[dict[str, Any]], samples: list[PlannedSample]) -> Iterator[Defect]:
-    """The rows are those of the plan: each sample once, in order, with the parameters that were asked for."""
-    found, planned = [row["sample_id"] for row in rows], [sample.sample_id for sample in samples]
-    if found != planned:
-        repeated = sorted({sample for sample in found if found.count(sample) > 1})
-        detail = f"sample {repeated[0]} is there more than once" if repeated else "its samples are not those planned"
-        yield Defect(kind="row-wrong", path=path, detail=detail)
-        return
-    for row, sample in zip(rows, samples, strict=True):
-        wrong = [name for name, value in _expected(sample).items() if row[name] != value]
-        if wrong:
-            detail = f"sample {sample.sample_id}: {', '.join(wrong)} not as the plan asked for"
-            yield Defect(kind="row-wrong", path=path, detail=detail)
-
-
-def _expected(sample: PlannedSample) -> dict[str, Any]:
-    """What the plan fixes of a row, as the row's types store it."""
-    request = sample.request
-    return {
-        "row_id": sample.row_id,
-        "prompt": request.prompt,
-        "negative_prompt": request.negative_prompt,
-        "seed": request.seed,
-        "width": request.width,
-        "height": request.height,
-        "num_inference_steps": request.num_inference_steps,
-        "guidance_scale": float(np.float32(request.guidance_scale)),
-        "sampler": request.sampler,
-        "eta": float(np.float32(request.eta)),
-    }

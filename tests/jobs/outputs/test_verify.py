@@ -16,12 +16,13 @@ import pytest
 
 from jobs.job import Job, open_job
 from jobs.outputs.images import encode_png
-from jobs.outputs.ledger import record_path
-from jobs.outputs.publish import MANIFEST_PATH
+from jobs.outputs.ledger import record_path, repair_path
+from jobs.outputs.publish import MANIFEST_PATH, publish
 from jobs.outputs.records import encode_record
-from jobs.outputs.verify import VerifyReport, verify
+from jobs.outputs.verify import VerifyProgress, VerifyReport, verify
 from jobs.store.storage import Storage
 from tests.jobs.driver import job_spec, run
+from tests.jobs.outputs.repairs import repair
 
 PROMPTS = ["one", "two", "some nsfw", "some poison", "five", "six"]
 
@@ -62,12 +63,14 @@ def rewrite_record(job: Job, chunk: int, change: Callable[[list[dict[str, Any]]]
 
 
 def test_a_sound_output_has_no_defects(out: str) -> None:
-    seen: list[tuple[int, int]] = []
-    report = verify(out, on_progress=lambda done, total: seen.append((done, total)))
+    seen: list[VerifyProgress] = []
+    report = verify(out, on_progress=seen.append)
     assert report.defects == ()
     assert (report.chunks, report.rows, report.images_checked, report.parts_checked) == (3, 6, 5, 1)
     assert report.bytes_read > 5000
-    assert seen[-1] == (3, 3)
+    assert [(step.phase, step.done, step.total) for step in seen[:1]] == [("checking", 0, 3)]
+    assert ("checking", 3, 3) in [(step.phase, step.done, step.total) for step in seen]
+    assert (seen[-1].phase, seen[-1].done, seen[-1].total, seen[-1].images) == ("comparing", 1, 1, 5)
     assert json.loads(json.dumps(report.to_dict()))["exit_code"] == 0
 
 
@@ -182,3 +185,91 @@ def test_a_sample_of_the_pictures(out: str) -> None:
         storage.delete(path)
     assert kinds(verify(out, sample_n=3)) == {"image-missing"}
     assert len(verify(out).defects) == 5
+
+
+@pytest.fixture
+def repaired(out: str) -> str:
+    """The same output after chunk 1, whose second sample was poison, has been repaired and published again."""
+    assert repair(out, 1).outcome == "committed"
+    assert kinds(verify(out)) == {"publication-stale"}
+    publish(open_job(out))
+    return out
+
+
+def test_a_repaired_output_has_no_defects(repaired: str) -> None:
+    report = verify(repaired)
+    assert report.defects == ()
+    assert (report.rows, report.images_checked, report.repairs, report.parts_checked) == (6, 6, 1, 1)
+    assert report.superseded_parts == 1
+
+
+def rewrite_repair(job: Job, change: Callable[[dict[str, Any]], list[dict[str, Any]]]) -> None:
+    record = job.ledger.effective(1)
+    assert record is not None
+    data = encode_record(
+        change(record.table.to_pylist()[1]),
+        job.ledger.schema,
+        chunk=1,
+        attempt=record.repaired_by[0],
+        plan_hash=record.plan_hash,
+        execution_class="fake",
+        versions={},
+        repair=1,
+    )
+    job.storage.write(repair_path(1, 1), data)
+
+
+@pytest.mark.parametrize(
+    ("change", "kind"),
+    [
+        (lambda row: [{**row, "sample_id": "00000002"}], "repair-wrong"),
+        (lambda row: [{**row, "sample_id": "00000004"}], "repair-wrong"),
+        (lambda row: [row, row], "repair-wrong"),
+        (lambda row: [{**row, "status": "failed"}], "repair-wrong"),
+        (lambda row: [], "repair-wrong"),
+        (lambda row: [{**row, "prompt": "another"}], "row-wrong"),
+        (lambda row: [{**row, "image": None}], "row-wrong"),
+        (lambda row: [{**row, "prompt_tokens": 99}], "dataset-wrong"),
+        (lambda row: [{**row, "sha256": "0" * 64}], "image-damaged"),
+    ],
+)
+def test_a_well_formed_repair_that_lies(repaired: str, change: Callable[..., Any], kind: str) -> None:
+    rewrite_repair(open_job(repaired), change)
+    report = verify(repaired)
+    assert kind in kinds(report)
+    if kind == "repair-wrong":
+        assert [(defect.kind, defect.path) for defect in report.defects] == [(kind, repair_path(1, 1))]
+
+
+def test_a_damaged_lost_or_stray_repair(repaired: str) -> None:
+    storage = Storage.open(repaired)
+    path, second = repair_path(1, 1), repair_path(1, 2)
+    flip(storage, path, 300)
+    assert [(defect.kind, defect.path) for defect in verify(repaired).defects] == [("record-damaged", path)]
+    flip(storage, path, 300)
+    data = storage.read(path)
+    storage.delete(path)
+    assert [(defect.kind, defect.path) for defect in verify(repaired).defects] == [("dataset-wrong", MANIFEST_PATH)]
+    storage.write(second, data)
+    found = [(defect.kind, defect.path) for defect in verify(repaired).defects]
+    assert found == [("publication-stale", MANIFEST_PATH), ("repair-wrong", path)]
+    storage.delete(second)
+    storage.write(path, data)
+    for stray in (repair_path(3, 1), "ledger/00000/00000001.r0.parquet", "ledger/00000/00000001.r01.parquet"):
+        storage.write(stray, data)
+        assert [(defect.kind, defect.path) for defect in verify(repaired).defects] == [("record-stray", stray)]
+        storage.delete(stray)
+    base = storage.read(record_path(1))
+    storage.delete(record_path(1))
+    found = [(defect.kind, defect.path) for defect in verify(repaired).defects]
+    assert found == [("chunk-missing", record_path(1)), ("record-stray", path)]
+    storage.write(record_path(1), base)
+    assert verify(repaired).defects == ()
+
+
+def test_only_whole_parts_count_as_those_of_an_earlier_publication(repaired: str) -> None:
+    storage = Storage.open(repaired)
+    named = {part["path"] for part in json.loads(storage.read(MANIFEST_PATH))["parts"]}
+    (old,) = {path for path, _ in storage.list("dataset")} - named - {MANIFEST_PATH}
+    flip(storage, old, 100)
+    assert [(defect.kind, defect.path) for defect in verify(repaired).defects] == [("part-stray", old)]
