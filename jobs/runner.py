@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from jobs.errors import JobError
 from jobs.executors.base import Executor
 from jobs.job import Job, open_job
+from jobs.outputs.failures import FailedRow, failed_rows
 from jobs.outputs.publish import Publication, publish, standing_publication
 from jobs.plans.plan import Plan, adopt, draft_plan
 from jobs.spec import JobSpec
@@ -63,6 +64,8 @@ class RunSummary:
     seconds: float
     images_per_second: float
     next_command: str
+    failures: tuple[FailedRow, ...]
+    """The first of the samples that failed, by the published dataset."""
 
 
 def run_job(
@@ -245,4 +248,5 @@ def _summary(
         seconds=seconds,
         images_per_second=tracker.generated / seconds if seconds > 0 else 0.0,
         next_command=RESUME if publication is None else f"latentmill report {shlex.quote(out)}",
+        failures=() if publication is None else failed_rows(job, publication),
     )
