@@ -84,17 +84,17 @@ def connect(address: str | None, *, insecure: bool = False) -> Connection:
 
 def _join_cluster(address: str, *, insecure: bool) -> None:
     import ray
-    from ray.exceptions import AuthenticationError
 
     where = display_url(address)
     with held_back_stderr():
         try:
             endpoint = _endpoint(address)
-            if not insecure and not asks_for_a_token(endpoint):
+            guarded = asks_for_a_token(endpoint)
+            if not guarded and not insecure:
                 raise UsageError(open_cluster_text(where))
+            if guarded and _refuses(endpoint, _own_token()):  # Ray would try for twenty seconds, and not say why
+                raise UsageError(locked_out_text(where))
             ray.init(address=endpoint, log_to_driver=False, logging_level=logging.ERROR)
-        except AuthenticationError as error:
-            raise UsageError(locked_out_text(where)) from error
         except (OSError, RuntimeError, ValueError) as error:
             reason = " ".join(str(error).split())[:200]
             raise UsageError(f"no Ray cluster answers at {where}: {reason}; check --address or RAY_ADDRESS") from error
@@ -135,12 +135,31 @@ def _endpoint(address: str) -> str:
 
 def asks_for_a_token(endpoint: str) -> bool:
     """Whether the head refuses a caller without a token: asked as such a caller, whatever this process could show."""
+    return _refuses(endpoint, {})
+
+
+def _own_token() -> dict[str, str]:
+    """The token that this process has for clusters, as Ray would send it; empty if there is none."""
+    from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
+    from ray._raylet import AuthenticationTokenLoader
+
+    _read_tokens_again()
+    if not maybe_enable_token_auth_if_token_available(warn_if_disabled=False):
+        return {}
+    if not AuthenticationTokenLoader.instance().has_token():
+        return {}
+    headers: dict[str, str] = AuthenticationTokenLoader.instance().get_token_for_http_header()
+    return headers
+
+
+def _refuses(endpoint: str, headers: dict[str, str]) -> bool:
+    """Whether the head sends away a caller with these headers. Raises OSError if what answers is no Ray head."""
     import grpc
 
     with _channel(endpoint) as channel:
         ask = channel.unary_unary("/ray.rpc.NodeInfoGcsService/GetClusterId")
         try:
-            ask(b"", timeout=_ASK_SECONDS)
+            ask(b"", timeout=_ASK_SECONDS, metadata=tuple((name.lower(), value) for name, value in headers.items()))
         except grpc.RpcError as error:
             code = error.code()
             if code in {grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED}:

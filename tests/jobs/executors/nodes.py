@@ -60,6 +60,11 @@ class Nodes:
         return f"http://127.0.0.1:{self.dashboard_port}"
 
     @property
+    def client_environment(self) -> dict[str, str]:
+        """What a driver or a client needs to be let in."""
+        return {name: value for name, value in self.environment.items() if name.startswith("RAY_AUTH")}
+
+    @property
     def token_file(self) -> Path:
         return self.folder / "token"
 
@@ -111,8 +116,9 @@ class Nodes:
         deadline = time.monotonic() + 90
         while time.monotonic() < deadline:
             try:
-                urllib.request.urlopen(f"{self.dashboard}/api/version", timeout=2)
+                urllib.request.urlopen(f"{self.dashboard}/api/version", timeout=2).close()
             except urllib.error.HTTPError as error:
+                error.close()
                 if error.code in {401, 403}:
                     return
             except OSError:
