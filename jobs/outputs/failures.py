@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from jobs.job import Job
 from jobs.outputs.publish import Publication
+from jobs.store.parquet import read_parquet
 
 FAILURES_SHOWN = 20
 _COLUMNS = ("sample_id", "row_id", "prompt", "error", "status")
@@ -45,5 +44,6 @@ def _failed(job: Job, publication: Publication) -> Iterator[FailedRow]:
             data = job.storage.read(part.path)
         except FileNotFoundError:
             return  # a repair was published, and these parts were swept: they are no longer what failed
-        rows = pq.read_table(io.BytesIO(data), columns=list(_COLUMNS), filters=pc.field("status") == "failed")
+        table = read_parquet(data, _COLUMNS)
+        rows = table.filter(pc.equal(table["status"], "failed"))
         yield from (FailedRow(**row) for row in rows.drop_columns(["status"]).to_pylist())

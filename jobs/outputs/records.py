@@ -20,6 +20,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from jobs.errors import JobError
+from jobs.store.parquet import read_parquet
 
 OWN_FIELDS: tuple[pa.Field, ...] = (
     pa.field("sample_id", pa.string()),
@@ -174,13 +175,12 @@ def decode_record(data: bytes) -> CommitRecord:
     """The record, once its seal has been checked; `DamagedRecordError` says what is wrong otherwise."""
     _check_seal(data)
     try:
-        table = pq.read_table(io.BytesIO(data))
-        footer = pq.read_metadata(io.BytesIO(data)).metadata or {}
+        table = read_parquet(data)
     except (pa.ArrowException, OSError) as error:
         raise DamagedRecordError(f"not readable as Parquet: {error}") from error
     metadata = {
         key.decode().removeprefix("latentmill."): value.decode()
-        for key, value in footer.items()
+        for key, value in (table.schema.metadata or {}).items()
         if key.startswith(b"latentmill.") and key != _SEAL_KEY
     }
     try:

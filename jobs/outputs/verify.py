@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import random
 import re
 from collections.abc import Callable, Iterator
@@ -12,7 +11,6 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from jobs.errors import JobError
 from jobs.job import Job, open_job
@@ -21,6 +19,7 @@ from jobs.outputs.images import decode_png, pixel_sha256
 from jobs.outputs.ledger import chunk_of_path, record_path, repair_of_path, repair_path
 from jobs.outputs.publish import MANIFEST_PATH, ROWS_PER_PART, Part, Publication, load_publication, merged_tables
 from jobs.outputs.records import CommitRecord, WrongRepairError
+from jobs.store.parquet import read_parquet
 
 Phase = Literal["checking", "comparing"]
 _THREADS = 8
@@ -305,7 +304,7 @@ class _Checker:
             detail = f"{len(data)} bytes that do not match the digest in {MANIFEST_PATH}"
             self._defects.append(Defect(kind="part-damaged", path=part.path, detail=detail))
             return None
-        return pq.read_table(io.BytesIO(data))
+        return read_parquet(data)
 
     def _fetch(self, chunk: int) -> CommitRecord:
         record = self._job.ledger.effective(chunk, self._listing.repairs.get(chunk, 0))

@@ -7,7 +7,6 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +18,7 @@ from jobs.manifests.columns import row_bytes, schema_digest, update_digest
 from jobs.manifests.fields import Value
 from jobs.manifests.validate import Reject
 from jobs.plans.grid import MAX_GROUPS, PartRows, RowClass, images_per_row, row_classes
+from jobs.store.parquet import read_parquet
 
 PART_ROWS = 50_000
 PART_BYTES = 64 << 20
@@ -205,7 +205,7 @@ class SnapshotReader:
 
     def _load(self, index: int) -> tuple[pa.Table, PartRows]:
         try:
-            table = pq.read_table(BytesIO(self._read(index))).replace_schema_metadata(None)
+            table = read_parquet(self._read(index)).replace_schema_metadata(None)
         except (pa.ArrowException, OSError) as error:
             raise JobError(
                 f"manifest part {index} of the plan cannot be read: {error}; restore _job/ or start anew"
