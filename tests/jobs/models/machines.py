@@ -55,6 +55,7 @@ def place_on_node(out: str, cache: Path, **environment: str) -> subprocess.Compl
     """What a node with this cache makes of the model of the job in `out`."""
     return subprocess.run(
         [sys.executable, "-c", _PLACE, out],
+        check=False,
         cwd=ROOT,
         env={**os.environ, "LATENTMILL_CACHE": str(cache), **environment},
         text=True,

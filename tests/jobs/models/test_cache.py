@@ -119,7 +119,7 @@ def test_a_source_that_changed_since_the_plan_is_refused(node_cache, url):
     assert all(word in str(caught.value) for word in [*words, node.node_name()])
     assert list((node_cache / "models").iterdir()) == []
     Storage.open(url).delete("unet/config.json")
-    with pytest.raises(JobError, match="lacks unet/config.json"):
+    with pytest.raises(JobError, match=r"lacks unet/config\.json"):
         hold(url, DIGESTS)
 
 
@@ -215,12 +215,10 @@ def test_a_lock_is_waited_for_and_not_for_ever(node_cache):
 def test_four_processes_at_once_download_once(s3, node_cache):
     put(f"{s3}/model", FILES)
     holders = [start_holder(f"{s3}/model", DIGESTS, node_cache) for _ in range(4)]
-    answers = []
     for holder in holders:
         holder.stdin.write("go\n")
         holder.stdin.flush()
-    for holder in holders:
-        answers.append(json.loads(holder.communicate(timeout=60)[0]))
+    answers = [json.loads(holder.communicate(timeout=60)[0]) for holder in holders]
     assert {answer["path"] for answer in answers} == {str(hold(f"{s3}/model", DIGESTS))}
     assert sorted(answer["reads"] for answer in answers) == [0, 0, 0, len(FILES)]
     assert contents(Path(answers[0]["path"])) == FILES
