@@ -153,6 +153,14 @@ def _job_flags(
         bool | None,
         _flag("--insecure-ray", _RUNNING, "Join a cluster without token authentication: anyone can run code on it."),
     ] = None,
+    retry_failed: Annotated[
+        bool | None,
+        _flag("--retry-failed", _RUNNING, "Make the samples that failed once more; all others stay as they are."),
+    ] = None,
+    chunk_timeout: Annotated[
+        float | None,
+        _flag("--chunk-timeout", _RUNNING, "Seconds a chunk may take before its worker counts as hung. Default: auto."),
+    ] = None,
     num_actors: Annotated[int | None, _flag("--num-actors", _RUNNING, "Most models at work at once.")] = None,
     gpus_per_actor: Annotated[
         float | None, _flag("--gpus-per-actor", _RUNNING, "GPUs per model, fractions allowed.")
@@ -254,9 +262,12 @@ def verify(
     json: Json = False,
 ) -> None:
     """Read everything again and compare it with what was written; exit code 1 if anything differs."""
-    from jobs.outputs.verify import verify as verify_job
+    from jobs.show.display import progress_view, verify_detail
 
-    report = verify_job(out, sample_n=sample)
+    with progress_view("reading", verify_detail) as view:
+        from jobs.outputs.verify import verify as verify_job
+
+        report = verify_job(out, sample_n=sample, on_progress=view.update)
     _answer(report.to_dict(), json, lambda views: views.show_verify(report))
     raise typer.Exit(report.exit_code)
 

@@ -18,6 +18,7 @@ from PIL import Image
 
 import cli
 from engine import embed_watermark
+from jobs.outputs.failures import FailedRow
 from jobs.runner import RunSummary
 
 ROOT = Path(__file__).parents[1]
@@ -203,15 +204,27 @@ def test_an_output_without_a_plan_is_refused(call: Call, tmp_path: Path, verb: s
 def test_failed_samples_and_interruption_have_their_codes(call: Call, monkeypatch: pytest.MonkeyPatch):
     summary = {"out": "o", "executor": "x", "samples": 2, "rejected_rows": 0, "generated": 1, "seconds": 1.0}
     summary |= {"images_per_second": 1.0, "next_command": "latentmill report o"}
+    failed = FailedRow(sample_id="00000001", row_id="evil", prompt="\x1b[2J" + "p" * 200, error="too long")
     ends = {
-        1: RunSummary(exit_code=1, counts={"ok": 1, "flagged": 0, "failed": 1}, **summary),
-        130: RunSummary(exit_code=130, counts=None, **summary),
+        1: RunSummary(exit_code=1, counts={"ok": 1, "flagged": 0, "failed": 1}, failures=(failed,), **summary),
+        130: RunSummary(exit_code=130, counts=None, failures=(), **summary),
     }
     for code, end in ends.items():
         monkeypatch.setattr("jobs.runner.run_job", lambda *_args, end=end, **_options: end)
         got, out, _ = call("run", "prompts.txt", "--out", "o o")
         assert got == code
-        assert ("1 failed" if code == 1 else "latentmill run prompts.txt --out 'o o'") in out
+        assert ("1 failed" if code == 1 else "latentmill run prompts.txt --out 'o o'\n") in out
+        assert ("latentmill run prompts.txt --out 'o o' --retry-failed\n" in out) == (code == 1)
+        assert ("failed samples (first 1 of 1)" in out) == (code == 1)
+        assert "\x1b" not in out
+        if code == 1:
+            assert "too long" in out
+            again = call("run", "prompts.txt", "--retry-failed", "--json")
+            assert json.loads(again[1])["failures"][0]["error"] == "too long"
+            assert (
+                "failed only: latentmill run prompts.txt --retry-failed\n"
+                in call("run", "prompts.txt", "--retry-failed")[1]
+            )
 
 
 def test_a_mistake_of_ours_keeps_its_traceback(call: Call, monkeypatch: pytest.MonkeyPatch):

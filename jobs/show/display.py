@@ -9,7 +9,7 @@ import tempfile
 import threading
 import time
 import unicodedata
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, Self, TextIO
@@ -25,7 +25,8 @@ from rich.text import Text
 from jobs.errors import JobError
 
 if TYPE_CHECKING:
-    from jobs.runner import Progress  # it brings pyarrow; `--help` must not wait for that
+    from jobs.outputs.verify import VerifyProgress
+    from jobs.runner import Progress  # they bring pyarrow; `--help` must not wait for that
 
 
 PLAIN_EVERY = 10.0
@@ -109,25 +110,51 @@ def size(count: float) -> str:
     return f"{count:.1f} TB"
 
 
+class Step(Protocol):
+    """How far something is: `done` of `total` in a phase."""
+
+    @property
+    def phase(self) -> str: ...
+    @property
+    def done(self) -> int: ...
+    @property
+    def total(self) -> int: ...
+
+
 class ProgressView(Protocol):
-    """Shows how far a run is, from entering to leaving it."""
+    """Shows how far something is, from entering to leaving it."""
 
     def __enter__(self) -> Self: ...
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None: ...
-    def update(self, progress: Progress) -> None: ...
+    def update(self, progress: Step) -> None: ...
     def note(self, text: str) -> None: ...
 
 
+def progress_detail(progress: Progress) -> str:
+    """Rate, time left, flagged, failed, actors of a run."""
+    return (
+        f"{progress.images_per_second:.2f} img/s, ETA {duration(progress.eta_seconds)}, "
+        f"{progress.flagged} flagged, {progress.failed} failed, {progress.actors} actors"
+    )
+
+
+def verify_detail(progress: VerifyProgress) -> str:
+    """What `verify` has read, and what was wrong with it."""
+    return f"{progress.images:,} images, {size(progress.bytes)} read, {progress.defects:,} defects"
+
+
 @contextmanager
-def progress_view() -> Iterator[ProgressView]:
-    """A live bar if standard error is a terminal, plain lines if not.
+def progress_view(first: str = "planning", detail: Callable[[Any], str] = progress_detail) -> Iterator[ProgressView]:
+    """A live bar if standard error is a terminal, plain lines if not; `first` is the phase before the first step.
 
     It writes to a descriptor of its own, so that it goes on while the executor holds back what libraries write.
     """
     with os.fdopen(os.dup(2), "w", buffering=1, errors="backslashreplace") as stream:
-        view: ProgressView = BarView(Console(file=stream)) if stream.isatty() else LineView(stream)
+        view: ProgressView = (
+            BarView(Console(file=stream), first, detail) if stream.isatty() else LineView(stream, first, detail)
+        )
         with view:
             yield view
 
@@ -163,9 +190,12 @@ class _BarWithDetail(RichBar):
 
 
 class BarView:
-    """A bar that moves, and below it rate, time left, flagged, failed and actors: two lines fit any terminal."""
+    """A bar that moves, and below it the detail: two lines fit any terminal."""
 
-    def __init__(self, console: Console) -> None:
+    def __init__(
+        self, console: Console, first: str = "planning", detail: Callable[[Any], str] = progress_detail
+    ) -> None:
+        self._detail = detail
         self._bar = _BarWithDetail(
             SpinnerColumn(),
             TextColumn("{task.description}", markup=False),
@@ -176,7 +206,7 @@ class BarView:
             expand=True,
             refresh_per_second=4,
         )
-        self._task = self._bar.add_task("planning", total=None)
+        self._task = self._bar.add_task(first, total=None)
 
     def __enter__(self) -> Self:
         self._bar.start()
@@ -187,9 +217,9 @@ class BarView:
     ) -> None:
         self._bar.stop()
 
-    def update(self, progress: Progress) -> None:
+    def update(self, progress: Step) -> None:
         """Draw this state."""
-        self._bar.detail = progress_detail(progress)
+        self._bar.detail = self._detail(progress)
         self._bar.update(self._task, description=progress.phase, completed=progress.done, total=progress.total)
 
     def note(self, text: str) -> None:
@@ -200,10 +230,18 @@ class BarView:
 class LineView:
     """One line at once, one whenever the phase changes, and one every ten seconds, work or no work."""
 
-    def __init__(self, stream: TextIO, every: float = PLAIN_EVERY) -> None:
+    def __init__(
+        self,
+        stream: TextIO,
+        first: str = "planning",
+        detail: Callable[[Any], str] = progress_detail,
+        every: float = PLAIN_EVERY,
+    ) -> None:
         self._stream = stream
+        self._first = first
+        self._detail = detail
         self._every = every
-        self._latest: Progress | None = None
+        self._latest: Step | None = None
         self._started = time.monotonic()
         self._lock = threading.Lock()
         self._left = threading.Event()
@@ -221,10 +259,10 @@ class LineView:
         self._left.set()
         self._thread.join()
 
-    def update(self, progress: Progress) -> None:
+    def update(self, progress: Step) -> None:
         """Remember this state; show it now only if the phase is a new one."""
         with self._lock:
-            before = "planning" if self._latest is None else self._latest.phase
+            before = self._first if self._latest is None else self._latest.phase
             changed, self._latest = before != progress.phase, progress
         if changed:
             self._show()
@@ -243,14 +281,6 @@ class LineView:
             progress = self._latest
         elapsed = duration(time.monotonic() - self._started)
         if progress is None:
-            self.note(f"planning [{elapsed}]")
+            self.note(f"{self._first} [{elapsed}]")
         else:
-            self.note(f"{progress.phase} {progress.done}/{progress.total} [{elapsed}] {progress_detail(progress)}")
-
-
-def progress_detail(progress: Progress) -> str:
-    """Rate, time left, flagged, failed, actors."""
-    return (
-        f"{progress.images_per_second:.2f} img/s, ETA {duration(progress.eta_seconds)}, "
-        f"{progress.flagged} flagged, {progress.failed} failed, {progress.actors} actors"
-    )
+            self.note(f"{progress.phase} {progress.done}/{progress.total} [{elapsed}] {self._detail(progress)}")

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 _DEFECTS_SHOWN = 20
 _VALUES_SHOWN = 8
+_PROMPT_SHOWN = 100
+_ERROR_SHOWN = 300
 _UNREADABLE = {
     "record": "",
     "require": "; where it cannot be read back, the sample fails",
@@ -87,16 +89,31 @@ def show_run(summary: RunSummary) -> None:
     facts["images"] = f"{summary.out}/images"
     if done:
         facts["dataset"] = f"{summary.out}/dataset"
+        if summary.failures:
+            facts["failed only"] = retry_command()
         facts["next"] = f"latentmill verify {shlex.quote(summary.out)}   or   {summary.next_command}"
     else:
         facts["resume"] = resume_command()
     title = "finished" if summary.exit_code == 0 else "finished with failed samples" if done else "interrupted"
     print_facts(title, facts, style="green" if summary.exit_code == 0 else "yellow")
+    if summary.failures and counts is not None:
+        rows = [
+            [row.sample_id, row.row_id, safe(row.prompt, _PROMPT_SHOWN), safe(row.error, _ERROR_SHOWN)]
+            for row in summary.failures
+        ]
+        title = f"failed samples (first {len(rows)} of {counts['failed']:,})"
+        print_table(title, ["sample", "row", "prompt", "why"], rows)
 
 
 def resume_command() -> str:
     """What the user typed, to be typed again."""
     return shlex.join(["latentmill", *sys.argv[1:]])
+
+
+def retry_command() -> str:
+    """What the user typed, to be typed again for those samples alone that failed."""
+    typed = sys.argv[1:]
+    return shlex.join(["latentmill", *typed, *([] if "--retry-failed" in typed else ["--retry-failed"])])
 
 
 def show_status(report: StatusReport) -> None:
@@ -111,6 +128,8 @@ def show_status(report: StatusReport) -> None:
         else ", ".join(f"{count:,} {status}" for status, count in report.counts.items()),
         "plan hash": report.plan_hash[:16],
     }
+    if report.repairs:
+        facts["repairs"] = f"{report.repairs:,} repair records in the ledger"
     print_facts(report.out, facts, style="green" if report.published else "yellow")
 
 
@@ -120,6 +139,7 @@ def show_verify(report: VerifyReport) -> None:
         "read": f"{report.rows:,} rows in {report.chunks:,} chunks, {report.images_checked:,} images, "
         f"{report.parts_checked:,} dataset parts, {size(report.bytes_read)}",
         "defects": f"{len(report.defects):,}" if report.defects else "none",
+        **_repair_facts(report),
         "plan hash": report.plan_hash[:16],
     }
     print_facts(
@@ -131,6 +151,15 @@ def show_verify(report: VerifyReport) -> None:
         print_table(f"defects (first {len(rows)} of {len(report.defects):,})", ["kind", "where", "what"], rows)
 
 
+def _repair_facts(report: VerifyReport) -> dict[str, object]:
+    facts: dict[str, object] = {}
+    if report.repairs:
+        facts["repairs"] = f"{report.repairs:,} repair records, which the rows include"
+    if report.superseded_parts:
+        facts["superseded"] = f"{report.superseded_parts:,} parts of another publication, until they are swept"
+    return facts
+
+
 def show_clean(report: CleanReport) -> None:
     """What was swept, what was kept, and why."""
     facts: dict[str, object] = {
@@ -140,10 +169,10 @@ def show_clean(report: CleanReport) -> None:
         f"{report.parts:,} dataset parts that nothing refers to; a day old at least",
     }
     if report.open_attempts:
-        facts["kept"] = f"{report.open_attempts:,} attempts at chunks that are not committed yet"
+        facts["kept"] = f"{report.open_attempts:,} attempts at chunks or repairs that are not committed yet"
     if report.unreadable_chunks:
         first = ", ".join(map(str, report.unreadable_chunks[:_VALUES_SHOWN]))
-        facts["unreadable"] = f"{len(report.unreadable_chunks):,} damaged commit records, first of chunks {first}"
+        facts["unreadable"] = f"{len(report.unreadable_chunks):,} chunks with damaged records, first {first}"
         facts["next"] = f"latentmill verify {shlex.quote(report.out)}"
     elif report.dry_run and report.objects:
         facts["next"] = f"latentmill clean {shlex.quote(report.out)}"

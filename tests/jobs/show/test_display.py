@@ -6,11 +6,13 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
 
 from jobs.errors import JobError
+from jobs.outputs.verify import VerifyProgress
 from jobs.runner import Progress
 from jobs.show.display import (
     BarView,
@@ -21,8 +23,10 @@ from jobs.show.display import (
     print_json,
     print_table,
     progress_detail,
+    progress_view,
     safe,
     size,
+    verify_detail,
 )
 
 HOSTILE = "\x1b]52;c;ZXZpbA==\x07\x1b[2J\x9b31m\u202egnp.exe\u2066\u200b\ud800\x00\r\n\t[link=http://x]y[/link]"
@@ -115,6 +119,24 @@ def test_bar_shows_every_figure_on_a_terminal_of_eighty_columns():
     assert "8/24" in shown
     assert "1.25 img/s, ETA 0:13, 1 flagged, 1 failed, 2 actors" in shown
     assert "stopping \\x1b[2J" in shown
+
+
+def test_what_verify_reads_is_shown_as_it_goes(capfd):
+    step = VerifyProgress(phase="checking", done=3, total=7, images=1200, bytes=2_500_000, defects=1)
+    with progress_view("reading", verify_detail) as view:
+        view.update(step)
+        view.update(replace(step, phase="comparing", done=0, total=1))
+    assert capfd.readouterr().err.splitlines() == [
+        "latentmill: reading [0:00]",
+        "latentmill: checking 3/7 [0:00] 1,200 images, 2.5 MB read, 1 defects",
+        "latentmill: comparing 0/1 [0:00] 1,200 images, 2.5 MB read, 1 defects",
+    ]
+    stream = io.StringIO()
+    console = Console(file=stream, force_terminal=True, width=80, legacy_windows=False)
+    with BarView(console, "reading", verify_detail) as bar:
+        bar.update(step)
+    assert "3/7" in stream.getvalue()
+    assert "1,200 images, 2.5 MB read, 1 defects" in stream.getvalue()
 
 
 def fail_within(error: Exception) -> None:
