@@ -14,12 +14,14 @@ from jobs.errors import OutputConflictError
 from jobs.job import open_job
 from jobs.outputs import clean as clean_module
 from jobs.outputs.clean import GRACE_SECONDS, clean
-from jobs.outputs.ledger import record_path
-from jobs.outputs.publish import MANIFEST_PATH
+from jobs.outputs.ledger import record_path, repair_path
+from jobs.outputs.publish import MANIFEST_PATH, publish
 from jobs.outputs.sinks import attempt_folder
 from jobs.outputs.verify import verify
 from jobs.store.storage import Storage
+from jobs.worker import finish_chunk
 from tests.jobs.driver import PROCESSES, job_spec, read_dataset, run
+from tests.jobs.outputs.repairs import repair, start_repair
 
 PROMPTS = ["one", "two", "some nsfw", "some poison", "five", "six"]
 LOSER, OTHER = "0123456789abcdef", "fedcba9876543210"
@@ -223,3 +225,57 @@ def test_on_s3(s3: str, tiny_model: Path, manifest: Manifest) -> None:
     assert everything(storage) == before
     assert read_dataset(s3) == dataset
     assert verify(s3).defects == ()
+
+
+def leave_repair_behind(storage: Storage, chunk: int, number: int, attempt: str = LOSER) -> str:
+    path = f"{attempt_folder(chunk, attempt, number)}/{3:08d}.png"
+    storage.write(path, b"x" * 100)
+    return path
+
+
+def test_attempts_at_repairs_that_lost_are_swept_and_nothing_else(out: str) -> None:
+    storage = Storage.open(out)
+    early = start_repair(out, 1)
+    lost = {leave_repair_behind(storage, 1, 1)}
+    assert clean(out).open_attempts == 1, "no repair stands yet: the attempt may still win"
+    assert repair(out, 1).outcome == "committed"
+    before = everything(storage)
+    assert finish_chunk(out, early).outcome == "lost"
+    late = everything(storage) - before
+    assert len(late) == 1
+    assert "-r1-" in next(iter(late))
+    kept = {leave_repair_behind(storage, 1, 2), leave_repair_behind(storage, 0, 1)}
+    before = everything(storage)
+    swept = clean(out, dry_run=True)
+    assert (swept.attempts, swept.images, swept.open_attempts, swept.exit_code) == (2, 2, 2, 0)
+    assert everything(storage) == before
+    assert clean(out).to_dict() == {**swept.to_dict(), "dry_run": False}
+    assert everything(storage) == before - lost - late
+    assert kept <= everything(storage)
+    publish(open_job(out))
+    assert verify(out).defects == ()
+
+
+def test_a_damaged_repair_protects_its_chunk(out: str) -> None:
+    storage = Storage.open(out)
+    repair(out, 1)
+    kept = leave_behind(storage, 1) | {leave_repair_behind(storage, 1, 1)}
+    storage.write(repair_path(1, 1), storage.read(repair_path(1, 1))[:-1])
+    report = clean(out)
+    assert (report.unreadable_chunks, report.attempts, report.exit_code) == ((1,), 0, 1)
+    assert kept <= everything(storage)
+
+
+def test_parts_of_the_publication_before_are_swept_once_they_are_old(out: str) -> None:
+    storage = Storage.open(out)
+    (old,) = {path for path, _ in storage.list("dataset")} - {MANIFEST_PATH}
+    repair(out, 1)
+    assert clean(out, grace_seconds=-10).parts == 0, (
+        "the publication that names it does not stand, but it is the only one"
+    )
+    publish(open_job(out))
+    assert clean(out).parts == 0
+    assert clean(out, grace_seconds=-10).parts == 1
+    assert old not in everything(storage)
+    assert verify(out).superseded_parts == 0
+    assert verify(out).defects == ()

@@ -16,9 +16,13 @@ from jobs.errors import JobError
 from jobs.job import Job, open_job
 from jobs.outputs import publish as publish_module
 from jobs.outputs.ledger import record_path
-from jobs.outputs.publish import MANIFEST_PATH, publish
+from jobs.outputs.publish import MANIFEST_PATH, load_publication, publish, standing_publication
 from jobs.outputs.records import encode_record
+from jobs.outputs.status import status
+from jobs.plans.plan import Plan
+from jobs.store.storage import Storage
 from tests.jobs.driver import job_spec, run
+from tests.jobs.outputs.repairs import HealedEngine, repair
 
 Manifest = Callable[..., Path]
 
@@ -192,3 +196,126 @@ def test_memory_does_not_grow_with_the_number_of_chunks(
     monkeypatch.setattr(publish_module._Stream, "_next", next_counted)
     publish(job, rows_per_part=5)
     assert peak <= 8 + len(job.plan.groups)
+
+
+def failing_chunks(job: Job) -> list[int]:
+    return list(job.ledger.failed_chunks())
+
+
+def test_a_repair_is_published_again_and_says_so(make_job: Callable[..., Job], tmp_path: Path) -> None:
+    job = make_job(chunk_size=4)
+    before, first = files_of(job), publish(job)
+    assert (first.repairs, first.counts["failed"]) == (0, 3)
+    for number, chunk in enumerate(failing_chunks(job), start=1):
+        assert repair(str(tmp_path / "out"), chunk).outcome == "committed"
+        assert standing_publication(job) is None
+        publication = publish(job)
+        assert standing_publication(job) == publication == load_publication(job)
+        assert (publication.repairs, publication.rows) == (number, 40)
+    assert publication.counts == {"ok": first.counts["ok"] + 3, "flagged": first.counts["flagged"], "failed": 0}
+    assert publication.images == first.images + 3
+    (part,) = publication.parts
+    rows = {row["sample_id"]: row for row in pq.read_table(tmp_path / "out" / part.path).to_pylist()}
+    old = pq.read_table(tmp_path / "out" / first.parts[0].path).to_pylist()
+    for row in old:
+        new = rows[row["sample_id"]]
+        assert new == row if row["status"] != "failed" else (new["status"], "-r1-" in new["image"]) == ("ok", True)
+    assert publication.image_bytes == sum(row["bytes"] or 0 for row in rows.values())
+    assert before.items() - files_of(job).items() == {(MANIFEST_PATH, before[MANIFEST_PATH])}
+
+
+def test_a_repairs_execution_class_is_listed(make_job: Callable[..., Job], tmp_path: Path) -> None:
+    job = make_job(chunk_size=4)
+
+    def elsewhere(plan: Plan, device: str) -> HealedEngine:
+        return HealedEngine(batch_size=plan.batch_size, execution_class="elsewhere")
+
+    repair(str(tmp_path / "out"), failing_chunks(job)[0], elsewhere)
+    assert publish(job).execution_classes == ("elsewhere", "fake")
+
+
+def test_a_repairs_missing_picture_stops_publication(make_job: Callable[..., Job], tmp_path: Path) -> None:
+    job = make_job(chunk_size=4)
+    repair(str(tmp_path / "out"), failing_chunks(job)[0])
+    picture = next(path for path, _ in job.storage.list("images") if "-r1-" in path)
+    data = job.storage.read(picture)
+    job.storage.delete(picture)
+    with pytest.raises(JobError, match=f"1 committed pictures are missing or cut short.*{picture}"):
+        publish(job)
+    job.storage.write(picture, data)
+    assert publish(job).repairs == 1
+
+
+def test_a_repair_that_comes_while_parts_are_written_is_published_too(
+    make_job: Callable[..., Job], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A publisher that was overtaken never puts less in the place of more."""
+    job = make_job(chunk_size=4)
+    first, second, *_ = failing_chunks(job)
+    repair(str(tmp_path / "out"), first)
+    write, manifests = type(job.storage).write, []
+
+    def write_and_repair(self: Storage, path: str, data: bytes) -> None:
+        if path.startswith("dataset/part-") and not manifests and job.ledger.listing().n_repairs == 1:
+            repair(str(tmp_path / "out"), second)
+        if path == MANIFEST_PATH:
+            manifests.append(json.loads(data)["repairs"])
+        write(self, path, data)
+
+    monkeypatch.setattr(type(job.storage), "write", write_and_repair)
+    assert publish(job).repairs == 2
+    assert manifests == [2]
+
+
+def test_a_sleepers_older_manifest_is_replaced_at_once(
+    make_job: Callable[..., Job], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Frozen right before its last write, until somebody else has repaired and published."""
+    job = make_job(chunk_size=4)
+    chunk = failing_chunks(job)[0]
+    unpublish(job)
+    write, manifests = type(job.storage).write, []
+
+    def sleep_and_write(self: Storage, path: str, data: bytes) -> None:
+        if path == MANIFEST_PATH:
+            manifests.append(json.loads(data)["repairs"])
+            if len(manifests) == 1:
+                repair(str(tmp_path / "out"), chunk)
+                publish(job)
+        write(self, path, data)
+
+    monkeypatch.setattr(type(job.storage), "write", sleep_and_write)
+    assert publish(job).repairs == 1
+    assert manifests == [0, 1, 1]
+    publication = load_publication(job)
+    assert publication is not None
+    assert publication.repairs == 1
+
+
+def test_a_publication_that_never_stands_is_given_up(
+    make_job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = make_job()
+    unpublish(job)
+    monkeypatch.setattr(publish_module, "standing_publication", lambda _: None)
+    with pytest.raises(JobError, match="changed by somebody else each time"):
+        publish(job)
+
+
+def test_a_manifest_from_before_there_were_repairs_stands(make_job: Callable[..., Job]) -> None:
+    job = make_job()
+    document = json.loads(job.storage.read(MANIFEST_PATH))
+    del document["repairs"]
+    job.storage.write(MANIFEST_PATH, json.dumps(document).encode())
+    publication = standing_publication(job)
+    assert publication is not None
+    assert publication.repairs == 0
+
+
+def test_a_deep_status_counts_effective_rows(make_job: Callable[..., Job], tmp_path: Path) -> None:
+    job, out = make_job(chunk_size=4), str(tmp_path / "out")
+    assert (status(out).state, status(out).counts) == ("published", {"ok": 33, "flagged": 4, "failed": 3})
+    repair(out, failing_chunks(job)[0])
+    report = status(out, deep=True)
+    assert (report.state, report.repairs, report.counts) == ("complete", 1, {"ok": 34, "flagged": 4, "failed": 2})
+    assert status(out).counts is None
