@@ -38,7 +38,7 @@ class Upstream(BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.wfile.write(BODY)
 
-    do_PUT = do_HEAD = do_GET
+    do_PUT = do_HEAD = do_GET  # noqa: N815 - the base class's names
 
     def log_message(self, *_: object) -> None:
         pass
@@ -119,7 +119,7 @@ def test_the_same_seed_makes_the_same_faults():
 
 
 def test_storage_lives_through_it(s3_endpoint: str, s3: str, monkeypatch: pytest.MonkeyPatch):
-    """20 % errors, 5 % lost answers, 3 % truncated bodies: what is read is what was written, a create has one winner."""
+    """20 % errors, 5 % lost answers, 3 % cut bodies: what is read is what was written, a create has one winner."""
     import s3fs
 
     with fault_proxy(s3_endpoint, Faults(stall=0.0), 7) as proxy:
@@ -137,11 +137,11 @@ def test_storage_lives_through_it(s3_endpoint: str, s3: str, monkeypatch: pytest
                 assert storage.read(path) == data == storage.read(f"ledger/{number}")
 
             with ThreadPoolExecutor(8) as pool:
-                list(pool.map(round_trip, range(60)))
-            assert len(list(storage.list("ledger"))) == 60
+                list(pool.map(round_trip, range(30)))
+            assert len(list(storage.list("ledger"))) == 30
         finally:
             s3fs.S3FileSystem.clear_instance_cache()
         report = proxy_report(proxy)
-    assert sum(report["requests"].values()) > 300
+    assert sum(report["requests"].values()) > 150
     assert set(report["faults"]) >= {"refuse", "deny", "drop", "reset", "truncate", "duplicate"}
-    assert report["attempts"] == {s3.removeprefix("s3://"): 60}
+    assert report["attempts"] == {s3.removeprefix("s3://"): 30}
