@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 OUT ?= out/sample
 
 .DEFAULT_GOAL := help
-.PHONY: help install dev run test test-gpu lint typecheck train evaluate
+.PHONY: help install dev run test test-gpu lint typecheck bench train evaluate
 
 help: ## this list
 	@echo "latentmill: prompts in, a verified image dataset out"
@@ -33,6 +33,9 @@ lint: dev ## check style and format
 
 typecheck: dev ## check types
 	$(BIN)/mypy
+
+bench: dev ## measure how far it scales; prints a table, writes out/bench/scale.json, fails if a bar is not met
+	$(BIN)/python -m bench.scale --json out/bench/scale.json
 
 train: $(VENV)/.train ## train the model that ships, from where the last run stopped
 	$(BIN)/python -m training

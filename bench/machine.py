@@ -1,0 +1,67 @@
+"""What a figure was measured on, and how much time and memory a piece of work took."""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+_PACKAGES = ("pyarrow", "numpy", "fsspec", "s3fs", "ray", "torch")
+
+
+def describe_machine() -> dict[str, Any]:
+    """Cores that this process may use, memory, load and versions."""
+    pages = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return {
+        "processor": _processor(),
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_gib": round(pages / 2**30, 1),
+        "load_1min": round(os.getloadavg()[0], 2),
+        "system": f"{platform.system()} {platform.release()}",
+        "python": platform.python_version(),
+        **{name: metadata.version(name) for name in _PACKAGES},
+    }
+
+
+def keep_cores(number: int) -> None:
+    """Afterwards this process and its children run on at most so many cores."""
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:number])
+
+
+def peak_mib() -> float:
+    """The most memory that this process has ever held, in MiB."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) / 1024
+    raise OSError("/proc/self/status has no VmHWM; the benchmarks need Linux")
+
+
+class Stopwatch:
+    """Seconds by name."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._started = time.perf_counter()
+
+    def elapsed(self) -> float:
+        """Seconds since the watch was made."""
+        return time.perf_counter() - self._started
+
+    @contextmanager
+    def measure(self, name: str) -> Iterator[None]:
+        """Add what happens within to the named seconds."""
+        started = time.perf_counter()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
+
+
+def _processor() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.machine()
