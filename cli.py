@@ -36,6 +36,14 @@ app.add_typer(watermark_app, name="watermark", rich_help_panel=_MORE)
 Json = Annotated[bool, typer.Option("--json", help="Answer in JSON, for machines.")]
 OutArgument = Annotated[str, typer.Argument(metavar="OUT", help="The output of a job: a folder or a URL.")]
 
+TargetArgument = Annotated[
+    str,
+    typer.Argument(metavar="JOB_OR_OUT", help="The id of a submitted job, or the output of any: a folder or a URL."),
+]
+Address = Annotated[
+    str | None, typer.Option("--address", help="The cluster's dashboard, http://HEAD:8265, where it is not known.")
+]
+
 
 def _flag(name: str, panel: str, text: str, **more: Any) -> Any:
     return typer.Option(name, help=text, rich_help_panel=panel, show_default=False, **more)
@@ -57,7 +65,7 @@ def _job_flags(
             "How .txt is read: lines, parameters (web UIs' blocks) or flags (--prompt ...).",
         ),
     ] = None,
-    out: Annotated[str | None, _flag("--out", _INPUT, "Folder or URL (s3://...) of the dataset. Default: out.")] = None,
+    out: Annotated[str | None, _flag("--out", _INPUT, "Folder or URL (s3://.../{date}) of the dataset. Default: out.")] = None,
     format: Annotated[str | None, _flag("--format", _INPUT, "How pictures are stored: files.")] = None,  # noqa: A002
     strict: Annotated[bool | None, _flag("--strict", _INPUT, "Refuse the job if any row is bad.")] = None,
     model: Annotated[
@@ -65,7 +73,7 @@ def _job_flags(
         _flag(
             "--model",
             _PICTURE,
-            "A preset (see `latentmill models`), PRESET=PLACE, folder, .safetensors, .ckpt or hub id.",
+            "A preset (see `latentmill models`), PRESET=PLACE, folder, .safetensors, .ckpt, s3://... or hub id.",
         ),
     ] = None,
     revision: Annotated[str | None, _flag("--revision", _PICTURE, "Commit or branch of a hub id.")] = None,
@@ -139,6 +147,14 @@ def _job_flags(
     ] = None,
     dtype: Annotated[str | None, _flag("--dtype", _CUTTING, "auto, float32 or float16.")] = None,
     device: Annotated[str | None, _flag("--device", _CUTTING, "auto, cpu or cuda.")] = None,
+    accelerator_type: Annotated[
+        str | None,
+        _flag("--accelerator-type", _CUTTING, "Use only the cluster's GPUs of this type, e.g. H100: bits differ."),
+    ] = None,
+    allow_mixed_accelerators: Annotated[
+        bool | None,
+        _flag("--allow-mixed-accelerators", _CUTTING, "Use GPUs of any type, though the bits of pictures differ."),
+    ] = None,
     threads_per_actor: Annotated[
         int | None, _flag("--threads-per-actor", _CUTTING, "CPU threads per model; the pictures' bits depend on it.")
     ] = None,
@@ -147,7 +163,11 @@ def _job_flags(
     ] = None,
     address: Annotated[
         str | None,
-        _flag("--address", _RUNNING, "Ray cluster to join; default RAY_ADDRESS, else one on this machine."),
+        _flag(
+            "--address",
+            _RUNNING,
+            "Ray cluster, HOST:6379; default RAY_ADDRESS, else one on this machine. For submit: http://HEAD:8265.",
+        ),
     ] = None,
     insecure_ray: Annotated[
         bool | None,
@@ -177,16 +197,42 @@ def _job_flags(
     """The flags of every verb that takes a job. Those that are not given are None: file or preset decides."""
 
 
-def _takes_a_job(verb: Callable[[str | None, dict[str, Any], bool], None]) -> Callable[..., None]:
-    """Give a verb the flags of `_job_flags`, which it receives as one dictionary in the words of a job file."""
+def _submit_flags(
+    shared_filesystem: Annotated[
+        bool, _flag("--shared-filesystem", _RUNNING, "Local paths are the same on all nodes, which mount them.")
+    ] = False,
+    env: Annotated[
+        list[str] | None,
+        _flag(
+            "--env",
+            _RUNNING,
+            "NAME of a variable to hand to the job; may be repeated. The cluster keeps it in clear text; nodes with "
+            "credentials of their own for --out need none.",
+        ),
+    ] = None,
+) -> None:
+    """The flags that `submit` has beside those of a job."""
+
+
+def _no_flags() -> None:
+    """The flags of a verb that has no more than those of a job."""
+
+
+def _takes_a_job(verb: Callable[..., None], *, more: Callable[..., None] = _no_flags) -> Callable[..., None]:
+    """Give a verb the flags of `_job_flags`, which it receives as one dictionary in the words of a job file.
+
+    The flags of `more` come as arguments of their own.
+    """
+    job, own = (inspect.signature(flags, eval_str=True).parameters for flags in (_job_flags, more))
 
     @functools.wraps(verb)
     def command(**flags: Any) -> None:
         config, as_json = flags.pop("config"), flags.pop("json")
-        verb(config, flags, as_json)
+        verb(config, {name: flags[name] for name in flags.keys() - own}, as_json, **{name: flags[name] for name in own})
 
-    command.__signature__ = inspect.signature(_job_flags, eval_str=True)  # type: ignore[attr-defined]
-    command.__annotations__ = inspect.get_annotations(_job_flags, eval_str=True)
+    parameters = {**job, **own}
+    command.__signature__ = inspect.Signature(list(parameters.values()))  # type: ignore[attr-defined]
+    command.__annotations__ = {name: parameter.annotation for name, parameter in parameters.items()}
     return command
 
 
@@ -230,6 +276,27 @@ def run(config: str | None, flags: dict[str, Any], as_json: bool) -> None:
 
 @app.command(
     rich_help_panel=_MAKE,
+    epilog="Example: [bold]latentmill submit prompts.csv --out s3://bucket/birds --address http://head:8265[/bold]\n\n"
+    "The cluster plans and runs the job by itself; submitting it again finds it, or resumes it once it has ended. The "
+    "nodes need this project's Python packages, RAY_AUTH_MODE=token, and credentials for --out; a local manifest is "
+    "copied there.",
+)
+@functools.partial(_takes_a_job, more=_submit_flags)
+def submit(
+    config: str | None, flags: dict[str, Any], as_json: bool, *, shared_filesystem: bool, env: list[str] | None
+) -> None:
+    """Hand a job to a cluster, which runs it without this machine."""
+    from dataclasses import asdict
+
+    from jobs.spec import resolve
+    from jobs.submission import submit_job
+
+    submission = submit_job(resolve(config, flags), shared_filesystem=shared_filesystem, forwarded=env or [])
+    _answer(asdict(submission), as_json, lambda views: views.show_submission(submission))
+
+
+@app.command(
+    rich_help_panel=_MAKE,
     add_help_option=False,
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False},
 )
@@ -242,15 +309,41 @@ def txt2img(context: typer.Context) -> None:
 
 @app.command(rich_help_panel=_LOOK, epilog="Example: [bold]latentmill status out/sample --json[/bold]")
 def status(
-    out: OutArgument,
+    target: TargetArgument,
     deep: Annotated[bool, typer.Option("--deep", help="Read every commit record to count the results so far.")] = False,
+    address: Address = None,
     json: Json = False,
 ) -> None:
-    """Say how far a job is."""
-    from jobs.outputs.status import status as job_status
+    """Say how far a job is, and how it fares on its cluster if it was submitted to one."""
+    from jobs.submission import job_status
 
-    report = job_status(out, deep=deep)
-    _answer(report.to_dict(), json, lambda views: views.show_status(report))
+    answer = job_status(target, deep=deep, address=address)
+    _answer(answer.to_dict(), json, lambda views: views.show_job_status(answer))
+
+
+@app.command(rich_help_panel=_LOOK, epilog="Example: [bold]latentmill logs s3://bucket/birds --follow[/bold]")
+def logs(
+    target: TargetArgument,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the job ends.")] = False,
+    address: Address = None,
+) -> None:
+    """Show what a submitted job says; with --follow, exit as it does."""
+    from jobs.show.display import print_untrusted
+    from jobs.submission import job_logs
+
+    job = job_logs(target, print_untrusted, follow=follow, address=address)
+    raise typer.Exit(job.cli_exit_code if follow else 0)
+
+
+@app.command(rich_help_panel=_MAKE, epilog="Example: [bold]latentmill cancel s3://bucket/birds[/bold]")
+def cancel(target: TargetArgument, address: Address = None, json: Json = False) -> None:
+    """Stop a submitted job: chunks in flight finish, no more begin, and the same job submitted again resumes."""
+    from dataclasses import asdict
+
+    from jobs.submission import cancel_job
+
+    job = cancel_job(target, address=address)
+    _answer(asdict(job), json, lambda views: views.show_cancelled(job))
 
 
 @app.command(rich_help_panel=_LOOK, epilog="Example: [bold]latentmill verify s3://bucket/dataset --sample 1000[/bold]")

@@ -92,7 +92,7 @@ def _join_cluster(address: str, *, insecure: bool) -> None:
             guarded = asks_for_a_token(endpoint)
             if not guarded and not insecure:
                 raise UsageError(open_cluster_text(where))
-            if guarded and _refuses(endpoint, _own_token()):  # Ray would try for twenty seconds, and not say why
+            if guarded and _refuses(endpoint, own_token()):  # Ray would try for twenty seconds, and not say why
                 raise UsageError(locked_out_text(where))
             ray.init(address=endpoint, log_to_driver=False, logging_level=logging.ERROR)
         except (OSError, RuntimeError, ValueError) as error:
@@ -138,10 +138,10 @@ def asks_for_a_token(endpoint: str) -> bool:
     return _refuses(endpoint, {})
 
 
-def _own_token() -> dict[str, str]:
+def own_token() -> dict[str, str]:
     """The token that this process has for clusters, as Ray would send it; empty if there is none."""
     from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
-    from ray._raylet import AuthenticationTokenLoader
+    from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined]
 
     _read_tokens_again()
     if not maybe_enable_token_auth_if_token_available(warn_if_disabled=False):

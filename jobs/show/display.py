@@ -66,6 +66,12 @@ def print_line(text: str, *, error: bool = False) -> None:
     stream.flush()
 
 
+def print_untrusted(text: str) -> None:
+    """Someone else's lines on standard output, with nothing in them that a terminal would obey."""
+    for line in text.splitlines():
+        print_line(safe(line.expandtabs()))
+
+
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     """A table on standard output; every cell is treated as untrusted."""
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, header_style="bold")

@@ -19,9 +19,11 @@ if TYPE_CHECKING:
     from jobs.plans.summary import PlanSummary
     from jobs.runner import RunSummary
     from jobs.show.report import ReportSummary
+    from jobs.submission import JobInfo, JobStatus, Submission
 
 _DEFECTS_SHOWN = 20
 _VALUES_SHOWN = 8
+_MESSAGE_SHOWN = 2000
 _PROMPT_SHOWN = 100
 _ERROR_SHOWN = 300
 _UNREADABLE = {
@@ -131,6 +133,43 @@ def show_status(report: StatusReport) -> None:
     if report.repairs:
         facts["repairs"] = f"{report.repairs:,} repair records in the ledger"
     print_facts(report.out, facts, style="green" if report.published else "yellow")
+
+
+def show_job_status(status: JobStatus) -> None:
+    """Where a job stands in its output, and on its cluster."""
+    if status.report is not None:
+        show_status(status.report)
+    if status.job is not None:
+        _show_job(status.job, {})
+
+
+def show_submission(submission: Submission) -> None:
+    """That a job is on its cluster, and what to type next."""
+    out = shlex.quote(submission.out)
+    facts: dict[str, object] = {
+        "job": submission.job_id,
+        "cluster": submission.address,
+        "state": submission.state,
+        "output": submission.out,
+        "next": f"latentmill logs {out} --follow   or   latentmill status {out}   or   latentmill cancel {out}",
+    }
+    print_facts("submitted" if submission.started else "submitted before, and not ended yet", facts)
+
+
+def show_cancelled(job: JobInfo) -> None:
+    """What becomes of a job that was told to stop."""
+    going = "it stops once the chunks in flight are done; the same `latentmill submit` resumes it"
+    _show_job(job, {"next": going if job.state in {"pending", "running", "stopped"} else "it had ended before"})
+
+
+def _show_job(job: JobInfo, more: Mapping[str, object]) -> None:
+    facts: dict[str, object] = {"cluster": job.address, "state": job.state}
+    if job.exit_code:
+        facts["exit code"] = job.exit_code
+    if job.message and job.state in {"failed", "unknown"}:
+        facts["message"] = job.message[-_MESSAGE_SHOWN:]
+    good = job.state in {"pending", "running", "succeeded"}
+    print_facts(f"job {job.job_id}", facts | dict(more), style="green" if good else "yellow")
 
 
 def show_verify(report: VerifyReport) -> None:

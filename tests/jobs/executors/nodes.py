@@ -142,6 +142,7 @@ def cluster(
         settings |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(folder / "token")}
         (folder / "token").touch(mode=0o600)
         (folder / "token").write_text(secrets.token_hex(32))
+    settings |= {"PATH": f"{RAY.parent}:{os.environ['PATH']}"}
     settings |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0"}
     settings |= {"RAY_health_check_failure_threshold": "2", "RAY_health_check_period_ms": "500"}
     nodes = Nodes(folder, ports[0], ports[1] if dashboard else None, {**settings, **(environment or {})})
