@@ -65,7 +65,10 @@ def _job_flags(
             "How .txt is read: lines, parameters (web UIs' blocks) or flags (--prompt ...).",
         ),
     ] = None,
-    out: Annotated[str | None, _flag("--out", _INPUT, "Folder or URL (s3://.../{date}) of the dataset. Default: out.")] = None,
+    out: Annotated[str | None, _flag("--out", _INPUT, "Folder or URL (s3://...) of the dataset. Default: out.")] = None,
+    date: Annotated[
+        str | None, _flag("--date", _INPUT, "The day that {date} in --out stands for, YYYY-MM-DD. Default: today, UTC.")
+    ] = None,
     format: Annotated[str | None, _flag("--format", _INPUT, "How pictures are stored: files.")] = None,  # noqa: A002
     strict: Annotated[bool | None, _flag("--strict", _INPUT, "Refuse the job if any row is bad.")] = None,
     model: Annotated[

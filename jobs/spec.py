@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -12,8 +12,12 @@ from engine import LONG_PROMPTS, PROMPT_SYNTAXES, WATERMARK_METHODS
 from jobs.errors import UsageError
 from jobs.manifests.fields import FIELDS, FieldError, nearest, shorten, text_fault
 from jobs.manifests.parameters import MANIFEST_FORMATS
+from jobs.night import PLACEHOLDER, Night, tonight
 from jobs.plans.sweep import build_axes, parse_axis
 from jobs.store.urls import allowed_filesystem, display_url
+
+if TYPE_CHECKING:
+    import datetime
 
 FORMATS = ("files",)
 SAFETY = ("auto", "open-nsfw", "clip-concepts", "none")
@@ -48,10 +52,24 @@ class Runtime(BaseModel):
     num_actors: int | None = Field(default=None, ge=1, le=10_000)
     gpus_per_actor: float | None = Field(default=None, ge=0, le=64)
     cpus_per_actor: float | None = Field(default=None, ge=0, le=1024)
+    accelerator_type: str | None = Field(default=None, pattern=r"^[\w.-]{1,64}$")
+    allow_mixed_accelerators: bool = False
+
+    @model_validator(mode="after")
+    def _gpus_of_a_cluster(self) -> Runtime:
+        if self.executor == "inline" and self.accelerator_type is not None:
+            raise ValueError(
+                f"accelerator_type {self.accelerator_type} chooses among a cluster's GPUs, but executor is inline; "
+                f"leave one of them out"
+            )
+        return self
 
 
 class JobSpec(BaseModel):
-    """One job. None means: not said here; the manifest's column, the model's preset or a computed default decides."""
+    """One job. None means: not said here; the manifest's column, the model's preset or a computed default decides.
+
+    `night` is set by `resolve`, where `out` was a template.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -89,6 +107,7 @@ class JobSpec(BaseModel):
     threads_per_actor: int | None = Field(default=None, ge=1, le=1024)
     strict: bool = False
     runtime: Runtime = Field(default_factory=Runtime)
+    night: Night | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -115,6 +134,8 @@ class JobSpec(BaseModel):
             allowed_filesystem(value)
         except UsageError as error:
             raise ValueError(str(error)) from None
+        if PLACEHOLDER in value:
+            raise ValueError(f"{PLACEHOLDER} stands for a day, and must have been replaced by one before")
         return value
 
     @field_validator("sweep", mode="before")
@@ -176,7 +197,7 @@ class JobSpec(BaseModel):
 
 
 RUNTIME_KEYS = frozenset(Runtime.model_fields)
-KEYS = frozenset(JobSpec.model_fields) - {"runtime"} | RUNTIME_KEYS
+KEYS = frozenset(JobSpec.model_fields) - {"runtime", "night"} | RUNTIME_KEYS | {"date"}
 """Every key of a job file, which is every flag with underscores."""
 
 
@@ -213,11 +234,12 @@ def load_job_file(path: str) -> dict[str, Any]:
     return flat
 
 
-def resolve(job_file: str | None, flags: Mapping[str, Any]) -> JobSpec:
+def resolve(job_file: str | None, flags: Mapping[str, Any], *, today: datetime.date | None = None) -> JobSpec:
     """The job: the file's keys, overridden by every flag that is not None.
 
     `flags["sweep"]` is a list of `AXIS=VALUES`; an axis given by flag replaces the file's axis of that name and keeps
-    its place, and the file's other axes stay.
+    its place, and the file's other axes stay. `{date}` in `out` is replaced by the key `date`, else by `today`, by
+    default the day in UTC.
     """
     merged = load_job_file(job_file) if job_file is not None else {}
     given = {key: value for key, value in flags.items() if value is not None}
@@ -231,6 +253,9 @@ def resolve(job_file: str | None, flags: Mapping[str, Any]) -> JobSpec:
         raise UsageError(
             "no manifest is named; give a file, for example configs/prompts/sample.txt, or a job file with 'prompts'"
         )
+    night = tonight(str(merged.get("out", "")), merged.pop("date", None), today)
+    if night is not None:
+        merged |= {"out": night.out, "night": night}
     try:
         return JobSpec.model_validate(merged)
     except ValidationError as error:
@@ -271,7 +296,7 @@ def _first_fault(error: ValidationError) -> str:
     if fault["type"] == "extra_forbidden":
         return f"unknown key {key!r}{nearest(key, KEYS)}"
     message = fault["msg"].removeprefix("Value error, ")
-    if message.startswith((f"{key} ", "no manifest", "sweep axis", "watermark_policy ")):
+    if message.startswith((f"{key} ", "no manifest", "sweep axis", "watermark_policy ", "accelerator_type ")):
         return message
     shown = display_url(fault["input"]) if isinstance(fault["input"], str) else fault["input"]
     return f"{key} is {shorten(shown)}: {message[:1].lower()}{message[1:]}"

@@ -1,0 +1,74 @@
+"""A job that runs every night: `{date}` in its output's name, and where a pointer to the newest one lies."""
+
+from __future__ import annotations
+
+import datetime
+from dataclasses import dataclass
+
+from jobs.errors import UsageError
+from jobs.manifests.fields import shorten
+from jobs.store.urls import display_url
+
+PLACEHOLDER = "{date}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Night:
+    """One night of a template such as `s3://bucket/sweep/{date}`; `date` is YYYY-MM-DD."""
+
+    template: str
+    date: str
+
+    @property
+    def out(self) -> str:
+        """The output of this night."""
+        return self.template.replace(PLACEHOLDER, self.date)
+
+    @property
+    def folder(self) -> str:
+        """What holds the outputs of all nights, and the pointer."""
+        folder, slash, _ = self.template.rpartition("/")
+        return folder or slash or "."
+
+    @property
+    def pointer(self) -> str:
+        """The pointer's name: `latest.json`, or `sweep-latest.json` for `sweep-{date}`."""
+        return self.template.rpartition("/")[2].replace(PLACEHOLDER, "latest") + ".json"
+
+    def nights_until(self, last: datetime.date) -> list[Night]:
+        """The nights after this one, up to `last`."""
+        first = datetime.date.fromisoformat(self.date)
+        days = range(1, (last - first).days + 1)
+        return [Night(template=self.template, date=str(first + datetime.timedelta(day))) for day in days]
+
+
+def tonight(out: str, date: object = None, today: datetime.date | None = None) -> Night | None:
+    """The night that an output with a placeholder stands for: `date` if given, else `today`, by default the day in UTC.
+
+    None for an output without one. Raises UsageError for any other placeholder, for one that is not in the last part of
+    the name, and for a date without a placeholder.
+    """
+    shown = display_url(out)
+    if "{" not in out and "}" not in out:
+        if date is not None:
+            raise UsageError(f"date is {shorten(str(date))}, but out {shown!r} has no {PLACEHOLDER}; leave it out")
+        return None
+    rest = out.replace(PLACEHOLDER, "")
+    if "{" in rest or "}" in rest:
+        raise UsageError(f"out {shown!r}: the only placeholder is {PLACEHOLDER}, a day as YYYY-MM-DD")
+    template = out.rstrip("/")
+    folder, _, name = template.rpartition("/")
+    if PLACEHOLDER in folder or PLACEHOLDER not in name or folder.endswith(":/"):
+        raise UsageError(
+            f"out {shown!r}: {PLACEHOLDER} belongs into the last part, below a folder that is the same every night, as "
+            f"in s3://bucket/sweep/{PLACEHOLDER}"
+        )
+    day = today or datetime.datetime.now(datetime.UTC).date() if date is None else _day(str(date))
+    return Night(template=template, date=day.isoformat())
+
+
+def _day(text: str) -> datetime.date:
+    try:
+        return datetime.datetime.strptime(text, "%Y-%m-%d").date()
+    except ValueError:
+        raise UsageError(f"date {shorten(text)} is no day; write it as YYYY-MM-DD") from None

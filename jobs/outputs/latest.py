@@ -1,0 +1,98 @@
+"""The pointer to the newest night: `latest.json` beside the outputs of all nights, moved forward and never back.
+
+The one object that a job writes outside its OUT, and only because the user's `{date}` asks for it. What it says follows
+from a night's published dataset alone, so that two drivers of one night write the same bytes.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+from dataclasses import asdict, dataclass
+
+from jobs.night import Night
+from jobs.outputs.publish import MANIFEST_PATH, Publication
+from jobs.store.storage import Storage
+from jobs.store.urls import allowed_filesystem, display_url
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Latest:
+    """What the pointer at `pointer` says: where the newest whole dataset is, and what is in it."""
+
+    pointer: str
+    out: str
+    date: str
+    plan_hash: str
+    published_at: str
+    counts: dict[str, int]
+
+    def to_json(self) -> bytes:
+        """The pointer's bytes: the same dataset always gives the same ones."""
+        fields = asdict(self)
+        del fields["pointer"]
+        return (json.dumps({"format": 1, **fields}, indent=2) + "\n").encode()
+
+
+def point_to_latest(night: Night, today: datetime.date | None = None) -> Latest | None:
+    """Afterwards the pointer is at this night or a later one; what it says is returned.
+
+    Call it when the night is published without failed samples; None if it is not. Without a lock: after every write it
+    is looked whether a later night was published meanwhile, and each night's driver publishes before it writes here.
+    """
+    mine = _published(night)
+    if mine is None:
+        return None
+    storage = Storage.open(night.folder)
+    current = _read(storage, night)
+    if current is not None and (current.date > mine.date or current == mine):
+        return current
+    storage.write(night.pointer, mine.to_json())
+    newest = mine
+    today = today or datetime.datetime.now(datetime.UTC).date()
+    for later in night.nights_until(today + datetime.timedelta(1)):  # the clocks of two machines may differ
+        published = _published(later)
+        if published is not None:
+            storage.write(night.pointer, published.to_json())
+            newest = published
+    return newest
+
+
+def _published(night: Night) -> Latest | None:
+    """What the pointer should say of a night; None if it has no dataset, or one with failed samples."""
+    storage = Storage.open(night.out)
+    try:
+        publication = Publication.from_json(storage.read(MANIFEST_PATH))
+        published = datetime.datetime.fromtimestamp(storage.modified(MANIFEST_PATH), datetime.UTC)
+    except (FileNotFoundError, ValueError):
+        return None
+    if publication.counts["failed"]:
+        return None
+    return Latest(
+        pointer=_pointer_url(night),
+        out=_absolute(night.out),
+        date=night.date,
+        plan_hash=publication.plan_hash,
+        published_at=published.isoformat(timespec="seconds"),
+        counts=publication.counts,
+    )
+
+
+def _read(storage: Storage, night: Night) -> Latest | None:
+    """What the pointer says; None if there is none, or something else in its place."""
+    try:
+        fields = json.loads(storage.read(night.pointer))
+        if fields.pop("format") != 1:
+            return None
+        datetime.date.fromisoformat(fields["date"])
+        return Latest(pointer=_pointer_url(night), **fields)
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def _pointer_url(night: Night) -> str:
+    return f"{_absolute(night.folder)}/{night.pointer}"
+
+
+def _absolute(url: str) -> str:
+    return display_url(url) if "://" in url else allowed_filesystem(url)[1]
