@@ -4,9 +4,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 OUT ?= out/sample
+MINUTES ?= 30
+SEED ?= 7
 
 .DEFAULT_GOAL := help
-.PHONY: help install dev run test test-gpu lint typecheck bench train evaluate
+.PHONY: help install dev run test test-gpu soak lint typecheck bench train evaluate
 
 help: ## this list
 	@echo "latentmill: prompts in, a verified image dataset out"
@@ -26,6 +28,10 @@ test: dev ## run all tests
 
 test-gpu: $(if $(GPU_PYTHON),,dev) ## run the tests that need a CUDA device; GPU_PYTHON=python3 uses another torch
 	$(or $(GPU_PYTHON),$(BIN)/python) -m pytest -m gpu tests/gpu
+
+soak: dev ## the commit protocol simulated, then real faults on a real cluster: MINUTES=30 SEED=7
+	$(BIN)/python -m tests.simulator --schedules 10000 --seed $(SEED)
+	$(BIN)/python -m tests.soak --minutes $(MINUTES) --seed $(SEED) --report out/soak.txt
 
 lint: dev ## check style and format
 	$(BIN)/ruff check

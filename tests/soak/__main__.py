@@ -46,7 +46,12 @@ def main() -> int:
         finished = True
     except Exception as error:  # noqa: BLE001 - the report has to come, and says that it ended early
         tally.violations.append(f"the soak broke: {type(error).__name__}: {error}")
+    except (KeyboardInterrupt, SystemExit):
+        tally.interrupted = True
+        raise
     finally:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)  # what is below this process has to end first
         left = family.end()
         tally.seconds = time.monotonic() - began
         if left:
@@ -58,6 +63,7 @@ def main() -> int:
         text = tally.text() + (f"\nagain: python -m tests.soak --seed {arguments.seed}" if tally.violations else "")
         print(text, flush=True)
         if arguments.report:
+            arguments.report.parent.mkdir(parents=True, exist_ok=True)
             arguments.report.write_text(text + "\n")
     return tally.exit_code
 

@@ -29,6 +29,7 @@ class Driver:
     lives: int = 0
     exit_code: int | None = None
     endings: Counter[str] = field(default_factory=Counter)
+    complaints: Counter[str] = field(default_factory=Counter)
     surprises: list[str] = field(default_factory=list)
     _not_before: float = 0.0
 
@@ -70,6 +71,7 @@ class Driver:
             self.endings["killed" if code == -signal.SIGKILL else "interrupted"] += 1
         elif code in {1, 2} and last_words.startswith("error: "):
             self.endings["gave up" if code == 1 else "could not start"] += 1
+            self.complaints[last_words[:160]] += 1
         elif code == 1 and last_words.startswith("latentmill: "):
             self.endings["ended by Ray"] += 1  # a driver whose cluster has no head ends without a word
         else:

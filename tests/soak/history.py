@@ -91,6 +91,7 @@ def play(scene: Scene, number: int, model: Model, end: float, tally: Tally) -> N
         getattr(tally, kind).update(getattr(storm, kind))
     for driver in drivers:
         tally.endings.update(driver.endings)
+        tally.complaints.update(driver.complaints)
         tally.surprises += [f"history {number}, {driver.folder.name}: {words}" for words in driver.surprises]
     tally.violations += [
         f"history {number} ({model}) {name}: {what}" for name, wrong in found.items() for what in wrong

@@ -14,6 +14,7 @@ class Tally:
 
     seed: int
     seconds: float = 0.0
+    interrupted: bool = False
     histories: Counter[str] = field(default_factory=Counter)
     model_seconds: Counter[str] = field(default_factory=Counter)
     kills: Counter[str] = field(default_factory=Counter)
@@ -30,6 +31,7 @@ class Tally:
     attempts: int = 0
     audits: int = 0
     looks: int = 0
+    complaints: Counter[str] = field(default_factory=Counter)
     surprises: list[str] = field(default_factory=list)
     violations: list[str] = field(default_factory=list)
 
@@ -42,13 +44,14 @@ class Tally:
         lives, requests, faults = (sum(each.values()) for each in (self.endings, self.requests, self.faults))
         models = ", ".join(f"{name} {seconds / 60:.1f} min" for name, seconds in self.model_seconds.items())
         lines = [
-            f"soak: {self.seconds / 60:.1f} minutes, seed {self.seed}",
-            f"histories    {sum(self.histories.values())}: {_list(self.histories)}; two drivers on one output throughout",
+            f"soak: {self.seconds / 60:.1f} minutes, seed {self.seed}{', INTERRUPTED' if self.interrupted else ''}",
+            f"histories    {sum(self.histories.values())}: {_list(self.histories)}; two drivers throughout",
             f"models       {models}; {self.samples} samples in {self.chunks} chunks",
             f"kills        {sum(self.kills.values())} by SIGKILL: {_list(self.kills)}",
             f"stops        {sum(self.stops.values())}: {_list(self.stops)}",
             f"restarts     {self.node_restarts} of nodes; {lives - self.endings['published']} of drivers",
             f"driver lives {lives}: {_list(self.endings)}",
+            *(f"  {count} x {complaint}" for complaint, count in self.complaints.most_common(8)),
             f"store        {requests} requests: {_list(self.requests)}",
             f"faults       {faults} ({100 * faults / max(1, requests):.0f} % of requests): {_list(self.faults)}",
             f"sweeps       {sum(self.sweeps.values())} beside the drivers, by exit code: {_list(self.sweeps)}",
