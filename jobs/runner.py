@@ -15,13 +15,14 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from jobs.errors import JobError
+from jobs.errors import JobError, OutputConflictError
 from jobs.executors.base import Executor
 from jobs.job import Job, open_job
 from jobs.outputs.failures import FailedRow, failed_rows
 from jobs.outputs.publish import Publication, publish, standing_publication
 from jobs.plans.plan import Plan, adopt, draft_plan
 from jobs.spec import JobSpec
+from jobs.store.errors import StorageError
 from jobs.store.storage import Storage
 from jobs.worker import EngineFactory, Receipt, load_engine
 
@@ -77,27 +78,28 @@ def run_job(
 ) -> RunSummary:
     """Afterwards the dataset is published (exit code 0, or 1 with failed samples), or the job can be resumed (130).
 
-    The first SIGINT calls `on_stop` and lets the chunks in flight finish, the second stops at once. Raises UsageError
-    or OutputConflictError before anything is written or any model is loaded, JobError when open chunks keep failing.
+    The first SIGINT or SIGTERM calls `on_stop` and lets the chunks in flight finish, the second stops at once. Raises
+    UsageError or OutputConflictError before anything is written or any model is loaded, JobError when open chunks keep
+    failing. With `spec.runtime.retry_failed`, samples that failed are made once more.
     """
     started = time.monotonic()
-    job = _adopt(spec)
-    tracker = _Tracker(job.plan, on_progress)
-    publication = standing_publication(job)
-    where = "nothing to do"
-    if publication is None:
+    with _graceful_interrupt(on_stop) as interrupt:
+        job = _adopt(spec)
+        tracker = _Tracker(job.plan, on_progress)
+        publication = standing_publication(job)
+        where = "nothing to do"
         try:
-            with _graceful_interrupt(on_stop) as stop:
+            if publication is None or (spec.runtime.retry_failed and publication.counts["failed"]):
                 executor = _open_executor(spec, job.plan, engine_factory)
                 where = executor.describe()
-                with closing(executor):
-                    finished = _execute(job, spec.out, executor, tracker, stop)
+                with closing(executor), interrupt.stopping(executor):
+                    _execute(job, spec.out, executor, tracker, interrupt)
+                    if spec.runtime.retry_failed:
+                        _repair(job, spec.out, executor, tracker, interrupt)
+            tracker.show("publishing")
+            publication = publish(job)
         except KeyboardInterrupt:
-            finished = False
-        if not finished:
             return _summary(job, tracker, None, where, time.monotonic() - started, exit_code=130)
-    tracker.show("publishing")
-    publication = publish(job)
     tracker.show("done")
     exit_code = 1 if publication.counts["failed"] else 0
     return _summary(job, tracker, publication, where, time.monotonic() - started, exit_code=exit_code)
@@ -123,51 +125,97 @@ def _open_executor(spec: JobSpec, plan: Plan, engine_factory: EngineFactory) -> 
     return RayExecutor(plan, spec.runtime, engine_factory=engine_factory)
 
 
-def _execute(job: Job, out_url: str, executor: Executor, tracker: _Tracker, stop: threading.Event) -> bool:
-    """Run passes over the open chunks until there is none; False if it was stopped before."""
+def _execute(job: Job, out_url: str, executor: Executor, tracker: _Tracker, interrupt: _Interrupt) -> None:
+    """Run passes over the open chunks until there is none. Raises KeyboardInterrupt if it was stopped before."""
     idle_passes = 0
     committed = job.ledger.committed()
     while not committed.all():
         tracker.begin_pass(committed, executor)
         pending: list[int] = np.flatnonzero(~committed).tolist()
-        with closing(_receipts(executor, out_url, pending)) as receipts:
+        with closing(_receipts(executor, out_url, pending, repair=False)) as receipts:
             for receipt in receipts:
                 tracker.add(receipt)
-                if stop.is_set():
-                    return False
         before, committed = committed, job.ledger.committed()
+        if interrupt.asked and not committed.all():
+            raise KeyboardInterrupt
         idle_passes = idle_passes + 1 if committed.sum() == before.sum() else 0
-        if idle_passes == PASSES_WITHOUT_PROGRESS:
-            raise JobError(
-                f"{len(pending)} chunks are still open after {idle_passes} passes without a new commit; the last error "
-                f"was: {tracker.last_error or 'none was reported'}; correct it and run the same command again"
-            )
-    return True
+        _give_up_after(idle_passes, len(pending), tracker)
 
 
-def _receipts(executor: Executor, out_url: str, chunks: list[int]) -> Generator[Receipt]:
-    yield from executor.run(out_url, chunks)
+def _repair(job: Job, out_url: str, executor: Executor, tracker: _Tracker, interrupt: _Interrupt) -> None:
+    """Make the samples that failed once more: each of their chunks comes to an end once, whatever the outcome."""
+    idle_passes = 0
+    pending = set(job.ledger.failed_chunks())
+    while pending:
+        tracker.begin_repair(executor)
+        before = len(pending)
+        with closing(_receipts(executor, out_url, sorted(pending), repair=True)) as receipts:
+            for receipt in receipts:
+                tracker.add(receipt)
+                if receipt.done:
+                    pending.discard(receipt.chunk)
+        if interrupt.asked and pending:
+            raise KeyboardInterrupt
+        idle_passes = idle_passes + 1 if len(pending) == before else 0
+        _give_up_after(idle_passes, len(pending), tracker)
+
+
+def _give_up_after(idle_passes: int, n_pending: int, tracker: _Tracker) -> None:
+    if idle_passes == PASSES_WITHOUT_PROGRESS:
+        raise JobError(
+            f"{n_pending} chunks are still open after {idle_passes} passes without a new commit; the last error was: "
+            f"{tracker.last_error or 'none was reported'}; correct it and run the same command again"
+        )
+
+
+def _receipts(executor: Executor, out_url: str, chunks: list[int], *, repair: bool) -> Generator[Receipt]:
+    """The executor's receipts, until one says that going on is useless: those in flight may still commit."""
+    for receipt in executor.run(out_url, chunks, repair=repair):
+        if receipt.blame == "conflict":
+            raise OutputConflictError(receipt.error)
+        if receipt.blame == "store":
+            raise StorageError(receipt.error or "")
+        yield receipt
+
+
+class _Interrupt:
+    """What SIGINT and SIGTERM do: the first stops an executor that has work in flight, any other one everything."""
+
+    def __init__(self, on_stop: Callable[[], None]) -> None:
+        self.asked = False
+        self._on_stop = on_stop
+        self._executor: Executor | None = None
+
+    def handle(self, _signal: int, _frame: Any) -> None:
+        """The signals' handler."""
+        first, self.asked = not self.asked, True
+        if not first or self._executor is None or not self._executor.stop():
+            raise KeyboardInterrupt
+        self._on_stop()
+
+    @contextmanager
+    def stopping(self, executor: Executor) -> Iterator[None]:
+        """Within, the first signal lets this executor finish what is in flight."""
+        self._executor = executor
+        try:
+            yield
+        finally:
+            self._executor = None
 
 
 @contextmanager
-def _graceful_interrupt(on_stop: Callable[[], None]) -> Iterator[threading.Event]:
-    """An event that the first SIGINT sets; the second raises KeyboardInterrupt. Only a main thread can do that."""
-    stop = threading.Event()
+def _graceful_interrupt(on_stop: Callable[[], None]) -> Iterator[_Interrupt]:
+    """Within, SIGINT and SIGTERM are handled. Only a main thread can do that; elsewhere its owner decides."""
+    interrupt = _Interrupt(on_stop)
     if threading.current_thread() is not threading.main_thread():
-        yield stop
+        yield interrupt
         return
-
-    def handle(_signal: int, _frame: Any) -> None:
-        if stop.is_set():
-            raise KeyboardInterrupt
-        stop.set()
-        on_stop()
-
-    previous = signal.signal(signal.SIGINT, handle)
+    previous = {number: signal.signal(number, interrupt.handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield stop
+        yield interrupt
     finally:
-        signal.signal(signal.SIGINT, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 class _Tracker:
@@ -193,9 +241,13 @@ class _Tracker:
         self._marks.append((time.monotonic(), 0))
         self.show("starting")
 
+    def begin_repair(self, executor: Executor) -> None:
+        """Every chunk is committed; what a repair makes is counted as generated alone."""
+        self.begin_pass(np.ones(self._plan.n_chunks, dtype=np.bool_), executor)
+
     def add(self, receipt: Receipt) -> None:
         samples = receipt.ok + receipt.flagged + receipt.failed
-        if receipt.outcome in {"committed", "lost"}:
+        if receipt.outcome in {"committed", "lost", "unrepaired"}:
             self.generated += samples
             if len(self._marks) == 1:  # loading the model does not belong to the rate
                 self._marks[0] = (time.monotonic() - receipt.generate_seconds - receipt.finish_seconds, 0)

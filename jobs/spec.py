@@ -49,6 +49,8 @@ class Runtime(BaseModel):
     address: str | None = None
     insecure_ray: bool = False
     single_writer: bool = False
+    retry_failed: bool = False
+    chunk_timeout: float | None = Field(default=None, gt=0, le=7 * 86_400)
     num_actors: int | None = Field(default=None, ge=1, le=10_000)
     gpus_per_actor: float | None = Field(default=None, ge=0, le=64)
     cpus_per_actor: float | None = Field(default=None, ge=0, le=1024)

@@ -16,8 +16,10 @@ from engine import GenerationRequest, GenerationResult
 from jobs.errors import JobError, OutputConflictError
 from jobs.finishing import FinishedSample, finish_sample
 from jobs.job import Job, open_job
-from jobs.outputs.records import count_statuses, encode_record, tool_versions
+from jobs.models.place import place_model
+from jobs.outputs.records import encode_record, tool_versions
 from jobs.plans.plan import Plan
+from jobs.store.errors import StorageError
 
 
 class ChunkEngine(Protocol):
@@ -35,13 +37,18 @@ EngineFactory = Callable[[Plan, str], ChunkEngine]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GeneratedChunk:
-    """The results of one chunk, in the plan's order, on their way to be finished."""
+    """The results of one chunk, in the plan's order, on their way to be finished.
+
+    `rows` are their places within the chunk: all, or for a repair (numbered from 1) those that had failed.
+    """
 
     chunk: int
+    rows: Sequence[int]
     results: list[GenerationResult]
     execution_class: str
     actor: str
     generate_seconds: float
+    repair: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,17 +56,18 @@ class Receipt:
     """What became of one try at one chunk. It informs; the ledger decides.
 
     `committed`: this try's record stands. `already`: the chunk was committed before, nothing was generated.
-    `lost`: another attempt committed it first. `skipped`: it was not tried, and is still open. `error`: it was tried,
-    and is still open; `blame` says whether the chunk itself may be at fault, or another plan's record was met.
+    `lost`: another attempt committed it first. `unrepaired`: a repair whose rows all failed again, nothing was written.
+    `skipped`: it was not tried, and is still open. `error`: it was tried, and is still open; `blame` says what may be
+    at fault: the chunk itself, a store that will not get better by waiting, or a record of another plan.
     """
 
     chunk: int
-    outcome: Literal["committed", "already", "lost", "skipped", "error"]
+    outcome: Literal["committed", "already", "lost", "unrepaired", "skipped", "error"]
     ok: int = 0
     flagged: int = 0
     failed: int = 0
     error: str | None = None
-    blame: Literal["chunk", "conflict", "elsewhere"] = "elsewhere"
+    blame: Literal["chunk", "store", "conflict", "elsewhere"] = "elsewhere"
     actor: str = ""
     generate_seconds: float = 0.0
     finish_seconds: float = 0.0
@@ -72,11 +80,12 @@ class Receipt:
 
 def fault_receipt(chunk: int, error: Exception, actor: str = "") -> Receipt:
     """The receipt of a try that ended in an exception: what a job's own errors say is not the chunk's fault."""
-    if isinstance(error, OutputConflictError):
-        return Receipt(chunk=chunk, outcome="error", error=str(error), blame="conflict", actor=actor)
+    blame: Literal["chunk", "store", "conflict", "elsewhere"] = "chunk"
     if isinstance(error, JobError):
-        return Receipt(chunk=chunk, outcome="error", error=str(error), actor=actor)
-    return Receipt(chunk=chunk, outcome="error", error=describe_fault(error), blame="chunk", actor=actor)
+        lasting = isinstance(error, StorageError) and not error.transient
+        blame = "conflict" if isinstance(error, OutputConflictError) else "store" if lasting else "elsewhere"
+    text = str(error) if isinstance(error, JobError) else describe_fault(error)
+    return Receipt(chunk=chunk, outcome="error", error=text, blame=blame, actor=actor)
 
 
 def describe_fault(error: BaseException) -> str:
@@ -95,7 +104,7 @@ def load_engine(plan: Plan, device: str) -> ChunkEngine:
     if plan.threads_per_actor:
         torch.set_num_threads(plan.threads_per_actor)
     spec = replace(
-        plan.model.spec,
+        place_model(plan.model),
         safety=plan.safety,
         safety_threshold=plan.nsfw_threshold,
         prompt_syntax=plan.prompt_syntax,
@@ -117,11 +126,20 @@ class ChunkGenerator:
         """What the bits of this generator's pictures depend on."""
         return self._engine.execution_class
 
-    def generate(self, chunk: int) -> GeneratedChunk | Receipt:
-        """The whole chunk, or a receipt if the ledger has it already: a committed chunk is never generated again."""
-        record = self._job.ledger.read(chunk)
-        if record is not None:
-            counts = count_statuses(record.table)
+    def cut(self, chunk: int) -> tuple[int, int]:
+        """The chunk's group, by its first chunk, and its number of samples."""
+        group, start, stop = self._job.plan.grid.group_of(chunk)
+        return group.first_chunk, stop - start
+
+    def generate(self, chunk: int, *, repair: bool = False) -> GeneratedChunk | Receipt:
+        """The whole chunk, or a receipt if the ledger has it already: a committed chunk is never generated again.
+
+        A `repair` makes the rows of a committed chunk again that failed and are not repaired yet, if there are any.
+        """
+        record = self._job.ledger.effective(chunk) if repair else self._job.ledger.read(chunk)
+        rows = record.failed() if repair and record is not None else ()
+        if record is not None and not rows:
+            counts = record.counts()
             return Receipt(
                 chunk=chunk,
                 outcome="already",
@@ -130,15 +148,20 @@ class ChunkGenerator:
                 failed=counts["failed"],
                 actor=self.actor,
             )
-        samples = self._job.plan.samples_of_chunk(chunk)
         started = time.perf_counter()
-        results = self._engine.generate([sample.request for sample in samples])
+        if record is None:
+            requests = [sample.request for sample in self._job.plan.samples_of_chunk(chunk)]
+            rows, results = tuple(range(len(requests))), self._engine.generate(requests)
+        else:
+            results = list(self.generate_rows(chunk, rows).values())
         return GeneratedChunk(
             chunk=chunk,
+            rows=rows,
             results=results,
             execution_class=self._engine.execution_class,
             actor=self.actor,
             generate_seconds=time.perf_counter() - started,
+            repair=0 if record is None else record.repairs + 1,
         )
 
     def generate_rows(self, chunk: int, rows: Collection[int]) -> dict[int, GenerationResult]:
@@ -178,14 +201,14 @@ def finish_chunk(out_url: str, generated: GeneratedChunk) -> Receipt:
     started = time.perf_counter()
     plan = open_job(out_url).plan
     samples = plan.samples_of_chunk(generated.chunk)
-    if len(samples) != len(generated.results):
+    if len(generated.rows) != len(generated.results):
         raise JobError(
-            f"chunk {generated.chunk} has {len(samples)} samples but the engine returned {len(generated.results)}; "
-            f"nothing of it is committed"
+            f"chunk {generated.chunk} has {len(generated.rows)} samples but the engine returned "
+            f"{len(generated.results)}; nothing of it is committed"
         )
     finished = [
-        finish_sample(plan, sample, result, generated.execution_class)
-        for sample, result in zip(samples, generated.results, strict=True)
+        finish_sample(plan, samples[row], result, generated.execution_class)
+        for row, result in zip(generated.rows, generated.results, strict=True)
     ]
     receipt = commit_chunk(
         out_url,
@@ -194,6 +217,7 @@ def finish_chunk(out_url: str, generated: GeneratedChunk) -> Receipt:
         execution_class=generated.execution_class,
         actor=generated.actor,
         generate_seconds=generated.generate_seconds,
+        repair=generated.repair,
     )
     return replace(receipt, finish_seconds=time.perf_counter() - started)
 
@@ -206,13 +230,30 @@ def commit_chunk(
     execution_class: str,
     actor: str,
     generate_seconds: float,
+    repair: int = 0,
 ) -> Receipt:
-    """Write the pictures of a chunk's finished samples, then its commit record; the end of `finish_chunk`."""
+    """Write the pictures of a chunk's finished samples, then its commit record, or the repair record of that number.
+
+    A repair record holds what does not fail any more; where everything fails again, nothing is written.
+    """
     job = open_job(out_url)
+    counts = Counter(item.row["status"] for item in finished)
+    receipt = Receipt(
+        chunk=chunk,
+        outcome="unrepaired",
+        actor=actor,
+        generate_seconds=generate_seconds,
+        ok=counts["ok"],
+        flagged=counts["flagged"],
+        failed=counts["failed"],
+    )
+    if repair:
+        finished = [item for item in finished if item.row["status"] != "failed"]
+        if not finished:
+            return receipt
     attempt = secrets.token_hex(8)
-    rows = _store_pictures(job, chunk, attempt, finished)
     data = encode_record(
-        rows,
+        _store_pictures(job, chunk, attempt, repair, finished),
         job.ledger.schema,
         chunk=chunk,
         attempt=attempt,
@@ -220,23 +261,20 @@ def commit_chunk(
         execution_class=execution_class,
         versions=_versions(),
         details={"actor": actor, "generate_seconds": f"{generate_seconds:.3f}"},
+        repair=repair,
     )
-    outcome = job.ledger.commit(chunk, attempt, data)
-    counts = Counter(row["status"] for row in rows)
-    return Receipt(
-        chunk=chunk,
-        outcome="committed" if outcome == "mine" else "lost",
-        actor=actor,
-        generate_seconds=generate_seconds,
-        ok=counts["ok"],
-        flagged=counts["flagged"],
-        failed=counts["failed"],
-    )
+    if repair:
+        outcome = job.ledger.commit_repair(chunk, repair, attempt, data)
+    else:
+        outcome = job.ledger.commit(chunk, attempt, data)
+    return replace(receipt, outcome="committed" if outcome == "mine" else "lost")
 
 
-def _store_pictures(job: Job, chunk: int, attempt: str, finished: Sequence[FinishedSample]) -> list[dict[str, Any]]:
+def _store_pictures(
+    job: Job, chunk: int, attempt: str, repair: int, finished: Sequence[FinishedSample]
+) -> list[dict[str, Any]]:
     images = [(item.row["sample_id"], item.data) for item in finished if item.data is not None]
-    stored = job.sink.write(chunk, attempt, images)
+    stored = job.sink.write(chunk, attempt, images, repair=repair)
     rows = []
     for item in finished:
         image = stored.get(item.row["sample_id"])

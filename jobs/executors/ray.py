@@ -6,56 +6,128 @@ twice; commit records are create-only and the runner plans `all - committed` aga
 
 from __future__ import annotations
 
-import os
-import pickle
-import time
+import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
 
 from jobs.errors import JobError, UsageError
+from jobs.executors.isolation import isolate_chunk
+from jobs.executors.ray_cell import RayCell
 from jobs.executors.ray_cluster import FEEDER_CPUS, connect
+from jobs.executors.ray_stages import Generate, finish, unpacked
+from jobs.executors.ray_watch import Watch, open_roster
+from jobs.job import open_job
 from jobs.plans.plan import Plan
 from jobs.spec import Runtime
-from jobs.store.errors import StorageError
 from jobs.store.urls import allowed_filesystem, display_url
-from jobs.worker import ChunkGenerator, EngineFactory, GeneratedChunk, Receipt, finish_chunk, load_engine
+from jobs.worker import EngineFactory, Receipt, describe_fault, load_engine
 
 FINISHER_CPUS = 0.5
 ACTOR_CPUS = 0.5
 """An actor thread and a finisher share a core: on two cores two of each can run."""
+
+HOPELESS = 8
+"""Errors in a row after which a pass ends, beside two for each actor."""
 
 SINGLE_BLOCKS = 20_000
 """Up to here every chunk is a block of its own, which spreads best; beyond, blocks of eight keep the driver small."""
 
 
 class RayExecutor:
-    """Chunks on a Ray cluster: the one at `runtime.address` or RAY_ADDRESS, else one of its own on this machine."""
+    """Chunks on a Ray cluster: the one at `runtime.address` or RAY_ADDRESS, else one of its own on this machine.
+
+    Chunks run in company first. One that twice ended its worker, by a death, a missed deadline or an exception, is set
+    aside and runs alone when the others are done (isolation.py). A node where no model can be loaded is left out.
+    """
 
     def __init__(self, plan: Plan, runtime: Runtime, *, engine_factory: EngineFactory = load_engine) -> None:
         self._engine_factory = engine_factory
-        self._device = plan.device
+        self._plan = plan
         self._threads = plan.threads_per_actor or 1
         self._connection = connect(runtime.address, insecure=runtime.insecure_ray)
         try:
             self._pool = _pool(plan, runtime, self._connection.resources())
+            self._roster = open_roster(runtime.chunk_timeout)
         except BaseException:
             self._connection.close()
             raise
-        self._closed = False
-        self._counted: tuple[float, int] = (0.0, 0)
+        self._watch = Watch(self._roster)
+        self._unfit: dict[str, str] = {}
+        self._stopping = threading.Event()
 
-    def run(self, out_url: str, chunks: Sequence[int]) -> Iterator[Receipt]:
-        """Run the chunks, in any order. Closing the iterator cancels what is in flight: it stays open in the ledger."""
+    def run(self, out_url: str, chunks: Sequence[int], *, repair: bool = False) -> Iterator[Receipt]:
+        """Run the chunks, in any order. Closing the iterator cancels what is in flight: it stays open in the ledger.
+
+        Raises JobError when no node is left that can load the model, or when Ray cannot go on.
+        """
         import ray
 
         if not chunks:
             return
         out_url = _shared_url(out_url)
+        troubled = set(ray.get(self._roster.troubled.remote()))
+        company = [chunk for chunk in chunks if chunk not in troubled]
+        if company:
+            yield from self._run_in_company(out_url, company, repair=repair)
+            troubled = set(ray.get(self._roster.troubled.remote()))
+        alone = [chunk for chunk in chunks if chunk in troubled]
+        if alone and not self._stopping.is_set():
+            yield from self._run_alone(out_url, alone, repair=repair)
+
+    def stop(self) -> bool:
+        """The watch tells the roster, and the roster the workers."""
+        self._stopping.set()
+        return self._watch.overview.begun > 0
+
+    def describe(self) -> str:
+        """Where the work runs."""
+        kind = f"{self._pool.gpus:g} GPU each" if self._pool.gpus else f"CPU, {self._threads} thread(s) each"
+        return f"Ray ({self._connection.where}), up to {self._pool.actors} actors, {kind}"
+
+    def live_actors(self) -> int:
+        """Actors that are up with their model loaded, as of a second ago."""
+        return self._watch.overview.ready
+
+    def close(self) -> None:
+        """Disconnect, and end the cluster if it was started here; nobody else's cluster is ever stopped."""
+        import ray
+
+        ray.kill(self._roster)
+        self._connection.close()
+
+    def _run_in_company(self, out_url: str, chunks: Sequence[int], *, repair: bool) -> Iterator[Receipt]:
+        import ray
+
+        ray.get(self._roster.start_pass.remote())
         size = min(self._pool.actors, len(chunks))
+        seen: set[int] = set()
+        failures = 0
+        with (
+            self._watch.over(self._stopping) as watch,
+            closing(_receipts(self._dataset(out_url, chunks, size, repair=repair))) as receipts,
+        ):
+            for receipt in receipts:
+                seen.add(receipt.chunk)
+                if receipt.outcome != "skipped":
+                    yield receipt
+                if watch.under_way is not None and seen.issuperset(watch.under_way):
+                    break  # stopped, and what was in flight is done
+                failures = 0 if receipt.done else failures + (receipt.outcome == "error")
+                if failures >= HOPELESS + 2 * size:
+                    break  # with every chunk failing, the runner should hear of it now
+            else:
+                self._note_vanished(seen)
+        self._leave_out(watch.overview.unfit)
+
+    def _dataset(self, out_url: str, chunks: Sequence[int], size: int, *, repair: bool) -> Any:
+        """The pass as Ray Data sees it: chunk numbers, through a pool of actors, then through tasks, to receipts."""
+        import ray
+
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False
         context.print_on_execution_start = False
@@ -67,41 +139,71 @@ class RayExecutor:
         with warnings.catch_warnings():
             # Ray 2.60 has no other name for max_restarts and max_task_retries, and calls every loose keyword deprecated
             warnings.simplefilter("ignore")
-            dataset = dataset.map_batches(
-                _Generate,
-                fn_constructor_args=(out_url, self._device, self._engine_factory),
+            return dataset.map_batches(
+                Generate,
+                fn_constructor_args=(out_url, self._plan.device, self._engine_factory, self._roster, repair),
                 batch_size=1,
                 batch_format="pyarrow",
-                num_cpus=self._pool.cpus,
-                num_gpus=self._pool.gpus or None,
                 compute=ray.data.ActorPoolStrategy(
                     min_size=1, max_size=size, initial_size=size, max_tasks_in_flight_per_actor=2
                 ),
-                runtime_env={"env_vars": {"OMP_NUM_THREADS": str(self._threads)}},
                 max_restarts=-1,
                 max_task_retries=3,
-            ).map_batches(_finish, fn_args=(out_url,), batch_size=1, batch_format="pyarrow", num_cpus=FINISHER_CPUS)
-        yield from _until_hopeless(_receipts(dataset), patience=8 + 2 * size)
+                **self._worker_options(),
+            ).map_batches(
+                finish, fn_args=(out_url, self._roster), batch_size=1, batch_format="pyarrow", num_cpus=FINISHER_CPUS
+            )
 
-    def describe(self) -> str:
-        """Where the work runs."""
-        kind = f"{self._pool.gpus:g} GPU each" if self._pool.gpus else f"CPU, {self._threads} thread(s) each"
-        return f"Ray ({self._connection.where}), up to {self._pool.actors} actors, {kind}"
+    def _worker_options(self) -> dict[str, Any]:
+        """What a process with a model asks of Ray."""
+        fit = {"ray.io/node-id": f"!in({','.join(sorted(self._unfit))})"} if self._unfit else {}
+        return {
+            "num_cpus": self._pool.cpus,
+            "num_gpus": self._pool.gpus or None,
+            "label_selector": fit,
+            "runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(self._threads)}},
+        }
 
-    def live_actors(self) -> int:
-        """Actors that are up with their model loaded, as the cluster saw it within the last second."""
-        asked, count = self._counted
-        if self._closed:
-            return 0
-        if time.monotonic() - asked > 1.0:
-            count = _count_actors()
-            self._counted = (time.monotonic(), count)
-        return count
+    def _run_alone(self, out_url: str, chunks: Sequence[int], *, repair: bool) -> Iterator[Receipt]:
+        """One chunk after the other in a process of its own, with nothing else of the job at work."""
+        import ray
 
-    def close(self) -> None:
-        """Disconnect, and end the cluster if it was started here; nobody else's cluster is ever stopped."""
-        self._closed = True
-        self._connection.close()
+        def seconds(chunk: int) -> float:
+            group, start, stop = self._plan.grid.group_of(chunk)
+            allowed: float = ray.get(self._roster.deadline.remote(group.first_chunk, stop - start))
+            return allowed
+
+        cell = RayCell(
+            out_url,
+            self._plan.device,
+            self._engine_factory,
+            repair=repair,
+            options=self._worker_options(),
+            seconds=seconds,
+        )
+        job = open_job(out_url)
+        try:
+            for chunk in chunks:
+                if self._stopping.is_set():
+                    return
+                yield isolate_chunk(job, cell, chunk, repair=repair, stopping=self._stopping.is_set)
+        finally:
+            cell.close()
+
+    def _note_vanished(self, seen: set[int]) -> None:
+        """A chunk that was begun and left no receipt at the end of a pass: whatever finished it died each time."""
+        import ray
+
+        for chunk in set(ray.get(self._roster.stop.remote())) - seen:
+            self._roster.blame.remote(chunk)
+
+    def _leave_out(self, unfit: Mapping[str, str]) -> None:
+        import ray
+
+        self._unfit.update(unfit)
+        if unfit and all(node["NodeID"] in self._unfit for node in ray.nodes() if node["Alive"]):
+            reasons = "; ".join(sorted(set(self._unfit.values())))
+            raise JobError(f"no node can work: {reasons}; correct it and run the same command again: it resumes")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -140,48 +242,7 @@ def _pool(plan: Plan, runtime: Runtime, resources: dict[str, float]) -> _Pool:
     return _Pool(actors=actors, cpus=cpus, gpus=gpus)
 
 
-class _Generate:
-    """An actor: one model, loaded once. No exception leaves it, for Ray would drop the whole block in silence."""
-
-    def __init__(self, out_url: str, device: str, engine_factory: EngineFactory) -> None:
-        self._generator: ChunkGenerator | None = None
-        self._fault = ""
-        try:
-            self._generator = ChunkGenerator(out_url, device=device, engine_factory=engine_factory)
-        except Exception as error:  # noqa: BLE001 - an actor that dies in its constructor is restarted for ever
-            self._fault = f"the model could not be loaded: {_one_line(error)}"
-
-    def __call__(self, batch: pa.Table) -> pa.Table:
-        chunk = int(batch["chunk"][0].as_py())
-        if self._generator is None:
-            time.sleep(1.0)  # so that a broken node does not swallow the chunks of the sound ones
-            return _packed(Receipt(chunk=chunk, outcome="error", error=self._fault))
-        try:
-            return _packed(self._generator.generate(chunk))
-        except Exception as error:  # noqa: BLE001 - see the class
-            if "CUDA error" in str(error):
-                os._exit(1)  # after one such error every call fails; Ray starts a fresh process and tries again
-            return _packed(Receipt(chunk=chunk, outcome="error", error=_one_line(error), actor=self._generator.actor))
-
-
-def _finish(batch: pa.Table, out_url: str) -> pa.Table:
-    """Watermark, encode, write and commit one chunk; a receipt passes through."""
-    generated: GeneratedChunk | Receipt = pickle.loads(batch["payload"][0].as_buffer())  # noqa: S301 - from our own actor
-    if isinstance(generated, Receipt):
-        return _packed(generated)
-    try:
-        return _packed(finish_chunk(out_url, generated))
-    except Exception as error:  # noqa: BLE001 - Ray would drop the block in silence; the receipt says what happened
-        fault = str(error) if isinstance(error, StorageError) else _one_line(error)
-        return _packed(Receipt(chunk=generated.chunk, outcome="error", error=fault, actor=generated.actor))
-
-
-def _packed(item: GeneratedChunk | Receipt) -> pa.Table:
-    """One row with one binary cell, so that no block boundary can ever run through a chunk."""
-    return pa.table({"payload": pa.array([pickle.dumps(item, protocol=5)], pa.large_binary())})
-
-
-def _receipts(dataset: Any) -> Iterator[Receipt]:
+def _receipts(dataset: Any) -> Generator[Receipt]:
     """Receipts as they come. Raises JobError when the cluster cannot go on."""
     import ray
 
@@ -189,36 +250,13 @@ def _receipts(dataset: Any) -> Iterator[Receipt]:
     try:
         for batch in batches:
             for cell in batch["payload"]:
-                receipt = pickle.loads(cell.as_buffer())  # noqa: S301 - from our own tasks
+                receipt = unpacked(cell)
+                assert isinstance(receipt, Receipt)  # noqa: S101 - the last stage returns nothing else
                 yield receipt
     except ray.exceptions.RayError as error:
-        raise JobError(f"Ray gave up: {_one_line(error)}; run the same command again: it resumes") from error
+        raise JobError(f"Ray gave up: {describe_fault(error)}; run the same command again: it resumes") from error
     finally:
         batches.close()
-
-
-def _until_hopeless(receipts: Iterator[Receipt], *, patience: int) -> Iterator[Receipt]:
-    """Stop after `patience` errors in a row: with every chunk failing, the runner should hear of it now."""
-    failures = 0
-    try:
-        for receipt in receipts:
-            yield receipt
-            failures = 0 if receipt.done else failures + 1
-            if failures >= patience:
-                return
-    finally:
-        receipts.close()  # type: ignore[attr-defined]
-
-
-def _count_actors() -> int:
-    # the public way needs the dashboard; the table is small, one entry for each actor of this session
-    from ray._private.state import actors
-
-    return sum(
-        1
-        for actor in actors().values()
-        if actor["State"] == "ALIVE" and _Generate.__name__ in actor.get("ActorClassName", actor.get("Name", ""))
-    )
 
 
 def _slices(chunks: Sequence[int]) -> list[pa.Table]:
@@ -235,7 +273,3 @@ def _shared_url(out_url: str) -> str:
     if protocol == "memory":
         raise UsageError(f"{display_url(out_url)} lives in one process only; use --executor inline or another --out")
     return inside if protocol in {"file", "local"} else out_url
-
-
-def _one_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:1000]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
+import os
+import signal
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,24 +18,40 @@ from jobs.plans.plan import Plan
 
 @dataclass
 class FakeEngine:
-    """Prompts with `poison` fail, with `nsfw` are flagged, with `crash` raise as a broken device would."""
+    """Prompts with `poison` fail, with `nsfw` are flagged; `crash` raises, `segfault` kills, `hang` holds the process.
+
+    A `broken` one raises for everything, as on a lost device.
+    """
 
     batch_size: int
     pause: float = 0.0
     checker: str = "fake"
     execution_class: str = "fake"
     generated: int = 0
+    broken: bool = False
 
     def generate(self, requests: Sequence[GenerationRequest]) -> list[GenerationResult]:
         if self.pause:
             print("begin", flush=True)
             time.sleep(self.pause)
+        for request in requests:
+            self._obey(request.prompt)
         self.generated += len(requests)
         return [self._result(request, slot % self.batch_size) for slot, request in enumerate(requests)]
 
-    def _result(self, request: GenerationRequest, slot: int) -> GenerationResult:
-        if "crash" in request.prompt:
+    def _obey(self, prompt: str) -> None:
+        if self.broken:
             raise RuntimeError("the device is lost")
+        if "crash" in prompt:
+            raise RuntimeError("this prompt raises")
+        if "hungry" in prompt:
+            raise MemoryError("CUDA out of memory: this prompt wants 80 GiB")
+        if "segfault" in prompt:
+            os.kill(os.getpid(), signal.SIGSEGV)
+        if "hang" in prompt:
+            ctypes.PyDLL(None).sleep(3600)  # with Python's lock held: no thread of Python's runs meanwhile
+
+    def _result(self, request: GenerationRequest, slot: int) -> GenerationResult:
         poison = "poison" in request.prompt
         flagged = "nsfw" in request.prompt
         verdict = SafetyVerdict(checker=self.checker, score=0.9 if flagged else 0.1, flagged=flagged)
@@ -68,3 +87,8 @@ def fake_engine(plan: Plan, device: str) -> FakeEngine:
 def slow_engine(plan: Plan, device: str) -> FakeEngine:
     """The same pictures, a tenth of a second per chunk: long enough to be killed in the middle."""
     return FakeEngine(batch_size=plan.batch_size, pause=0.1)
+
+
+def broken_engine(plan: Plan, device: str) -> FakeEngine:
+    """A device that takes no work."""
+    return FakeEngine(batch_size=plan.batch_size, broken=True)

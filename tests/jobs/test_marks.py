@@ -134,6 +134,5 @@ def test_if_no_method_holds_the_sample_fails_and_says_both(rows: Any, monkeypatc
     monkeypatch.setattr(engine, "watermark_bit_accuracy", lambda *_: 95 / 136, raising=False)
     (row,) = rows(["flat"], watermark="dwtDct", watermark_policy="retry")
     assert row["status"] == "failed"
-    assert (
-        row["error"] == f"the mark cannot be read back: dwtDct 95, {finishing.RETRY_METHOD} 95 of 136 bits, 96 are needed"
-    )
+    methods = f"dwtDct 95, {finishing.RETRY_METHOD} 95"
+    assert row["error"] == f"the mark cannot be read back: {methods} of 136 bits, 96 are needed"

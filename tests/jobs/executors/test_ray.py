@@ -18,8 +18,8 @@ from jobs.executors.ray_cluster import connect
 from jobs.runner import Progress, run_job
 from jobs.spec import Runtime
 from jobs.store.storage import Storage
-from jobs.worker import Receipt
 from tests.jobs.driver import job_spec, read_dataset, run
+from tests.jobs.fakes import broken_engine
 
 pytestmark = pytest.mark.filterwarnings(r"ignore::DeprecationWarning:ray\..*")  # Ray 2.60 uses its own old settings
 
@@ -62,17 +62,6 @@ def test_on_gpus_there_is_an_actor_for_each():
 def test_what_can_never_be_scheduled_is_refused_instead_of_waiting_for_ever(resources, plan, runtime, words):
     with pytest.raises(JobError, match=words):
         pool(resources, plan, **runtime)
-
-
-def test_it_gives_up_when_everything_fails_but_not_when_something_does():
-    bad, good = Receipt(chunk=0, outcome="error"), Receipt(chunk=1, outcome="committed")
-    assert len(list(ray_executor._until_hopeless(iter_of([bad] * 50), patience=10))) == 10
-    mixed = ([bad] * 9 + [good]) * 5
-    assert len(list(ray_executor._until_hopeless(iter_of(mixed), patience=10))) == 50
-
-
-def iter_of(receipts: list[Receipt]) -> Iterator[Receipt]:
-    yield from receipts
 
 
 def test_an_output_in_the_memory_of_one_process_is_refused():
@@ -138,7 +127,7 @@ def actor_pids() -> list[int]:
     return [
         actor["Pid"]
         for actor in actors().values()
-        if actor["State"] == "ALIVE" and "_Generate" in actor["ActorClassName"]
+        if actor["State"] == "ALIVE" and "(Generate)" in actor["ActorClassName"]
     ]
 
 
@@ -167,11 +156,11 @@ def test_poison_is_data_and_the_session_of_others_is_left_alone(session, tiny_mo
     assert read_dataset(str(tmp_path / "out")) == read_dataset(str(tmp_path / "inline"))
 
 
-def test_a_device_that_breaks_is_told_in_the_error_and_the_rest_is_kept(session, tiny_model, manifest, tmp_path):
-    spec = job_spec(tiny_model, manifest(["a", "b", "crash", "c", "d", "e"]), tmp_path / "out", executor="ray")
-    with pytest.raises(JobError, match="RuntimeError: the device is lost"):
-        run(spec)
-    assert len(list(Storage.open(str(tmp_path / "out")).list("ledger"))) == 2
+def test_a_device_that_breaks_ends_the_pass_early_and_is_told(session, tiny_model, manifest, tmp_path):
+    spec = job_spec(tiny_model, manifest(80), tmp_path / "out", executor="ray")
+    with pytest.raises(JobError, match=r"no node can work: 12 failures in a row.*RuntimeError: the device is lost"):
+        run(spec, engine_factory=broken_engine)
+    assert not list(Storage.open(str(tmp_path / "out")).list("ledger"))
 
 
 def test_a_job_on_s3_resumes_and_generates_nothing_twice(session, s3: str, tiny_model: Path, manifest):

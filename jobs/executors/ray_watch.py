@@ -1,0 +1,59 @@
+"""The driver's side of the roster: it starts it, looks at it once a second, and acts on what it sees."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from typing import Any
+
+from jobs.executors.ray_cell import GRACE_SECONDS
+from jobs.executors.roster import Overview, Roster
+
+_WATCH_SECONDS = 1.0
+
+
+def open_roster(chunk_timeout: float | None) -> Any:
+    """The job's roster, on the driver's own node: where that goes, the driver goes too."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    options = {"num_cpus": 0, "scheduling_strategy": here, "max_restarts": -1, "max_task_retries": -1}
+    return ray.remote(Roster).options(**options).remote(chunk_timeout)
+
+
+class Watch:
+    """Looks at the roster once a second: kills workers that hang beyond their deadline, and passes a stop on."""
+
+    def __init__(self, roster: Any) -> None:
+        self._roster = roster
+        self.overview = Overview(ready=0, begun=0, overdue=(), unfit={})
+        self.under_way: frozenset[int] | None = None
+        """Once the workers were told to stop: the chunks that may still be in flight."""
+
+    @contextmanager
+    def over(self, stopping: threading.Event) -> Iterator[Watch]:
+        """Watch one pass."""
+        self.under_way = None
+        over = threading.Event()
+        thread = threading.Thread(target=self._look, args=(stopping, over), name="watch", daemon=True)
+        thread.start()
+        try:
+            yield self
+        finally:
+            over.set()
+            thread.join(_WATCH_SECONDS)
+            self.overview = replace(self.overview, ready=0, begun=0)
+
+    def _look(self, stopping: threading.Event, over: threading.Event) -> None:
+        import ray
+
+        with suppress(ray.exceptions.RayError):  # the main thread meets the same error, and says what it means
+            while not over.wait(_WATCH_SECONDS):
+                self.overview = ray.get(self._roster.overview.remote(GRACE_SECONDS))
+                for worker in self.overview.overdue:
+                    ray.kill(worker, no_restart=False)
+                if self.under_way is None and (stopping.is_set() or self.overview.unfit):
+                    self.under_way = frozenset(ray.get(self._roster.stop.remote()))

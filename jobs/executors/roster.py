@@ -1,0 +1,173 @@
+"""Who is at work on which chunk since when, which chunks break their workers, and which nodes cannot work at all.
+
+One roster stands beside the driver of a Ray job, as an actor. Workers ask it before each chunk; it knows nothing of the
+ledger and decides nothing about a chunk's end, so losing it loses only advice.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter, deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+COMPANY_TRIES = 2
+"""Tries at a chunk that may end in its worker's death, or in an exception, before it is set aside to run alone."""
+
+NODE_TROUBLES = 12
+"""Deaths and failures in a row on one node, with no chunk done in between, before the node is left out."""
+
+UNKNOWN_SECONDS = 600.0
+"""What one sample may take while no chunk of its group is done yet: a large model on a slow CPU stays below."""
+
+PATIENCE, LEAST_SECONDS = 20.0, 120.0
+"""Later: so many times the slowest chunk of its group, and never less than this."""
+
+_RECENT = 10_000
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Overview:
+    """What the driver wants to know, once a second."""
+
+    ready: int
+    """Workers with their model loaded."""
+    begun: int
+    """Chunks begun since the pass started."""
+    overdue: tuple[Any, ...]
+    """Handles of workers that are past their chunk's deadline and did not end themselves: stopped, or out of reach."""
+    unfit: dict[str, str]
+    """Nodes that cannot work, with the reason."""
+
+
+@dataclass(slots=True)
+class _Worker:
+    handle: Any
+    node: str
+    ready: bool = False
+    chunk: int | None = None
+    since: float = 0.0
+    deadline: float = 0.0
+
+
+@dataclass(slots=True)
+class _Node:
+    troubles: int = 0
+    unfit: str | None = None
+
+
+@dataclass(slots=True)
+class Roster:
+    """Every method is one short message of a worker or of the driver; `clock` counts seconds.
+
+    `chunk_seconds` is the user's own deadline for a chunk; without it, the deadline follows from what chunks of the
+    same group took.
+    """
+
+    chunk_seconds: float | None = None
+    clock: Callable[[], float] = time.monotonic
+    _workers: dict[str, _Worker] = field(default_factory=dict)
+    _nodes: dict[str, _Node] = field(default_factory=dict)
+    _troubles: Counter[int] = field(default_factory=Counter)
+    _slowest: dict[int, float] = field(default_factory=dict)
+    _begun: deque[int] = field(default_factory=lambda: deque(maxlen=_RECENT))
+    _n_begun: int = 0
+    _stopped: bool = False
+
+    def start_pass(self) -> None:
+        """New workers are about to come; those of the pass before are gone."""
+        self._workers.clear()
+        self._begun.clear()
+        self._n_begun = 0
+        self._stopped = False
+
+    def enter(self, worker: str, node: str, handle: Any) -> bool:
+        """A process begins to load the model. False if its node is unfit, so that it need not try.
+
+        One that was at work under the same name has died: its chunk and its node are in trouble.
+        """
+        before = self._workers.get(worker)
+        if before is not None:
+            self._note_trouble(before, "its worker processes die one after the other")
+        self._workers[worker] = _Worker(handle=handle, node=node)
+        return self._nodes.setdefault(node, _Node()).unfit is None
+
+    def ready(self, worker: str) -> None:
+        """The model is loaded."""
+        if worker in self._workers:
+            self._workers[worker].ready = True
+
+    def unfit(self, worker: str, reason: str) -> None:
+        """The model cannot be loaded there: no chunk should go there again."""
+        if worker in self._workers:
+            self._nodes[self._workers[worker].node].unfit = reason
+
+    def begin(self, worker: str, chunk: int, group: int, samples: int) -> float | None:
+        """The seconds that the worker may take for a chunk; None if it must not begin it."""
+        entry = self._workers.get(worker)
+        if entry is None or self._stopped or self._troubles[chunk] >= COMPANY_TRIES:
+            return None
+        entry.chunk, entry.since, entry.deadline = chunk, self.clock(), self.deadline(group, samples)
+        self._begun.append(chunk)
+        self._n_begun += 1
+        return entry.deadline
+
+    def done(self, worker: str, group: int) -> None:
+        """The worker has generated its chunk: chunks of this group take about so long."""
+        entry = self._workers.get(worker)
+        if entry is not None and entry.chunk is not None:
+            self._slowest[group] = max(self._slowest.get(group, 0.0), self.clock() - entry.since)
+            self._nodes[entry.node].troubles = 0
+            entry.chunk = None
+
+    def left(self, worker: str, fault: str | None) -> None:
+        """The worker could not generate its chunk: for a `fault` that may be the chunk's, or for none of its doing."""
+        entry = self._workers.get(worker)
+        if entry is not None:
+            if fault is not None:
+                self._note_trouble(entry, fault)
+            entry.chunk = None
+
+    def blame(self, chunk: int) -> None:
+        """The chunk was generated, and what came after it failed in a way that may be its fault."""
+        self._troubles[chunk] += 1
+
+    def deadline(self, group: int, samples: int) -> float:
+        """Seconds that a chunk of a group may take."""
+        if self.chunk_seconds is not None:
+            return self.chunk_seconds
+        known = self._slowest.get(group)
+        return samples * UNKNOWN_SECONDS if known is None else max(LEAST_SECONDS, PATIENCE * known)
+
+    def troubled(self) -> list[int]:
+        """Chunks that are to run alone."""
+        return sorted(chunk for chunk, count in self._troubles.items() if count >= COMPANY_TRIES)
+
+    def stop(self) -> list[int]:
+        """No chunk begins from now on, until the next pass. The chunks that may still be under way."""
+        self._stopped = True
+        return list(self._begun)
+
+    def overview(self, grace: float) -> Overview:
+        """A worker past its deadline by `grace` seconds did not even end itself."""
+        now = self.clock()
+        return Overview(
+            ready=sum(worker.ready for worker in self._workers.values()),
+            begun=self._n_begun,
+            overdue=tuple(
+                worker.handle
+                for worker in self._workers.values()
+                if worker.chunk is not None and now > worker.since + worker.deadline + grace
+            ),
+            unfit={name: node.unfit for name, node in self._nodes.items() if node.unfit is not None},
+        )
+
+    def _note_trouble(self, worker: _Worker, reason: str) -> None:
+        node = self._nodes[worker.node]
+        node.troubles += 1
+        if node.troubles >= NODE_TROUBLES and node.unfit is None:
+            node.unfit = f"{node.troubles} failures in a row, the last: {reason}"
+        if worker.chunk is not None:
+            self._troubles[worker.chunk] += 1
+            worker.chunk = None

@@ -1,0 +1,73 @@
+"""On a real cluster: prompts that kill or hang their worker, and interrupts."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from jobs.executors.isolation import DIED, OVERRAN
+from jobs.executors.ray_cluster import connect
+from jobs.outputs.verify import verify
+from jobs.runner import Progress
+from jobs.store.storage import Storage
+from tests.jobs.driver import job_spec, read_dataset, run
+from tests.jobs.fakes import FakeEngine
+
+pytestmark = pytest.mark.filterwarnings(r"ignore::DeprecationWarning:ray\..*")  # Ray 2.60 uses its own old settings
+
+
+@pytest.fixture(scope="module", autouse=True)
+def session() -> Iterator[None]:
+    """One Ray session for all tests of this file."""
+    connection = connect(None)
+    yield
+    connection.close()
+
+
+def test_prompts_that_kill_hang_or_raise_fail_alone(manifest, tiny_model: Path, tmp_path: Path):
+    prompts = [f"picture {number}" for number in range(16)]
+    settings = {"chunk_size": 4, "batch_size": 2, "executor": "ray", "chunk_timeout": 3}
+    prompts[5], prompts[10], prompts[11] = "segfault", "hang", "crash"
+    summary = run(job_spec(tiny_model, manifest(prompts), tmp_path / "out", **settings))
+    assert (summary.exit_code, summary.counts) == (1, {"ok": 13, "flagged": 0, "failed": 3})
+    rows = {row["prompt"]: row for row in read_dataset(str(tmp_path / "out")).rows.to_pylist()}
+    errors = {prompt: row["error"] for prompt, row in rows.items() if row["error"]}
+    assert errors == {"segfault": DIED, "hang": OVERRAN, "crash": "RuntimeError: this prompt raises"}
+    calm = [prompt if prompt.startswith("picture") else "calm" for prompt in prompts]
+    run(job_spec(tiny_model, manifest(calm), tmp_path / "calm", chunk_size=4, batch_size=2))
+    for row in read_dataset(str(tmp_path / "calm")).rows.to_pylist():
+        if row["prompt"] != "calm":
+            assert rows[row["prompt"]] == row
+    assert verify(str(tmp_path / "out")).defects == ()
+
+
+def dawdling_engine(plan, device) -> FakeEngine:
+    return FakeEngine(batch_size=plan.batch_size, pause=0.5)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_one_signal_finishes_the_chunks_in_flight_and_starts_no_more(
+    number: signal.Signals, manifest, tiny_model: Path, tmp_path: Path
+):
+    out = str(tmp_path / "out")
+    spec = job_spec(tiny_model, manifest(200), out, executor="ray")
+    told: list[float] = []
+
+    def interrupt(progress: Progress) -> None:
+        if progress.phase == "generating" and not told:
+            told.append(time.monotonic())
+            os.kill(os.getpid(), number)
+
+    summary = run(spec, on_progress=interrupt, engine_factory=dawdling_engine)
+    took = time.monotonic() - told[0]
+    records = [path for path, _ in Storage.open(out).list("ledger")]
+    attempts = {path.split("/")[2] for path, _ in Storage.open(out).list("images")}
+    assert summary.exit_code == 130
+    assert 2 <= len(records) < 20
+    assert len(attempts) == len(records), "a chunk in flight was thrown away"
+    assert took < 10
