@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -40,6 +42,7 @@ def seaweedfs(folder: Path) -> Iterator[str]:
     log = folder / "log.txt"
     with log.open("wb") as output:
         server = subprocess.Popen(command, stdout=output, stderr=output, cwd=folder)
+    (folder / "pid").write_text(f"{server.pid}")
     try:
         url = f"http://127.0.0.1:{ports[_ROLES.index('s3')]}"
         _wait_for(url, server, log)
@@ -62,6 +65,13 @@ def credentials(url: str) -> dict[str, str]:
         "AWS_DEFAULT_REGION": "us-east-1",
         "AWS_EC2_METADATA_DISABLED": "true",
     }
+
+
+def set_identities(folder: Path, identities: list[dict[str, object]]) -> None:
+    """Afterwards the running server knows these users beside its owner, with these keys and rights, and no others."""
+    (folder / "s3.json").write_text(json.dumps({"identities": [*_identities(), *identities]}))
+    os.kill(int((folder / "pid").read_text()), signal.SIGHUP)
+    time.sleep(0.5)
 
 
 def free_ports(number: int) -> list[int]:

@@ -43,6 +43,7 @@ _CREDENTIAL_CODES = frozenset(
 )
 _FULL_CODES = frozenset({"507", "EntityTooLarge", "InsufficientStorage", "QuotaExceeded", "XMinioStorageFull"})
 _NO_CREATE_CODES = frozenset({"501", "NotImplemented"})
+_CUT_SHORT = frozenset({"ClientPayloadError", "IncompleteRead", "IncompleteReadError"})
 _CLIENT_LIBRARIES = ("aiobotocore", "aiohttp", "azure", "botocore", "gcsfs", "google", "http", "requests", "urllib3")
 _PERMANENT_NAMES = re.compile(
     r"Credential|ParamValidation|Profile|InvalidURL|InvalidRegion|UnknownService|Unauthor|RefreshError"
@@ -52,6 +53,8 @@ _URL_SECRETS = re.compile(r"(?<=://)[^/@\s]*@|\?\S*")
 
 def store_code(error: BaseException) -> str:
     """The store's own word for an error (`AccessDenied`), its HTTP status otherwise, or an empty string."""
+    if type(error).__name__ in _CUT_SHORT:
+        return ""  # what it was caused by has a code too, of aiohttp's own: the store has said nothing of it
     for link in (error, error.__cause__, error.__context__):
         response = getattr(link, "response", None)
         if isinstance(response, dict) and "Error" in response:

@@ -189,7 +189,8 @@ class Storage:
         if self.single_writer and not self.exists(SINGLE_WRITER_PATH):
             self.write(SINGLE_WRITER_PATH, _SINGLE_WRITER_TEXT)
 
-    def _patiently(self, verb: str, path: str, call: Callable[[], T], *, patience: float = PATIENCE_SECONDS) -> T:
+    def _patiently(self, verb: str, path: str, call: Callable[[], T], *, patience: float | None = None) -> T:
+        patience = PATIENCE_SECONDS if patience is None else patience
         started, told = _clock(), False
         for failures in range(1, TRIES + 1):
             try:
