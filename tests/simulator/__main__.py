@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import secrets
 import sys
 import time
@@ -16,6 +17,7 @@ def main() -> int:
     parser.add_argument("--schedules", type=int, default=10_000)
     parser.add_argument("--seed", type=int, help="the first seed; without it a random one. `--schedules 1` replays it")
     arguments = parser.parse_args()
+    logging.disable()  # storage says what it tries again: that is most of what happens here
     first = secrets.randbelow(2**32) if arguments.seed is None else arguments.seed
     started, outcomes = time.monotonic(), []
     for seed in range(first, first + arguments.schedules):
@@ -29,7 +31,7 @@ def main() -> int:
     seconds = time.monotonic() - started
     totals = {
         name: sum(getattr(outcome, name) for outcome in outcomes)
-        for name in ("steps", "kills", "freezes", "faults", "lost", "swept", "conflicts")
+        for name in ("steps", "kills", "freezes", "faults", "lost", "swept", "conflicts", "repaired", "sleepers")
     }
     print(
         f"{len(outcomes)} schedules from seed {first} in {seconds:.0f} s ({len(outcomes) / seconds:.0f} a second), "

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -29,7 +28,7 @@ import jobs.store.storage
 import jobs.worker
 from engine import GenerationRequest, GenerationResult, SafetyVerdict
 from jobs.errors import JobError, OutputConflictError, UsageError
-from jobs.outputs.ledger import Ledger, record_path
+from jobs.outputs.ledger import Ledger, record_path, repair_path
 from jobs.outputs.publish import MANIFEST_PATH
 from jobs.outputs.records import OWN_FIELDS, decode_record
 from jobs.plans.planned import PLAN_PATH, PlannedSample, fingerprint
@@ -39,7 +38,19 @@ from jobs.store.storage import Storage
 from jobs.worker import ChunkGenerator, Receipt
 from tests.simulator.world import URL, Actor, SerialPool, SimulatedStorage, World
 
-COLUMNS = ("sample_id", "seed", "status", "error", "image", "bytes", "sha256", "pixel_sha256", "execution_class")
+COLUMNS = (
+    "sample_id",
+    "row_id",
+    "prompt",
+    "seed",
+    "status",
+    "error",
+    "image",
+    "bytes",
+    "sha256",
+    "pixel_sha256",
+    "execution_class",
+)
 CHUNKS = ((0, 2), (4,), (1, 3))
 """Ordinals by chunk: the first two chunks are one group, the third is another, so that publishing has to merge."""
 
@@ -63,6 +74,7 @@ class SimulatedPlan:
     def __init__(self, first_seed: int, poisoned: frozenset[int]) -> None:
         self.first_seed = first_seed
         self.poisoned = poisoned
+        """Ordinals that fail when their chunk is made; a repair may heal them."""
         parameters = {"seed": first_seed}
         self.identity = {"model_files": {}, "parameters": parameters, "axes": [], "manifest": "0" * 64}
         self.identity["threads_per_actor"] = 1
@@ -93,26 +105,29 @@ class SimulatedPlan:
         )
 
 
-PLANS = (SimulatedPlan(100, frozenset({3})), SimulatedPlan(200, frozenset()))
-"""One with a sample that fails (exit code 1), one without (exit code 0)."""
+PLANS = (SimulatedPlan(100, frozenset({0, 1, 3})), SimulatedPlan(200, frozenset()))
+"""One with samples that fail (half a chunk, and a whole one), one without."""
 PLAN_BY_HASH = {plan.plan_hash: plan for plan in PLANS}
 
 
 class SimulatedEngine:
-    """Pictures that follow from the seed alone; ordinal 2 is flagged, the plan's poisoned ones fail."""
+    """Pictures that follow from the seed alone; ordinal 2 is flagged, the plan's poisoned ones fail unless healed."""
 
     execution_class = "simulated"
 
-    def __init__(self, plan: SimulatedPlan) -> None:
+    def __init__(self, plan: SimulatedPlan, heals: Callable[[int], bool]) -> None:
         self._plan = plan
+        self._heals = heals
 
     def generate(self, requests: Sequence[GenerationRequest]) -> list[GenerationResult]:
-        return [result_of(self._plan, request.seed - self._plan.first_seed) for request in requests]
+        return [self._result(request.seed - self._plan.first_seed) for request in requests]
+
+    def _result(self, ordinal: int) -> GenerationResult:
+        return result_of(self._plan, ordinal, failed=ordinal in self._plan.poisoned and not self._heals(ordinal))
 
 
 @cache
-def result_of(plan_: SimulatedPlan, ordinal: int) -> GenerationResult:
-    failed = ordinal in plan_.poisoned
+def result_of(plan_: SimulatedPlan, ordinal: int, *, failed: bool) -> GenerationResult:
     flagged = ordinal == 2
     verdict = SafetyVerdict(checker="simulated", score=0.9 if flagged else 0.1, flagged=flagged)
     return GenerationResult(
@@ -156,18 +171,21 @@ class Crew:
         self._cast = cast
         self._driver = driver
 
-    def run(self, out_url: str, chunks: Sequence[int]) -> Iterator[Receipt]:
+    def run(self, out_url: str, chunks: Sequence[int], *, repair: bool = False) -> Iterator[Receipt]:
         world = self._cast.world
         order = list(chunks)
         world.random.shuffle(order)
         queue, receipts = deque(order), deque[Receipt]()
-        crew = [self._hire(out_url, queue, receipts) for _ in range(world.random.randint(1, 2))]
+        crew = [self._hire(out_url, queue, receipts, repair=repair) for _ in range(world.random.randint(1, 2))]
         self._cast.crews.setdefault(self._driver.name, []).extend(crew)
         while receipts or any(not worker.over and not worker.given_up for worker in crew):
             if receipts:
                 yield receipts.popleft()
             else:
                 world.pause(0.1)
+
+    def stop(self) -> bool:
+        return True
 
     def describe(self) -> str:
         return "simulated"
@@ -178,16 +196,19 @@ class Crew:
     def close(self) -> None:
         pass
 
-    def _hire(self, out_url: str, queue: deque[int], receipts: deque[Receipt]) -> Actor:
-        world = self._cast.world
+    def _hire(self, out_url: str, queue: deque[int], receipts: deque[Receipt], *, repair: bool) -> Actor:
+        world, chance = self._cast.world, self._cast.heals if repair else 0.0
+
+        def engine(plan: Any, _: str) -> SimulatedEngine:
+            return SimulatedEngine(plan, lambda _: world.random.random() < chance)
 
         def work() -> None:
             try:
-                generator = ChunkGenerator(out_url, engine_factory=lambda plan, _: SimulatedEngine(plan))
+                generator = ChunkGenerator(out_url, engine_factory=engine)
             except (StorageError, UsageError):
                 return  # the actor cannot load its plan; the driver's next pass hires another
             while queue and not worker.given_up:
-                generated = jobs.executors.inline._generate(generator, queue.popleft())
+                generated = jobs.executors.inline._generate(generator, queue.popleft(), repair=repair)
                 if not isinstance(generated, Receipt):
                     generated = jobs.executors.inline._finish(out_url, generated)
                 receipts.append(generated)
@@ -205,12 +226,17 @@ class Cast:
         self.tokens = itertools.count(1)
         self.crews: dict[str, list[Actor]] = {}
         self.summaries: list[RunSummary] = []
-        self.conflicts = self.lost = self.swept = 0
+        self.conflicts = self.lost = self.repaired = self.swept = 0
+        self.heals = 0.6
+        """The chance that a sample which failed does not fail again when it is repaired."""
 
-    def driver(self, plan: SimulatedPlan, *, lives: int = 1, after: float = 0.0, mortal: bool = True) -> Actor:
-        """Someone who types `latentmill run`, and again when it is lost, `lives` times in all."""
+    def driver(
+        self, plan: SimulatedPlan, *, retry: bool = False, lives: int = 1, after: float = 0.0, mortal: bool = True
+    ) -> Actor:
+        """Someone who types `latentmill run` (`--retry-failed`), and again when it is lost, `lives` times in all."""
         name = f"driver{next(self.numbers)}"
         ready = [True]
+        spec = SimpleNamespace(out=URL, plan=plan, runtime=SimpleNamespace(single_writer=False, retry_failed=retry))
 
         def restart() -> None:
             for worker in self.crews.pop(name, []):
@@ -218,12 +244,13 @@ class Cast:
                     self.world.kill(worker)
                 worker.given_up = True
             if ready.pop() and lives > 1:
-                self.driver(plan, lives=lives - 1, after=self.world.random.uniform(0, 20), mortal=mortal)
+                self.driver(plan, retry=retry, lives=lives - 1, after=self.world.random.uniform(0, 20), mortal=mortal)
             ready.append(False)
 
         def drive() -> None:
+            failed = failed_samples(self.world.store.objects, plan)
             try:
-                self._finished(plan, jobs.runner.run_job(SimpleNamespace(out=URL, plan=plan, runtime=_RUNTIME)))
+                self._finished(plan, jobs.runner.run_job(spec), failed)
             except OutputConflictError:
                 self.conflicts += 1
                 if standing_plan(self.world.store.objects) is plan:
@@ -252,13 +279,16 @@ class Cast:
 
         return self.world.spawn(f"sweeper{next(self.numbers)}", sweep, mortal=mortal)
 
-    def _finished(self, plan: SimulatedPlan, summary: RunSummary) -> None:
+    def _finished(self, plan: SimulatedPlan, summary: RunSummary, failed_before: set[int]) -> None:
         self.summaries.append(summary)
         objects = self.world.store.objects
         if standing_plan(objects) is not plan or MANIFEST_PATH not in objects:
             self.world.report("I9: a driver ended with success, and its plan is not published")
-        if summary.exit_code != int(bool(plan.poisoned)):
-            self.world.report(f"I9: a driver's exit code is {summary.exit_code}")
+        failed = -1 if summary.counts is None else summary.counts["failed"]
+        if not len(failed_samples(objects, plan)) <= failed <= len(failed_before):
+            self.world.report(f"I9: a driver speaks of {failed} failed samples, there were {failed_before} before")
+        if summary.exit_code != int(failed > 0):
+            self.world.report(f"I9: a driver's exit code is {summary.exit_code}, with {failed} failed samples")
 
     def token(self, size: int) -> str:
         return f"{next(self.tokens):0{2 * size}x}"
@@ -289,22 +319,22 @@ class _OpenJob:
 
 
 decode_once = lru_cache(maxsize=20_000)(decode_record)
-_encoded: dict[tuple[str, int, str], bytes] = {}
-_RUNTIME = SimpleNamespace(single_writer=False)
-_finished: dict[tuple[str, str], Any] = {}
+_encoded: dict[tuple[Any, ...], bytes] = {}
+_finished: dict[tuple[str, str, str | None], Any] = {}
 _encode, _finish_sample = jobs.worker.encode_record, jobs.worker.finish_sample
 
 
 def _encode_once(rows: Any, schema: Any, **how: Any) -> bytes:
-    """A record is a function of plan, chunk and attempt here: schedules share the work of writing Parquet."""
-    key = (how["plan_hash"], how["chunk"], how["attempt"])
+    """A record is a function of plan, chunk, attempt and rows here: schedules share the work of writing Parquet."""
+    key = (how["plan_hash"], how["chunk"], how["attempt"], how["repair"])
+    key += tuple((row["sample_id"], row["status"]) for row in rows)
     if key not in _encoded:
         _encoded[key] = _encode(rows, schema, **how)
     return _encoded[key]
 
 
 def finish_once(plan: Any, sample: Any, result: Any, execution_class: str) -> Any:
-    key = (plan.plan_hash, sample.sample_id)
+    key = (plan.plan_hash, sample.sample_id, result.error)
     if key not in _finished:
         _finished[key] = _finish_sample(plan, sample, result, execution_class)
     return _finished[key]
@@ -338,22 +368,25 @@ def installed(world: World, cast: Cast) -> Iterator[None]:
             (jobs.outputs.ledger, "decode_record", decode_once),
             (jobs.worker, "encode_record", _encode_once),
             (jobs.worker, "finish_sample", finish_once),
-            (Ledger, "commit", _truthful(cast, Ledger.commit)),
+            (Ledger, "_create", _truthful(cast, Ledger._create)),
         ):
             patches.enter_context(patch.object(target, name, value))
         yield
 
 
-def _truthful(cast: Cast, commit: Callable[..., str]) -> Callable[..., str]:
-    """`commit`, whose word is compared with what stands in the store."""
+def _truthful(cast: Cast, create: Callable[..., str]) -> Callable[..., str]:
+    """What `commit` and `commit_repair` say, compared with what stands in the store."""
 
-    def checked(self: Ledger, chunk: int, attempt: str, data: bytes) -> str:
-        outcome = commit(self, chunk, attempt, data)
+    def checked(self: Ledger, chunk: int, number: int, attempt: str, data: bytes) -> str:
+        outcome = create(self, chunk, number, attempt, data)
         cast.lost += outcome == "lost"
-        stands = cast.world.store.objects.get(record_path(chunk))
+        cast.repaired += outcome == "mine" and number > 0
+        stands = cast.world.store.objects.get(repair_path(chunk, number) if number else record_path(chunk))
         winner = None if stands is None else decode_once(stands).attempt
         if winner is None or (outcome == "mine") != (winner == attempt):
-            cast.world.report(f"I1: chunk {chunk}: {attempt} was told {outcome!r}, but {winner}'s record stands")
+            cast.world.report(
+                f"I1: chunk {chunk}, repair {number}: {attempt} was told {outcome!r}, but {winner}'s record stands"
+            )
         return outcome
 
     return checked
@@ -365,11 +398,35 @@ def _draft(spec: Any) -> Iterator[Draft]:
 
 
 @contextmanager
-def _uninterrupted(_: Any) -> Iterator[threading.Event]:
-    yield threading.Event()
+def _uninterrupted(_: Any) -> Iterator[jobs.runner._Interrupt]:
+    yield jobs.runner._Interrupt(lambda: None)
 
 
 def standing_plan(objects: dict[str, bytes]) -> SimulatedPlan | None:
     """The plan of the output."""
     data = objects.get(PLAN_PATH)
     return None if data is None else PLAN_BY_HASH[json.loads(data)["plan_hash"]]
+
+
+def effective_rows(objects: dict[str, bytes], chunk: int) -> dict[str, dict[str, Any]]:
+    """The rows of a chunk after its repairs, by sample; found without the code under test. Empty if it is open."""
+    rows: dict[str, dict[str, Any]] = {}
+    number = 0
+    while (data := objects.get(repair_path(chunk, number) if number else record_path(chunk))) is not None:
+        rows |= {row["sample_id"]: row for row in record_rows(data)}
+        number += 1
+    return rows
+
+
+def failed_samples(objects: dict[str, bytes], plan: SimulatedPlan) -> set[int]:
+    """Ordinals that fail as things stand; those of open chunks will fail at first."""
+    failed = set(plan.poisoned)
+    for chunk in range(plan.n_chunks):
+        failed -= {int(name) for name, row in effective_rows(objects, chunk).items() if row["status"] != "failed"}
+    return failed
+
+
+@lru_cache(maxsize=20_000)
+def record_rows(record: bytes) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = decode_once(record).table.to_pylist()
+    return rows

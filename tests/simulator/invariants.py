@@ -10,15 +10,26 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from jobs.outputs.ledger import chunk_of_path
+from jobs.outputs.ledger import chunk_of_path, record_path, repair_of_path, repair_path
 from jobs.outputs.publish import MANIFEST_PATH, Publication
 from jobs.plans.planned import PLAN_PATH, REJECTED_PATH
-from tests.simulator.cast import CHUNKS, COLUMNS, SimulatedPlan, decode_once, finish_once, result_of, standing_plan
+from tests.simulator.cast import (
+    CHUNKS,
+    COLUMNS,
+    SimulatedPlan,
+    decode_once,
+    effective_rows,
+    failed_samples,
+    finish_once,
+    record_rows,
+    result_of,
+    standing_plan,
+)
 from tests.simulator.world import Violation, World
 
 _OUR_PATHS = re.compile(
     r"_job/(plan\.json|rejected\.parquet|manifest-\d{16}-\d{5}\.parquet|\.probe-[0-9a-f]{16})"
-    r"|images/\d{5}/\d{8}-[0-9a-f]{16}/\d{8}\.png|ledger/\d{5}/\d{8}\.parquet"
+    r"|images/\d{5}/\d{8}-(r[1-9]\d*-)?[0-9a-f]{16}/\d{8}\.png|ledger/\d{5}/\d{8}(\.r[1-9]\d*)?\.parquet"
     r"|dataset/(part-\d{5}-[0-9a-f]{16}\.parquet|manifest\.json)"
 )
 
@@ -30,6 +41,8 @@ class Watch:
         self._world = world
         self._objects = world.store.objects
         self._referenced: dict[str, int] = {}
+        self.sleepers = 0
+        """Manifests that were older than the ledger when they were written."""
         world.store.watchers.append(self)
 
     def __call__(self, path: str, before: bytes | None, after: bytes | None) -> None:
@@ -47,16 +60,19 @@ class Watch:
 
     def _record(self, path: str, before: bytes | None, after: bytes | None) -> None:
         if before is not None and before != after:
-            self._world.report(f"I5: the commit record {path} was {'deleted' if after is None else 'changed'}")
-        chunk, plan = chunk_of_path(path), standing_plan(self._objects)
+            self._world.report(f"I5: the record {path} was {'deleted' if after is None else 'changed'}")
+        repair, plan = repair_of_path(path), standing_plan(self._objects)
+        chunk = chunk_of_path(path) if repair is None else repair[0]
         if after is None or chunk is None or plan is None:
-            self._world.report(f"I5: {path} is no commit record of a plan")
+            self._world.report(f"I5: {path} is no record of a plan")
             return
         record = decode_once(after)
         if record.plan_hash != plan.plan_hash:
             self._world.report(f"I7: {path} is of plan {record.plan_hash[:12]}, the output of {plan.plan_hash[:12]}")
-        rows = _rows(after)
-        if [int(row["sample_id"]) for row in rows] != list(CHUNKS[chunk]):
+        rows = record_rows(after)
+        if repair is not None:
+            self._repair(path, chunk, repair[1], rows)
+        elif [int(row["sample_id"]) for row in rows] != list(CHUNKS[chunk]):
             self._world.report(f"I1: {path} has not the samples of its chunk")
         for row in rows:
             if row["image"] is None:
@@ -66,11 +82,25 @@ class Watch:
             if picture is None or len(picture) != row["bytes"] or _sha256(picture) != row["sha256"]:
                 self._world.report(f"I2: {path} was committed, but {row['image']} does not lie there as it says")
 
+    def _repair(self, path: str, chunk: int, number: int, rows: list[dict[str, Any]]) -> None:
+        """It comes right after the one before it, and changes nothing but rows that failed until now."""
+        before = {name: self._objects[name] for name in self._objects if name != path}
+        if number > 1 and repair_path(chunk, number - 1) not in before:
+            self._world.report(f"I5: {path} has no repair {number - 1} before it")
+        failed = {name for name, row in effective_rows(before, chunk).items() if row["status"] == "failed"}
+        repaired = {row["sample_id"] for row in rows if row["status"] != "failed"}
+        if not repaired <= failed or len(repaired) != len(rows) or not rows:
+            self._world.report(f"I5: {path} repairs {sorted(repaired)} in {len(rows)} rows, {sorted(failed)} failed")
+
     def _manifest(self, data: bytes) -> None:
-        committed = sum(path.startswith("ledger/") for path in self._objects)
+        committed = sum(chunk_of_path(path) is not None for path in self._objects)
         if committed != len(CHUNKS):
             self._world.report(f"I9: published with {committed} of {len(CHUNKS)} chunks committed")
-        for part in Publication.from_json(data).parts:
+        publication = Publication.from_json(data)
+        if publication.repairs < repairs_in(self._objects):
+            self.sleepers += 1  # frozen right before this write: whoever looks next replaces it
+            return
+        for part in publication.parts:
             stored = self._objects.get(part.path)
             if stored is None or _sha256(stored) != part.sha256:
                 self._world.report(f"I9: published, but {part.path} does not lie there as the manifest says")
@@ -81,40 +111,56 @@ def check_end(world: World, plan: SimulatedPlan) -> None:
     objects = world.store.objects
     _must(standing_plan(objects) == plan, "I7: the output has another plan than its driver")
     _must(objects.get(REJECTED_PATH) == plan.rejected, "I7: the rejected rows are another plan's")
-    records = {chunk_of_path(path): data for path, data in objects.items() if path.startswith("ledger/")}
-    _must(set(records) == set(range(len(CHUNKS))), f"I1: the ledger has chunks {sorted(map(str, records))}")
-    committed = {row["sample_id"]: row for data in records.values() for row in _rows(data)}
-    _must(sum(len(_rows(data)) for data in records.values()) == plan.n_samples == len(committed), "I1: rows twice")
+    records = {path for path in objects if path.startswith("ledger/") and repair_of_path(path) is None}
+    _must(records == {record_path(chunk) for chunk in range(len(CHUNKS))}, f"I1: the ledger has {sorted(records)}")
+    effective = [effective_rows(objects, chunk) for chunk in range(len(CHUNKS))]
+    committed = {name: row for rows in effective for name, row in rows.items()}
+    _must(sum(map(len, effective)) == plan.n_samples == len(committed), "I1: rows twice")
     for row in committed.values():
         picture = objects.get(row["image"]) if row["image"] else b""
         _must(picture is not None, f"I2: {row['image']} is missing")
         _must(not row["image"] or _sha256(picture or b"") == row["sha256"], f"I2: {row['image']} was changed")
     _must(MANIFEST_PATH in objects, "I9: the driver ended, and nothing is published")
     publication = Publication.from_json(objects[MANIFEST_PATH])
+    _must(publication.repairs == repairs_in(objects), "I9: the publication lacks repairs")
     published: list[dict[str, Any]] = []
     for part in publication.parts:
         _must(_sha256(objects.get(part.path, b"")) == part.sha256, f"I9: {part.path} is not as the manifest says")
         published += _part(objects[part.path])
     _must(published == [committed[name] for name in sorted(committed)], "I1: the published rows are not the ledger's")
-    anonymous = [row | {"image": row["image"] and re.sub(r"-[0-9a-f]{16}/", "-*/", row["image"])} for row in published]
-    _must(anonymous == expected_rows(plan), "I3: the published rows are not those of an undisturbed run")
+    anonymous = [
+        row | {"image": row["image"] and re.sub(r"-(r\d+-)?[0-9a-f]{16}/", "-*/", row["image"])} for row in published
+    ]
+    expected = expected_rows(plan, frozenset(failed_samples(objects, plan)))
+    _must(anonymous == expected, "I3: the published rows are not those of an undisturbed run")
+    counts = {status: sum(row["status"] == status for row in published) for status in publication.counts}
+    _must(counts == publication.counts, "I9: the publication counts other rows than it has")
 
 
 def check_swept(world: World) -> None:
-    """After a last sweep, nothing is left of all that was lost."""
+    """After a last sweep, days later, nothing is left of all that was lost or superseded."""
     objects = world.store.objects
-    referenced = {row["image"] for path, data in objects.items() if path.startswith("ledger/") for row in _rows(data)}
-    left = sorted(path for path in objects if path.startswith("images/") and path not in referenced)
+    named = {part.path for part in Publication.from_json(objects[MANIFEST_PATH]).parts} | {MANIFEST_PATH}
+    for path, data in objects.items():
+        if path.startswith("ledger/"):
+            named |= {row["image"] for row in record_rows(data)}
+    left = sorted(path for path in objects if path.startswith(("images/", "dataset/")) and path not in named)
     _must(not left, f"the sweeper left {left}")
 
 
+def repairs_in(objects: dict[str, bytes]) -> int:
+    """Repair records in all."""
+    return sum(repair_of_path(path) is not None for path in objects)
+
+
 @lru_cache
-def expected_rows(plan: SimulatedPlan) -> list[dict[str, Any]]:
-    """The rows of an undisturbed run, made without any protocol."""
+def expected_rows(plan: SimulatedPlan, failed: frozenset[int]) -> list[dict[str, Any]]:
+    """The rows of an undisturbed run in which just these samples failed, made without any protocol."""
     rows = {}
     for chunk in range(plan.n_chunks):
         for sample in plan.samples_of_chunk(chunk):
-            done = finish_once(plan, sample, result_of(plan, sample.ordinal), "simulated")
+            result = result_of(plan, sample.ordinal, failed=sample.ordinal in failed)
+            done = finish_once(plan, sample, result, "simulated")
             row = {name: done.row.get(name) for name in COLUMNS}
             if done.data is not None:
                 row["image"] = f"images/00000/{chunk:08d}-*/{sample.sample_id}.png"
@@ -126,12 +172,6 @@ def expected_rows(plan: SimulatedPlan) -> list[dict[str, Any]]:
 def _must(holds: bool, problem: str) -> None:
     if not holds:
         raise Violation(problem)
-
-
-@lru_cache(maxsize=20_000)
-def _rows(record: bytes) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = decode_once(record).table.to_pylist()
-    return rows
 
 
 @lru_cache(maxsize=1000)

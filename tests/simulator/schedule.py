@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
+from jobs.outputs.clean import GRACE_SECONDS
 from jobs.runner import RunSummary
 from tests.simulator.cast import PLANS, Cast, SimulatedPlan, installed, standing_plan
 from tests.simulator.invariants import Watch, check_end, check_swept
@@ -19,6 +20,7 @@ class Outcome:
     """What happened in a schedule. `trace` is the digest of every event: equal digests, equal schedules.
 
     `lost` attempts were finished and outrun by another, `swept` images were deleted, `conflicts` are drivers refused.
+    `repaired` counts repair records, `sleepers` manifests that were older than the ledger when they were written.
     """
 
     seed: int
@@ -29,6 +31,8 @@ class Outcome:
     lost: int
     swept: int
     conflicts: int
+    repaired: int
+    sleepers: int
     trace: str
 
 
@@ -43,7 +47,7 @@ def run_schedule(seed: int) -> Outcome:
     )
     world = World(seed, weather)
     cast = Cast(world)
-    Watch(world)
+    watch = Watch(world)
     try:
         with installed(world, cast):
             try:
@@ -62,6 +66,8 @@ def run_schedule(seed: int) -> Outcome:
         lost=cast.lost,
         swept=cast.swept,
         conflicts=cast.conflicts,
+        repaired=cast.repaired,
+        sleepers=watch.sleepers,
         trace=digest(world.trace),
     )
 
@@ -78,9 +84,11 @@ def first_violation(seeds: range) -> tuple[int, Violation] | None:
 
 def _play(world: World, cast: Cast, chooser: random.Random) -> None:
     favourite = chooser.choice(PLANS)
-    for _ in range(2):
+    retries = chooser.choice([0.0, 0.5, 0.9])
+    for _ in range(chooser.choice([2, 2, 3])):
         plan = favourite if chooser.random() < 0.85 else chooser.choice(PLANS)
-        cast.driver(plan, lives=chooser.randint(1, 4), after=chooser.uniform(0, 3))
+        retry, after = chooser.random() < retries, chooser.uniform(0, chooser.choice([3, 30]))
+        cast.driver(plan, retry=retry, lives=chooser.randint(1, 4), after=after)
     for _ in range(chooser.randint(0, 2)):
         cast.sweeper(chooser.randint(1, 6), longest_pause=chooser.choice([0.5, 2.0, 200_000.0]))
     world.run()
@@ -89,19 +97,25 @@ def _play(world: World, cast: Cast, chooser: random.Random) -> None:
     plan = standing_plan(world.store.objects) or favourite
     _run_undisturbed(world, cast, plan)
     check_end(world, plan)
+    if retries:
+        cast.heals = 1.0
+        if _run_undisturbed(world, cast, plan, retry=True).exit_code:
+            raise Violation("I9: every sample was healed, and the exit code says that some failed")
+        check_end(world, plan)
 
     before = dict(world.store.objects)
-    if _run_undisturbed(world, cast, plan).generated or world.store.objects != before:
+    if _run_undisturbed(world, cast, plan, retry=bool(retries)).generated or world.store.objects != before:
         raise Violation("I8: a finished job was run again, and something was generated or changed")
+    world.now += 2 * GRACE_SECONDS
     cast.sweeper(1, longest_pause=1.0, mortal=False)
     world.run()
     check_end(world, plan)
     check_swept(world)
 
 
-def _run_undisturbed(world: World, cast: Cast, plan: SimulatedPlan) -> RunSummary:
+def _run_undisturbed(world: World, cast: Cast, plan: SimulatedPlan, *, retry: bool = False) -> RunSummary:
     cast.summaries.clear()
-    cast.driver(plan, mortal=False)
+    cast.driver(plan, retry=retry, mortal=False)
     world.run()
     if not cast.summaries:
         raise Violation("I9: an undisturbed driver did not finish")
