@@ -19,6 +19,7 @@ from jobs.errors import JobError, OutputConflictError
 from jobs.executors.base import Executor
 from jobs.job import Job, open_job
 from jobs.outputs.failures import FailedRow, failed_rows
+from jobs.outputs.latest import Latest, point_to_latest
 from jobs.outputs.publish import Publication, publish, standing_publication
 from jobs.plans.plan import Plan, adopt, draft_plan
 from jobs.spec import JobSpec
@@ -53,7 +54,11 @@ class Progress:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunSummary:
-    """How a run ended. `counts` are those of the published dataset, None if the run stopped before that."""
+    """How a run ended. `counts` are those of the published dataset, None if the run stopped before that.
+
+    `latest` is where the pointer of a nightly job is now. More than one of `execution_classes` means that a resume, or
+    another kind of GPU, took part: each row's bits are its own class's.
+    """
 
     exit_code: int
     out: str
@@ -67,6 +72,8 @@ class RunSummary:
     next_command: str
     failures: tuple[FailedRow, ...]
     """The first of the samples that failed, by the published dataset."""
+    execution_classes: tuple[str, ...] = ()
+    latest: Latest | None = None
 
 
 def run_job(
@@ -102,7 +109,8 @@ def run_job(
             return _summary(job, tracker, None, where, time.monotonic() - started, exit_code=130)
     tracker.show("done")
     exit_code = 1 if publication.counts["failed"] else 0
-    return _summary(job, tracker, publication, where, time.monotonic() - started, exit_code=exit_code)
+    latest = point_to_latest(spec.night) if spec.night is not None and exit_code == 0 else None
+    return _summary(job, tracker, publication, where, time.monotonic() - started, exit_code=exit_code, latest=latest)
 
 
 def _adopt(spec: JobSpec) -> Job:
@@ -286,7 +294,14 @@ class _Tracker:
 
 
 def _summary(
-    job: Job, tracker: _Tracker, publication: Publication | None, where: str, seconds: float, *, exit_code: int
+    job: Job,
+    tracker: _Tracker,
+    publication: Publication | None,
+    where: str,
+    seconds: float,
+    *,
+    exit_code: int,
+    latest: Latest | None = None,
 ) -> RunSummary:
     out = job.storage.url
     return RunSummary(
@@ -301,4 +316,6 @@ def _summary(
         images_per_second=tracker.generated / seconds if seconds > 0 else 0.0,
         next_command=RESUME if publication is None else f"latentmill report {shlex.quote(out)}",
         failures=() if publication is None else failed_rows(job, publication),
+        execution_classes=() if publication is None else publication.execution_classes,
+        latest=latest,
     )

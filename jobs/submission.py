@@ -304,9 +304,13 @@ def _uploaded_prompts(spec: JobSpec, storage: Storage) -> list[str]:
 
 def _job_file(spec: JobSpec, prompts: list[str]) -> bytes:
     """The whole job as a job file: what was said by file and flags, and nothing of how it was sent."""
-    settings = spec.model_dump(mode="json", exclude_unset=True)
+    settings = spec.model_dump(mode="json", exclude_unset=True, exclude={"night"})
     runtime = {name: value for name, value in settings.pop("runtime", {}).items() if name != "address"}
     settings |= {"prompts": prompts, "out": spec.out}
+    if spec.night is not None:
+        # the template, for the pointer's sake; and the date, for the cluster may begin after midnight
+        template = f"{spec.out.rpartition('/')[0]}/{spec.night.template.rpartition('/')[2]}"
+        settings |= {"out": template, "date": spec.night.date}
     if runtime:
         settings["runtime"] = runtime
     text: str = yaml.safe_dump(settings, allow_unicode=True)

@@ -93,6 +93,10 @@ def show_run(summary: RunSummary) -> None:
         facts["dataset"] = f"{summary.out}/dataset"
         if summary.failures:
             facts["failed only"] = retry_command()
+        if len(summary.execution_classes) > 1:
+            facts["bits"] = f"of {len(summary.execution_classes)} execution classes: see the rows' execution_class"
+        if summary.latest is not None:
+            facts["latest"] = f"{summary.latest.pointer}, at {summary.latest.date}"
         facts["next"] = f"latentmill verify {shlex.quote(summary.out)}   or   {summary.next_command}"
     else:
         facts["resume"] = resume_command()
