@@ -229,8 +229,8 @@ def _cluster_address(given: str | None) -> str:
     """The URL of a dashboard. Raises UsageError if there is none, or one with credentials in it."""
     address = given or os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS", "")
     if not address.startswith(("http://", "https://")):
-        wrong = f" {display_url(address)!r} is none" if address else ""
-        raise UsageError(f"the address of a Ray dashboard is needed:{wrong} --address http://HEAD:8265")
+        what = f"{display_url(address)!r} is not the URL of a Ray dashboard" if address else "no cluster is named"
+        raise UsageError(f"{what}; give --address http://HEAD:8265")
     if "@" in address or "?" in address:
         raise UsageError("the address of the cluster carries credentials; leave them out, Ray's token lies in a file")
     return address.rstrip("/")

@@ -1,0 +1,366 @@
+"""Jobs that run on a cluster without us: found again, followed, cancelled, resumed, and no secret told."""
+
+from __future__ import annotations
+
+import http.server
+import json
+import os
+import stat
+import subprocess
+import sys
+import threading
+import time
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from jobs import submission
+from jobs.errors import JobError, UsageError
+from jobs.executors.ray_jobs import JobsClient, pack_code
+from jobs.spec import JobSpec, resolve
+from jobs.store.storage import Storage
+from jobs.submission import JobInfo, cancel_job, find_job, job_status, submit_job
+from tests.jobs.driver import read_dataset
+from tests.jobs.executors.nodes import ROOT, Nodes, cluster
+from tests.seaweedfs import S3_SECRET
+
+HEAD = "http://head:8265"
+
+
+class FakeApi:
+    """A cluster that remembers what it was asked to run."""
+
+    address = HEAD
+
+    def __init__(self, *, guarded: bool = True) -> None:
+        self.jobs: dict[str, JobInfo] = {}
+        self.sent: list[dict[str, object]] = []
+        self.guarded = guarded
+
+    def require_token(self) -> None:
+        if not self.guarded:
+            raise UsageError("anyone can run code there")
+
+    def submit(self, job_id: str, **sent: object) -> bool:
+        if job_id in self.jobs:
+            return False
+        self.set(job_id, "pending")
+        self.sent.append({"job_id": job_id, **sent})
+        return True
+
+    def info(self, job_id: str) -> JobInfo | None:
+        return self.jobs.get(job_id)
+
+    def set(self, job_id: str, state: submission.JobState) -> None:
+        self.jobs[job_id] = JobInfo(job_id=job_id, address=self.address, state=state)
+
+
+@pytest.fixture(autouse=True)
+def at_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """What this machine's user has named so far lies in a folder of the test; nothing is named by the environment."""
+    for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    return tmp_path / "state"
+
+
+@pytest.fixture
+def spec(manifest: Callable[..., Path], tmp_path: Path) -> Callable[..., JobSpec]:
+    def build(**settings: object) -> JobSpec:
+        return resolve(None, {"prompts": [str(manifest(4))], "out": str(tmp_path / "out"), "address": HEAD, **settings})
+
+    return build
+
+
+def submit(spec: JobSpec, api: FakeApi, **options: object) -> submission.Submission:
+    return submit_job(spec, **{"shared_filesystem": True, "api": api, **options})
+
+
+def test_the_same_job_is_found_while_it_runs_and_started_again_when_it_has_ended(spec):
+    api = FakeApi()
+    first = submit(spec(), api)
+    assert (first.started, first.state) == (True, "pending")
+    api.set(first.job_id, "running")
+    again = submit(spec(), api)
+    assert (again.job_id, again.started, again.state) == (first.job_id, False, "running")
+    for number, ended in enumerate(("failed", "stopped", "succeeded"), start=2):
+        api.set(f"{first.job_id}-{number - 1}".removesuffix("-1"), ended)
+        resumed = submit(spec(), api)
+        assert (resumed.job_id, resumed.started) == (f"{first.job_id}-{number}", True)
+    assert len(api.sent) == 4
+    assert find_job(spec().out).job_id == f"{first.job_id}-4"
+
+
+def test_another_job_or_another_output_is_another_id(spec, tmp_path: Path):
+    api = FakeApi()
+    ids = {submit(job, api).job_id for job in (spec(), spec(seed=7), spec(out=str(tmp_path / "other")))}
+    assert len(ids) == 3
+
+
+def test_a_job_of_a_head_that_is_no_more_is_not_taken_for_this_one(spec):
+    """The table of jobs dies with a head; the record in the output does not, and the old id is not used again."""
+    first = submit(spec(), FakeApi())
+    anew = submit(spec(), FakeApi())
+    assert anew.job_id == f"{first.job_id}-2"
+
+
+def test_whoever_loses_the_race_to_submit_finds_the_winner(spec):
+    class Raced(FakeApi):
+        def submit(self, job_id: str, **sent: object) -> bool:
+            super().submit(job_id, **sent)
+            return False  # someone else was first
+
+    lost = submit(spec(), Raced())
+    assert (lost.started, lost.state) == (False, "pending")
+
+
+def test_the_driver_gets_the_same_job_with_the_manifest_where_it_can_see_it(spec, tmp_path: Path):
+    api = FakeApi()
+    job = spec(sweep=["guidance_scale=1,7.5"], negative_prompt="it's: [not] {yaml}", num_actors=3, strict=True)
+    submit(job, api)
+    words = str(api.sent[0]["entrypoint"]).split()
+    assert words[:5] == ["exec", "python", "cli.py", "run", "--config"]
+    sent = resolve(words[5], {})
+    assert Path(sent.prompts[0]).read_bytes() == Path(job.prompts[0]).read_bytes()
+    assert Path(sent.prompts[0]).is_relative_to(tmp_path / "out/_job/submitted")
+    told = {"address": None}
+    assert sent.runtime == job.runtime.model_copy(update=told)
+    assert sent.model_copy(update={"prompts": job.prompts, "runtime": job.runtime}) == job
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({}, r"out .* is a path of this machine; .*s3://bucket/prefix.*--shared-filesystem"),
+        (
+            {"out": "s3://bucket/x", "model": str(ROOT / "engine/embedded")},
+            r"model /.*/embedded is a path of this machine",
+        ),
+        (
+            {"out": "s3://bucket/x", "model": f"sd15={ROOT}/engine/embedded"},
+            r"model sd15=/.*/embedded is a path of this",
+        ),
+        ({"out": "memory://x"}, "lives in one process only"),
+        ({"executor": "inline"}, "leave --executor out"),
+        ({"address": "head:6379"}, r"'head:6379' is not the URL of a Ray dashboard; give --address http://HEAD:8265"),
+        ({"address": None}, r"no cluster is named; give --address http://HEAD:8265"),
+        ({"address": "http://me:secret@head:8265"}, "carries credentials"),
+    ],
+)
+def test_what_the_nodes_could_not_see_is_refused_before_anything_is_written(spec, tmp_path, settings, words):
+    with pytest.raises(UsageError, match=words) as refused:
+        submit_job(spec(**settings), api=FakeApi() if "address" not in settings else None)
+    assert "secret" not in str(refused.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_cluster_that_takes_jobs_from_anyone_gets_none_unless_the_user_insists(spec, tmp_path: Path):
+    api = FakeApi(guarded=False)
+    with pytest.raises(UsageError, match="anyone can run code"):
+        submit(spec(), api)
+    assert not (tmp_path / "out").exists()
+    assert submit(spec(insecure_ray=True), api).started
+
+
+def test_only_variables_that_are_named_leave_this_machine(spec, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "canary-5d1f")
+    monkeypatch.setenv("HF_TOKEN", "given-away")
+    api = FakeApi()
+    submit(spec(), api, forwarded=["HF_TOKEN"])
+    assert api.sent[0]["variables"] == {"HF_TOKEN": "given-away"}
+    assert "canary-5d1f" not in repr(api.sent)
+    written = b"".join(path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file())
+    assert b"canary-5d1f" not in written
+    assert b"given-away" not in written
+    with pytest.raises(UsageError, match="--env takes the name of a variable") as refused:
+        submit(spec(), api, forwarded=["HF_TOKEN=given-away"])
+    assert "given-away" not in str(refused.value)
+    with pytest.raises(UsageError, match="NOWHERE: there is no such variable"):
+        submit(spec(), api, forwarded=["NOWHERE"])
+
+
+def test_an_address_out_of_an_output_is_followed_only_if_the_user_named_it(spec, at_home: Path, tmp_path: Path):
+    """Whoever can write into an output could have the token sent to a server of his own."""
+    submit(spec(), FakeApi())
+    out = spec().out
+    assert find_job(out).address == HEAD
+    (at_home / "latentmill/clusters").unlink()  # as on another machine
+    with pytest.raises(UsageError, match=f"from another machine.*--address {HEAD}"):
+        find_job(out)
+    assert find_job(out, HEAD).address == HEAD
+    answer = job_status_of_planned(out, tmp_path)
+    assert answer.job is not None
+    assert answer.job.state == "unknown"
+
+
+def job_status_of_planned(out: str, tmp_path: Path) -> submission.JobStatus:
+    """The status of an output that has a plan."""
+    from tests.jobs.driver import job_spec, run
+
+    prompts = next((tmp_path / "out/_job/submitted").rglob("*.txt"))
+    run(job_spec("embedded", prompts, out))
+    return job_status(out)
+
+
+def test_status_neither_fails_nor_waits_when_the_cluster_is_silent(spec, tmp_path: Path):
+    """A head that accepts connections and says nothing is the worst kind."""
+    import socket
+
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        api = FakeApi()
+        api.address = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        submit(spec(), api)
+        began = time.monotonic()
+        answer = job_status_of_planned(spec().out, tmp_path)
+        assert time.monotonic() - began < 15
+    assert answer.report is not None
+    assert (answer.report.state, answer.job and answer.job.state) == ("published", "unknown")
+    assert answer.to_dict()["state"] == "published"
+
+
+def test_records_that_are_none_of_ours_are_passed_over(spec):
+    submit(spec(), FakeApi())
+    storage = Storage.open(spec().out)
+    storage.write("_job/submissions/latentmill-0000000000000000.json", b'{"address": ')
+    storage.write("_job/submissions/latentmill-0000000000000001.json", b"[1]")
+    storage.write("_job/submissions/../x.json".replace("../", ""), b'{"address": "http://evil", "submitted": "9"}')
+    assert find_job(spec().out).address == HEAD
+
+
+def test_a_redirect_does_not_take_the_token_along(monkeypatch: pytest.MonkeyPatch):
+    seen: list[tuple[str, str | None]] = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            seen.append((self.path, self.headers.get("Authorization")))
+            guarded = self.headers.get("Authorization") is None
+            self.send_response(401 if guarded else 302)
+            self.send_header("Location", "/elsewhere")
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "mine")
+    with http.server.HTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        with pytest.raises(JobError, match="answered 302"):
+            JobsClient(f"http://127.0.0.1:{server.server_port}").info("latentmill-0000000000000000")
+        server.shutdown()
+    assert [path for path, _ in seen] == ["/api/version", "/api/jobs/latentmill-0000000000000000"]
+    assert [bool(token) for _, token in seen] == [False, True]
+
+
+def test_the_code_that_is_sent_is_all_that_a_job_needs_and_nothing_else(tmp_path: Path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    packed = pack_code(tmp_path / "a")
+    assert packed.read_bytes() == pack_code(tmp_path / "b").read_bytes()
+    assert packed.stat().st_size < 60_000_000  # Ray keeps it in the head's memory, and refuses 500 MB
+    with zipfile.ZipFile(packed) as archive:
+        names = archive.namelist()
+        archive.extractall(tmp_path / "code")
+    assert not [name for name in names if name.startswith(("tests", "training", "bench", ".")) or "__pycache__" in name]
+    environment = {**os.environ, "PYTHONPATH": ""}
+    asked = "import cli, engine, jobs, jobs.runner; print(jobs.__file__); from importlib import metadata as m; "
+    asked += "print(m.distribution('latentmill').locate_file(''))"
+    told = subprocess.run(
+        [sys.executable, "-c", asked],
+        cwd=tmp_path / "code",
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert all(Path(line).is_relative_to(tmp_path / "code") or line == "." for line in told.stdout.split())
+    shown = subprocess.run(
+        [sys.executable, "cli.py", "plan", str(ROOT / "configs/prompts/sample.txt"), "--json"],
+        cwd=tmp_path / "code",
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert json.loads(shown.stdout)["samples"] > 0
+
+
+@pytest.fixture(scope="module")
+def head(s3_environment: dict[str, str]) -> Iterator[Nodes]:
+    """A guarded head with a dashboard, whose nodes have the store's credentials and none of our code."""
+    with cluster(head_cpus=3, dashboard=True, environment={**s3_environment, "PYTHONPATH": ""}) as nodes:
+        yield nodes
+
+
+def latentmill(*arguments: object) -> subprocess.Popen[str]:
+    command = [sys.executable, str(ROOT / "cli.py"), *map(str, arguments)]
+    return subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def answer(*arguments: object) -> dict[str, object]:
+    process = latentmill(*arguments, "--json")
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    return json.loads(out)
+
+
+@pytest.mark.timeout(240)
+def test_from_submit_to_the_published_dataset_with_a_cancel_between(head, s3, manifest, monkeypatch, tmp_path):
+    """The embedded model on a cluster of its own and an S3 server; the driver runs there, from the code sent along."""
+    for name, value in head.client_environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("RAY_ADDRESS", "http://nowhere.invalid:1")  # what is said on the command line counts
+    small = ["--num-inference-steps", 4, "--chunk-size", 2, "--batch-size", 2, "--safety", "none"]
+    job = ["submit", manifest(40), "--out", s3, "--address", head.dashboard, *small]
+    first = answer(*job)
+    assert first["started"]
+    with latentmill("logs", first["job_id"], "--follow", "--address", head.dashboard) as follower:
+        assert answer(*job) | {"started": True, "state": ""} == first | {"state": ""}
+        storage = Storage.open(s3)
+        wait_until(lambda: len(list(storage.list("ledger"))) >= 2)
+        running = answer("status", s3)
+        assert running["job"]["state"] == "running"
+        assert running["state"] == "started"
+        answer("cancel", s3)
+        said, err = follower.communicate(timeout=100)
+        assert (follower.returncode, err) == (130, "")
+    assert "latentmill: generating" in said
+    assert cancel_job(s3).state == "stopped"
+    stopped = answer("status", s3)
+    assert stopped["job"]["state"] == "stopped"
+    left = stopped["chunks"] - stopped["chunks_committed"]
+    assert left > 0
+    second = answer(*job)
+    assert second["job_id"] == f"{first['job_id']}-2"
+    with latentmill("logs", s3, "--follow") as follower:
+        said, err = follower.communicate(timeout=120)
+        assert (follower.returncode, err) == (0, "")
+    assert f"this run: {2 * left} images" in said
+    assert answer("status", s3)["job"]["state"] == "succeeded"
+    assert read_dataset(s3).manifest["counts"]["ok"] == 40
+    tells_no_secret(head, s3, tmp_path)
+
+
+def tells_no_secret(head: Nodes, out: str, tmp_path: Path) -> None:
+    """Neither what the jobs API shows nor the session's logs and the output hold the store's key or the token."""
+    client = JobsClient(head.dashboard)
+    shown = json.dumps(client._status("GET", "/api/jobs/", client._headers)[1].decode())
+    assert "latentmill-" in shown
+    logs = b"".join(path.read_bytes() for path in (head.folder / "r").rglob("logs/**/*") if path.is_file())
+    assert b"Running entrypoint" in logs
+    storage = Storage.open(out)
+    written = b"".join(storage.read(path) for path, _ in storage.list("_job"))
+    for secret in (S3_SECRET, head.token_file.read_text()):
+        assert secret not in shown
+        assert secret.encode() not in logs
+        assert secret.encode() not in written
+    assert stat.S_IMODE(head.token_file.stat().st_mode) == 0o600
+
+
+def wait_until(true: Callable[[], bool], seconds: float = 100) -> None:
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
