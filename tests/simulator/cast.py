@@ -236,7 +236,9 @@ class Cast:
         """Someone who types `latentmill run` (`--retry-failed`), and again when it is lost, `lives` times in all."""
         name = f"driver{next(self.numbers)}"
         ready = [True]
-        spec = SimpleNamespace(out=URL, plan=plan, runtime=SimpleNamespace(single_writer=False, retry_failed=retry))
+        spec = SimpleNamespace(
+            out=URL, plan=plan, night=None, runtime=SimpleNamespace(single_writer=False, retry_failed=retry)
+        )
 
         def restart() -> None:
             for worker in self.crews.pop(name, []):
