@@ -73,7 +73,7 @@ class Storm:
 
     def _pause(self, kind: str) -> float:
         if kind == "worker":
-            return self.chooser.uniform(1.0, 10.0)
+            return 1.0 + 9.0 * self.chooser.random() ** 1.5  # one to ten, rather less than more
         mean: float = getattr(self.climate, kind)
         return mean * self.chooser.uniform(0.5, 1.5)
 
@@ -83,13 +83,16 @@ class Storm:
             return False
         victim = self.chooser.choice(sorted(victims, key=lambda process: process.pid))
         kind = _kind(victim)
-        if self.chooser.random() < 0.2:
+        if self.chooser.random() < 0.12:
             return self._stop(kind, victim.pid)
         return self._kill(kind, victim.pid)
 
     def _driver(self) -> bool:
-        running = [driver for driver in self.drivers if driver.process is not None]
-        return bool(running) and self._kill("driver", self.chooser.choice(running).process.pid)  # type: ignore[union-attr]
+        running = [driver.process.pid for driver in self.drivers if driver.process is not None]
+        if not running:
+            return False
+        victim = self.chooser.choice(running)
+        return self._stop("driver", victim) if self.chooser.random() < 0.2 else self._kill("driver", victim)
 
     def _interrupt(self) -> bool:
         driver = self.chooser.choice(self.drivers)
