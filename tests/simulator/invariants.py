@@ -13,18 +13,9 @@ import pyarrow.parquet as pq
 from jobs.outputs.ledger import chunk_of_path, record_path, repair_of_path, repair_path
 from jobs.outputs.publish import MANIFEST_PATH, Publication
 from jobs.plans.planned import PLAN_PATH, REJECTED_PATH
-from tests.simulator.cast import (
-    CHUNKS,
-    COLUMNS,
-    SimulatedPlan,
-    decode_once,
-    effective_rows,
-    failed_samples,
-    finish_once,
-    record_rows,
-    result_of,
-    standing_plan,
-)
+from tests.simulator.cast import finish_once
+from tests.simulator.plans import CHUNKS, COLUMNS, SimulatedPlan, result_of
+from tests.simulator.reading import decode_once, effective_rows, failed_samples, record_rows, repairs_in, standing_plan
 from tests.simulator.world import Violation, World
 
 _OUR_PATHS = re.compile(
@@ -146,11 +137,6 @@ def check_swept(world: World) -> None:
             named |= {row["image"] for row in record_rows(data)}
     left = sorted(path for path in objects if path.startswith(("images/", "dataset/")) and path not in named)
     _must(not left, f"the sweeper left {left}")
-
-
-def repairs_in(objects: dict[str, bytes]) -> int:
-    """Repair records in all."""
-    return sum(repair_of_path(path) is not None for path in objects)
 
 
 @lru_cache

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 
 from jobs.outputs.clean import GRACE_SECONDS
 from jobs.runner import RunSummary
-from tests.simulator.cast import PLANS, Cast, SimulatedPlan, installed, standing_plan
+from tests.simulator.cast import Cast, installed
 from tests.simulator.invariants import Watch, check_end, check_swept
+from tests.simulator.plans import PLANS, SimulatedPlan
+from tests.simulator.reading import standing_plan
 from tests.simulator.world import Violation, Weather, World, digest
 
 CALM = Weather(fault=0.0, refusal=0.0, kill=0.0, freeze=0.0)
