@@ -22,7 +22,7 @@ from jobs.outputs.failures import FailedRow
 from jobs.runner import RunSummary
 
 ROOT = Path(__file__).parents[1]
-VERBS = ["plan", "run", "status", "verify", "report", "clean", "models", "watermark read"]
+VERBS = ["plan", "run", "submit", "status", "logs", "cancel", "verify", "report", "clean", "models", "watermark read"]
 
 Call = Callable[..., tuple[int, str, str]]
 
@@ -231,7 +231,7 @@ def test_a_mistake_of_ours_keeps_its_traceback(call: Call, monkeypatch: pytest.M
     def broken(*_args: object, **_options: object) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr("jobs.outputs.status.status", broken)
+    monkeypatch.setattr("jobs.submission.job_status", broken)
     with pytest.raises(ZeroDivisionError):
         call("status", "x")
 
