@@ -14,12 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from jobs.errors import UsageError
-from jobs.executors.scratch import scratch_folder
+from jobs.scratch import CLUSTER_PREFIX, scratch_folder, short_base
 from jobs.show.display import held_back_stderr
 from jobs.store.urls import display_url
-
-FEEDER_CPUS = 1
-"""Ray Data's own repartition task asks for a whole CPU; without one to spare the pool starves and hangs."""
 
 _QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -40,11 +37,14 @@ class Connection:
 
     where: str
     ending: ExitStack
+    joined: bool
+    """Whether it is somebody else's cluster, which nodes may join and leave."""
 
-    def resources(self) -> dict[str, float]:
+    def nodes(self) -> list[dict[str, Any]]:
+        """The cluster's nodes as Ray tells them."""
         import ray
 
-        found: dict[str, float] = ray.cluster_resources()
+        found: list[dict[str, Any]] = ray.nodes()
         return found
 
     def close(self) -> None:
@@ -64,22 +64,23 @@ def connect(address: str | None, *, insecure: bool = False) -> Connection:
     except ImportError as error:
         raise UsageError(f"Ray cannot be imported ({error}); install it, or use --executor inline") from error
     if ray.is_initialized():
-        return Connection(where="the session of this process", ending=ExitStack())
+        return Connection(where="the session of this process", ending=ExitStack(), joined=False)
     address = address or os.environ.get("RAY_ADDRESS")
     with ExitStack() as undo:
-        if address and address != "local":
+        joined = bool(address) and address != "local"
+        if address and joined:
             where = f"cluster at {display_url(address)}"
             _join_cluster(address, insecure=insecure)
         else:
             where = f"this machine, {_cores()} cores"
-            folder = undo.enter_context(scratch_folder())
+            folder = undo.enter_context(scratch_folder(short_base(), CLUSTER_PREFIX))
             undo.enter_context(_private_token(folder / "token"))
             _start_cluster(folder)
         undo.callback(ray.shutdown)
         # Called first: a dataset that was left early holds generators in reference cycles, and one that is finalised
         # after the shutdown (Ray has a thread that collects garbage) ends the whole process with exit code 1.
         undo.callback(gc.collect)
-        return Connection(where=where, ending=undo.pop_all())
+        return Connection(where=where, ending=undo.pop_all(), joined=joined)
 
 
 def _join_cluster(address: str, *, insecure: bool) -> None:
@@ -211,7 +212,7 @@ def _start_cluster(folder: Path) -> None:
     with _importable_by_children(), held_back_stderr():
         ray.init(
             address="local",
-            num_cpus=_cores() + FEEDER_CPUS,
+            num_cpus=_cores(),
             include_dashboard=False,
             log_to_driver=False,
             logging_level=logging.ERROR,

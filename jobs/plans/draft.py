@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import datetime
 import platform
-import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import cache, cached_property
 from importlib import import_module, metadata
@@ -32,6 +32,7 @@ from jobs.plans.presets import ModelChoice, ModelDefaults, ResolvedModel, resolv
 from jobs.plans.snapshot import RejectWriter, SnapshotWriter
 from jobs.plans.summary import PlanSummary, RejectNote, describe_group, expected_bytes
 from jobs.plans.sweep import Axis, build_axes
+from jobs.scratch import PLAN_PREFIX, scratch_folder
 from jobs.spec import JobSpec
 from jobs.store.urls import display_url
 
@@ -53,7 +54,7 @@ class DraftPlan:
     rejects: RejectWriter
     grid: Grid
     tokens: TokenCounter
-    folder: Path
+    spool: ExitStack
 
     def __enter__(self) -> Self:
         return self
@@ -65,7 +66,7 @@ class DraftPlan:
 
     def close(self) -> None:
         """Remove the spool."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        self.spool.close()
 
     @property
     def n_rows(self) -> int:
@@ -214,11 +215,12 @@ def draft_plan(spec: JobSpec) -> DraftPlan:
         tokens=tokens if spec.long_prompts == "error" else None,
     )
     check_job(rules, manifest.own)
-    folder = Path(tempfile.mkdtemp(prefix="latentmill-plan-"))
+    spool = ExitStack()
+    folder = spool.enter_context(scratch_folder(Path(tempfile.gettempdir()), PLAN_PREFIX))
     try:
-        return _draft(spec, model, defaults, manifest, rules, axes, tokens, folder)
+        return _draft(spec, model, defaults, manifest, rules, axes, tokens, folder, spool)
     except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
+        spool.close()
         raise
 
 
@@ -231,6 +233,7 @@ def _draft(
     axes: tuple[Axis, ...],
     tokens: TokenCounter,
     folder: Path,
+    spool: ExitStack,
 ) -> DraftPlan:
     schema = snapshot_schema(manifest.own, manifest.carried)
     snapshot = SnapshotWriter(folder, schema, class_fields=class_fields(axes), defaults=rules.defaults)
@@ -249,7 +252,7 @@ def _draft(
         rejects=rejects,
         grid=grid,
         tokens=tokens,
-        folder=folder,
+        spool=spool,
     )
 
 

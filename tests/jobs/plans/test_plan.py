@@ -55,8 +55,8 @@ def hash_of(spec):
 def test_a_draft_writes_nothing_and_leaves_nothing(job, tmp_path):
     with draft_plan(job()) as draft:
         assert draft.summary().samples == 5
-        assert draft.folder.is_dir()
-    assert not draft.folder.exists()
+        assert draft.rejects.path.is_file()
+    assert not draft.rejects.path.parent.exists()
     assert not (tmp_path / "out").exists()
 
 

@@ -1,4 +1,4 @@
-"""Private short-lived folders for local clusters, and the removal of those whose owner was killed."""
+"""Private short-lived folders on this machine, and the removal of those whose owner was killed."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-_PREFIX = "lm-"
+CLUSTER_PREFIX, PLAN_PREFIX = "lm-", "latentmill-plan-"
+
 _LOCK = "owner.lock"
 _YOUNG_SECONDS = 60.0
 
 
 @contextlib.contextmanager
-def scratch_folder() -> Iterator[Path]:
+def scratch_folder(base: Path, prefix: str) -> Iterator[Path]:
     """A folder for this process alone, gone afterwards. A killed owner's folder is removed by a later call.
 
     The owner holds a lock in it, which the kernel lets go when the owner dies, however it dies.
     """
-    base = _short_base()
-    _sweep(base)
-    folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=base))
+    _sweep(base, prefix)
+    folder = Path(tempfile.mkdtemp(prefix=prefix, dir=base))
     try:
         with (folder / _LOCK).open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
@@ -33,8 +33,14 @@ def scratch_folder() -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _sweep(base: Path) -> None:
-    for folder in base.glob(f"{_PREFIX}*"):
+def short_base() -> Path:
+    """Ray puts sockets far below, and a socket's path may have 107 bytes."""
+    base = Path(tempfile.gettempdir())
+    return base if len(str(base)) <= 12 else Path("/tmp")  # noqa: S108 - mkdtemp makes a private folder in it
+
+
+def _sweep(base: Path, prefix: str) -> None:
+    for folder in base.glob(f"{prefix}*"):
         with contextlib.suppress(OSError):  # another user's, or just being removed by someone else
             about = folder.stat()
             if about.st_uid != os.getuid() or time.time() - about.st_mtime < _YOUNG_SECONDS:
@@ -42,9 +48,3 @@ def _sweep(base: Path) -> None:
             with (folder / _LOCK).open("r+") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 shutil.rmtree(folder, ignore_errors=True)
-
-
-def _short_base() -> Path:
-    """Ray puts sockets far below, and a socket's path may have 107 bytes."""
-    base = Path(tempfile.gettempdir())
-    return base if len(str(base)) <= 12 else Path("/tmp")  # noqa: S108 - mkdtemp makes a private folder in it
