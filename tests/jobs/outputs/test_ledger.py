@@ -257,6 +257,15 @@ def test_a_row_is_repaired_once(damaged_chunk: Ledger) -> None:
         damaged_chunk.effective(7)
 
 
+@pytest.mark.parametrize(("chunk", "number"), [(7, 2), (7, 0), (8, 1)])
+def test_a_record_takes_no_repair_but_its_next(damaged_chunk: Ledger, chunk: int, number: int) -> None:
+    record = damaged_chunk.read(7)
+    assert record is not None
+    repair = decode_record(sealed(rows_of(s1="ok"), "a", number, chunk=chunk))
+    with pytest.raises(WrongRepairError, match="not repair 1 of chunk 7"):
+        record.with_repair(repair)
+
+
 def test_a_repair_of_another_plan_chunk_or_number_never_counts(damaged_chunk: Ledger) -> None:
     ledger, rows = damaged_chunk, rows_of(s1="ok")
     ledger.storage.write(repair_path(7, 1), sealed(rows, "a", 1, plan_hash="b" * 64))
