@@ -10,15 +10,15 @@ import threading
 import warnings
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
 
 from jobs.errors import JobError, UsageError
 from jobs.executors.isolation import isolate_chunk
+from jobs.executors.pool import size_pool
 from jobs.executors.ray_cell import RayCell
-from jobs.executors.ray_cluster import FEEDER_CPUS, connect
+from jobs.executors.ray_cluster import connect
 from jobs.executors.ray_stages import Generate, finish, unpacked
 from jobs.executors.ray_watch import Watch, open_roster
 from jobs.job import open_job
@@ -27,15 +27,14 @@ from jobs.spec import Runtime
 from jobs.store.urls import allowed_filesystem, display_url
 from jobs.worker import EngineFactory, Receipt, describe_fault, load_engine
 
-FINISHER_CPUS = 0.5
-ACTOR_CPUS = 0.5
-"""An actor thread and a finisher share a core: on two cores two of each can run."""
-
 HOPELESS = 8
 """Errors in a row after which a pass ends, beside two for each actor."""
 
 SINGLE_BLOCKS = 20_000
-"""Up to here every chunk is a block of its own, which spreads best; beyond, blocks of eight keep the driver small."""
+"""Up to so many chunks, each is a block of its own, which spreads best; beyond, blocks of eight cost less."""
+
+SEGMENT_BLOCKS = 5_000
+"""Blocks of one dataset: the driver's memory stays small however many chunks there are."""
 
 
 class RayExecutor:
@@ -51,7 +50,7 @@ class RayExecutor:
         self._threads = plan.threads_per_actor or 1
         self._connection = connect(runtime.address, insecure=runtime.insecure_ray)
         try:
-            self._pool = _pool(plan, runtime, self._connection.resources())
+            self._pool = size_pool(plan, runtime, self._connection.nodes(), growing=self._connection.joined)
             self._roster = open_roster(runtime.chunk_timeout)
         except BaseException:
             self._connection.close()
@@ -72,8 +71,11 @@ class RayExecutor:
         out_url = _shared_url(out_url)
         troubled = set(ray.get(self._roster.troubled.remote()))
         company = [chunk for chunk in chunks if chunk not in troubled]
-        if company:
-            yield from self._run_in_company(out_url, company, repair=repair)
+        size = 1 if len(company) <= SINGLE_BLOCKS else 8
+        for start in range(0, len(company), size * SEGMENT_BLOCKS):
+            segment = company[start : start + size * SEGMENT_BLOCKS]
+            if not self._stopping.is_set():
+                yield from self._run_in_company(out_url, segment, size, repair=repair)
             troubled = set(ray.get(self._roster.troubled.remote()))
         alone = [chunk for chunk in chunks if chunk in troubled]
         if alone and not self._stopping.is_set():
@@ -87,7 +89,8 @@ class RayExecutor:
     def describe(self) -> str:
         """Where the work runs."""
         kind = f"{self._pool.gpus:g} GPU each" if self._pool.gpus else f"CPU, {self._threads} thread(s) each"
-        return f"Ray ({self._connection.where}), up to {self._pool.actors} actors, {kind}"
+        more = ", more as nodes join" if self._pool.maximum > self._pool.initial else ""
+        return f"Ray ({self._connection.where}), {self._pool.initial} actors{more}, {kind}"
 
     def live_actors(self) -> int:
         """Actors that are up with their model loaded, as of a second ago."""
@@ -100,16 +103,18 @@ class RayExecutor:
         ray.kill(self._roster)
         self._connection.close()
 
-    def _run_in_company(self, out_url: str, chunks: Sequence[int], *, repair: bool) -> Iterator[Receipt]:
+    def _run_in_company(
+        self, out_url: str, chunks: Sequence[int], block_size: int, *, repair: bool
+    ) -> Iterator[Receipt]:
         import ray
 
         ray.get(self._roster.start_pass.remote())
-        size = min(self._pool.actors, len(chunks))
+        blocks = _blocks(chunks, block_size)
         seen: set[int] = set()
         failures = 0
         with (
             self._watch.over(self._stopping) as watch,
-            closing(_receipts(self._dataset(out_url, chunks, size, repair=repair))) as receipts,
+            closing(_receipts(self._dataset(out_url, blocks, repair=repair))) as receipts,
         ):
             for receipt in receipts:
                 seen.add(receipt.chunk)
@@ -118,13 +123,13 @@ class RayExecutor:
                 if watch.under_way is not None and seen.issuperset(watch.under_way):
                     break  # stopped, and what was in flight is done
                 failures = 0 if receipt.done else failures + (receipt.outcome == "error")
-                if failures >= HOPELESS + 2 * size:
+                if failures >= HOPELESS + 2 * self._pool.initial:
                     break  # with every chunk failing, the runner should hear of it now
             else:
                 self._note_vanished(seen)
         self._leave_out(watch.overview.unfit)
 
-    def _dataset(self, out_url: str, chunks: Sequence[int], size: int, *, repair: bool) -> Any:
+    def _dataset(self, out_url: str, blocks: list[pa.Table], *, repair: bool) -> Any:
         """The pass as Ray Data sees it: chunk numbers, through a pool of actors, then through tasks, to receipts."""
         import ray
 
@@ -133,25 +138,34 @@ class RayExecutor:
         context.print_on_execution_start = False
         context.max_errored_blocks = -1
         context.target_max_block_size = 8_000_000
-        dataset = ray.data.from_arrow(_slices(chunks)).repartition(
-            target_num_rows_per_block=1 if len(chunks) <= SINGLE_BLOCKS else 8
+        pool = ray.data.ActorPoolStrategy(
+            min_size=1,
+            initial_size=min(self._pool.initial, len(blocks)),
+            max_size=min(self._pool.maximum, len(blocks)),
+            max_tasks_in_flight_per_actor=2,
         )
         with warnings.catch_warnings():
             # Ray 2.60 has no other name for max_restarts and max_task_retries, and calls every loose keyword deprecated
             warnings.simplefilter("ignore")
-            return dataset.map_batches(
-                Generate,
-                fn_constructor_args=(out_url, self._plan.device, self._engine_factory, self._roster, repair),
-                batch_size=1,
-                batch_format="pyarrow",
-                compute=ray.data.ActorPoolStrategy(
-                    min_size=1, max_size=size, initial_size=size, max_tasks_in_flight_per_actor=2
-                ),
-                max_restarts=-1,
-                max_task_retries=3,
-                **self._worker_options(),
-            ).map_batches(
-                finish, fn_args=(out_url, self._roster), batch_size=1, batch_format="pyarrow", num_cpus=FINISHER_CPUS
+            return (
+                ray.data.from_arrow(blocks)
+                .map_batches(
+                    Generate,
+                    fn_constructor_args=(out_url, self._plan.device, self._engine_factory, self._roster, repair),
+                    batch_size=1,
+                    batch_format="pyarrow",
+                    compute=pool,
+                    max_restarts=-1,
+                    max_task_retries=3,
+                    **self._worker_options(),
+                )
+                .map_batches(
+                    finish,
+                    fn_args=(out_url, self._roster),
+                    batch_size=1,
+                    batch_format="pyarrow",
+                    num_cpus=self._pool.finisher_cpus,
+                )
             )
 
     def _worker_options(self) -> dict[str, Any]:
@@ -160,7 +174,8 @@ class RayExecutor:
         return {
             "num_cpus": self._pool.cpus,
             "num_gpus": self._pool.gpus or None,
-            "label_selector": fit,
+            "resources": dict(self._pool.resources),
+            "label_selector": {**self._pool.label_selector, **fit},
             "runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(self._threads)}},
         }
 
@@ -206,42 +221,6 @@ class RayExecutor:
             raise JobError(f"no node can work: {reasons}; correct it and run the same command again: it resumes")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Pool:
-    """How many actors, and what each one asks of Ray."""
-
-    actors: int
-    cpus: float
-    gpus: float
-
-
-def _pool(plan: Plan, runtime: Runtime, resources: dict[str, float]) -> _Pool:
-    """Actors for every GPU there is, else for every `threads_per_actor` cores."""
-    have_gpus, have_cpus = resources.get("GPU", 0.0), resources.get("CPU", 0.0)
-    if plan.device == "cuda" and not have_gpus:
-        raise JobError("device is cuda but the Ray cluster has no GPU; add GPU nodes, or plan the job with device cpu")
-    on_gpu = have_gpus > 0 and plan.device != "cpu" and runtime.gpus_per_actor != 0
-    if runtime.gpus_per_actor and not on_gpu:
-        raise JobError(
-            f"gpus_per_actor is {runtime.gpus_per_actor:g} but the job can use no GPU here (the cluster has "
-            f"{have_gpus:g}, device is {plan.device}); leave gpus_per_actor out"
-        )
-    gpus = (runtime.gpus_per_actor or 1.0) if on_gpu else 0.0
-    threads = plan.threads_per_actor or 1
-    cpus = runtime.cpus_per_actor if runtime.cpus_per_actor is not None else (0.0 if on_gpu else ACTOR_CPUS * threads)
-    room = max(have_cpus - FEEDER_CPUS - FINISHER_CPUS, 0.0)
-    by_cpu = int(room // cpus) if cpus else 10_000
-    wanted = runtime.num_actors or int(have_gpus // gpus if gpus else max((have_cpus - FEEDER_CPUS) // threads, 1))
-    actors = min(wanted, by_cpu)
-    if actors < 1 or have_cpus < FEEDER_CPUS + FINISHER_CPUS:
-        raise JobError(
-            f"an actor asks for {cpus:g} CPUs and {gpus:g} GPUs beside {FEEDER_CPUS + FINISHER_CPUS:g} CPUs for other "
-            f"work, but the cluster has {have_cpus:g} CPUs and {have_gpus:g} GPUs; lower cpus_per_actor or "
-            f"gpus_per_actor, or use a larger cluster"
-        )
-    return _Pool(actors=actors, cpus=cpus, gpus=gpus)
-
-
 def _receipts(dataset: Any) -> Generator[Receipt]:
     """Receipts as they come. Raises JobError when the cluster cannot go on."""
     import ray
@@ -259,11 +238,10 @@ def _receipts(dataset: Any) -> Generator[Receipt]:
         batches.close()
 
 
-def _slices(chunks: Sequence[int]) -> list[pa.Table]:
-    """The chunk numbers as at most 50 tables: more would cost the driver memory, one would feed slowly."""
+def _blocks(chunks: Sequence[int], size: int) -> list[pa.Table]:
+    """The chunk numbers as tables of `size`, put by the driver: a task that cut them would need a CPU of its own."""
     numbers = pa.table({"chunk": pa.array(chunks, pa.int64())})
-    step = -(-len(chunks) // 50)
-    return [numbers.slice(start, step) for start in range(0, len(chunks), step)]
+    return [numbers.slice(start, size) for start in range(0, len(chunks), size)]
 
 
 def _shared_url(out_url: str) -> str:

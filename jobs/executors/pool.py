@@ -1,0 +1,110 @@
+"""How many actors a job may have, and what each of them and of its finishers asks of the cluster."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from jobs.errors import JobError, UsageError
+from jobs.executors.accelerators import Accelerators, choose_accelerators
+from jobs.plans.plan import Plan
+from jobs.spec import Runtime
+
+ACTOR_SHARE = 0.9
+"""Of each core of an actor on CPUs. The rest stays for finishers: however the pool grows, or comes back on fewer nodes
+than it was made for, they are never starved."""
+
+CPU_FINISHER, GPU_FINISHER = 0.1, 0.5
+"""CPUs of a finisher: the rest of one core beside an actor on CPUs, half a core where models have GPUs."""
+
+UNBOUNDED = 10_000
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Pool:
+    """`initial` actors fit the cluster as it is; up to `maximum` are started as nodes join. The rest is per process."""
+
+    initial: int
+    maximum: int
+    cpus: float
+    gpus: float
+    finisher_cpus: float
+    resources: Mapping[str, float] = field(default_factory=dict)
+    label_selector: Mapping[str, str] = field(default_factory=dict)
+
+
+def size_pool(plan: Plan, runtime: Runtime, nodes: Iterable[Mapping[str, Any]], *, growing: bool) -> Pool:
+    """Actors for every GPU of one type, else for every `threads_per_actor` cores.
+
+    `growing`: nodes may join. Raises JobError for what can never be scheduled, UsageError for several types of GPU.
+    """
+    alive = [node for node in nodes if node.get("Alive")]
+    chosen = _accelerators(plan, runtime, alive)
+    have_cpus = sum(node["Resources"].get("CPU", 0.0) for node in alive)
+    awaited = growing and runtime.num_actors is not None  # an autoscaler brings nodes once something asks for them
+    if plan.device == "cuda" and not chosen.gpus and not awaited:
+        raise JobError(
+            "device is cuda but the Ray cluster has no GPU; add GPU nodes, give --num-actors if an autoscaler brings "
+            "them, or plan the job with device cpu"
+        )
+    on_gpu = plan.device == "cuda" or (chosen.gpus > 0 and plan.device != "cpu" and runtime.gpus_per_actor != 0)
+    if runtime.gpus_per_actor and not on_gpu:
+        raise JobError(
+            f"gpus_per_actor is {runtime.gpus_per_actor:g} but the job can use no GPU here (the cluster has "
+            f"{chosen.gpus:g}, device is {plan.device}); leave gpus_per_actor out"
+        )
+    gpus = (runtime.gpus_per_actor or 1.0) if on_gpu else 0.0
+    threads = plan.threads_per_actor or 1
+    cpus = runtime.cpus_per_actor
+    if cpus is None:
+        cpus = 0.0 if on_gpu else ACTOR_SHARE * threads
+    finisher = GPU_FINISHER if on_gpu else CPU_FINISHER
+    cores = float(threads) if runtime.cpus_per_actor is None and not on_gpu else cpus
+    fits = _fitting([node["Resources"] for node in alive if _is_of(node, chosen)], cores, gpus)
+    if fits and have_cpus - fits * cpus < finisher - 1e-6:
+        fits -= 1
+    if not fits and not awaited:
+        raise JobError(
+            f"an actor asks for {cpus:g} CPUs and {gpus:g} GPUs of one node, and a finisher for {finisher:g} CPUs, but "
+            f"the cluster has {have_cpus:g} CPUs and {chosen.gpus:g} GPUs on {len(alive)} node(s); lower "
+            f"cpus_per_actor or gpus_per_actor, or use a larger cluster"
+        )
+    maximum = runtime.num_actors or (UNBOUNDED if growing else fits)
+    return Pool(
+        initial=max(1, min(fits, maximum)),
+        maximum=maximum,
+        cpus=cpus,
+        gpus=gpus,
+        finisher_cpus=finisher,
+        resources=chosen.resources if on_gpu else {},
+        label_selector=chosen.label_selector if on_gpu else {},
+    )
+
+
+def _accelerators(plan: Plan, runtime: Runtime, nodes: Iterable[Mapping[str, Any]]) -> Accelerators:
+    if plan.device == "cpu":
+        if runtime.accelerator_type is not None:
+            raise UsageError(
+                f"accelerator_type is {runtime.accelerator_type} but the job is planned for the CPU; leave it out, or "
+                f"plan the job with device cuda"
+            )
+        return Accelerators(type=None, gpus=0.0)
+    return choose_accelerators(nodes, wanted=runtime.accelerator_type, allow_mixed=runtime.allow_mixed_accelerators)
+
+
+def _is_of(node: Mapping[str, Any], chosen: Accelerators) -> bool:
+    """Whether the node has GPUs of the chosen type, if one was chosen."""
+    labels = node.get("Labels", {})
+    return all(name in node["Resources"] for name in chosen.resources) and all(
+        labels.get(name) == value for name, value in chosen.label_selector.items()
+    )
+
+
+def _fitting(nodes: Sequence[Mapping[str, float]], cpus: float, gpus: float) -> int:
+    """How many actors fit the nodes as they are."""
+    return sum(min(_times(node, "CPU", cpus), _times(node, "GPU", gpus)) for node in nodes)
+
+
+def _times(node: Mapping[str, float], name: str, each: float) -> int:
+    return int((node.get(name, 0.0) + 1e-6) // each) if each else UNBOUNDED
