@@ -180,4 +180,4 @@ class Storm:
 
 
 def _kind(process: Process) -> str:
-    return "actor" if "_Generate" in process.title else "post task" if "_finish" in process.title else "other worker"
+    return "actor" if "Generate" in process.title else "post task" if "inish" in process.title else "other worker"

@@ -11,6 +11,7 @@ from typing import Literal
 
 Model = Literal["fake", "embedded"]
 _COLOURS = ("red", "blue", "green", "orange", "purple", "yellow")
+_GROUNDS = ("white", "black", "light blue", "dark blue", "gray")
 _SHAPES = ("circle", "triangle", "square", "cross", "ring", "heart", "diamond")
 
 
@@ -50,7 +51,7 @@ def embedded_job(folder: Path, variant: int, samples: int) -> SoakJob:
     rows = [
         {
             "prompt": f"a {chooser.choice(['large', 'small'])} {chooser.choice(_COLOURS)} {chooser.choice(_SHAPES)} "
-            "in the center on a white background",
+            f"in the center on a {chooser.choice(_GROUNDS)} background",
             "num_inference_steps": chooser.choice([5, 6]),
         }
         for _ in range(samples)
