@@ -4,40 +4,29 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import io
-import itertools
 import json
 import multiprocessing
 import os
 import re
-import signal
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from jobs.runner import RunSummary, run_job
 from jobs.spec import JobSpec
+from jobs.store.parquet import read_parquet
 from jobs.store.storage import Storage
 from jobs.worker import EngineFactory
 from tests.jobs.fakes import fake_engine
+from tests.jobs.traps import KillAt, Rig, arm
 
 # Children are forked from a server that has imported everything and runs nothing: they start at once, and are real.
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["tests.jobs.driver", "transformers"])
-
-
-@dataclass(frozen=True)
-class KillAt:
-    """SIGKILL `before` or `after` the nth call of a storage verb on a path that begins with `prefix`."""
-
-    when: str
-    verb: str
-    prefix: str
-    nth: int = 1
 
 
 def job_spec(model: Path | str, prompts: Path | str, out: Path | str, **settings: Any) -> JobSpec:
@@ -53,11 +42,17 @@ def run(spec: JobSpec, **options: Any) -> RunSummary:
 
 
 def start(
-    spec: JobSpec, log: Path, *, kill_at: KillAt | None = None, engine: EngineFactory = fake_engine
+    spec: JobSpec,
+    log: Path,
+    *,
+    kill_at: KillAt | None = None,
+    engine: EngineFactory = fake_engine,
+    environment: Mapping[str, str] | None = None,
 ) -> multiprocessing.Process:
     """Run a job in a process of its own; its exit code is the job's, its words go to `log`."""
-    environment = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
-    process = PROCESSES.Process(target=_drive, args=(spec, str(log), kill_at, engine, environment))
+    aws = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
+    arguments = (spec, str(log), kill_at, engine, aws | dict(environment or {}))
+    process = PROCESSES.Process(target=_drive, args=arguments)
     process.start()
     return process
 
@@ -66,26 +61,12 @@ def _drive(spec: JobSpec, log: str, kill_at: KillAt | None, engine: EngineFactor
     os.environ.update(environment)
     with Path(log).open("a") as output, contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
         if kill_at is not None:
-            _arm(kill_at)
+            arm(kill_at)
+        if isinstance(engine, Rig):
+            engine.arm_driver()
         summary = run(spec, engine_factory=engine)
         print(json.dumps({"exit_code": summary.exit_code, "generated": summary.generated}), flush=True)
     sys.exit(summary.exit_code)
-
-
-def _arm(kill_at: KillAt) -> None:
-    original = getattr(Storage, kill_at.verb)
-    numbers = itertools.count(1)  # its next is atomic, and storage is called from several threads
-
-    def deadly(self: Storage, path: str, *data: bytes) -> Any:
-        hit = path.startswith(kill_at.prefix) and next(numbers) == kill_at.nth
-        if hit and kill_at.when == "before":
-            os.kill(os.getpid(), signal.SIGKILL)
-        result = original(self, path, *data)
-        if hit:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return result
-
-    setattr(Storage, kill_at.verb, deadly)
 
 
 @dataclass(frozen=True)
@@ -102,7 +83,7 @@ def read_dataset(out: str) -> Dataset:
     storage = Storage.open(out)
     manifest = json.loads(storage.read("dataset/manifest.json"))
     parts = manifest.pop("parts")
-    rows = pa.concat_tables([pq.read_table(io.BytesIO(storage.read(part["path"]))) for part in parts])
+    rows = pa.concat_tables([read_parquet(storage.read(part["path"])) for part in parts])
     paths = rows.column("image").to_pylist()
     files = {
         sample: hashlib.sha256(storage.read(path)).hexdigest()

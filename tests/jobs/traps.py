@@ -1,0 +1,234 @@
+"""Places to die: a process that comes to a trap ends by SIGKILL there, and of all that come only the first one does."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import signal
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from engine import GenerationRequest, GenerationResult
+from jobs.plans.plan import Plan
+from jobs.store.storage import Storage
+from jobs.worker import load_engine
+from tests.jobs.fakes import fake_engine
+
+
+@dataclass(frozen=True)
+class KillAt:
+    """SIGKILL `before` or `after` the nth call of a storage verb on a path that begins with `prefix`."""
+
+    when: Literal["before", "after"]
+    verb: str
+    prefix: str
+    nth: int = 1
+
+
+@dataclass(frozen=True)
+class AtSync:
+    """When the nth file whose path contains `part` is written, but still has its temporary name."""
+
+    part: str
+    nth: int = 1
+
+
+@dataclass(frozen=True)
+class AtLoading:
+    """While the model is loaded, with so many of its networks in memory."""
+
+    networks: int = 1
+
+
+@dataclass(frozen=True)
+class AtStep:
+    """Within a batch, before the nth call of the U-Net."""
+
+    nth: int
+
+
+@dataclass(frozen=True)
+class AtBatch:
+    """Before the nth batch of an engine without a model."""
+
+    nth: int
+
+
+Trap = KillAt | AtSync | AtLoading | AtStep | AtBatch
+
+
+@dataclass(frozen=True)
+class Rig:
+    """An engine factory with a trap. Its engine adds the images that it has made to `tally`, a line for each chunk.
+
+    `where` says which process the trap is for: the one that plans and drives, the one with the model, or the one that
+    finishes chunks. The finisher has no engine: its trap travels inside the chunk, and is armed by being unpickled.
+    """
+
+    folder: str
+    trap: Trap | None = None
+    where: Literal["driver", "generator", "finisher"] = "driver"
+    real: bool = False
+
+    @property
+    def tally(self) -> Path:
+        return Path(self.folder, "tally")
+
+    @property
+    def victim(self) -> Path:
+        """Holds the number of the process that died in the trap, once one has."""
+        return Path(self.folder, "victim")
+
+    def arm_driver(self) -> None:
+        """Called once in the process that drives."""
+        if self.trap is not None and self.where == "driver":
+            arm(self.trap, self.victim)
+
+    def __call__(self, plan: Plan, device: str) -> CountingEngine:
+        if self.trap is not None and self.where == "generator":
+            arm(self.trap, self.victim)
+        engine = load_engine(plan, device) if self.real else fake_engine(plan, device)
+        if self.where == "generator" and isinstance(self.trap, AtLoading) and not self.real:
+            spring(self.victim)
+        return CountingEngine(engine, self)
+
+
+class CountingEngine:
+    """Another engine's pictures, counted; its execution class carries the finisher's trap."""
+
+    def __init__(self, engine: Any, rig: Rig) -> None:
+        self._engine = engine
+        self._rig = rig
+        self._batches = 0
+
+    @property
+    def execution_class(self) -> str:
+        rig, name = self._rig, self._engine.execution_class
+        return Armed(name, rig) if rig.where == "finisher" else name
+
+    def generate(self, requests: Sequence[GenerationRequest]) -> list[GenerationResult]:
+        self._batches += 1
+        rig = self._rig
+        if rig.where == "generator" and rig.trap == AtBatch(self._batches):
+            spring(rig.victim)
+        results = self._engine.generate(requests)
+        with rig.tally.open("a") as tally:
+            tally.write(f"{len(results)}\n")
+        return results
+
+
+class Armed(str):
+    """A text that arms its rig's trap in the process that unpickles it, and is a plain text from then on."""
+
+    __slots__ = ("rig",)
+
+    def __new__(cls, text: str, rig: Rig) -> Armed:
+        self = super().__new__(cls, text)
+        self.rig = rig
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _armed_text, (str(self), self.rig)
+
+
+def _armed_text(text: str, rig: Rig) -> str:
+    if rig.trap is not None:
+        arm(rig.trap, rig.victim)
+    return text
+
+
+def arm(trap: Trap, victim: Path | None = None) -> None:
+    """Set a trap in this process, once. Whoever dies in it writes its number into `victim` first, if there is one."""
+    if (trap, victim) in _armed:
+        return
+    _armed.add((trap, victim))
+    if isinstance(trap, KillAt):
+        _arm_storage(trap, victim)
+    elif isinstance(trap, AtSync):
+        _arm_sync(trap, victim)
+    elif isinstance(trap, AtLoading):
+        _arm_loading(trap, victim)
+    elif isinstance(trap, AtStep):
+        _arm_steps(trap, victim)
+
+
+_armed: set[tuple[Trap, Path | None]] = set()
+
+
+def spring(victim: Path | None) -> None:
+    """Die, unless another process has died here already."""
+    if victim is not None:
+        try:
+            with victim.open("x") as file:
+                file.write(f"{os.getpid()}")
+        except FileExistsError:
+            return
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+class _Counter:
+    """Says of the nth call that it is the one; each process counts for itself."""
+
+    def __init__(self, nth: int) -> None:
+        self._numbers = itertools.count(1)  # its next is atomic, and storage is called from several threads
+        self._nth = nth
+
+    def hit(self) -> bool:
+        return next(self._numbers) == self._nth
+
+
+def _arm_storage(trap: KillAt, victim: Path | None) -> None:
+    original: Callable[..., Any] = getattr(Storage, trap.verb)
+    counter = _Counter(trap.nth)
+
+    def deadly(self: Storage, path: str, *data: bytes) -> Any:
+        hit = path.startswith(trap.prefix) and counter.hit()
+        if hit and trap.when == "before":
+            spring(victim)
+        result = original(self, path, *data)
+        if hit:
+            spring(victim)
+        return result
+
+    setattr(Storage, trap.verb, deadly)
+
+
+def _arm_sync(trap: AtSync, victim: Path | None) -> None:
+    original = os.fsync
+    counter = _Counter(trap.nth)
+
+    def deadly(handle: int) -> None:
+        path = str(Path(f"/proc/self/fd/{handle}").readlink())
+        if trap.part in path and path.endswith(".tmp") and counter.hit():
+            spring(victim)
+        original(handle)
+
+    os.fsync = deadly
+
+
+def _arm_loading(trap: AtLoading, victim: Path | None) -> None:
+    from torch import nn
+
+    original = nn.Module.load_state_dict
+    counter = _Counter(trap.networks + 1)
+
+    def deadly(self: nn.Module, *arguments: Any, **options: Any) -> Any:
+        if counter.hit():
+            spring(victim)
+        return original(self, *arguments, **options)
+
+    nn.Module.load_state_dict = deadly
+
+
+def _arm_steps(trap: AtStep, victim: Path | None) -> None:
+    from torch.nn.modules.module import register_module_forward_pre_hook
+
+    counter = _Counter(trap.nth)
+
+    def deadly(module: Any, _: Any) -> None:
+        if type(module).__name__ == "UNet" and counter.hit():
+            spring(victim)
+
+    register_module_forward_pre_hook(deadly)
