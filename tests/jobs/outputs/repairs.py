@@ -42,3 +42,7 @@ def start_repair(out: str, chunk: int, engine: EngineFactory = healed_engine) ->
 def repair(out: str, chunk: int, engine: EngineFactory = healed_engine) -> Receipt:
     """One try to repair a chunk."""
     return finish_chunk(out, start_repair(out, chunk, engine))
+
+
+def partly_healed_engine(plan: Plan, device: str) -> HealedEngine:
+    return healed_engine(plan, device, healed=("four", "five"))
