@@ -33,7 +33,7 @@ HOPELESS = 8
 SINGLE_BLOCKS = 20_000
 """Up to so many chunks, each is a block of its own, which spreads best; beyond, blocks of eight cost less."""
 
-SEGMENT_BLOCKS = 5_000
+SEGMENT_BLOCKS = 2_000
 """Blocks of one dataset: the driver's memory stays small however many chunks there are."""
 
 
@@ -55,7 +55,7 @@ class RayExecutor:
         except BaseException:
             self._connection.close()
             raise
-        self._watch = Watch(self._roster)
+        self._watch = Watch(self._roster, self._connection.head)
         self._unfit: dict[str, str] = {}
         self._stopping = threading.Event()
 

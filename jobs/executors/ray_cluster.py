@@ -37,8 +37,13 @@ class Connection:
 
     where: str
     ending: ExitStack
-    joined: bool
-    """Whether it is somebody else's cluster, which nodes may join and leave."""
+    head: str | None = None
+    """HOST:PORT of somebody else's cluster, which nodes may join and leave; None for one of our own."""
+
+    @property
+    def joined(self) -> bool:
+        """Whether the cluster is somebody else's."""
+        return self.head is not None
 
     def nodes(self) -> list[dict[str, Any]]:
         """The cluster's nodes as Ray tells them."""
@@ -64,13 +69,13 @@ def connect(address: str | None, *, insecure: bool = False) -> Connection:
     except ImportError as error:
         raise UsageError(f"Ray cannot be imported ({error}); install it, or use --executor inline") from error
     if ray.is_initialized():
-        return Connection(where="the session of this process", ending=ExitStack(), joined=False)
+        return Connection(where="the session of this process", ending=ExitStack())
     address = address or os.environ.get("RAY_ADDRESS")
     with ExitStack() as undo:
-        joined = bool(address) and address != "local"
-        if address and joined:
+        head = None
+        if address and address != "local":
             where = f"cluster at {display_url(address)}"
-            _join_cluster(address, insecure=insecure)
+            head = _join_cluster(address, insecure=insecure)
         else:
             where = f"this machine, {_cores()} cores"
             folder = undo.enter_context(scratch_folder(short_base(), CLUSTER_PREFIX))
@@ -80,10 +85,11 @@ def connect(address: str | None, *, insecure: bool = False) -> Connection:
         # Called first: a dataset that was left early holds generators in reference cycles, and one that is finalised
         # after the shutdown (Ray has a thread that collects garbage) ends the whole process with exit code 1.
         undo.callback(gc.collect)
-        return Connection(where=where, ending=undo.pop_all(), joined=joined)
+        return Connection(where=where, ending=undo.pop_all(), head=head)
 
 
-def _join_cluster(address: str, *, insecure: bool) -> None:
+def _join_cluster(address: str, *, insecure: bool) -> str:
+    """The HOST:PORT of the cluster that this process has joined."""
     import ray
 
     where = display_url(address)
@@ -99,6 +105,7 @@ def _join_cluster(address: str, *, insecure: bool) -> None:
         except (OSError, RuntimeError, ValueError) as error:
             reason = " ".join(str(error).split())[:200]
             raise UsageError(f"no Ray cluster answers at {where}: {reason}; check --address or RAY_ADDRESS") from error
+    return endpoint
 
 
 def open_cluster_text(where: str) -> str:

@@ -13,6 +13,7 @@ import pyarrow as pa
 from engine import EngineError
 from jobs.errors import JobError
 from jobs.executors.deadline import deadline
+from jobs.executors.roster import UNKNOWN_SECONDS
 from jobs.worker import (
     ChunkGenerator,
     EngineFactory,
@@ -57,7 +58,10 @@ class Generate:
             return Receipt(chunk=chunk, outcome="skipped")
         try:
             group, samples = generator.cut(chunk)
-            seconds = ray.get(self._roster.begin.remote(self._name, chunk, group, samples))
+            try:
+                seconds = ray.get(self._roster.begin.remote(self._name, chunk, group, samples))
+            except ray.exceptions.RayError:  # the roster is only advice
+                seconds = samples * UNKNOWN_SECONDS
             if seconds is None:
                 return Receipt(chunk=chunk, outcome="skipped", actor=generator.actor)
             with deadline(seconds):

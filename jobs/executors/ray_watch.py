@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import socket
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -10,8 +12,10 @@ from typing import Any
 
 from jobs.executors.ray_cell import GRACE_SECONDS
 from jobs.executors.roster import Overview, Roster
+from jobs.show.display import print_line
 
 _WATCH_SECONDS = 1.0
+_HEAD_SECONDS = 5.0
 
 
 def open_roster(chunk_timeout: float | None) -> Any:
@@ -27,8 +31,9 @@ def open_roster(chunk_timeout: float | None) -> Any:
 class Watch:
     """Looks at the roster once a second: kills workers that hang beyond their deadline, and passes a stop on."""
 
-    def __init__(self, roster: Any) -> None:
+    def __init__(self, roster: Any, head: str | None) -> None:
         self._roster = roster
+        self._head = head
         self.overview = Overview(ready=0, begun=0, overdue=(), unfit={})
         self.under_way: frozenset[int] | None = None
         """Once the workers were told to stop: the chunks that may still be in flight."""
@@ -50,10 +55,30 @@ class Watch:
     def _look(self, stopping: threading.Event, over: threading.Event) -> None:
         import ray
 
+        head_asked, head_silent = time.monotonic(), False
         with suppress(ray.exceptions.RayError):  # the main thread meets the same error, and says what it means
             while not over.wait(_WATCH_SECONDS):
+                if time.monotonic() - head_asked > _HEAD_SECONDS:
+                    head_asked, head_silent = time.monotonic(), self._tell_of_silence(head_silent)
                 self.overview = ray.get(self._roster.overview.remote(GRACE_SECONDS))
                 for worker in self.overview.overdue:
                     ray.kill(worker, no_restart=False)
-                if self.under_way is None and (stopping.is_set() or self.overview.unfit):
-                    self.under_way = frozenset(ray.get(self._roster.stop.remote()))
+                if stopping.is_set() or self.overview.unfit:
+                    begun = frozenset(ray.get(self._roster.stop.remote()))  # each time: it may be a new roster
+                    self.under_way = begun if self.under_way is None else self.under_way
+
+    def _tell_of_silence(self, told: bool) -> bool:
+        """Whether the head is silent, said once: after a minute of it, Ray ends this process without a word."""
+        if self._head is None:
+            return False
+        host, _, port = self._head.rpartition(":")
+        try:
+            socket.create_connection((host, int(port)), timeout=2).close()
+        except OSError:
+            if not told:
+                text = (
+                    f"the head of the Ray cluster at {self._head} does not answer; if it stays away for a minute this "
+                )
+                print_line(f"latentmill: {text}command ends: run it again then, it resumes", error=True)
+            return True
+        return False

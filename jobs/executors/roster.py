@@ -101,13 +101,16 @@ class Roster:
     def unfit(self, worker: str, reason: str) -> None:
         """The model cannot be loaded there: no chunk should go there again."""
         if worker in self._workers:
-            self._nodes[self._workers[worker].node].unfit = reason
+            self._nodes.setdefault(self._workers[worker].node, _Node()).unfit = reason
 
     def begin(self, worker: str, chunk: int, group: int, samples: int) -> float | None:
-        """The seconds that the worker may take for a chunk; None if it must not begin it."""
-        entry = self._workers.get(worker)
-        if entry is None or self._stopped or self._troubles[chunk] >= COMPANY_TRIES:
+        """The seconds that the worker may take for a chunk; None if it must not begin it.
+
+        A worker that is not known here is one from before this roster was lost and started again.
+        """
+        if self._stopped or self._troubles[chunk] >= COMPANY_TRIES:
             return None
+        entry = self._workers.setdefault(worker, _Worker(handle=None, node="", ready=True))
         entry.chunk, entry.since, entry.deadline = chunk, self.clock(), self.deadline(group, samples)
         self._begun.append(chunk)
         self._n_begun += 1
@@ -118,7 +121,7 @@ class Roster:
         entry = self._workers.get(worker)
         if entry is not None and entry.chunk is not None:
             self._slowest[group] = max(self._slowest.get(group, 0.0), self.clock() - entry.since)
-            self._nodes[entry.node].troubles = 0
+            self._nodes.setdefault(entry.node, _Node()).troubles = 0
             entry.chunk = None
 
     def left(self, worker: str, fault: str | None) -> None:
@@ -158,13 +161,15 @@ class Roster:
             overdue=tuple(
                 worker.handle
                 for worker in self._workers.values()
-                if worker.chunk is not None and now > worker.since + worker.deadline + grace
+                if worker.handle is not None
+                and worker.chunk is not None
+                and now > worker.since + worker.deadline + grace
             ),
             unfit={name: node.unfit for name, node in self._nodes.items() if node.unfit is not None},
         )
 
     def _note_trouble(self, worker: _Worker, reason: str) -> None:
-        node = self._nodes[worker.node]
+        node = self._nodes.setdefault(worker.node, _Node())
         node.troubles += 1
         if node.troubles >= NODE_TROUBLES and node.unfit is None:
             node.unfit = f"{node.troubles} failures in a row, the last: {reason}"

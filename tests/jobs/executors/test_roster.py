@@ -103,6 +103,14 @@ def test_a_stop_names_what_is_under_way_and_nothing_begins_until_the_next_pass(r
     assert roster.stop() == [3]
     assert roster.begin("a", 4, 0, 1) is None
     roster.start_pass()
-    assert roster.begin("a", 4, 0, 1) is None, "a worker of the pass before"
-    roster.enter("a", "north", None)
     assert roster.begin("a", 4, 0, 1) is not None
+
+
+def test_a_roster_that_was_lost_starts_afresh_and_stops_nobody(clock: Clock):
+    roster = Roster(clock=clock)
+    seconds = roster.begin("known to the roster before", 4, 0, 2)
+    assert seconds == 2 * UNKNOWN_SECONDS
+    roster.done("known to the roster before", 0)
+    roster.begin("known to the roster before", 5, 0, 2)
+    clock.now += 1e6
+    assert roster.overview(30).overdue == ()
