@@ -120,7 +120,7 @@ def publish(
         if job.ledger.listing().n_repairs == listing.n_repairs:
             job.storage.write(MANIFEST_PATH, publication.to_json())
             # Then looked at again: whoever slept between the two lines above has put back what was replaced meanwhile.
-            # Killed right then, it leaves the older publication, which does not stand: `verify` and the next run see it.
+            # Killed right then, it leaves the older publication, which does not stand: `verify` and the next run tell.
     raise JobError(
         f"{job.storage.url}/dataset was published {_ROUNDS} times and changed by somebody else each time; "
         f"wait for the other drivers, then run the same command again"
