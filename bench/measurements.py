@@ -18,7 +18,8 @@ from jobs.outputs.publish import publish, standing_publication
 from jobs.outputs.status import status
 from jobs.outputs.verify import verify
 from jobs.plans.plan import adopt, draft_plan
-from jobs.runner import Progress, run_job
+from jobs.progress import Progress
+from jobs.runner import run_job
 from jobs.store.storage import Storage
 
 Facts = dict[str, Any]

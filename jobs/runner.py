@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import shlex
-import signal
-import threading
 import time
-from collections import deque
-from collections.abc import Callable, Generator, Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Generator
+from contextlib import closing
 from dataclasses import dataclass
-from typing import Any, Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
 from jobs.errors import JobError, OutputConflictError
 from jobs.executors.base import Executor
+from jobs.interrupt import Interrupt, graceful_interrupt
 from jobs.job import Job, open_job
 from jobs.outputs.failures import FailedRow, failed_rows
 from jobs.outputs.latest import Latest, point_to_latest
 from jobs.outputs.publish import Publication, publish, standing_publication
 from jobs.plans.plan import Plan, adopt, draft_plan
+from jobs.progress import Progress, Tracker
 from jobs.spec import JobSpec
 from jobs.store.errors import StorageError
 from jobs.store.storage import Storage
@@ -31,25 +28,6 @@ PASSES_WITHOUT_PROGRESS = 3
 """Passes over the open chunks that may end without one new commit before the job gives up."""
 
 RESUME = "run the same command again: it resumes"
-
-Phase = Literal["planning", "starting", "generating", "publishing", "done"]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Progress:
-    """How far a run is. `done` counts samples in the ledger; the three statuses count this run's own."""
-
-    phase: Phase
-    done: int
-    total: int
-    ok: int
-    flagged: int
-    failed: int
-    chunks_done: int
-    chunks_total: int
-    actors: int
-    images_per_second: float
-    eta_seconds: float | None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -90,9 +68,9 @@ def run_job(
     failing. With `spec.runtime.retry_failed`, samples that failed are made once more.
     """
     started = time.monotonic()
-    with _graceful_interrupt(on_stop) as interrupt:
+    with graceful_interrupt(on_stop) as interrupt:
         job = _adopt(spec)
-        tracker = _Tracker(job.plan, on_progress)
+        tracker = Tracker(job.plan, on_progress)
         publication = standing_publication(job)
         where = "nothing to do"
         try:
@@ -133,7 +111,7 @@ def _open_executor(spec: JobSpec, plan: Plan, engine_factory: EngineFactory) -> 
     return RayExecutor(plan, spec.runtime, engine_factory=engine_factory)
 
 
-def _execute(job: Job, out_url: str, executor: Executor, tracker: _Tracker, interrupt: _Interrupt) -> None:
+def _execute(job: Job, out_url: str, executor: Executor, tracker: Tracker, interrupt: Interrupt) -> None:
     """Run passes over the open chunks until there is none. Raises KeyboardInterrupt if it was stopped before."""
     idle_passes = 0
     committed = job.ledger.committed()
@@ -150,7 +128,7 @@ def _execute(job: Job, out_url: str, executor: Executor, tracker: _Tracker, inte
         _give_up_after(idle_passes, len(pending), tracker)
 
 
-def _repair(job: Job, out_url: str, executor: Executor, tracker: _Tracker, interrupt: _Interrupt) -> None:
+def _repair(job: Job, out_url: str, executor: Executor, tracker: Tracker, interrupt: Interrupt) -> None:
     """Make the samples that failed once more: each of their chunks comes to an end once, whatever the outcome."""
     idle_passes = 0
     pending = set(job.ledger.failed_chunks())
@@ -168,7 +146,7 @@ def _repair(job: Job, out_url: str, executor: Executor, tracker: _Tracker, inter
         _give_up_after(idle_passes, len(pending), tracker)
 
 
-def _give_up_after(idle_passes: int, n_pending: int, tracker: _Tracker) -> None:
+def _give_up_after(idle_passes: int, n_pending: int, tracker: Tracker) -> None:
     if idle_passes == PASSES_WITHOUT_PROGRESS:
         raise JobError(
             f"{n_pending} chunks are still open after {idle_passes} passes without a new commit; the last error was: "
@@ -186,116 +164,9 @@ def _receipts(executor: Executor, out_url: str, chunks: list[int], *, repair: bo
         yield receipt
 
 
-class _Interrupt:
-    """What SIGINT and SIGTERM do: the first stops an executor that has work in flight, any other one everything."""
-
-    def __init__(self, on_stop: Callable[[], None]) -> None:
-        self.asked = False
-        self._on_stop = on_stop
-        self._executor: Executor | None = None
-
-    def handle(self, _signal: int, _frame: Any) -> None:
-        """The signals' handler."""
-        first, self.asked = not self.asked, True
-        if not first or self._executor is None or not self._executor.stop():
-            raise KeyboardInterrupt
-        self._on_stop()
-
-    @contextmanager
-    def stopping(self, executor: Executor) -> Iterator[None]:
-        """Within, the first signal lets this executor finish what is in flight."""
-        self._executor = executor
-        try:
-            yield
-        finally:
-            self._executor = None
-
-
-@contextmanager
-def _graceful_interrupt(on_stop: Callable[[], None]) -> Iterator[_Interrupt]:
-    """Within, SIGINT and SIGTERM are handled. Only a main thread can do that; elsewhere its owner decides."""
-    interrupt = _Interrupt(on_stop)
-    if threading.current_thread() is not threading.main_thread():
-        yield interrupt
-        return
-    previous = {number: signal.signal(number, interrupt.handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield interrupt
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-
-class _Tracker:
-    """Adds up receipts into Progress."""
-
-    def __init__(self, plan: Plan, on_progress: Callable[[Progress], None]) -> None:
-        self._plan = plan
-        self._on_progress = on_progress
-        self._executor: Executor | None = None
-        self._done = np.zeros(plan.n_chunks, dtype=np.bool_)
-        self._samples_done = 0
-        self._marks: deque[tuple[float, int]] = deque(maxlen=32)
-        self.counts = {"ok": 0, "flagged": 0, "failed": 0}
-        self.generated = 0
-        self.last_error: str | None = None
-        self.show("planning")
-
-    def begin_pass(self, committed: NDArray[np.bool_], executor: Executor) -> None:
-        self._executor = executor
-        self._done = committed.copy()
-        self._samples_done = self._plan.samples_in_chunks(committed)
-        self._marks.clear()
-        self._marks.append((time.monotonic(), 0))
-        self.show("starting")
-
-    def begin_repair(self, executor: Executor) -> None:
-        """Every chunk is committed; what a repair makes is counted as generated alone."""
-        self.begin_pass(np.ones(self._plan.n_chunks, dtype=np.bool_), executor)
-
-    def add(self, receipt: Receipt) -> None:
-        samples = receipt.ok + receipt.flagged + receipt.failed
-        if receipt.outcome in {"committed", "lost", "unrepaired"}:
-            self.generated += samples
-            if len(self._marks) == 1:  # loading the model does not belong to the rate
-                self._marks[0] = (time.monotonic() - receipt.generate_seconds - receipt.finish_seconds, 0)
-            self._marks.append((time.monotonic(), samples))
-        if receipt.done and not self._done[receipt.chunk]:
-            self._done[receipt.chunk] = True
-            self._samples_done += samples
-            for status in self.counts:
-                self.counts[status] += getattr(receipt, status)
-        self.last_error = receipt.error or self.last_error
-        self.show("generating")
-
-    @property
-    def rate(self) -> float:
-        """Images per second over the last receipts."""
-        if len(self._marks) < 2:
-            return 0.0
-        seconds = self._marks[-1][0] - self._marks[0][0]
-        return sum(samples for _, samples in list(self._marks)[1:]) / seconds if seconds > 0 else 0.0
-
-    def show(self, phase: Phase) -> None:
-        left = self._plan.n_samples - self._samples_done
-        self._on_progress(
-            Progress(
-                phase=phase,
-                done=self._samples_done,
-                total=self._plan.n_samples,
-                **self.counts,
-                chunks_done=int(self._done.sum()),
-                chunks_total=self._plan.n_chunks,
-                actors=self._executor.live_actors() if self._executor is not None else 0,
-                images_per_second=self.rate,
-                eta_seconds=left / self.rate if self.rate > 0 else None,
-            )
-        )
-
-
 def _summary(
     job: Job,
-    tracker: _Tracker,
+    tracker: Tracker,
     publication: Publication | None,
     where: str,
     seconds: float,

@@ -26,7 +26,7 @@ from jobs.errors import JobError
 
 if TYPE_CHECKING:
     from jobs.outputs.verify import VerifyProgress
-    from jobs.runner import Progress  # they bring pyarrow; `--help` must not wait for that
+    from jobs.progress import Progress  # they bring pyarrow; `--help` must not wait for that
 
 
 PLAIN_EVERY = 10.0

@@ -17,7 +17,8 @@ from jobs.job import open_job
 from jobs.outputs.status import status
 from jobs.outputs.verify import verify
 from jobs.plans.plan import Plan
-from jobs.runner import Progress, run_job
+from jobs.progress import Progress
+from jobs.runner import run_job
 from jobs.store.backends import LocalFolder
 from tests.jobs.driver import KillAt, job_spec, read_dataset, run, start
 from tests.jobs.fakes import FakeEngine, fake_engine

@@ -13,7 +13,7 @@ import pytest
 from jobs.executors.isolation import DIED, OVERRAN
 from jobs.executors.ray_cluster import connect
 from jobs.outputs.verify import verify
-from jobs.runner import Progress
+from jobs.progress import Progress
 from jobs.store.storage import Storage
 from tests.jobs.driver import job_spec, read_dataset, run
 from tests.jobs.fakes import FakeEngine

@@ -14,7 +14,8 @@ import pytest
 from jobs.errors import JobError, UsageError
 from jobs.executors import ray as ray_executor
 from jobs.executors.ray_cluster import connect
-from jobs.runner import Progress, run_job
+from jobs.progress import Progress
+from jobs.runner import run_job
 from jobs.store.storage import Storage
 from tests.jobs.driver import job_spec, read_dataset, run
 from tests.jobs.fakes import broken_engine

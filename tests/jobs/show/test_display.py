@@ -13,7 +13,7 @@ from rich.console import Console
 
 from jobs.errors import JobError
 from jobs.outputs.verify import VerifyProgress
-from jobs.runner import Progress
+from jobs.progress import Progress
 from jobs.show.display import (
     BarView,
     LineView,
