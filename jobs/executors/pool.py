@@ -15,8 +15,9 @@ ACTOR_SHARE = 0.9
 """Of each core of an actor on CPUs. The rest stays for finishers: however the pool grows, or comes back on fewer nodes
 than it was made for, they are never starved."""
 
-CPU_FINISHER, GPU_FINISHER = 0.1, 0.5
-"""CPUs of a finisher: the rest of one core beside an actor on CPUs, half a core where models have GPUs."""
+CPU_FINISHER, GPU_FINISHER = 0.0, 0.5
+"""CPUs of a finisher. None beside actors on CPUs: Ray Data gives every stage that asks for CPUs an equal share of them,
+used or not, so that actors would never be started on a node that joins. Half a core where models have GPUs."""
 
 UNBOUNDED = 10_000
 

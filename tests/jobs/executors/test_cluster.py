@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import threading
+import time
 import urllib.error
 import urllib.request
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,7 +16,12 @@ import pytest
 
 from jobs.errors import UsageError
 from jobs.executors.ray_cluster import asks_for_a_token, connect
-from tests.jobs.executors.nodes import Nodes, cluster
+from jobs.outputs.records import decode_record
+from jobs.plans.plan import Plan
+from jobs.store.storage import Storage
+from tests.jobs.driver import job_spec, read_dataset, run
+from tests.jobs.executors.nodes import Nodes, cluster, descendants
+from tests.jobs.fakes import FakeEngine
 
 pytestmark = pytest.mark.filterwarnings(r"ignore::DeprecationWarning:ray\..*")  # Ray 2.60 uses its own old settings
 
@@ -49,7 +57,7 @@ def test_a_cluster_that_serves_anyone_is_refused_unless_the_user_insists(strange
             connect(nodes.address)
         connection = connect(nodes.address, insecure=True)
         try:
-            assert connection.resources()["CPU"] == 1
+            assert [node["Resources"]["CPU"] for node in connection.nodes()] == [1]
         finally:
             connection.close()
 
@@ -104,3 +112,96 @@ def test_a_cluster_of_our_own_asks_for_a_token_that_nobody_else_can_read(strange
     assert os.environ["RAY_AUTH_TOKEN"] == "an older one"
     assert not Path("~/.ray").expanduser().exists()
     assert {"RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH"}.isdisjoint(os.environ)
+
+
+GATE = "LATENTMILL_TEST_GATE"
+
+
+class PacedEngine(FakeEngine):
+    """A second for a chunk until the test has seen enough, and no time afterwards."""
+
+    def generate(self, requests):
+        self.pause = 0.0 if Path(os.environ[GATE]).exists() else 1.0
+        return super().generate(requests)
+
+
+def paced_engine(plan: Plan, device: str) -> PacedEngine:
+    return PacedEngine(batch_size=plan.batch_size)
+
+
+class Scenario(threading.Thread):
+    """Looks at the ledger while a job runs, adds a node, and takes another away; remembers who made which chunk."""
+
+    def __init__(self, nodes: Nodes, out: str, gate: Path) -> None:
+        super().__init__(daemon=True)
+        self.makers: dict[int, str] = {}
+        self.after_death: list[str] = []
+        self.fault: BaseException | None = None
+        self._nodes = nodes
+        self._storage = Storage.open(out)
+        self._gate = gate
+        self._owners: dict[str, str] = {}
+        self._names: dict[int, str] = {}
+
+    def run(self) -> None:
+        assert self._nodes.head is not None
+        try:
+            first = self._nodes.workers[0]
+            self._names = {self._nodes.head.process.pid: "head", first.process.pid: "dies"}
+            self._wait_for({"head", "dies"})
+            second = self._nodes.add_worker(cpus=1)
+            self._names[second.process.pid] = "joins"
+            self._wait_for({"joins"})
+            first.kill()
+            time.sleep(1)  # what it had committed by then is in the ledger
+            self._look()
+            known = set(self.makers)
+            self._wait_until(lambda: len(self.makers) >= len(known) + 6)
+            self.after_death = [maker for chunk, maker in self.makers.items() if chunk not in known]
+        except BaseException as fault:  # noqa: BLE001 - a thread has nobody else to tell
+            self.fault = fault
+        finally:
+            self._gate.touch()
+
+    def _wait_for(self, names: set[str]) -> None:
+        self._wait_until(lambda: names <= set(self.makers.values()))
+
+    def _wait_until(self, true) -> None:
+        deadline = time.monotonic() + 90
+        while not true():
+            assert time.monotonic() < deadline, Counter(self.makers.values())
+            time.sleep(0.3)
+            self._look()
+
+    def _look(self) -> None:
+        for pid, name in self._names.items():
+            self._owners |= dict.fromkeys(map(str, descendants(pid)), name)
+        for path, _ in self._storage.list("ledger"):
+            record = decode_record(self._storage.read(path))
+            if record.chunk not in self.makers:
+                pid = record.metadata["actor"].rpartition(":")[2]
+                self.makers[record.chunk] = self._owners.get(pid, "unknown")
+
+
+@pytest.mark.timeout(200)
+def test_nodes_join_and_die_while_a_job_runs(stranger, monkeypatch, tiny_model: Path, manifest, tmp_path: Path):
+    """Three raylets, one core each: work is spread, the late node is used, the dead one's chunks are made elsewhere."""
+    gate, out = tmp_path / "gate", str(tmp_path / "rough")
+    monkeypatch.setenv(GATE, str(gate))
+    prompts = manifest(300)
+    run(job_spec(tiny_model, prompts, tmp_path / "calm"))
+    with cluster(head_cpus=1, environment={GATE: str(gate)}) as nodes:
+        for name, value in nodes.client_environment.items():
+            monkeypatch.setenv(name, value)
+        nodes.add_worker(cpus=1)
+        scenario = Scenario(nodes, out, gate)
+        scenario.start()
+        spec = job_spec(tiny_model, prompts, out, executor="ray", address=nodes.address)
+        summary = run(spec, engine_factory=paced_engine)
+        scenario.join(10)
+    assert scenario.fault is None
+    assert set(scenario.makers.values()) >= {"head", "dies", "joins"}
+    assert {"joins", "head"} >= set(scenario.after_death) >= {"joins"}
+    assert (summary.exit_code, summary.counts) == (0, {"ok": 300, "flagged": 0, "failed": 0})
+    assert len(list(Storage.open(out).list("ledger"))) == 150
+    assert read_dataset(out) == read_dataset(str(tmp_path / "calm"))
