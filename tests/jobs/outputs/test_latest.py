@@ -7,6 +7,7 @@ import itertools
 import json
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,10 @@ from jobs.night import Night, tonight
 from jobs.outputs import latest
 from jobs.outputs.latest import Latest, point_to_latest
 from jobs.runner import RunSummary
+from jobs.show.views import show_run
 from jobs.spec import JobSpec, resolve
 from jobs.store.storage import Storage
+from jobs.submission import _job_file
 from tests.jobs.driver import run
 from tests.jobs.fakes import fake_engine
 
@@ -199,3 +202,23 @@ def test_a_job_file_may_have_the_template_and_the_date(tmp_path: Path) -> None:
     job.write_text("prompts: a.txt\nout: out/sweep/{date}\ndate: 2026-11-22\n")
     assert resolve(str(job), {}).out == "out/sweep/2026-11-22"
     assert resolve(str(job), {"date": "2026-11-21"}).out == "out/sweep/2026-11-21"
+
+
+def test_a_submitted_night_keeps_its_template_and_its_date(tmp_path: Path) -> None:
+    flags = {"prompts": ["a.txt"], "out": "s3://bucket/sweep/{date}", "seed": 3}
+    spec = resolve(None, flags, today=MONDAY)
+    (tmp_path / "job.yaml").write_bytes(_job_file(spec, ["s3://bucket/a.txt"]))
+    on_the_cluster = resolve(str(tmp_path / "job.yaml"), {}, today=WEDNESDAY)
+    assert (on_the_cluster.night, on_the_cluster.out, on_the_cluster.seed) == (spec.night, spec.out, 3)
+
+
+def test_the_summary_says_where_the_pointer_is_and_whose_bits_there_are(
+    tiny_model: Path, manifest: Manifest, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    summary = run(night_spec(tiny_model, manifest(1), f"{tmp_path}/{{date}}", MONDAY))
+    show_run(summary)
+    told = capsys.readouterr().out
+    assert f"{tmp_path}/latest.json, at 2026-11-23" in told
+    assert "execution class" not in told
+    show_run(replace(summary, execution_classes=("cpu", "cuda")))
+    assert "of 2 execution classes" in capsys.readouterr().out
