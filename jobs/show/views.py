@@ -70,7 +70,7 @@ def show_plan(plan: PlanSummary) -> None:
         print_table(
             f"rejected rows (first {len(rows)} of {plan.rejected_rows:,})", ["file", "row", "why", "text"], rows
         )
-    print_line(f"next: latentmill run {shlex.join(sys.argv[2:])}" if len(sys.argv) > 2 else "next: latentmill run")
+    print_line(safe(shlex.join(["next:", "latentmill", "run", *sys.argv[2:]])))  # a file's name can be hostile too
 
 
 def show_run(summary: RunSummary) -> None:
@@ -88,6 +88,8 @@ def show_run(summary: RunSummary) -> None:
         f"{summary.images_per_second:.2f} images/s"
     )
     facts["executor"] = summary.executor
+    if summary.left_out:
+        facts["left out"] = "; ".join(summary.left_out)
     facts["images"] = f"{summary.out}/images"
     if done:
         facts["dataset"] = f"{summary.out}/dataset"
