@@ -18,8 +18,8 @@ ROOT = Path(__file__).parents[2]
 RAY = Path(sys.executable).with_name("ray")
 _RAYS_OWN = re.compile("IDLE|Agent|_StatsActor|_AutoscalingCoordinator|ActorLocationTracker")
 _STORE_BYTES = 128_000_000
-_SECONDS_BETWEEN_STARTS = 4.0
-"""Two raylets that start at once on one machine choose the same socket, and one of them dies."""
+_LONGEST_START = 15.0
+"""Two raylets that start at once on one machine choose the same socket and one dies: each waits for the one before."""
 
 
 @dataclass
@@ -53,7 +53,7 @@ class Cluster:
         self.port = _lasting_port()
         self.head = Node("head", 1)
         self.workers = [Node(f"worker{number}", cpus) for number, cpus in enumerate(self.worker_cpus)]
-        self._last_start = 0.0
+        self._starting: Node | None = None
         self.environment = self.store | {
             "PYTHONPATH": str(ROOT),
             "OMP_NUM_THREADS": "1",
@@ -77,7 +77,7 @@ class Cluster:
     def supervise(self) -> None:
         """Start the next node that is down: the head first, the others once it answers, one at a time."""
         now = time.monotonic()
-        if now - self._last_start < _SECONDS_BETWEEN_STARTS:
+        if self._starting and now - self._starting.started < _LONGEST_START and not self._is_up(self._starting):
             return
         down = next((node for node in self.nodes if node.process is None or node.process.poll() is not None), None)
         if down is None or (down is not self.head and not self._answers()):
@@ -86,13 +86,13 @@ class Cluster:
             self.restarts += 1
             self.family.kill_tree(down.process.pid)
         self._start(down)
-        self._last_start = now
+        self._starting = down
 
     def wait_until_up(self, seconds: float = 90.0) -> None:
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             self.supervise()
-            if self._answers() and all(node.process and self.raylet(node) for node in self.nodes):
+            if self._answers() and all(self.raylet(node) and self._is_up(node) for node in self.nodes):
                 return
             time.sleep(0.2)
         raise RuntimeError(f"the Ray cluster did not start; see {self.folder}/*.log")
@@ -115,6 +115,13 @@ class Cluster:
         """The processes that do a job's work at this moment: actors, post tasks, and whatever else is not Ray's own."""
         everyone = self.family.below()
         return [each for each in everyone if each.title.startswith("ray::") and not _RAYS_OWN.search(each.title)]
+
+    def _is_up(self, node: Node) -> bool:
+        """Its raylet has got so far that it has children, or it has failed."""
+        raylet = self.raylet(node)
+        return (
+            bool(self.family.below(raylet.pid)) if raylet else node.process is None or node.process.poll() is not None
+        )
 
     def _answers(self) -> bool:
         with contextlib.suppress(OSError):

@@ -1,4 +1,4 @@
-"""The fake engine of the soak: half a second per chunk, and every call leaves a byte in a file."""
+"""The fake engine of the soak: where its calls are counted, each takes half a second and leaves a byte in a file."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class CountedEngine(FakeEngine):
         if path := os.environ.get(CALLS):
             with Path(path).open("ab", buffering=0) as calls:
                 calls.write(b".")
-        time.sleep(0.5)
+            time.sleep(0.5)
         return super().generate(requests) if only is None else super().generate(requests, only=only)
 
 
