@@ -6,7 +6,7 @@ import shlex
 import time
 from collections.abc import Callable, Generator
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -50,6 +50,8 @@ class RunSummary:
     next_command: str
     failures: tuple[FailedRow, ...]
     """The first of the samples that failed, by the published dataset."""
+    left_out: tuple[str, ...] = ()
+    """Nodes that could not take part, with the reason."""
     execution_classes: tuple[str, ...] = ()
     latest: Latest | None = None
 
@@ -72,7 +74,7 @@ def run_job(
         job = _adopt(spec)
         tracker = Tracker(job.plan, on_progress)
         publication = standing_publication(job)
-        where = "nothing to do"
+        where, left_out = "nothing to do", tuple[str, ...]()
         try:
             if publication is None or (spec.runtime.retry_failed and publication.counts["failed"]):
                 executor = _open_executor(spec, job.plan, engine_factory)
@@ -81,6 +83,7 @@ def run_job(
                     _execute(job, spec.out, executor, tracker, interrupt)
                     if spec.runtime.retry_failed:
                         _repair(job, spec.out, executor, tracker, interrupt)
+                    left_out = tuple(executor.left_out())
             tracker.show("publishing")
             publication = publish(job)
         except KeyboardInterrupt:
@@ -88,7 +91,8 @@ def run_job(
     tracker.show("done")
     exit_code = 1 if publication.counts["failed"] else 0
     latest = point_to_latest(spec.night) if spec.night is not None and exit_code == 0 else None
-    return _summary(job, tracker, publication, where, time.monotonic() - started, exit_code=exit_code, latest=latest)
+    summary = _summary(job, tracker, publication, where, time.monotonic() - started, exit_code=exit_code)
+    return replace(summary, latest=latest, left_out=left_out)
 
 
 def _adopt(spec: JobSpec) -> Job:
@@ -172,7 +176,6 @@ def _summary(
     seconds: float,
     *,
     exit_code: int,
-    latest: Latest | None = None,
 ) -> RunSummary:
     out = job.storage.url
     return RunSummary(
@@ -188,5 +191,4 @@ def _summary(
         next_command=RESUME if publication is None else f"latentmill report {shlex.quote(out)}",
         failures=() if publication is None else failed_rows(job, publication),
         execution_classes=() if publication is None else publication.execution_classes,
-        latest=latest,
     )

@@ -30,5 +30,8 @@ class Executor(Protocol):
     def live_actors(self) -> int:
         """How many models are loaded and at work."""
 
+    def left_out(self) -> Sequence[str]:
+        """What could not take part, and why: one line for each such node."""
+
     def close(self) -> None:
         """Give everything back."""

@@ -65,6 +65,10 @@ class InlineExecutor:
         """One, once the model is loaded."""
         return int(self._generator is not None)
 
+    def left_out(self) -> Sequence[str]:
+        """Nothing: there is one process."""
+        return ()
+
     def close(self) -> None:
         """Let go of the model."""
         self._generator = None

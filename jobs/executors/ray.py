@@ -96,6 +96,10 @@ class RayExecutor:
         """Actors that are up with their model loaded, as of a second ago."""
         return self._watch.overview.ready
 
+    def left_out(self) -> Sequence[str]:
+        """Nodes where no model can be loaded, or where everything failed."""
+        return tuple(sorted(set(self._unfit.values())))
+
     def close(self) -> None:
         """Disconnect, and end the cluster if it was started here; nobody else's cluster is ever stopped."""
         import ray
@@ -113,7 +117,7 @@ class RayExecutor:
         seen: set[int] = set()
         failures = 0
         with (
-            self._watch.over(self._stopping) as watch,
+            self._watch.over(self._stopping, self._unfit) as watch,
             closing(_receipts(self._dataset(out_url, blocks, repair=repair))) as receipts,
         ):
             for receipt in receipts:
@@ -217,8 +221,9 @@ class RayExecutor:
 
         self._unfit.update(unfit)
         if unfit and all(node["NodeID"] in self._unfit for node in ray.nodes() if node["Alive"]):
-            reasons = "; ".join(sorted(set(self._unfit.values())))
-            raise JobError(f"no node can work: {reasons}; correct it and run the same command again: it resumes")
+            raise JobError(
+                f"no node can work: {'; '.join(self.left_out())}; correct it and run the same command again: it resumes"
+            )
 
 
 def _receipts(dataset: Any) -> Generator[Receipt]:

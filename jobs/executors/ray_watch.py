@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any
@@ -39,11 +39,13 @@ class Watch:
         """Once the workers were told to stop: the chunks that may still be in flight."""
 
     @contextmanager
-    def over(self, stopping: threading.Event) -> Iterator[Watch]:
-        """Watch one pass."""
+    def over(self, stopping: threading.Event, left_out: Collection[str]) -> Iterator[Watch]:
+        """Watch one pass; a node that turns out to be unfit and is not `left_out` yet ends it, as `stopping` does."""
         self.under_way = None
         over = threading.Event()
-        thread = threading.Thread(target=self._look, args=(stopping, over), name="watch", daemon=True)
+        thread = threading.Thread(
+            target=self._look, args=(stopping, frozenset(left_out), over), name="watch", daemon=True
+        )
         thread.start()
         try:
             yield self
@@ -52,7 +54,7 @@ class Watch:
             thread.join(_WATCH_SECONDS)
             self.overview = replace(self.overview, ready=0, begun=0)
 
-    def _look(self, stopping: threading.Event, over: threading.Event) -> None:
+    def _look(self, stopping: threading.Event, left_out: frozenset[str], over: threading.Event) -> None:
         import ray
 
         head_asked, head_silent = time.monotonic(), False
@@ -63,7 +65,7 @@ class Watch:
                 self.overview = ray.get(self._roster.overview.remote(GRACE_SECONDS))
                 for worker in self.overview.overdue:
                     ray.kill(worker, no_restart=False)
-                if stopping.is_set() or self.overview.unfit:
+                if stopping.is_set() or not left_out.issuperset(self.overview.unfit):
                     begun = frozenset(ray.get(self._roster.stop.remote()))  # each time: it may be a new roster
                     self.under_way = begun if self.under_way is None else self.under_way
 

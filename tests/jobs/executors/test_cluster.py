@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import threading
 import time
 import urllib.error
 import urllib.request
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from jobs.errors import UsageError
 from jobs.executors.ray_cluster import asks_for_a_token, connect
+from jobs.models.place import place_model
 from jobs.outputs.records import decode_record
 from jobs.plans.plan import Plan
 from jobs.store.storage import Storage
@@ -205,3 +208,48 @@ def test_nodes_join_and_die_while_a_job_runs(stranger, monkeypatch, tiny_model: 
     assert (summary.exit_code, summary.counts) == (0, {"ok": 300, "flagged": 0, "failed": 0})
     assert len(list(Storage.open(out).list("ledger"))) == 150
     assert read_dataset(out) == read_dataset(str(tmp_path / "calm"))
+
+
+COPY = "LATENTMILL_TEST_COPY"
+
+
+def copied_engine(plan: Plan, device: str) -> FakeEngine:
+    """A node with a copy of the model of its own checks that one, as every node checks what it has."""
+    if os.environ.get(COPY):
+        place_model(replace(plan.model, source=os.environ[COPY]))
+    return FakeEngine(batch_size=plan.batch_size, pause=0.3)
+
+
+@pytest.mark.timeout(200)
+def test_a_node_with_corrupt_weights_is_named_and_left_out(
+    stranger, monkeypatch, tiny_model: Path, manifest, tmp_path: Path
+):
+    copy = tmp_path / "copy"
+    shutil.copytree(tiny_model, copy)
+    weights = copy / "unet" / "diffusion_pytorch_model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    with cluster(head_cpus=1) as nodes:
+        for name, value in nodes.client_environment.items():
+            monkeypatch.setenv(name, value)
+        nodes.environment[COPY] = str(copy)
+        nodes.add_worker(cpus=1)
+        wait_for_nodes(nodes, 2)
+        spec = job_spec(tiny_model, manifest(30), tmp_path / "out", executor="ray", address=nodes.address)
+        summary = run(spec, engine_factory=copied_engine)
+    assert (summary.exit_code, summary.counts) == (0, {"ok": 30, "flagged": 0, "failed": 0})
+    assert len(summary.left_out) == 1
+    assert "the model could not be loaded" in summary.left_out[0]
+    assert "unet/diffusion_pytorch_model.safetensors" in summary.left_out[0]
+
+
+def wait_for_nodes(nodes: Nodes, number: int) -> None:
+    connection = connect(nodes.address)
+    try:
+        deadline = time.monotonic() + 60
+        while sum(node["Alive"] for node in connection.nodes()) < number:
+            assert time.monotonic() < deadline
+            time.sleep(0.3)
+    finally:
+        connection.close()
