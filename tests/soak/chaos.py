@@ -78,14 +78,13 @@ class Storm:
         return mean * self.chooser.uniform(0.5, 1.5)
 
     def _worker(self) -> bool:
-        victims = self.cluster.working()
-        if not victims:
+        everyone = sorted(self.cluster.working(), key=lambda process: process.pid)
+        main = [process for process in everyone if _kind(process) in {"actor", "post task", "lone run"}]
+        if not main:
             return False
-        victim = self.chooser.choice(sorted(victims, key=lambda process: process.pid))
+        victim = self.chooser.choice(main if self.chooser.random() < 0.9 else everyone)
         kind = _kind(victim)
-        if self.chooser.random() < 0.12:
-            return self._stop(kind, victim.pid)
-        return self._kill(kind, victim.pid)
+        return self._stop(kind, victim.pid) if self.chooser.random() < 0.12 else self._kill(kind, victim.pid)
 
     def _driver(self) -> bool:
         running = [driver.process.pid for driver in self.drivers if driver.process is not None]
@@ -180,4 +179,5 @@ class Storm:
 
 
 def _kind(process: Process) -> str:
-    return "actor" if "Generate" in process.title else "post task" if "inish" in process.title else "other worker"
+    words = {"Generate": "actor", "finish": "post task", "Cell": "lone run", "Roster": "roster"}
+    return next((kind for word, kind in words.items() if word in process.title), "other worker")
