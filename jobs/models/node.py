@@ -16,11 +16,17 @@ from pathlib import Path
 PATIENCE_SECONDS = 1800.0
 """How long another process may be at it before one goes ahead beside it: it may be stopped, and hold its lock."""
 
+_NOWHERE = Path("/dev/null/latentmill")
+"""Cannot be written: nothing is remembered, and a model at a URL asks for LATENTMILL_CACHE."""
+
 
 def cache_folder() -> Path:
     """Where this node keeps models and what it knows of them: LATENTMILL_CACHE, else ~/.cache/latentmill."""
     named = os.environ.get("LATENTMILL_CACHE")
-    return Path(named).expanduser().absolute() if named else Path.home() / ".cache" / "latentmill"
+    try:
+        return Path(named).expanduser().absolute() if named else Path.home() / ".cache" / "latentmill"
+    except RuntimeError:  # a user without a home, as containers have
+        return _NOWHERE
 
 
 def node_name() -> str:

@@ -179,6 +179,18 @@ def test_a_full_disk_or_an_unwritable_cache_says_what_to_do(node_cache, url, mon
         hold(url, DIGESTS)
 
 
+def test_a_user_without_a_home_has_no_cache_and_local_models_all_the_same(node_cache, tmp_path, url, monkeypatch):
+    def homeless():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("LATENTMILL_CACHE")
+    monkeypatch.setattr(Path, "home", homeless)
+    (tmp_path / "file").write_bytes(FILES["model_index.json"])
+    assert file_digest(tmp_path / "file") == DIGESTS["model_index.json"]
+    with pytest.raises(JobError, match="name another folder by LATENTMILL_CACHE"):
+        hold(url, DIGESTS)
+
+
 def test_a_file_is_hashed_once_and_again_when_it_was_touched(node_cache, tmp_path, monkeypatch):
     path = tmp_path / "weights.safetensors"
     path.write_bytes(FILES["unet/weights.safetensors"])
