@@ -73,9 +73,9 @@ def test_tonights_dataset_is_made_once_and_another_plan_is_refused(
     again = run(night_spec(tiny_model, manifest(2), out, MONDAY), engine_factory=never)
     assert (again.exit_code, again.generated) == (0, 0)
     assert pointer(tmp_path / "sweep")["out"] == f"{tmp_path}/sweep/2026-11-23"
-    before = (tmp_path / "sweep/latest.json").stat()
+    before = (tmp_path / "sweep/latest.json").stat().st_mtime_ns
     run(night_spec(tiny_model, manifest(2), out, MONDAY), engine_factory=never)
-    assert (tmp_path / "sweep/latest.json").stat() == before
+    assert (tmp_path / "sweep/latest.json").stat().st_mtime_ns == before
     with pytest.raises(OutputConflictError):
         run(night_spec(tiny_model, manifest(3, "edited.txt"), out, MONDAY), engine_factory=never)
 
@@ -83,12 +83,12 @@ def test_tonights_dataset_is_made_once_and_another_plan_is_refused(
 def test_an_older_night_that_ends_late_leaves_the_pointer(tiny_model: Path, manifest: Manifest, tmp_path: Path) -> None:
     out = f"{tmp_path}/sweep/{{date}}"
     run(night_spec(tiny_model, manifest(1), out, TUESDAY))
-    before = (tmp_path / "sweep/latest.json").stat()
+    before = (tmp_path / "sweep/latest.json").stat().st_mtime_ns
     late = run(night_spec(tiny_model, manifest(1), out, WEDNESDAY, date="2026-11-23"))
     assert late.exit_code == 0
     assert late.latest is not None
     assert (late.out, late.latest.date) == (f"{tmp_path}/sweep/2026-11-23", "2026-11-24")
-    assert (tmp_path / "sweep/latest.json").stat() == before  # not even for a moment
+    assert (tmp_path / "sweep/latest.json").stat().st_mtime_ns == before  # not even for a moment
     assert pointer(tmp_path / "sweep")["date"] == "2026-11-24"
 
 
