@@ -102,6 +102,7 @@ def play(scene: Scene, number: int, model: Model, end: float, tally: Tally) -> N
 def _weather_through(scene: Scene, storm: Storm, drivers: list[Driver], end: float) -> bool:
     """Until both drivers are done; True if they are not, long after the storm, or keep ending in unknown ways."""
     calm_since: float | None = None
+    next_reap = 0.0
     while not all(driver.done for driver in drivers):
         now = time.monotonic()
         scene.cluster.supervise()
@@ -116,7 +117,9 @@ def _weather_through(scene: Scene, storm: Storm, drivers: list[Driver], end: flo
             return True
         if any(len(driver.surprises) > _SURPRISES for driver in drivers):
             return True
-        scene.cluster.family.reap()
+        if now > next_reap:  # it looks at every process of the machine
+            scene.cluster.family.reap()
+            next_reap = now + 2.0
         time.sleep(_TICK)
     storm.calm()
     return False
