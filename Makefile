@@ -8,7 +8,7 @@ MINUTES ?= 30
 SEED ?= 7
 
 .DEFAULT_GOAL := help
-.PHONY: help install dev run test test-gpu soak lint typecheck bench train evaluate
+.PHONY: help install dev run test test-gpu test-stores soak lint typecheck bench train evaluate
 
 help: ## this list
 	@echo "latentmill: prompts in, a verified image dataset out"
@@ -28,6 +28,9 @@ test: dev ## run all tests
 
 test-gpu: $(if $(GPU_PYTHON),,dev) ## run the tests that need a CUDA device; GPU_PYTHON=python3 uses another torch
 	$(or $(GPU_PYTHON),$(BIN)/python) -m pytest -m gpu tests/gpu
+
+test-stores: $(VENV)/.stores $(VENV)/azurite/.installed ## run the job on emulators of Google's and Azure's stores; needs npm
+	AZURITE=$(VENV)/azurite/node_modules/.bin/azurite-blob $(BIN)/python -m pytest -m stores tests/stores
 
 soak: dev ## the commit protocol simulated, then real faults on a real cluster: MINUTES=30 SEED=7
 	$(BIN)/python -m tests.simulator --schedules 10000 --seed $(SEED)
@@ -74,3 +77,10 @@ $(VENV)/.dev: $(VENV)/.installed
 
 $(VENV)/.train: $(VENV)/.installed
 	$(call install_packages,.[train])
+
+$(VENV)/.stores: $(VENV)/.dev
+	$(call install_packages,.[test,stores])
+
+$(VENV)/azurite/.installed:
+	@npm install --silent --no-audit --no-fund --prefix $(VENV)/azurite azurite@3.35.0
+	@touch $@

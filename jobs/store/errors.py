@@ -118,7 +118,10 @@ def remedy(error: BaseException) -> str:
     code, number = store_code(error), error.errno if isinstance(error, OSError) else None
     resume = "then run the same command again: it resumes"
     answers = (
-        (code == "NoSuchBucket", "create the bucket or correct its name in --out"),
+        (
+            code in {"NoSuchBucket", "404"} or isinstance(error, FileNotFoundError),
+            "create the bucket or correct its name in --out",
+        ),
         (code == "RequestTimeTooSkewed", f"set this machine's clock, {resume}"),
         (
             code in _CREDENTIAL_CODES or "Credential" in type(error).__name__,
@@ -126,7 +129,7 @@ def remedy(error: BaseException) -> str:
             + resume,
         ),
         (
-            isinstance(error, PermissionError) or code in {"AccessDenied", "403"},
+            isinstance(error, PermissionError) or code in {"AccessDenied", "403"} or str(error).startswith("Forbidden"),
             "grant read, write and list on it to this user, or choose another --out",
         ),
         (

@@ -47,6 +47,8 @@ _PROBE_SECONDS = 5.0
 _SILENCE_SECONDS = 5.0
 _LONGEST_PAUSE = 5.0
 
+_WRITING = frozenset({"write", "create", "write to"})
+
 _log = logging.getLogger(__name__)
 _sleep = time.sleep
 _clock = time.monotonic
@@ -196,8 +198,8 @@ class Storage:
             try:
                 return call()
             except FileNotFoundError as error:
-                if store_code(error) != "NoSuchBucket":
-                    raise
+                if store_code(error) != "NoSuchBucket" and verb not in _WRITING:
+                    raise  # an object that is not there; what cannot be written lacks its bucket
                 raise self._error(verb, path, error) from error
             except Exception as error:  # fsspec's backends share no base class; anything not transient is re-raised
                 if isinstance(error, ValueError | TypeError | AttributeError):

@@ -24,6 +24,8 @@ from jobs.worker import EngineFactory
 from tests.jobs.fakes import fake_engine
 from tests.jobs.traps import KillAt, Rig, arm
 
+_STORE_SETTINGS = ("AWS_", "AZURE_", "GCSFS_", "STORAGE_EMULATOR_")
+
 # Children are forked from a server that has imported everything and runs nothing: they start at once, and are real.
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["tests.jobs.driver", "transformers"])
@@ -50,7 +52,7 @@ def start(
     environment: Mapping[str, str] | None = None,
 ) -> multiprocessing.Process:
     """Run a job in a process of its own; its exit code is the job's, its words go to `log`."""
-    aws = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
+    aws = {name: value for name, value in os.environ.items() if name.startswith(_STORE_SETTINGS)}
     arguments = (spec, str(log), kill_at, engine, aws | dict(environment or {}))
     process = PROCESSES.Process(target=_drive, args=arguments)
     process.start()
