@@ -19,18 +19,24 @@ CPU_FINISHER, GPU_FINISHER = 0.0, 0.5
 """CPUs of a finisher. None beside actors on CPUs: Ray Data gives every stage that asks for CPUs an equal share of them,
 used or not, so that actors would never be started on a node that joins. Half a core where models have GPUs."""
 
+FEWEST_FINISHERS = 2
+
 UNBOUNDED = 10_000
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Pool:
-    """`initial` actors fit the cluster as it is; up to `maximum` are started as nodes join. The rest is per process."""
+    """`initial` actors fit the cluster as it is; up to `maximum` are started as nodes join. The rest is per process.
+
+    `finishers`: so many at once, where they ask for no CPU that would bound them; else None.
+    """
 
     initial: int
     maximum: int
     cpus: float
     gpus: float
     finisher_cpus: float
+    finishers: int | None = None
     resources: Mapping[str, float] = field(default_factory=dict)
     label_selector: Mapping[str, str] = field(default_factory=dict)
 
@@ -78,6 +84,7 @@ def size_pool(plan: Plan, runtime: Runtime, nodes: Iterable[Mapping[str, Any]], 
         cpus=cpus,
         gpus=gpus,
         finisher_cpus=finisher,
+        finishers=None if finisher else max(2 * FEWEST_FINISHERS if growing else FEWEST_FINISHERS, fits),
         resources=chosen.resources if on_gpu else {},
         label_selector=chosen.label_selector if on_gpu else {},
     )

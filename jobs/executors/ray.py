@@ -169,6 +169,7 @@ class RayExecutor:
                     batch_size=1,
                     batch_format="pyarrow",
                     num_cpus=self._pool.finisher_cpus,
+                    compute=ray.data.TaskPoolStrategy(size=self._pool.finishers),
                 )
             )
 

@@ -51,6 +51,13 @@ def test_the_rest_of_the_cores_is_the_finishers_however_far_the_pool_grows():
         assert cores - most * sized.cpus >= sized.finisher_cpus - 1e-9 or most > cores
 
 
+def test_finishers_that_ask_for_no_cpu_are_bounded_by_their_number():
+    """Without a bound Ray starts a process for every chunk that waits to be finished."""
+    assert [pool(nodes({"CPU": cores})).finishers for cores in (1.0, 2.0, 16.0)] == [2, 2, 16]
+    assert pool(nodes({"CPU": 1.0}), growing=True).finishers == 4
+    assert pool(nodes({"CPU": 16.0, "GPU": 8.0}), CUDA).finishers is None
+
+
 def test_on_gpus_there_is_an_actor_for_each_on_the_node_that_has_them():
     assert pool(nodes({"CPU": 16.0, "GPU": 8.0}), CUDA).initial == 8
     assert pool(nodes({"CPU": 16.0, "GPU": 2.0}), CUDA, gpus_per_actor=0.5).initial == 4
