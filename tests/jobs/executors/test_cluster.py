@@ -170,7 +170,7 @@ class Scenario(threading.Thread):
         self._wait_until(lambda: names <= set(self.makers.values()))
 
     def _wait_until(self, true) -> None:
-        deadline = time.monotonic() + 90
+        deadline = time.monotonic() + 240  # some seconds where nothing else runs
         while not true():
             assert time.monotonic() < deadline, Counter(self.makers.values())
             time.sleep(0.3)
@@ -186,7 +186,7 @@ class Scenario(threading.Thread):
                 self.makers[record.chunk] = self._owners.get(pid, "unknown")
 
 
-@pytest.mark.timeout(200)
+@pytest.mark.timeout(600)
 def test_nodes_join_and_die_while_a_job_runs(stranger, monkeypatch, tiny_model: Path, manifest, tmp_path: Path):
     """Three raylets, one core each: work is spread, the late node is used, the dead one's chunks are made elsewhere."""
     gate, out = tmp_path / "gate", str(tmp_path / "rough")
@@ -220,7 +220,7 @@ def copied_engine(plan: Plan, device: str) -> FakeEngine:
     return FakeEngine(batch_size=plan.batch_size, pause=0.3)
 
 
-@pytest.mark.timeout(200)
+@pytest.mark.timeout(600)
 def test_a_node_with_corrupt_weights_is_named_and_left_out(
     stranger, monkeypatch, tiny_model: Path, manifest, tmp_path: Path
 ):
