@@ -19,7 +19,7 @@ from tests.soak.watch import Watch
 _TICK = 0.1
 _SURPRISES = 12
 _PATIENCE = 300.0
-"""Seconds without any disturbance in which a job has to come to its end."""
+"""Seconds without any disturbance in which a new chunk has to be committed, or a driver to end."""
 
 NEIGHBOURS = (
     "out.txt",
@@ -60,7 +60,7 @@ def play(scene: Scene, number: int, model: Model, end: float, tally: Tally) -> N
     watch.start()
     drivers = [_driver(scene, job, out, folder / f"driver{which}") for which in range(2)]
     storm = Storm(scene.cluster, drivers, out, folder, scene.climate, chooser)
-    stuck = _weather_through(scene, storm, drivers, min(end, time.monotonic() + scene.storm_seconds))
+    stuck = _weather_through(scene, storm, drivers, watch, min(end, time.monotonic() + scene.storm_seconds))
     storm.end()
     watch.finish()
     (folder / "storm.txt").write_text("\n".join(storm.events) + "\n")
@@ -99,9 +99,9 @@ def play(scene: Scene, number: int, model: Model, end: float, tally: Tally) -> N
     ]
 
 
-def _weather_through(scene: Scene, storm: Storm, drivers: list[Driver], end: float) -> bool:
+def _weather_through(scene: Scene, storm: Storm, drivers: list[Driver], watch: Watch, end: float) -> bool:
     """Until both drivers are done; True if they are not, long after the storm, or keep ending in unknown ways."""
-    calm_since: float | None = None
+    calm, progress, seen = False, 0.0, (0, 0)
     next_reap = 0.0
     while not all(driver.done for driver in drivers):
         now = time.monotonic()
@@ -110,10 +110,12 @@ def _weather_through(scene: Scene, storm: Storm, drivers: list[Driver], end: flo
             driver.supervise()
         if now < end:
             storm.tick()
-        elif calm_since is None:
+        elif not calm:
             storm.calm()
-            calm_since = now
-        elif now - calm_since > _PATIENCE:
+            calm = True
+        if seen != (seen := (watch.records, sum(driver.done for driver in drivers))) or not calm:
+            progress = now
+        if now - progress > _PATIENCE:
             return True
         if any(len(driver.surprises) > _SURPRISES for driver in drivers):
             return True
