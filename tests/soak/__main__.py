@@ -42,7 +42,7 @@ def main() -> int:
     began = time.monotonic()
     finished = False
     try:
-        _soak(arguments, folder, family, tally, began + 60 * arguments.minutes)
+        _soak(arguments, folder, family, tally)
         finished = True
     except Exception as error:  # noqa: BLE001 - the report has to come, and says that it ended early
         tally.violations.append(f"the soak broke: {type(error).__name__}: {error}")
@@ -68,7 +68,7 @@ def main() -> int:
     return tally.exit_code
 
 
-def _soak(arguments: argparse.Namespace, folder: Path, family: Family, tally: Tally, end: float) -> None:
+def _soak(arguments: argparse.Namespace, folder: Path, family: Family, tally: Tally) -> None:
     short = arguments.minutes < _SHORT
     faults = Faults() if short else Faults(stall_seconds=10.0, freeze=0.0005)
     climate = Climate(driver=25, interrupt=45, node=35, head=70, sweep=20, longest_stop=8) if short else Climate()
@@ -84,10 +84,13 @@ def _soak(arguments: argparse.Namespace, folder: Path, family: Family, tally: Ta
         cluster.wait_until_up()
         scene = Scene(
             cluster=cluster, folder=folder, climate=climate, seed=arguments.seed, samples=samples,
-            storm_seconds=60.0 if short else 240.0,
+            storm_seconds=60.0 if short else 240.0, least_kills=5,
         )  # fmt: skip
         number = 0
-        while time.monotonic() < end - (10 if number else 0) and not tally.violations:
+        end = time.monotonic() + 60 * arguments.minutes
+        while not tally.violations and (
+            time.monotonic() < end - (10 if number else 0) or sum(tally.kills.values()) < scene.least_kills
+        ):
             model: Model = "embedded" if tally.model_seconds["embedded"] < tally.model_seconds["fake"] else "fake"
             play(scene, number, model, end, tally)
             number += 1

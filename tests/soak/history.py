@@ -41,6 +41,8 @@ class Scene:
     samples: dict[Model, int]
     storm_seconds: float
     """How long a storm lasts at most; then the drivers may finish in peace."""
+    least_kills: int
+    """No storm ends before there were so many in all, however slow the machine is."""
 
 
 def play(scene: Scene, number: int, model: Model, end: float, tally: Tally) -> None:
@@ -60,7 +62,8 @@ def play(scene: Scene, number: int, model: Model, end: float, tally: Tally) -> N
     watch.start()
     drivers = [_driver(scene, job, out, folder / f"driver{which}") for which in range(2)]
     storm = Storm(scene.cluster, drivers, out, folder, scene.climate, chooser)
-    stuck = _weather_through(scene, storm, drivers, watch, min(end, time.monotonic() + scene.storm_seconds))
+    missing = scene.least_kills - sum(tally.kills.values())
+    stuck = _weather_through(scene, storm, drivers, watch, min(end, time.monotonic() + scene.storm_seconds), missing)
     storm.end()
     watch.finish()
     (folder / "storm.txt").write_text("\n".join(storm.events) + "\n")
@@ -99,7 +102,9 @@ def play(scene: Scene, number: int, model: Model, end: float, tally: Tally) -> N
     ]
 
 
-def _weather_through(scene: Scene, storm: Storm, drivers: list[Driver], watch: Watch, end: float) -> bool:
+def _weather_through(
+    scene: Scene, storm: Storm, drivers: list[Driver], watch: Watch, end: float, least_kills: int
+) -> bool:
     """Until both drivers are done; True if they are not, long after the storm, or keep ending in unknown ways."""
     calm, progress, seen = False, 0.0, (0, 0)
     next_reap = 0.0
@@ -108,7 +113,7 @@ def _weather_through(scene: Scene, storm: Storm, drivers: list[Driver], watch: W
         scene.cluster.supervise()
         for driver in drivers:
             driver.supervise()
-        if now < end:
+        if now < end or sum(storm.kills.values()) < least_kills:
             storm.tick()
         elif not calm:
             storm.calm()
