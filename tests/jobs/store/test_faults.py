@@ -34,6 +34,11 @@ def proxy(s3: str, s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> Iterato
 
 
 @pytest.fixture
+def _without_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage_module, "_sleep", lambda _: None)
+
+
+@pytest.fixture
 def undisturbed(manifest: Manifest, tiny_model: Path, tmp_path: Path) -> Callable[[], object]:
     def dataset() -> object:
         run(job_spec(tiny_model, manifest(PROMPTS), tmp_path / "undisturbed"))
@@ -53,6 +58,7 @@ CALLS: dict[str, tuple[str, Callable[[Storage], object], object]] = {
 PASSING = ["500 InternalError", "502 Odd", "503 SlowDown", "503 ServiceUnavailable", "409 OperationAborted", "reset"]
 
 
+@pytest.mark.usefixtures("_without_pauses")
 @pytest.mark.parametrize("kind", [*PASSING, "drop", "truncate"])
 @pytest.mark.parametrize("verb", CALLS)
 def test_a_fault_that_passes_is_not_seen(verb: str, kind: str, s3: str, proxy: Proxy) -> None:
@@ -121,7 +127,7 @@ def test_a_store_that_stalls_for_a_moment_is_waited_for(s3: str, proxy: Proxy, m
     proxy.rule = once("stall", method="GET")
     started = time.monotonic()
     assert store.read("x") == b"1"
-    assert 0.9 < time.monotonic() - started < 4
+    assert 0.9 < time.monotonic() - started < 15
 
 
 def test_a_store_that_stalls_for_good_is_told_and_ends_in_time(
@@ -135,7 +141,7 @@ def test_a_store_that_stalls_for_good_is_told_and_ends_in_time(
     started = time.monotonic()
     with caplog.at_level(logging.WARNING), pytest.raises(StorageError, match="check the network") as caught:
         store.write("images/x", b"1")
-    assert time.monotonic() - started < 8
+    assert time.monotonic() - started < 30
     assert caught.value.transient
     assert "\n" not in str(caught.value)
     assert [record.getMessage().partition(" in ")[0] for record in caplog.records] == ["cannot write images/x"]
@@ -166,6 +172,7 @@ def test_a_users_own_client_settings_stand_above_ours(s3: str, monkeypatch: pyte
     assert "retries" not in Storage.open(s3)._backend._fs._prepare_config_kwargs()
 
 
+@pytest.mark.usefixtures("_without_pauses")
 def test_the_bar_a_quarter_of_all_answers_faulty(
     s3: str, proxy: Proxy, manifest: Manifest, tiny_model: Path, undisturbed: Callable[[], object]
 ) -> None:
