@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from tests.jobs.crash_points import INLINE, S3, CrashPoint, Outcome, Stage, play
+from tests.jobs.crash_points import AT_ONCE, CLUSTER_CPUS, INLINE, RAY, S3, CrashPoint, Outcome, Stage, play
+from tests.jobs.executors.nodes import cluster
 
-AT_ONCE = 4
+pytestmark = pytest.mark.timeout(900)  # the first test waits for a share of all the others
+
+POINTS = (*RAY, *INLINE, *S3)  # the longest first
 
 Outcomes = Mapping[CrashPoint, Future[Outcome]]
 
@@ -20,18 +24,26 @@ def outcomes(
     tiny_model: Path, s3_environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Outcomes]:
     """All crash points, several at once: each test waits for its own."""
-    stage = Stage(folder=tmp_path_factory.mktemp("crash"), model=tiny_model, s3=s3_environment)
-    with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(AT_ONCE) as pool:
+    folder = tmp_path_factory.mktemp("crash")
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        cluster(head_cpus=CLUSTER_CPUS) as nodes,
+        ThreadPoolExecutor(AT_ONCE) as pool,
+    ):
+        stage = Stage(folder=folder, model=tiny_model, s3=s3_environment, cluster=nodes)
         for name, value in s3_environment.items():
             patch.setenv(name, value)
         assert stage.undisturbed
-        yield {point: pool.submit(play, point, stage) for point in (*INLINE, *S3)}
+        yield {point: pool.submit(play, point, stage) for point in POINTS}
 
 
-@pytest.mark.parametrize("point", [*INLINE, *S3], ids=lambda point: point.name)
+@pytest.mark.parametrize("point", POINTS, ids=lambda point: point.name)
 def test_killed_and_resumed(point: CrashPoint, outcomes: Outcomes) -> None:
     outcome = outcomes[point].result()
     assert outcome.killed, f"nothing died: {outcome.log}"
-    assert outcome.resumed_exit == (0 if point.real else 1), outcome.log
+    first_exit, resumed_exit = outcome.exits
+    assert first_exit == (-signal.SIGKILL if point.victim == "driver" else outcome.expected_exit), outcome.log
+    assert resumed_exit == outcome.expected_exit, outcome.log
     assert outcome.equal, outcome.log
     assert outcome.defects == ()
+    assert outcome.made_again <= (outcome.chunks - outcome.committed) * outcome.chunk_size, "a committed chunk was made"

@@ -65,12 +65,14 @@ class Rig:
 
     `where` says which process the trap is for: the one that plans and drives, the one with the model, or the one that
     finishes chunks. The finisher has no engine: its trap travels inside the chunk, and is armed by being unpickled.
+    Who comes to the trap dies, or the driver in its place.
     """
 
     folder: str
     trap: Trap | None = None
     where: Literal["driver", "generator", "finisher"] = "driver"
     real: bool = False
+    kills_driver: bool = False
 
     @property
     def tally(self) -> Path:
@@ -78,20 +80,30 @@ class Rig:
 
     @property
     def victim(self) -> Path:
-        """Holds the number of the process that died in the trap, once one has."""
+        """Holds the number of the process that died in the trap, and the records that stood then, once one has."""
         return Path(self.folder, "victim")
+
+    @property
+    def driver(self) -> Path:
+        """Holds the number of the process that drives."""
+        return Path(self.folder, "driver")
 
     def arm_driver(self) -> None:
         """Called once in the process that drives."""
+        self.driver.write_text(f"{os.getpid()}")
         if self.trap is not None and self.where == "driver":
             arm(self.trap, self.victim)
+
+    def spring(self) -> None:
+        """Kill whom this trap is for."""
+        spring(self.victim, int(self.driver.read_text()) if self.kills_driver else None)
 
     def __call__(self, plan: Plan, device: str) -> CountingEngine:
         if self.trap is not None and self.where == "generator":
             arm(self.trap, self.victim)
         engine = load_engine(plan, device) if self.real else fake_engine(plan, device)
         if self.where == "generator" and isinstance(self.trap, AtLoading) and not self.real:
-            spring(self.victim)
+            self.spring()
         return CountingEngine(engine, self)
 
 
@@ -112,7 +124,7 @@ class CountingEngine:
         self._batches += 1
         rig = self._rig
         if rig.where == "generator" and rig.trap == AtBatch(self._batches):
-            spring(rig.victim)
+            rig.spring()
         results = self._engine.generate(requests)
         with rig.tally.open("a") as tally:
             tally.write(f"{len(results)}\n")
@@ -157,15 +169,17 @@ def arm(trap: Trap, victim: Path | None = None) -> None:
 _armed: set[tuple[Trap, Path | None]] = set()
 
 
-def spring(victim: Path | None) -> None:
-    """Die, unless another process has died here already."""
+def spring(victim: Path | None, process: int | None = None) -> None:
+    """Kill this process or the given one, unless one has died here already."""
+    process = process or os.getpid()
     if victim is not None:
+        committed = sum(1 for _ in victim.with_name("out").glob("ledger/*/0*.parquet"))
         try:
             with victim.open("x") as file:
-                file.write(f"{os.getpid()}")
+                file.write(f"{process} {committed}")
         except FileExistsError:
             return
-    os.kill(os.getpid(), signal.SIGKILL)
+    os.kill(process, signal.SIGKILL)
 
 
 class _Counter:
