@@ -79,7 +79,7 @@ $(VENV)/.train: $(VENV)/.installed
 	$(call install_packages,.[train])
 
 $(VENV)/.stores: $(VENV)/.dev
-	$(call install_packages,.[test,stores])
+	$(call install_packages,.[stores])
 
 $(VENV)/azurite/.installed:
 	@npm install --silent --no-audit --no-fund --prefix $(VENV)/azurite azurite@3.35.0

@@ -27,6 +27,7 @@ from jobs.errors import JobError
 from jobs.job import Job
 from jobs.outputs.ledger import LedgerListing
 from jobs.outputs.records import STATUSES, CommitRecord, count_statuses
+from jobs.plans.planned import PLAN_PATH
 
 MANIFEST_PATH = "dataset/manifest.json"
 ROWS_PER_PART = 50_000
@@ -107,9 +108,14 @@ def publish(
 ) -> Publication:
     """Afterwards the dataset is published: every row once, sorted by sample_id, every referenced object present.
 
-    Call it when every chunk is committed. A publication that stands is left alone. Raises JobError if a record or a
-    referenced picture is missing.
+    Call it when every chunk is committed. A publication that stands is left alone. Raises JobError if the plan, a
+    record or a referenced picture is missing.
     """
+    if not job.storage.exists(PLAN_PATH):
+        raise JobError(
+            f"{PLAN_PATH} has vanished from {job.storage.url} while the job ran; "
+            f"run the same command again: it plans anew"
+        )
     for _ in range(_ROUNDS):
         standing = standing_publication(job)
         if standing is not None:

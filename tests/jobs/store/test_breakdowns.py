@@ -6,6 +6,7 @@ import itertools
 import os
 import resource
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ import pytest
 import s3fs
 
 from engine import GenerationRequest, GenerationResult
-from jobs.errors import UsageError
+from jobs.errors import JobError, UsageError
 from jobs.outputs.verify import verify
 from jobs.spec import JobSpec
 from jobs.store.errors import StorageError
@@ -213,6 +214,21 @@ def test_a_bucket_that_vanishes(bucket: Any, manifest: Manifest, tiny_model: Pat
     with pytest.raises(StorageError, match="NoSuchBucket"):
         list(Storage.open(spec.out).list("ledger/00000"))
     bucket.create()
+    check_resumed(spec, tmp_path / "whole")
+
+
+def test_an_output_that_is_emptied_in_the_middle(s3: str, manifest: Manifest, tiny_model: Path, tmp_path: Path) -> None:
+    """An administrator's writes make a deleted bucket again, so only what is missing tells."""
+    spec, storage = job_spec(tiny_model, manifest(PROMPTS), s3), Storage.open(s3)
+
+    def empty() -> None:
+        while not storage.exists("ledger/00000/00000000.parquet"):
+            time.sleep(0.05)
+        for path, _ in list(storage.list("")):
+            storage.delete(path)
+
+    with pytest.raises(JobError, match=r"_job/plan.json has vanished.*run the same command again"):
+        run(spec, engine_factory=lambda plan, _: SaboteurEngine(batch_size=2, act=empty, calls=itertools.count()))
     check_resumed(spec, tmp_path / "whole")
 
 
