@@ -12,38 +12,41 @@ from jobs.executors.base import Executor
 
 
 class Interrupt:
-    """What SIGINT and SIGTERM do: the first stops an executor that has work in flight, any other one everything."""
+    """The signals' handler: the first stops an executor that has work in flight, any other one everything."""
 
     def __init__(self, on_stop: Callable[[], None]) -> None:
         self.asked = False
         self._on_stop = on_stop
         self._executor: Executor | None = None
 
-    def handle(self, _signal: int, _frame: Any) -> None:
-        """The signals' handler."""
-        first, self.asked = not self.asked, True
-        if not first or self._executor is None or not self._executor.stop():
-            raise KeyboardInterrupt
-        self._on_stop()
+    def listen(self) -> dict[int, Any]:
+        """Take the signals; what handled them before. Only a main thread can: elsewhere its owner decides."""
+        if threading.current_thread() is not threading.main_thread():
+            return {}
+        return {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
 
     @contextmanager
     def stopping(self, executor: Executor) -> Iterator[None]:
         """Within, the first signal lets this executor finish what is in flight."""
         self._executor = executor
+        self.listen()  # once more: Ray has handlers of its own, which it installs when it connects
         try:
             yield
         finally:
             self._executor = None
 
+    def _handle(self, _signal: int, _frame: Any) -> None:
+        first, self.asked = not self.asked, True
+        if not first or self._executor is None or not self._executor.stop():
+            raise KeyboardInterrupt
+        self._on_stop()
+
 
 @contextmanager
 def graceful_interrupt(on_stop: Callable[[], None]) -> Iterator[Interrupt]:
-    """Within, SIGINT and SIGTERM are handled. Only a main thread can do that; elsewhere its owner decides."""
+    """Within, SIGINT and SIGTERM are handled."""
     interrupt = Interrupt(on_stop)
-    if threading.current_thread() is not threading.main_thread():
-        yield interrupt
-        return
-    previous = {number: signal.signal(number, interrupt.handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous = interrupt.listen()
     try:
         yield interrupt
     finally:

@@ -266,17 +266,20 @@ def test_marks_are_read_back_from_pictures(call: Call, tmp_path: Path):
         assert err.count("\n") == 1
 
 
-def test_ctrl_c_ends_in_order_and_the_same_command_resumes(call: Call, job: list[object], tmp_path: Path):
+@pytest.mark.parametrize(("executor", "number"), [("inline", signal.SIGINT), ("ray", signal.SIGTERM)])
+def test_one_signal_ends_in_order_and_the_same_command_resumes(
+    call: Call, job: list[object], tmp_path: Path, executor: str, number: signal.Signals
+):
     slow = [*job, "--num-inference-steps", 60, "--num-images", 8]
-    process = start("run", *slow)
+    process = start("run", *slow, "--executor", executor)
     deadline = time.monotonic() + 60
     while not list(tmp_path.glob("out/ledger/*/*.parquet")):
         assert time.monotonic() < deadline
         assert process.poll() is None
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     out, err = process.communicate(timeout=60)
-    assert process.returncode == 130
+    assert process.returncode == 130, err
     assert "press Ctrl-C again" in err
     assert "resume: latentmill run" in out
     assert "Traceback" not in err

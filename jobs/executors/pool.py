@@ -11,10 +11,6 @@ from jobs.executors.accelerators import Accelerators, choose_accelerators
 from jobs.plans.plan import Plan
 from jobs.spec import Runtime
 
-ACTOR_SHARE = 0.9
-"""Of each core of an actor on CPUs. The rest stays for finishers: however the pool grows, or comes back on fewer nodes
-than it was made for, they are never starved."""
-
 CPU_FINISHER, GPU_FINISHER = 0.0, 0.5
 """CPUs of a finisher. None beside actors on CPUs: Ray Data gives every stage that asks for CPUs an equal share of them,
 used or not, so that actors would never be started on a node that joins. Half a core where models have GPUs."""
@@ -62,13 +58,11 @@ def size_pool(plan: Plan, runtime: Runtime, nodes: Iterable[Mapping[str, Any]], 
             f"{chosen.gpus:g}, device is {plan.device}); leave gpus_per_actor out"
         )
     gpus = (runtime.gpus_per_actor or 1.0) if on_gpu else 0.0
-    threads = plan.threads_per_actor or 1
     cpus = runtime.cpus_per_actor
     if cpus is None:
-        cpus = 0.0 if on_gpu else ACTOR_SHARE * threads
+        cpus = 0.0 if on_gpu else float(plan.threads_per_actor or 1)
     finisher = GPU_FINISHER if on_gpu else CPU_FINISHER
-    cores = float(threads) if runtime.cpus_per_actor is None and not on_gpu else cpus
-    fits = _fitting([node["Resources"] for node in alive if _is_of(node, chosen)], cores, gpus)
+    fits = _fitting([node["Resources"] for node in alive if _is_of(node, chosen)], cpus, gpus)
     if fits and have_cpus - fits * cpus < finisher - 1e-6:
         fits -= 1
     if not fits and not awaited:

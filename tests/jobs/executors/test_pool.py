@@ -44,13 +44,6 @@ def test_one_actor_for_so_many_cores(cluster, threads: int, actors: int):
     assert spare >= sized.finisher_cpus - 1e-9
 
 
-def test_the_rest_of_the_cores_is_the_finishers_however_far_the_pool_grows():
-    for cores in range(1, 65):
-        sized = pool(nodes({"CPU": float(cores)}))
-        most = int(cores // sized.cpus)
-        assert cores - most * sized.cpus >= sized.finisher_cpus - 1e-9 or most > cores
-
-
 def test_finishers_that_ask_for_no_cpu_are_bounded_by_their_number():
     """Without a bound Ray starts a process for every chunk that waits to be finished."""
     assert [pool(nodes({"CPU": cores})).finishers for cores in (1.0, 2.0, 16.0)] == [2, 2, 16]
