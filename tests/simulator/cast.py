@@ -22,6 +22,7 @@ import jobs.runner
 import jobs.store.storage
 import jobs.worker
 from jobs.errors import JobError, OutputConflictError, UsageError
+from jobs.interrupt import Interrupt
 from jobs.outputs.ledger import Ledger, record_path, repair_path
 from jobs.outputs.publish import MANIFEST_PATH
 from jobs.runner import RunSummary
@@ -61,6 +62,9 @@ class Crew:
 
     def live_actors(self) -> int:
         return 1
+
+    def left_out(self) -> Sequence[str]:
+        return ()
 
     def close(self) -> None:
         pass
@@ -234,7 +238,7 @@ def installed(world: World, cast: Cast) -> Iterator[None]:
             (jobs.plans.plan, "parse_plan", lambda data, _: PLAN_BY_HASH[json.loads(data)["plan_hash"]]),
             (jobs.runner, "draft_plan", _draft),
             (jobs.runner, "_open_executor", cast.open_executor),
-            (jobs.runner, "_graceful_interrupt", _uninterrupted),
+            (jobs.runner, "graceful_interrupt", _uninterrupted),
             (jobs.outputs.ledger, "decode_record", decode_once),
             (jobs.worker, "encode_record", _encode_once),
             (jobs.worker, "finish_sample", finish_once),
@@ -267,6 +271,13 @@ def _draft(spec: Any) -> Iterator[Draft]:
     yield Draft(spec.plan)
 
 
+class _Deaf(Interrupt):
+    """The test's own signals stay with the test."""
+
+    def listen(self) -> dict[int, Any]:
+        return {}
+
+
 @contextmanager
-def _uninterrupted(_: Any) -> Iterator[jobs.runner._Interrupt]:
-    yield jobs.runner._Interrupt(lambda: None)
+def _uninterrupted(on_stop: Callable[[], None]) -> Iterator[Interrupt]:
+    yield _Deaf(on_stop)
