@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.models import build_model
+from tests.models import write_tiny_model
 from tests.seaweedfs import credentials, seaweedfs
 
 
@@ -44,7 +44,7 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A diffusers folder with random weights, f=8, 256x256 by default: small enough for 256 px in a blink."""
-    return build_model(tmp_path_factory.mktemp("models") / "tiny")
+    return write_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
 
 
 @pytest.fixture

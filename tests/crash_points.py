@@ -15,7 +15,7 @@ from rich.table import Table
 
 from tests.jobs.crash_points import AT_ONCE, CLUSTER_CPUS, INLINE, RAY, S3, CrashPoint, Outcome, Stage, play
 from tests.jobs.executors.nodes import cluster
-from tests.models import build_model
+from tests.models import write_tiny_model
 from tests.seaweedfs import credentials, seaweedfs
 
 
@@ -29,7 +29,7 @@ def main() -> int:
         s3 = credentials(stack.enter_context(seaweedfs(folder / "s3")))
         os.environ.update(s3)
         nodes = stack.enter_context(cluster(head_cpus=CLUSTER_CPUS))
-        stage = Stage(folder=folder, model=build_model(folder / "model"), s3=s3, cluster=nodes)
+        stage = Stage(folder=folder, model=write_tiny_model(folder / "model"), s3=s3, cluster=nodes)
         points = (*INLINE, *S3, *RAY)
         with ThreadPoolExecutor(AT_ONCE) as pool:
             outcomes = list(zip(points, pool.map(lambda point: play(point, stage), points), strict=True))

@@ -7,7 +7,7 @@ import torch
 from diffusers.utils import logging
 
 from engine import Engine, ModelSpec
-from tests.engine.engine_models import write_model
+from tests.models import write_model
 
 logging.set_verbosity_error()
 logging.disable_progress_bar()

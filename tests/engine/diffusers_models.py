@@ -32,7 +32,7 @@ from transformers import (
     T5TokenizerFast,
 )
 
-from tests.engine.engine_models import byte_tokenizer
+from tests.models import byte_tokenizer
 
 LETTERS = [chr(code) for code in range(32, 127)]
 

@@ -31,7 +31,7 @@ from transformers import (
 )
 
 from engine import Engine, GenerationRequest
-from tests.engine.engine_models import byte_tokenizer
+from tests.models import byte_tokenizer
 
 SCHEDULE = {
     "beta_start": 0.00085,
