@@ -321,17 +321,16 @@ def test_from_submit_to_the_published_dataset_with_a_cancel_between(head, s3, ma
     for name, value in head.client_environment.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("RAY_ADDRESS", "http://nowhere.invalid:1")  # what is said on the command line counts
-    small = ["--num-inference-steps", 4, "--chunk-size", 2, "--batch-size", 2, "--safety", "none"]
-    job = ["submit", manifest(40), "--out", s3, "--address", head.dashboard, *small]
+    small = ["--num-inference-steps", 10, "--chunk-size", 2, "--batch-size", 2, "--safety", "none"]
+    job = ["submit", manifest(60), "--out", s3, "--address", head.dashboard, *small]
     first = answer(*job)
     assert first["started"]
     with latentmill("logs", first["job_id"], "--follow", "--address", head.dashboard) as follower:
         assert answer(*job) | {"started": True, "state": ""} == first | {"state": ""}
         storage = Storage.open(s3)
         wait_until(lambda: len(list(storage.list("ledger"))) >= 2)
-        running = answer("status", s3)
-        assert running["job"]["state"] == "running"
-        assert running["state"] == "started"
+        running = job_status(s3).to_dict()
+        assert (running["state"], running["job"]["state"]) == ("started", "running")
         answer("cancel", s3)
         said, err = follower.communicate(timeout=PATIENCE)
         assert (follower.returncode, err) == (130, "")
@@ -349,7 +348,7 @@ def test_from_submit_to_the_published_dataset_with_a_cancel_between(head, s3, ma
         assert (follower.returncode, err) == (0, "")
     assert f"this run: {2 * left} images" in said
     assert answer("status", s3)["job"]["state"] == "succeeded"
-    assert read_dataset(s3).manifest["counts"]["ok"] == 40
+    assert read_dataset(s3).manifest["counts"]["ok"] == 60
     tells_no_secret(head, s3, tmp_path)
 
 
