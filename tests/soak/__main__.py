@@ -40,15 +40,12 @@ def main() -> int:
     family = Family()
     folder = Path(tempfile.mkdtemp(prefix="lms-", dir="/tmp"))  # short: Ray puts sockets far below
     began = time.monotonic()
-    finished = False
     try:
         _soak(arguments, folder, family, tally)
-        finished = True
     except Exception as error:  # noqa: BLE001 - the report has to come, and says that it ended early
         tally.violations.append(f"the soak broke: {type(error).__name__}: {error}")
     except (KeyboardInterrupt, SystemExit):
         tally.interrupted = True
-        raise
     finally:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)  # what is below this process has to end first
@@ -56,7 +53,7 @@ def main() -> int:
         tally.seconds = time.monotonic() - began
         if left:
             tally.violations.append(f"{left} processes would not end")
-        if finished and not tally.violations and not arguments.keep:
+        if not tally.violations and not arguments.keep:
             shutil.rmtree(folder, ignore_errors=True)
         else:
             print(f"evidence: {folder}")
@@ -65,7 +62,7 @@ def main() -> int:
         if arguments.report:
             arguments.report.parent.mkdir(parents=True, exist_ok=True)
             arguments.report.write_text(text + "\n")
-    return tally.exit_code
+    return 130 if tally.interrupted else tally.exit_code
 
 
 def _soak(arguments: argparse.Namespace, folder: Path, family: Family, tally: Tally) -> None:
