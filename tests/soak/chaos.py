@@ -73,7 +73,7 @@ class Storm:
 
     def _pause(self, kind: str) -> float:
         if kind == "worker":
-            return 1.0 + 9.0 * self.chooser.random() ** 1.5  # one to ten, rather less than more
+            return 1.0 + 9.0 * float(self.chooser.random() ** 1.5)  # one to ten, rather less than more
         mean: float = getattr(self.climate, kind)
         return mean * self.chooser.uniform(0.5, 1.5)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence, Set
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,12 +20,12 @@ CALLS = "LATENTMILL_SOAK_CALLS"
 class CountedEngine(FakeEngine):
     """Its pictures are the fake engine's."""
 
-    def generate(self, requests: Sequence[GenerationRequest], only: Set[int] | None = None) -> list[GenerationResult]:
+    def generate(self, requests: Sequence[GenerationRequest]) -> list[GenerationResult]:
         if path := os.environ.get(CALLS):
             with Path(path).open("ab", buffering=0) as calls:
                 calls.write(b".")
             time.sleep(0.5)
-        return super().generate(requests) if only is None else super().generate(requests, only=only)
+        return super().generate(requests)
 
 
 def counted_engine(plan: Plan, device: str) -> CountedEngine:

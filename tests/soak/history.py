@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import signal
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,9 +69,9 @@ def play(scene: Scene, number: int, model: Model, end: float, tally: Tally) -> N
     watch.finish()
     (folder / "storm.txt").write_text("\n".join(storm.events) + "\n")
     if stuck:
-        found = {"liveness": [f"not done: {[dict(driver.endings) for driver in drivers]}"]}
+        found = {"liveness": [f"stuck: {[dict(driver.endings) for driver in drivers]}", *watch.violations]}
         for driver in drivers:
-            driver.send(9)
+            driver.send(signal.SIGKILL)
     else:
         found = audit(
             Finished(
@@ -85,21 +86,24 @@ def play(scene: Scene, number: int, model: Model, end: float, tally: Tally) -> N
             )
         )
         tally.audits += 1
-    tally.histories[model] += 1
-    tally.model_seconds[model] += time.monotonic() - began  # type: ignore[assignment]
+    tally.violations += [f"history {number} ({model}) {name}: {what}" for name, all_ in found.items() for what in all_]
+    tally.model_seconds[model] += time.monotonic() - began
     tally.samples += scene.samples[model]
+    _count(tally, number, model, storm, watch)
+
+
+def _count(tally: Tally, number: int, model: Model, storm: Storm, watch: Watch) -> None:
+    tally.histories[model] += 1
     tally.chunks += watch.records
     tally.fake_chunks += watch.records if model == "fake" else 0
     tally.looks += watch.looks
-    for kind in ("kills", "stops", "sweeps"):
-        getattr(tally, kind).update(getattr(storm, kind))
-    for driver in drivers:
+    tally.kills.update(storm.kills)
+    tally.stops.update(storm.stops)
+    tally.sweeps.update(storm.sweeps)
+    for driver in storm.drivers:
         tally.endings.update(driver.endings)
         tally.complaints.update(driver.complaints)
         tally.surprises += [f"history {number}, {driver.folder.name}: {words}" for words in driver.surprises]
-    tally.violations += [
-        f"history {number} ({model}) {name}: {what}" for name, wrong in found.items() for what in wrong
-    ]
 
 
 def _weather_through(

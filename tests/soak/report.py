@@ -6,6 +6,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from tests.soak.audit import INVARIANTS
+from tests.soak.jobs import Model
 
 
 @dataclass
@@ -16,7 +17,7 @@ class Tally:
     seconds: float = 0.0
     interrupted: bool = False
     histories: Counter[str] = field(default_factory=Counter)
-    model_seconds: Counter[str] = field(default_factory=Counter)
+    model_seconds: dict[Model, float] = field(default_factory=lambda: {"fake": 0.0, "embedded": 0.0})
     kills: Counter[str] = field(default_factory=Counter)
     stops: Counter[str] = field(default_factory=Counter)
     requests: Counter[str] = field(default_factory=Counter)
