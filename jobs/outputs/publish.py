@@ -108,18 +108,22 @@ def publish(
 ) -> Publication:
     """Afterwards the dataset is published: every row once, sorted by sample_id, every referenced object present.
 
-    Call it when every chunk is committed. A publication that stands is left alone. Raises JobError if the plan, a
-    record or a referenced picture is missing.
+    Call it when every chunk is committed. A publication that stands is left alone; the parts of one that it replaces
+    are removed, so that who reads `dataset/part-*.parquet` meets no sample twice. Raises JobError if the plan, a record
+    or a referenced picture is missing.
     """
     if not job.storage.exists(PLAN_PATH):
         raise JobError(
             f"{PLAN_PATH} has vanished from {job.storage.url} while the job ran; "
             f"run the same command again: it plans anew"
         )
+    replaced = None
     for _ in range(_ROUNDS):
         standing = standing_publication(job)
         if standing is not None:
+            _remove_parts(job, replaced, standing)
             return standing
+        replaced = load_publication(job) or replaced
         listing = job.ledger.listing()
         publication = _write_parts(job, listing, rows_per_part, on_rows)
         # a repair may have come meanwhile, and its driver may have published: that must not be replaced by less
@@ -131,6 +135,14 @@ def publish(
         f"{job.storage.url}/dataset was published {_ROUNDS} times and changed by somebody else each time; "
         f"wait for the other drivers, then run the same command again"
     )
+
+
+def _remove_parts(job: Job, replaced: Publication | None, standing: Publication) -> None:
+    """Remove what only the replaced publication names. A publisher that still writes it is behind, and will see so."""
+    if replaced is None or replaced.repairs >= standing.repairs:
+        return
+    for part in {part.path for part in replaced.parts} - {part.path for part in standing.parts}:
+        job.storage.delete(part)
 
 
 def _write_parts(
