@@ -148,6 +148,7 @@ class RayExecutor:
             max_size=min(self._pool.maximum, len(blocks)),
             max_tasks_in_flight_per_actor=2,
         )
+        finishers = None if self._pool.finishers is None else min(self._pool.finishers, len(blocks))
         with warnings.catch_warnings():
             # Ray 2.60 has no other name for max_restarts and max_task_retries, and calls every loose keyword deprecated
             warnings.simplefilter("ignore")
@@ -169,7 +170,7 @@ class RayExecutor:
                     batch_size=1,
                     batch_format="pyarrow",
                     num_cpus=self._pool.finisher_cpus,
-                    compute=ray.data.TaskPoolStrategy(size=self._pool.finishers),
+                    compute=ray.data.TaskPoolStrategy(size=finishers),
                 )
             )
 

@@ -85,7 +85,11 @@ class Storage:
     def of_output(cls, url: str) -> Storage:
         """The storage of an output that a job has begun: it knows whether its creates must look before they write."""
         storage = cls.open(url)
-        return cls(url, single_writer=True) if storage.exists(SINGLE_WRITER_PATH) else storage
+        try:
+            storage.read(SINGLE_WRITER_PATH)  # not looked up: S3 answers a refused HEAD without saying why
+        except FileNotFoundError:
+            return storage
+        return cls(url, single_writer=True)
 
     def __reduce__(self) -> tuple[Callable[..., Storage], tuple[str, bool]]:
         return (_reopened, (self._raw_url, self.single_writer))
