@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import warnings
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from typing import Any
 
 import pyarrow as pa
@@ -58,33 +58,33 @@ class RayExecutor:
         self._watch = Watch(self._roster, self._connection.head)
         self._unfit: dict[str, str] = {}
         self._stopping = threading.Event()
+        self._alone = False
 
     def run(self, out_url: str, chunks: Sequence[int], *, repair: bool = False) -> Iterator[Receipt]:
         """Run the chunks, in any order. Closing the iterator cancels what is in flight: it stays open in the ledger.
 
         Raises JobError when no node is left that can load the model, or when Ray cannot go on.
         """
-        import ray
-
         if not chunks:
             return
         out_url = _shared_url(out_url)
-        troubled = set(ray.get(self._roster.troubled.remote()))
-        company = [chunk for chunk in chunks if chunk not in troubled]
-        size = 1 if len(company) <= SINGLE_BLOCKS else 8
-        for start in range(0, len(company), size * SEGMENT_BLOCKS):
-            segment = company[start : start + size * SEGMENT_BLOCKS]
-            if not self._stopping.is_set():
-                yield from self._run_in_company(out_url, segment, size, repair=repair)
-            troubled = set(ray.get(self._roster.troubled.remote()))
-        alone = [chunk for chunk in chunks if chunk in troubled]
-        if alone and not self._stopping.is_set():
-            yield from self._run_alone(out_url, alone, repair=repair)
+        with _ray_errors():
+            troubled = self._troubled()
+            company = [chunk for chunk in chunks if chunk not in troubled]
+            size = 1 if len(company) <= SINGLE_BLOCKS else 8
+            for start in range(0, len(company), size * SEGMENT_BLOCKS):
+                segment = company[start : start + size * SEGMENT_BLOCKS]
+                if not self._stopping.is_set():
+                    yield from self._run_in_company(out_url, segment, size, repair=repair)
+                troubled = self._troubled()
+            alone = [chunk for chunk in chunks if chunk in troubled]
+            if alone and not self._stopping.is_set():
+                yield from self._run_alone(out_url, alone, repair=repair)
 
     def stop(self) -> bool:
         """The watch tells the roster, and the roster the workers."""
         self._stopping.set()
-        return self._watch.overview.begun > 0
+        return self._alone or self._watch.overview.begun > 0
 
     def describe(self) -> str:
         """Where the work runs."""
@@ -203,13 +203,20 @@ class RayExecutor:
             seconds=seconds,
         )
         job = open_job(out_url)
+        self._alone = True
         try:
             for chunk in chunks:
                 if self._stopping.is_set():
                     return
                 yield isolate_chunk(job, cell, chunk, repair=repair, stopping=self._stopping.is_set)
         finally:
+            self._alone = False
             cell.close()
+
+    def _troubled(self) -> set[int]:
+        import ray
+
+        return set(ray.get(self._roster.troubled.remote()))
 
     def _note_vanished(self, seen: set[int]) -> None:
         """A chunk that was begun and left no receipt at the end of a pass: whatever finished it died each time."""
@@ -229,9 +236,7 @@ class RayExecutor:
 
 
 def _receipts(dataset: Any) -> Generator[Receipt]:
-    """Receipts as they come. Raises JobError when the cluster cannot go on."""
-    import ray
-
+    """Receipts as they come."""
     batches = iter(dataset.iter_batches(batch_size=None, prefetch_batches=0, batch_format="pyarrow"))
     try:
         for batch in batches:
@@ -239,10 +244,19 @@ def _receipts(dataset: Any) -> Generator[Receipt]:
                 receipt = unpacked(cell)
                 assert isinstance(receipt, Receipt)  # noqa: S101 - the last stage returns nothing else
                 yield receipt
-    except ray.exceptions.RayError as error:
-        raise JobError(f"Ray gave up: {describe_fault(error)}; run the same command again: it resumes") from error
     finally:
         batches.close()
+
+
+@contextmanager
+def _ray_errors() -> Iterator[None]:
+    """Within, what Ray itself raises means that the cluster cannot go on: a JobError."""
+    import ray
+
+    try:
+        yield
+    except ray.exceptions.RayError as error:
+        raise JobError(f"Ray gave up: {describe_fault(error)}; run the same command again: it resumes") from error
 
 
 def _blocks(chunks: Sequence[int], size: int) -> list[pa.Table]:

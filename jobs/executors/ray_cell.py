@@ -95,8 +95,6 @@ class RayCell:
         except (ray.exceptions.GetTimeoutError, ray.exceptions.ActorDiedError, ray.exceptions.ActorUnavailableError):
             self.close()
             raise TroubleError(OVERRAN if time.monotonic() - began >= seconds else DIED) from None
-        except ray.exceptions.RayError as error:
-            raise JobError(f"Ray gave up: {describe_fault(error)}; run the same command again: it resumes") from error
         if kind == "trouble":
             raise TroubleError(value)
         if kind == "job-error":
