@@ -331,12 +331,12 @@ def test_from_submit_to_the_published_dataset_with_a_cancel_between(head, s3, ma
         wait_until(lambda: len(list(storage.list("ledger"))) >= 2)
         running = job_status(s3).to_dict()
         assert (running["state"], running["job"]["state"]) == ("started", "running")
-        answer("cancel", s3)
+        cancel_job(s3)  # at once: the command takes seconds to start, in which a fast machine is done
         said, err = follower.communicate(timeout=PATIENCE)
         assert (follower.returncode, err) == (130, "")
     assert "latentmill: generating" in said
     assert "\ninterrupted\n" in said  # the driver ended by itself, in order
-    assert cancel_job(s3).state == "stopped"
+    assert answer("cancel", s3)["state"] == "stopped"
     stopped = answer("status", s3)
     assert stopped["job"]["state"] == "stopped"
     left = stopped["chunks"] - stopped["chunks_committed"]
