@@ -31,7 +31,7 @@ def session() -> Iterator[None]:
 
 def test_prompts_that_kill_hang_or_raise_fail_alone(manifest, tiny_model: Path, tmp_path: Path):
     prompts = [f"picture {number}" for number in range(16)]
-    settings = {"chunk_size": 4, "batch_size": 2, "executor": "ray", "chunk_timeout": 3}
+    settings = {"chunk_size": 4, "batch_size": 2, "executor": "ray", "chunk_timeout": 2}
     prompts[5], prompts[10], prompts[11] = "segfault", "hang", "crash"
     summary = run(job_spec(tiny_model, manifest(prompts), tmp_path / "out", **settings))
     assert (summary.exit_code, summary.counts) == (1, {"ok": 13, "flagged": 0, "failed": 3})

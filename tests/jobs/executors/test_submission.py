@@ -321,7 +321,7 @@ def test_from_submit_to_the_published_dataset_with_a_cancel_between(head, s3, ma
     for name, value in head.client_environment.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("RAY_ADDRESS", "http://nowhere.invalid:1")  # what is said on the command line counts
-    small = ["--num-inference-steps", 25, "--chunk-size", 2, "--batch-size", 2, "--safety", "none"]
+    small = ["--num-inference-steps", 15, "--chunk-size", 2, "--batch-size", 2, "--safety", "none"]
     job = ["submit", manifest(60), "--out", s3, "--address", head.dashboard, *small]
     first = answer(*job)
     assert first["started"]
