@@ -69,7 +69,7 @@ def _job_flags(
     date: Annotated[
         str | None, _flag("--date", _INPUT, "The day that {date} in --out stands for, YYYY-MM-DD. Default: today, UTC.")
     ] = None,
-    format: Annotated[str | None, _flag("--format", _INPUT, "How pictures are stored: files.")] = None,  # noqa: A002
+    format: Annotated[str | None, _flag("--format", _INPUT, "How pictures are stored: files.")] = None,  # noqa: A002 - the flag's name
     strict: Annotated[bool | None, _flag("--strict", _INPUT, "Refuse the job if any row is bad.")] = None,
     model: Annotated[
         str | None,
@@ -234,6 +234,7 @@ def _takes_a_job(verb: Callable[..., None], *, more: Callable[..., None] = _no_f
         verb(config, {name: flags[name] for name in flags.keys() - own}, as_json, **{name: flags[name] for name in own})
 
     parameters = {**job, **own}
+    # functions have room for a signature of one's own, which Typer reads; mypy's stubs do not know it
     command.__signature__ = inspect.Signature(list(parameters.values()))  # type: ignore[attr-defined]
     command.__annotations__ = {name: parameter.annotation for name, parameter in parameters.items()}
     return command

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 
 from engine import EngineError
 from jobs.errors import JobError
@@ -120,20 +121,12 @@ class _InlineCell:
         return receipt
 
     def row(self, chunk: int, row: int) -> FinishedSample:
-        try:
+        with _as_trouble():
             return self._generator.finish_row(chunk, row)
-        except JobError:
-            raise
-        except Exception as error:
-            raise TroubleError(describe_fault(error)) from error
 
     def control(self, chunk: int) -> None:
-        try:
+        with _as_trouble():
             self._generator.generate_control(chunk)
-        except JobError:
-            raise
-        except Exception as error:
-            raise TroubleError(describe_fault(error)) from error
 
     def commit(self, chunk: int, finished: Sequence[FinishedSample], repair: int) -> Receipt:
         try:
@@ -148,6 +141,17 @@ class _InlineCell:
             )
         except JobError as error:
             return fault_receipt(chunk, error, self._generator.actor)
+
+
+@contextmanager
+def _as_trouble() -> Iterator[None]:
+    """Within, what the model or the device raises, of whatever kind, is told as trouble; a job's own errors go on."""
+    try:
+        yield
+    except JobError:
+        raise
+    except Exception as error:
+        raise TroubleError(describe_fault(error)) from error
 
 
 def _generate(generator: ChunkGenerator, chunk: int, *, repair: bool = False) -> GeneratedChunk | Receipt:

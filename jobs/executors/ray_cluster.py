@@ -149,7 +149,7 @@ def asks_for_a_token(endpoint: str) -> bool:
 def own_token() -> dict[str, str]:
     """The token that this process has for clusters, as Ray would send it; empty if there is none."""
     from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
-    from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined]
+    from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined] # compiled, so mypy cannot see it
 
     _read_tokens_again()
     if not maybe_enable_token_auth_if_token_available(warn_if_disabled=False):
@@ -207,7 +207,7 @@ def _private_token(path: Path) -> Iterator[None]:
 
 
 def _read_tokens_again() -> None:
-    from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
+    from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined] # compiled, so mypy cannot see it
 
     Config.initialize("")
     AuthenticationTokenLoader.instance().reset_cache()
