@@ -72,7 +72,9 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
 	@echo "installing into $(VENV); the first time takes a few minutes"
 	$(call install_packages,.)
 
+# mypy follows paths, not the finder of an editable install: .venv/source holds the package under its name.
 $(VENV)/.dev: $(VENV)/.installed
+	@mkdir -p $(VENV)/source && ln -sfn ../.. $(VENV)/source/latentmill
 	$(call install_packages,.[test])
 
 $(VENV)/.train: $(VENV)/.installed

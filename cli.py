@@ -247,8 +247,8 @@ def _takes_a_job(verb: Callable[..., None], *, more: Callable[..., None] = _no_f
 @_takes_a_job
 def plan(config: str | None, flags: dict[str, Any], as_json: bool) -> None:
     """Say what a run would do, and write nothing."""
-    from jobs.plans.plan import draft_plan
-    from jobs.spec import resolve
+    from latentmill.jobs.plans.plan import draft_plan
+    from latentmill.jobs.spec import resolve
 
     with draft_plan(resolve(config, flags)) as draft:
         summary = draft.summary()
@@ -266,11 +266,11 @@ def run(config: str | None, flags: dict[str, Any], as_json: bool) -> None:
     """Make the dataset, or go on with it: every image exactly once."""
     from dataclasses import asdict
 
-    from jobs.show.display import progress_view
+    from latentmill.jobs.show.display import progress_view
 
     with progress_view() as view:
-        from jobs.runner import run_job  # the view comes first: these imports take a second
-        from jobs.spec import resolve
+        from latentmill.jobs.runner import run_job  # the view comes first: these imports take a second
+        from latentmill.jobs.spec import resolve
 
         stopping = "stopping; press Ctrl-C again to stop at once. Nothing that is committed is lost"
         summary = run_job(resolve(config, flags), on_progress=view.update, on_stop=lambda: view.note(stopping))
@@ -292,8 +292,8 @@ def submit(
     """Hand a job to a cluster, which runs it without this machine."""
     from dataclasses import asdict
 
-    from jobs.spec import resolve
-    from jobs.submission import submit_job
+    from latentmill.jobs.spec import resolve
+    from latentmill.jobs.submission import submit_job
 
     submission = submit_job(resolve(config, flags), shared_filesystem=shared_filesystem, forwarded=env or [])
     _answer(asdict(submission), as_json, lambda views: views.show_submission(submission))
@@ -306,7 +306,7 @@ def submit(
 )
 def txt2img(context: typer.Context) -> None:
     """Draw a few pictures for a prompt: the original Stable Diffusion script's command, option for option."""
-    from jobs.txt2img.command import run_command
+    from latentmill.jobs.txt2img.command import run_command
 
     raise typer.Exit(run_command(context.args))
 
@@ -319,7 +319,7 @@ def status(
     json: Json = False,
 ) -> None:
     """Say how far a job is, and how it fares on its cluster if it was submitted to one."""
-    from jobs.submission import job_status
+    from latentmill.jobs.submission import job_status
 
     answer = job_status(target, deep=deep, address=address)
     _answer(answer.to_dict(), json, lambda views: views.show_job_status(answer))
@@ -332,8 +332,8 @@ def logs(
     address: Address = None,
 ) -> None:
     """Show what a submitted job says; with --follow, exit as it does."""
-    from jobs.show.display import print_untrusted
-    from jobs.submission import job_logs
+    from latentmill.jobs.show.display import print_untrusted
+    from latentmill.jobs.submission import job_logs
 
     job = job_logs(target, print_untrusted, follow=follow, address=address)
     raise typer.Exit(job.cli_exit_code if follow else 0)
@@ -344,7 +344,7 @@ def cancel(target: TargetArgument, address: Address = None, json: Json = False) 
     """Stop a submitted job: chunks in flight finish, no more begin, and the same job submitted again resumes."""
     from dataclasses import asdict
 
-    from jobs.submission import cancel_job
+    from latentmill.jobs.submission import cancel_job
 
     job = cancel_job(target, address=address)
     _answer(asdict(job), json, lambda views: views.show_cancelled(job))
@@ -359,10 +359,10 @@ def verify(
     json: Json = False,
 ) -> None:
     """Read everything again and compare it with what was written; exit code 1 if anything differs."""
-    from jobs.show.display import progress_view, verify_detail
+    from latentmill.jobs.show.display import progress_view, verify_detail
 
     with progress_view("reading", verify_detail) as view:
-        from jobs.outputs.verify import verify as verify_job
+        from latentmill.jobs.outputs.verify import verify as verify_job
 
         report = verify_job(out, sample_n=sample, on_progress=view.update)
     _answer(report.to_dict(), json, lambda views: views.show_verify(report))
@@ -376,7 +376,7 @@ def clean(
     json: Json = False,
 ) -> None:
     """Sweep what interrupted runs left behind: only proven garbage, safe beside a running job."""
-    from jobs.outputs.clean import clean as clean_job
+    from latentmill.jobs.outputs.clean import clean as clean_job
 
     report = clean_job(out, dry_run=dry_run)
     _answer(report.to_dict(), json, lambda views: views.show_clean(report))
@@ -390,7 +390,7 @@ def report(
     json: Json = False,
 ) -> None:
     """Draw labelled contact sheets of a finished dataset: sweep axes as rows and columns."""
-    from jobs.show.report import report as draw_report
+    from latentmill.jobs.show.report import report as draw_report
 
     summary = draw_report(out, max_sheets=max_sheets)
     _answer(summary.to_dict(), json, lambda views: views.show_report(summary))
@@ -399,7 +399,7 @@ def report(
 @app.command(rich_help_panel=_MORE, epilog="Example: [bold]latentmill models[/bold]")
 def models(json: Json = False) -> None:
     """List the models that --model knows by name."""
-    from jobs.plans.presets import list_presets
+    from latentmill.jobs.plans.presets import list_presets
 
     presets = list_presets()
     as_data = {name: preset.model_dump() for name, preset in presets.items()}
@@ -418,7 +418,7 @@ def read(
     json: Json = False,
 ) -> None:
     """Look for the mark in pictures; exit code 1 if one does not carry it."""
-    from jobs.marks import read_marks
+    from latentmill.jobs.marks import read_marks
 
     readings = read_marks(files, text=expect, method=watermark)
     _answer([reading.to_dict() for reading in readings], json, lambda views: views.show_marks(readings))
@@ -427,7 +427,7 @@ def read(
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        from jobs.outputs.records import tool_versions
+        from latentmill.jobs.outputs.records import tool_versions
 
         sys.stdout.write(f"latentmill {tool_versions()['latentmill']}\n")
         raise typer.Exit
@@ -444,7 +444,7 @@ def _root(
 
 
 def _answer(data: Any, as_json: bool, show: Callable[[Any], None]) -> None:
-    from jobs.show import display, views
+    from latentmill.jobs.show import display, views
 
     if as_json:
         display.print_json(data)
@@ -459,8 +459,8 @@ def main() -> None:
     except KeyboardInterrupt:
         _complain("interrupted; the same command resumes", 130)
     except Exception as error:
-        from engine import EngineError
-        from jobs.errors import JobError
+        from latentmill.engine import EngineError
+        from latentmill.jobs.errors import JobError
 
         if not isinstance(error, JobError | EngineError):
             raise  # a mistake of ours: the traceback is what a report needs
@@ -468,11 +468,7 @@ def main() -> None:
 
 
 def _complain(text: str, exit_code: int) -> None:
-    from jobs.show.display import print_line, safe
+    from latentmill.jobs.show.display import print_line, safe
 
     print_line(f"error: {safe(' '.join(text.split()))}", error=True)
     sys.exit(exit_code)
-
-
-if __name__ == "__main__":
-    main()

@@ -10,17 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from latentmill.jobs.job import open_job
+from latentmill.jobs.outputs.publish import publish, standing_publication
+from latentmill.jobs.outputs.status import status
+from latentmill.jobs.outputs.verify import verify
+from latentmill.jobs.plans.plan import adopt, draft_plan
+from latentmill.jobs.progress import Progress
+from latentmill.jobs.runner import run_job
+from latentmill.jobs.store.storage import Storage
 
 from bench.machine import Stopwatch, peak_mib
 from bench.synthetic import instant_engine, job_spec
-from jobs.job import open_job
-from jobs.outputs.publish import publish, standing_publication
-from jobs.outputs.status import status
-from jobs.outputs.verify import verify
-from jobs.plans.plan import adopt, draft_plan
-from jobs.progress import Progress
-from jobs.runner import run_job
-from jobs.store.storage import Storage
 
 Facts = dict[str, Any]
 

@@ -13,14 +13,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-
-from engine import GenerationRequest, GenerationResult, SafetyVerdict
-from jobs.job import Job
-from jobs.outputs.images import encode_png, pixel_sha256
-from jobs.outputs.ledger import PER_FOLDER, record_path
-from jobs.outputs.records import encode_record
-from jobs.plans.plan import Plan, PlannedSample
-from jobs.spec import JobSpec
+from latentmill.engine import GenerationRequest, GenerationResult, SafetyVerdict
+from latentmill.jobs.job import Job
+from latentmill.jobs.outputs.images import encode_png, pixel_sha256
+from latentmill.jobs.outputs.ledger import PER_FOLDER, record_path
+from latentmill.jobs.outputs.records import encode_record
+from latentmill.jobs.plans.plan import Plan, PlannedSample
+from latentmill.jobs.spec import JobSpec
 
 SIDE = 64
 _ATTEMPT = "0123456789abcdef"

@@ -9,10 +9,10 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from engine.describe import ModelDescription, describe_model, load_tokenizer
-from engine.prompts import parse_prompt
-from engine.timesteps import check_steps
-from engine.types import (
+from latentmill.engine.describe import ModelDescription, describe_model, load_tokenizer
+from latentmill.engine.prompts import parse_prompt
+from latentmill.engine.timesteps import check_steps
+from latentmill.engine.types import (
     FOLDER_SAMPLER,
     LONG_PROMPTS,
     PROMPT_SYNTAXES,
@@ -30,19 +30,19 @@ from engine.types import (
 )
 
 if TYPE_CHECKING:
-    from engine.noise import NoiseStream
-    from engine.pipeline import Engine
-    from engine.watermark import embed_watermark, read_watermark, watermark_bit_accuracy
+    from latentmill.engine.noise import NoiseStream
+    from latentmill.engine.pipeline import Engine
+    from latentmill.engine.watermark import embed_watermark, read_watermark, watermark_bit_accuracy
 
 EMBEDDED_MODEL = Path(__file__).parent / "embedded"
 """The model that ships with the package."""
 
 _HEAVY = {
-    "Engine": "engine.pipeline",
-    "NoiseStream": "engine.noise",
-    "embed_watermark": "engine.watermark",
-    "read_watermark": "engine.watermark",
-    "watermark_bit_accuracy": "engine.watermark",
+    "Engine": "latentmill.engine.pipeline",
+    "NoiseStream": "latentmill.engine.noise",
+    "embed_watermark": "latentmill.engine.watermark",
+    "read_watermark": "latentmill.engine.watermark",
+    "watermark_bit_accuracy": "latentmill.engine.watermark",
 }
 
 __all__ = [

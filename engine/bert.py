@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import torch
 from einops import rearrange
+from latentmill.engine.config import Json
+from latentmill.engine.types import EngineError
 from torch import Tensor, nn
 from torch.nn import functional as F
-
-from engine.config import Json
-from engine.types import EngineError
 
 
 class BertAttention(nn.Module):

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from engine.config import Json, SchedulerConfig, UNetConfig, VAEConfig
-from engine.types import EngineError
+from latentmill.engine.config import Json, SchedulerConfig, UNetConfig, VAEConfig
+from latentmill.engine.types import EngineError
 
 TowerKind = Literal["clip", "clip-projection", "ldm-bert"]
 Family = Literal["stable-diffusion", "stable-diffusion-xl", "latent-diffusion"]

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn, Protocol
 
-from engine.types import EngineError
+from latentmill.engine.types import EngineError
 
 if TYPE_CHECKING:
     from torch import Tensor

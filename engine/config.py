@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from engine.types import EngineError
+from latentmill.engine.types import EngineError
 
 Json = Mapping[str, Any]
 PredictionType = Literal["epsilon", "v_prediction", "sample"]

@@ -6,9 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from latentmill.engine.schedule import NoiseLevel, NoiseSchedule
 from torch import Tensor
-
-from engine.schedule import NoiseLevel, NoiseSchedule
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,13 +9,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
-from engine.diffusers_folder import DiffusersFolder, find_pipeline, load_first_tokenizer
-from engine.folder import read_json
-from engine.hub import fetch_model, is_hub_id
-from engine.layout import ModelLayout, find_model
-from engine.timesteps import check_steps
-from engine.tokenizer import load_prompt_tokenizer
-from engine.types import FOLDER_SAMPLER, SAMPLERS, EngineError, ModelSpec
+from latentmill.engine.diffusers_folder import DiffusersFolder, find_pipeline, load_first_tokenizer
+from latentmill.engine.folder import read_json
+from latentmill.engine.hub import fetch_model, is_hub_id
+from latentmill.engine.layout import ModelLayout, find_model
+from latentmill.engine.timesteps import check_steps
+from latentmill.engine.tokenizer import load_prompt_tokenizer
+from latentmill.engine.types import FOLDER_SAMPLER, SAMPLERS, EngineError, ModelSpec
 
 __all__ = ["ModelDescription", "TokenCounts", "describe_layout", "describe_model", "load_tokenizer", "read_json"]
 

@@ -9,8 +9,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from engine.folder import pipeline_parts, read_json
-from engine.types import EngineError, ModelSpec
+from latentmill.engine.folder import pipeline_parts, read_json
+from latentmill.engine.types import EngineError, ModelSpec
 
 _DENOISERS = ("transformer", "unet", "prior", "decoder")
 _FIRST_STAGES = ("vae", "vqvae", "movq", "vqgan")

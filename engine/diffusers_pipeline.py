@@ -13,10 +13,15 @@ from itertools import chain
 from typing import Any
 
 import torch
+from latentmill.engine.diffusers_folder import (
+    OPTIONAL,
+    DiffusersFolder,
+    PlainTokenizer,
+    has_weights,
+    load_first_tokenizer,
+)
+from latentmill.engine.types import EngineError, GenerationRequest
 from torch import Tensor, nn
-
-from engine.diffusers_folder import OPTIONAL, DiffusersFolder, PlainTokenizer, has_weights, load_first_tokenizer
-from engine.types import EngineError, GenerationRequest
 
 _NEEDED = ("prompt", "generator", "num_inference_steps", "width", "height", "output_type")
 _SHORT, _LONG = "a", "a red circle left of a blue square " * 5

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engine.blueprint import Blueprint, Family, Tower, check_fit
-from engine.config import SchedulerConfig, UNetConfig, VAEConfig
-from engine.types import EngineError
+from latentmill.engine.blueprint import Blueprint, Family, Tower, check_fit
+from latentmill.engine.config import SchedulerConfig, UNetConfig, VAEConfig
+from latentmill.engine.types import EngineError
 
 _DIFFUSERS_WEIGHTS = (
     "diffusion_pytorch_model.safetensors",

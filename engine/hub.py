@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from engine.folder import pipeline_parts
-from engine.types import EngineError
+from latentmill.engine.folder import pipeline_parts
+from latentmill.engine.types import EngineError
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _CONFIGS = ("model_index.json", "*/config.json", "scheduler/*.json", "feature_extractor/*.json")

@@ -6,9 +6,9 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from engine.blueprint import Blueprint, Tower
-from engine.config import UNetConfig, VAEConfig
-from engine.types import EngineError
+from latentmill.engine.blueprint import Blueprint, Tower
+from latentmill.engine.config import UNetConfig, VAEConfig
+from latentmill.engine.types import EngineError
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,17 +10,16 @@ from functools import partial
 
 import torch
 from einops import rearrange, repeat
+from latentmill.engine.denoiser import Denoiser, PredictNoise
+from latentmill.engine.layout import ModelLayout
+from latentmill.engine.samplers import SAMPLER_FUNCTIONS
+from latentmill.engine.schedule import NoiseSchedule
+from latentmill.engine.text import TextEncoder
+from latentmill.engine.types import GenerationRequest, ModelSpec
+from latentmill.engine.unet import UNet
+from latentmill.engine.vae import FirstStage
+from latentmill.engine.weights import check_claims, load_unet, load_vae
 from torch import Tensor
-
-from engine.denoiser import Denoiser, PredictNoise
-from engine.layout import ModelLayout
-from engine.samplers import SAMPLER_FUNCTIONS
-from engine.schedule import NoiseSchedule
-from engine.text import TextEncoder
-from engine.types import GenerationRequest, ModelSpec
-from engine.unet import UNet
-from engine.vae import FirstStage
-from engine.weights import check_claims, load_unet, load_vae
 
 
 @dataclass(frozen=True, slots=True)

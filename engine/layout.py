@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engine.blueprint import Blueprint
-from engine.checkpoint import open_weights
-from engine.config import SchedulerConfig
-from engine.folder import checker_files, pixel_files, read_blueprint, tokenizer_files, weights_file
-from engine.hub import fetch_model, fetch_tokenizer, is_hub_id
-from engine.single_file import default_tokenizer, recognise
-from engine.types import EngineError, ModelSpec
+from latentmill.engine.blueprint import Blueprint
+from latentmill.engine.checkpoint import open_weights
+from latentmill.engine.config import SchedulerConfig
+from latentmill.engine.folder import checker_files, pixel_files, read_blueprint, tokenizer_files, weights_file
+from latentmill.engine.hub import fetch_model, fetch_tokenizer, is_hub_id
+from latentmill.engine.single_file import default_tokenizer, recognise
+from latentmill.engine.types import EngineError, ModelSpec
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

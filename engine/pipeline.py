@@ -10,13 +10,11 @@ from typing import Literal, Protocol
 
 import torch
 from einops import rearrange
-from torch import Tensor
-
-from engine.describe import ModelDescription, describe_model
-from engine.device import execution_class, resolve_device, resolve_dtype
-from engine.latent import load_latent_diffusion
-from engine.safety import SafetyChecker, load_safety_checker
-from engine.types import (
+from latentmill.engine.describe import ModelDescription, describe_model
+from latentmill.engine.device import execution_class, resolve_device, resolve_dtype
+from latentmill.engine.latent import load_latent_diffusion
+from latentmill.engine.safety import SafetyChecker, load_safety_checker
+from latentmill.engine.types import (
     SAMPLERS_WITH_ETA,
     SEED_LIMIT,
     EngineError,
@@ -27,6 +25,7 @@ from engine.types import (
     Precision,
     SafetyVerdict,
 )
+from torch import Tensor
 
 _PRECISION: dict[torch.dtype, Literal["fp32", "fp16", "bf16"]] = {
     torch.float32: "fp32",
@@ -117,7 +116,7 @@ class Engine:
         if description.pipeline is None:
             model = load_latent_diffusion(description.layout, spec, kind, target, batch_size)
         else:
-            from engine.diffusers_pipeline import load_pipeline
+            from latentmill.engine.diffusers_pipeline import load_pipeline
 
             model = load_pipeline(description.pipeline, kind, target)
         safety = load_safety_checker(spec, description.folder, target)
@@ -129,7 +128,7 @@ class Engine:
         where = execution_class(self.device, self.dtype, self.batch_size)
         if self.description.pipeline is None:
             return where
-        from engine.diffusers_pipeline import library_version
+        from latentmill.engine.diffusers_pipeline import library_version
 
         return f"{where}, diffusers {library_version()}"
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from engine.types import PROMPT_SYNTAXES, EngineError
+from latentmill.engine.types import PROMPT_SYNTAXES, EngineError
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-
-from engine.types import SAFETY_CHECKERS, EngineError, ModelSpec, Pixels, SafetyVerdict
+from latentmill.engine.types import SAFETY_CHECKERS, EngineError, ModelSpec, Pixels, SafetyVerdict
 
 
 class SafetyChecker(Protocol):
@@ -59,6 +58,6 @@ def load_safety_checker(spec: ModelSpec, folder: Path, device: torch.device) -> 
         raise EngineError(
             f"safety is 'clip-concepts', but {folder} has no safety_checker folder: add one, or choose open-nsfw"
         )
-    from engine.safety_clip import ClipConcepts
+    from latentmill.engine.safety_clip import ClipConcepts
 
     return ClipConcepts(folder, device)

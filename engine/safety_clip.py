@@ -12,6 +12,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from latentmill.engine.describe import read_json
+from latentmill.engine.types import EngineError, Pixels, SafetyVerdict
 from numpy.typing import NDArray
 from PIL import Image
 from safetensors import SafetensorError
@@ -19,9 +21,6 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPVisionModel
-
-from engine.describe import read_json
-from engine.types import EngineError, Pixels, SafetyVerdict
 
 _CONCEPTS, _SPECIAL = 17, 3
 _SPECIAL_ADJUSTMENT = 0.01

@@ -8,11 +8,10 @@ from itertools import pairwise
 
 import numpy as np
 import torch
+from latentmill.engine.config import SchedulerConfig
+from latentmill.engine.timesteps import whole_timesteps
 from numpy.typing import NDArray
 from torch import Tensor
-
-from engine.config import SchedulerConfig
-from engine.timesteps import whole_timesteps
 
 LEAST_POWER = 2.0**-24
 """What stands for a signal power of 0 (a schedule rescaled to zero terminal SNR) where one must divide by it."""

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engine.blueprint import Blueprint, Family, Tower, check_fit
-from engine.checkpoint import Shape, WeightsFile
-from engine.config import PredictionType, SchedulerConfig, UNetConfig, VAEConfig
-from engine.types import EngineError
+from latentmill.engine.blueprint import Blueprint, Family, Tower, check_fit
+from latentmill.engine.checkpoint import Shape, WeightsFile
+from latentmill.engine.config import PredictionType, SchedulerConfig, UNetConfig, VAEConfig
+from latentmill.engine.types import EngineError
 
 CLIP_TOKENIZER = "openai/clip-vit-large-patch14"
 BERT_TOKENIZER = "bert-base-uncased"

@@ -8,14 +8,13 @@ from dataclasses import dataclass, replace
 
 import torch
 from einops import rearrange
+from latentmill.engine.blueprint import Tower
+from latentmill.engine.layout import ModelLayout
+from latentmill.engine.prompts import Chunk, Piece, cut_into_chunks, parse_prompt
+from latentmill.engine.tokenizer import PromptTokenizer, load_prompt_tokenizer
+from latentmill.engine.types import LONG_PROMPTS, PROMPT_SYNTAXES, EngineError, ModelSpec
+from latentmill.engine.weights import load_tower
 from torch import Tensor, nn
-
-from engine.blueprint import Tower
-from engine.layout import ModelLayout
-from engine.prompts import Chunk, Piece, cut_into_chunks, parse_prompt
-from engine.tokenizer import PromptTokenizer, load_prompt_tokenizer
-from engine.types import LONG_PROMPTS, PROMPT_SYNTAXES, EngineError, ModelSpec
-from engine.weights import load_tower
 
 _CACHE_LIMIT = 1024
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
+from latentmill.engine.config import SchedulerConfig
+from latentmill.engine.types import EngineError
 from numpy.typing import NDArray
-
-from engine.config import SchedulerConfig
-from engine.types import EngineError
 
 Timesteps = NDArray[np.float64]
 """Descending, each within 0 to T - 1; a whole number unless the grid's function says otherwise."""

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from engine.blueprint import TowerKind
+from latentmill.engine.blueprint import TowerKind
 
 
 class PromptTokenizer:

@@ -6,11 +6,10 @@ import math
 
 import torch
 from einops import rearrange
+from latentmill.engine.blocks import Downsample, ResnetBlock, SpatialTransformer, Upsample
+from latentmill.engine.config import UNetConfig
 from torch import Tensor, nn
 from torch.nn import functional as F
-
-from engine.blocks import Downsample, ResnetBlock, SpatialTransformer, Upsample
-from engine.config import UNetConfig
 
 
 def sinusoidal_embedding(values: Tensor, dim: int, *, flip_sin_to_cos: bool = True, freq_shift: int = 0) -> Tensor:

@@ -9,11 +9,10 @@ from dataclasses import dataclass
 
 import torch
 from einops import rearrange
+from latentmill.engine.blocks import Attention, Downsample, ResnetBlock, Upsample
+from latentmill.engine.config import VAEConfig
 from torch import Tensor, nn
 from torch.nn import functional as F
-
-from engine.blocks import Attention, Downsample, ResnetBlock, Upsample
-from engine.config import VAEConfig
 
 _EPS = 1e-6
 

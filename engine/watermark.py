@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 from imwatermark import WatermarkDecoder, WatermarkEncoder
-
-from engine.types import WATERMARK_METHODS, WATERMARK_MIN_PIXELS, EngineError, Pixels
+from latentmill.engine.types import WATERMARK_METHODS, WATERMARK_MIN_PIXELS, EngineError, Pixels
 
 
 def embed_watermark(pixels: Pixels, text: str, method: str) -> Pixels:

@@ -7,17 +7,16 @@ from typing import TypeVar
 
 import torch
 from einops import rearrange
+from latentmill.engine.bert import LdmBert
+from latentmill.engine.blueprint import Blueprint, Tower
+from latentmill.engine.checkpoint import Shape, WeightsFile, open_weights
+from latentmill.engine.keys import Origin, folder_name, is_ignored, original_names
+from latentmill.engine.layout import ModelLayout
+from latentmill.engine.types import EngineError
+from latentmill.engine.unet import UNet
+from latentmill.engine.vae import FirstStage, build_first_stage
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
-
-from engine.bert import LdmBert
-from engine.blueprint import Blueprint, Tower
-from engine.checkpoint import Shape, WeightsFile, open_weights
-from engine.keys import Origin, folder_name, is_ignored, original_names
-from engine.layout import ModelLayout
-from engine.types import EngineError
-from engine.unet import UNet
-from engine.vae import FirstStage, build_first_stage
 
 Module = TypeVar("Module", bound=nn.Module)
 

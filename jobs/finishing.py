@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from engine import GenerationRequest, GenerationResult
-from engine.types import Pixels
-from jobs.manifests.parameters import parameters_text
-from jobs.mark_bits import bits_needed, matching_bits
-from jobs.outputs.images import blank, encode_png, pixel_sha256
-from jobs.plans.plan import Plan, PlannedSample
+from latentmill.engine import GenerationRequest, GenerationResult
+from latentmill.engine.types import Pixels
+from latentmill.jobs.manifests.parameters import parameters_text
+from latentmill.jobs.mark_bits import bits_needed, matching_bits
+from latentmill.jobs.outputs.images import blank, encode_png, pixel_sha256
+from latentmill.jobs.plans.plan import Plan, PlannedSample
 
 RETRY_METHOD = "dwtDctSvd"
 """What the policy `retry` marks with where the plan's own mark cannot be read back: it holds on smooth pictures."""
@@ -86,7 +86,7 @@ def _marked(plan: Plan, pixels: Pixels, *, required: bool) -> tuple[Pixels, _Mar
     """The picture with the plan's mark; a blank one in a flagged picture's place need not be readable (`required`)."""
     if plan.watermark == "none":
         return pixels, _Mark(method="none")
-    from engine import embed_watermark, watermark_bit_accuracy
+    from latentmill.engine import embed_watermark, watermark_bit_accuracy
 
     methods = [plan.watermark]
     if plan.watermark_policy == "retry" and plan.watermark != RETRY_METHOD:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from jobs.executors.base import Executor
+from latentmill.jobs.executors.base import Executor
 
 
 class Interrupt:

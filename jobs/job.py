@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 
-from jobs.errors import UsageError
-from jobs.outputs.ledger import Ledger
-from jobs.outputs.sinks import Sink, open_sink
-from jobs.plans.plan import Plan, load_plan
-from jobs.store.errors import StorageError
-from jobs.store.storage import Storage
+from latentmill.jobs.errors import UsageError
+from latentmill.jobs.outputs.ledger import Ledger
+from latentmill.jobs.outputs.sinks import Sink, open_sink
+from latentmill.jobs.plans.plan import Plan, load_plan
+from latentmill.jobs.store.errors import StorageError
+from latentmill.jobs.store.storage import Storage
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import datetime
 from dataclasses import dataclass
 
-from jobs.errors import UsageError
-from jobs.manifests.fields import shorten
-from jobs.store.urls import display_url
+from latentmill.jobs.errors import UsageError
+from latentmill.jobs.manifests.fields import shorten
+from latentmill.jobs.store.urls import display_url
 
 PLACEHOLDER = "{date}"
 

@@ -9,11 +9,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+from latentmill.jobs.executors.base import Executor
+from latentmill.jobs.plans.plan import Plan
+from latentmill.jobs.worker import Receipt
 from numpy.typing import NDArray
-
-from jobs.executors.base import Executor
-from jobs.plans.plan import Plan
-from jobs.worker import Receipt
 
 Phase = Literal["planning", "starting", "generating", "publishing", "done"]
 

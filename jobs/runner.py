@@ -9,20 +9,19 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 
 import numpy as np
-
-from jobs.errors import JobError, OutputConflictError
-from jobs.executors.base import Executor
-from jobs.interrupt import Interrupt, graceful_interrupt
-from jobs.job import Job, open_job
-from jobs.outputs.failures import FailedRow, failed_rows
-from jobs.outputs.latest import Latest, point_to_latest
-from jobs.outputs.publish import Publication, publish, standing_publication
-from jobs.plans.plan import Plan, adopt, draft_plan
-from jobs.progress import Progress, Tracker
-from jobs.spec import JobSpec
-from jobs.store.errors import StorageError
-from jobs.store.storage import Storage
-from jobs.worker import EngineFactory, Receipt, load_engine
+from latentmill.jobs.errors import JobError, OutputConflictError
+from latentmill.jobs.executors.base import Executor
+from latentmill.jobs.interrupt import Interrupt, graceful_interrupt
+from latentmill.jobs.job import Job, open_job
+from latentmill.jobs.outputs.failures import FailedRow, failed_rows
+from latentmill.jobs.outputs.latest import Latest, point_to_latest
+from latentmill.jobs.outputs.publish import Publication, publish, standing_publication
+from latentmill.jobs.plans.plan import Plan, adopt, draft_plan
+from latentmill.jobs.progress import Progress, Tracker
+from latentmill.jobs.spec import JobSpec
+from latentmill.jobs.store.errors import StorageError
+from latentmill.jobs.store.storage import Storage
+from latentmill.jobs.worker import EngineFactory, Receipt, load_engine
 
 PASSES_WITHOUT_PROGRESS = 3
 """Passes over the open chunks that may end without one new commit before the job gives up."""
@@ -107,10 +106,10 @@ def _adopt(spec: JobSpec) -> Job:
 
 def _open_executor(spec: JobSpec, plan: Plan, engine_factory: EngineFactory) -> Executor:
     if spec.runtime.executor == "inline":
-        from jobs.executors.inline import InlineExecutor
+        from latentmill.jobs.executors.inline import InlineExecutor
 
         return InlineExecutor(device=plan.device, engine_factory=engine_factory)
-    from jobs.executors.ray import RayExecutor
+    from latentmill.jobs.executors.ray import RayExecutor
 
     return RayExecutor(plan, spec.runtime, engine_factory=engine_factory)
 

@@ -15,14 +15,13 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import yaml
-
-from jobs.errors import JobError, UsageError
-from jobs.manifests.manifest import open_manifest
-from jobs.outputs.status import StatusReport
-from jobs.outputs.status import status as output_status
-from jobs.spec import JobSpec
-from jobs.store.storage import Storage
-from jobs.store.urls import display_url
+from latentmill.jobs.errors import JobError, UsageError
+from latentmill.jobs.manifests.manifest import open_manifest
+from latentmill.jobs.outputs.status import StatusReport
+from latentmill.jobs.outputs.status import status as output_status
+from latentmill.jobs.spec import JobSpec
+from latentmill.jobs.store.storage import Storage
+from latentmill.jobs.store.urls import display_url
 
 SUBMITTED, SUBMISSIONS = "_job/submitted", "_job/submissions"
 MAX_MANIFEST_BYTES = 2 * 2**30
@@ -122,7 +121,9 @@ def submit_job(
     digest = _digest(job_file)
     place = f"{SUBMITTED}/{digest}/job.yaml"
     storage.create(place, job_file)
-    entrypoint = shlex.join(["exec", "python", "cli.py", "run", "--config", f"{spec.out.rstrip('/')}/{place}"])
+    entrypoint = shlex.join(
+        ["exec", "python", "-m", "latentmill", "run", "--config", f"{spec.out.rstrip('/')}/{place}"]
+    )
     base = f"latentmill-{_digest(job_file + spec.out.encode())}"
     metadata = {"out": display_url(spec.out)}
     for number in range(1, MAX_SUBMISSIONS):
@@ -220,7 +221,7 @@ def _info(place: JobPlace, ask: Callable[[str], JobsApi]) -> JobInfo:
 
 
 def _api(address: str, *, seconds: float = 30.0) -> JobsApi:
-    from jobs.executors.ray_jobs import JobsClient
+    from latentmill.jobs.executors.ray_jobs import JobsClient
 
     return JobsClient(address, seconds=seconds)
 

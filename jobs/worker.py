@@ -12,14 +12,14 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Literal, Protocol
 
-from engine import GenerationRequest, GenerationResult
-from jobs.errors import JobError, OutputConflictError
-from jobs.finishing import FinishedSample, finish_sample
-from jobs.job import Job, open_job
-from jobs.models.place import place_model
-from jobs.outputs.records import encode_record, tool_versions
-from jobs.plans.plan import Plan
-from jobs.store.errors import StorageError
+from latentmill.engine import GenerationRequest, GenerationResult
+from latentmill.jobs.errors import JobError, OutputConflictError
+from latentmill.jobs.finishing import FinishedSample, finish_sample
+from latentmill.jobs.job import Job, open_job
+from latentmill.jobs.models.place import place_model
+from latentmill.jobs.outputs.records import encode_record, tool_versions
+from latentmill.jobs.plans.plan import Plan
+from latentmill.jobs.store.errors import StorageError
 
 
 class ChunkEngine(Protocol):
@@ -96,8 +96,7 @@ def describe_fault(error: BaseException) -> str:
 def load_engine(plan: Plan, device: str) -> ChunkEngine:
     """The plan's own model on `device` (`auto`: a GPU if there is one), at the plan's dtype, threads and batch size."""
     import torch
-
-    from engine import Engine
+    from latentmill.engine import Engine
 
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"

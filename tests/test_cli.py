@@ -14,12 +14,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from latentmill import cli
+from latentmill.engine import embed_watermark
+from latentmill.jobs.outputs.failures import FailedRow
+from latentmill.jobs.runner import RunSummary
 from PIL import Image
-
-import cli
-from engine import embed_watermark
-from jobs.outputs.failures import FailedRow
-from jobs.runner import RunSummary
 
 ROOT = Path(__file__).parents[1]
 VERBS = ["plan", "run", "submit", "status", "logs", "cancel", "verify", "report", "clean", "models", "watermark read"]
@@ -57,7 +56,7 @@ def job(tiny_model: Path, manifest, tmp_path: Path) -> list[object]:
 
 def start(*arguments: object, cwd: Path = ROOT, prefix: tuple[str, ...] = ()) -> subprocess.Popen[str]:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [*prefix, sys.executable, str(ROOT / "cli.py"), *map(str, arguments)]
+    command = [*prefix, sys.executable, "-m", "latentmill", *map(str, arguments)]
     return subprocess.Popen(
         command, cwd=cwd, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
@@ -93,7 +92,7 @@ def cpu_seconds_of_children() -> float:
 def test_every_flag_is_a_key_of_the_job_file_and_the_other_way_round():
     import inspect
 
-    from jobs.spec import KEYS
+    from latentmill.jobs.spec import KEYS
 
     flags = set(inspect.signature(cli._job_flags).parameters) - {"config", "json"}
     assert flags == KEYS
@@ -210,7 +209,7 @@ def test_failed_samples_and_interruption_have_their_codes(call: Call, monkeypatc
         130: RunSummary(exit_code=130, counts=None, failures=(), **summary),
     }
     for code, end in ends.items():
-        monkeypatch.setattr("jobs.runner.run_job", lambda *_args, end=end, **_options: end)
+        monkeypatch.setattr("latentmill.jobs.runner.run_job", lambda *_args, end=end, **_options: end)
         got, out, _ = call("run", "prompts.txt", "--out", "o o")
         assert got == code
         assert ("1 failed" if code == 1 else "latentmill run prompts.txt --out 'o o'\n") in out
@@ -231,7 +230,7 @@ def test_a_mistake_of_ours_keeps_its_traceback(call: Call, monkeypatch: pytest.M
     def broken(*_args: object, **_options: object) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr("jobs.submission.job_status", broken)
+    monkeypatch.setattr("latentmill.jobs.submission.job_status", broken)
     with pytest.raises(ZeroDivisionError):
         call("status", "x")
 

@@ -16,8 +16,7 @@ import pytest
 import ray.autoscaler
 import typer
 import yaml
-
-import cli
+from latentmill import cli
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "configs/cluster"
@@ -190,7 +189,7 @@ def test_the_line_of_cron_runs_and_names_tonights_output(tmp_path: Path):
     stub = bin_folder / "latentmill"
     stub.write_text(
         f'#!/bin/sh\necho "$@" >"{tmp_path}/said"\ntest "$1" = submit && shift\n'
-        f'exec "{sys.executable}" "{ROOT}/cli.py" plan "$@" --json\n'
+        f'exec "{sys.executable}" -m latentmill plan "$@" --json\n'
     )
     stub.chmod(0o755)
     environment = {**os.environ, "HOME": str(tmp_path), "PATH": f"{bin_folder}:{os.environ['PATH']}"}

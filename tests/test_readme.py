@@ -7,8 +7,7 @@ import subprocess
 from pathlib import Path
 
 import typer
-
-import cli
+from latentmill import cli
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")

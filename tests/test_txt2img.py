@@ -15,15 +15,20 @@ import pytest
 import torch
 import yaml
 from diffusers import StableDiffusionPipeline
-from PIL import Image
-
-import cli
-from engine import EMBEDDED_MODEL, Engine, GenerationRequest, SafetyVerdict, embed_watermark, watermark_bit_accuracy
-from jobs.errors import UsageError
-from jobs.txt2img.config import CompVisConfig, find_config
-from jobs.txt2img.drawing import Txt2ImgPlan, generate_batches, load_engine, mark, plan_txt2img, run_txt2img
-from jobs.txt2img.files import OutputFolder, draw_grid, grid_size
-from jobs.txt2img.options import (
+from latentmill import cli
+from latentmill.engine import (
+    EMBEDDED_MODEL,
+    Engine,
+    GenerationRequest,
+    SafetyVerdict,
+    embed_watermark,
+    watermark_bit_accuracy,
+)
+from latentmill.jobs.errors import UsageError
+from latentmill.jobs.txt2img.config import CompVisConfig, find_config
+from latentmill.jobs.txt2img.drawing import Txt2ImgPlan, generate_batches, load_engine, mark, plan_txt2img, run_txt2img
+from latentmill.jobs.txt2img.files import OutputFolder, draw_grid, grid_size
+from latentmill.jobs.txt2img.options import (
     DEFAULT_CKPT,
     DEFAULT_CONFIG,
     LAION_CKPT,
@@ -32,6 +37,8 @@ from jobs.txt2img.options import (
     build_parser,
     parse_options,
 )
+from PIL import Image
+
 from tests.engine.families import write_ldm, write_sd1
 from tests.engine.originals import write_ckpt
 
@@ -598,7 +605,7 @@ def test_an_interrupt_says_where_what_was_saved_is(monkeypatch, capsys, tmp_path
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("jobs.txt2img.drawing.run_txt2img", interrupted)
+    monkeypatch.setattr("latentmill.jobs.txt2img.drawing.run_txt2img", interrupted)
     code, _, err = call(monkeypatch, capsys, "--outdir", tmp_path / "out")
     assert code == 130
     assert f"interrupted; what was saved stays in {tmp_path / 'out'}" in err

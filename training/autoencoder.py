@@ -14,12 +14,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from latentmill.engine.blocks import Downsample, ResnetBlock, Upsample
+from latentmill.engine.config import VAEConfig
+from latentmill.engine.vae import AutoencoderKL
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from engine.blocks import Downsample, ResnetBlock, Upsample
-from engine.config import VAEConfig
-from engine.vae import AutoencoderKL
 from training import architecture, icons, parallel, scenes
 from training.common import (
     RunningAverage,

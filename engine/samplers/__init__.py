@@ -5,7 +5,7 @@ Guidance and what the model predicts are the denoiser's business; a sampler sees
 
 from __future__ import annotations
 
-from engine.samplers.sigma_space import (
+from latentmill.engine.samplers.sigma_space import (
     dpmpp_2m,
     dpmpp_2m_karras,
     dpmpp_2m_sde,
@@ -14,8 +14,8 @@ from engine.samplers.sigma_space import (
     euler_a,
     heun,
 )
-from engine.samplers.signature import DrawNoise, Sampler
-from engine.samplers.timestep_space import ddim, lcm, plms
+from latentmill.engine.samplers.signature import DrawNoise, Sampler
+from latentmill.engine.samplers.timestep_space import ddim, lcm, plms
 
 SAMPLER_FUNCTIONS: dict[str, Sampler] = {
     "ddim": ddim,

@@ -9,12 +9,11 @@ import math
 from itertools import pairwise
 
 import numpy as np
+from latentmill.engine.denoiser import Denoise
+from latentmill.engine.samplers.signature import DrawNoise, refuse_eta
+from latentmill.engine.schedule import LEAST_POWER, NoiseLevel, NoiseSchedule
+from latentmill.engine.timesteps import Timesteps, check_range, continuous_timesteps, solver_timesteps
 from torch import Tensor
-
-from engine.denoiser import Denoise
-from engine.samplers.signature import DrawNoise, refuse_eta
-from engine.schedule import LEAST_POWER, NoiseLevel, NoiseSchedule
-from engine.timesteps import Timesteps, check_range, continuous_timesteps, solver_timesteps
 
 _CLEAN = NoiseLevel(0, 1.0)
 _KARRAS_RHO = 7.0

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from latentmill.engine.denoiser import Denoise
+from latentmill.engine.schedule import NoiseSchedule
 from torch import Tensor
-
-from engine.denoiser import Denoise
-from engine.schedule import NoiseSchedule
 
 DrawNoise = Callable[[], Tensor]
 """Fresh standard-normal noise `(n, c, h, w) float32`, each row from its own sample's generator."""

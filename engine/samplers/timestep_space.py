@@ -6,12 +6,11 @@ import math
 from itertools import pairwise
 
 import torch
+from latentmill.engine.denoiser import Denoise
+from latentmill.engine.samplers.signature import DrawNoise, refuse_eta
+from latentmill.engine.schedule import NoiseLevel, NoiseSchedule
+from latentmill.engine.timesteps import distilled_timesteps
 from torch import Tensor
-
-from engine.denoiser import Denoise
-from engine.samplers.signature import DrawNoise, refuse_eta
-from engine.schedule import NoiseLevel, NoiseSchedule
-from engine.timesteps import distilled_timesteps
 
 _SIGMA_DATA = 0.5
 """Standard deviation of the data that latent consistency models assume."""

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from jobs.errors import UsageError
-from jobs.manifests.fields import shorten
+from latentmill.jobs.errors import UsageError
+from latentmill.jobs.manifests.fields import shorten
 
 _RESOURCE = "accelerator_type:"
 _LABEL = "ray.io/accelerator-type"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
-from jobs.worker import Receipt
+from latentmill.jobs.worker import Receipt
 
 
 class Executor(Protocol):

@@ -7,12 +7,12 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 
-from engine import EngineError
-from jobs.errors import JobError
-from jobs.executors.isolation import TroubleError, isolate_chunk
-from jobs.finishing import FinishedSample
-from jobs.job import open_job
-from jobs.worker import (
+from latentmill.engine import EngineError
+from latentmill.jobs.errors import JobError
+from latentmill.jobs.executors.isolation import TroubleError, isolate_chunk
+from latentmill.jobs.finishing import FinishedSample
+from latentmill.jobs.job import open_job
+from latentmill.jobs.worker import (
     ChunkGenerator,
     EngineFactory,
     GeneratedChunk,

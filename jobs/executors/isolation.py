@@ -11,9 +11,9 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Protocol, TypeVar
 
-from jobs.finishing import FinishedSample, failed_sample
-from jobs.job import Job
-from jobs.worker import Receipt
+from latentmill.jobs.finishing import FinishedSample, failed_sample
+from latentmill.jobs.job import Job
+from latentmill.jobs.worker import Receipt
 
 T = TypeVar("T")
 

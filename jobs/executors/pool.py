@@ -6,10 +6,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from jobs.errors import JobError, UsageError
-from jobs.executors.accelerators import Accelerators, choose_accelerators
-from jobs.plans.plan import Plan
-from jobs.spec import Runtime
+from latentmill.jobs.errors import JobError, UsageError
+from latentmill.jobs.executors.accelerators import Accelerators, choose_accelerators
+from latentmill.jobs.plans.plan import Plan
+from latentmill.jobs.spec import Runtime
 
 CPU_FINISHER, GPU_FINISHER = 0.0, 0.5
 """CPUs of a finisher. None beside actors on CPUs: Ray Data gives every stage that asks for CPUs an equal share of them,

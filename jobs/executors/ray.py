@@ -13,19 +13,18 @@ from contextlib import closing, contextmanager
 from typing import Any
 
 import pyarrow as pa
-
-from jobs.errors import JobError, UsageError
-from jobs.executors.isolation import isolate_chunk
-from jobs.executors.pool import size_pool
-from jobs.executors.ray_cell import RayCell
-from jobs.executors.ray_cluster import connect
-from jobs.executors.ray_stages import Generate, finish, unpacked
-from jobs.executors.ray_watch import Watch, open_roster
-from jobs.job import open_job
-from jobs.plans.plan import Plan
-from jobs.spec import Runtime
-from jobs.store.urls import allowed_filesystem, display_url
-from jobs.worker import EngineFactory, Receipt, describe_fault, load_engine
+from latentmill.jobs.errors import JobError, UsageError
+from latentmill.jobs.executors.isolation import isolate_chunk
+from latentmill.jobs.executors.pool import size_pool
+from latentmill.jobs.executors.ray_cell import RayCell
+from latentmill.jobs.executors.ray_cluster import connect
+from latentmill.jobs.executors.ray_stages import Generate, finish, unpacked
+from latentmill.jobs.executors.ray_watch import Watch, open_roster
+from latentmill.jobs.job import open_job
+from latentmill.jobs.plans.plan import Plan
+from latentmill.jobs.spec import Runtime
+from latentmill.jobs.store.urls import allowed_filesystem, display_url
+from latentmill.jobs.worker import EngineFactory, Receipt, describe_fault, load_engine
 
 HOPELESS = 8
 """Errors in a row after which a pass ends, beside two for each actor."""

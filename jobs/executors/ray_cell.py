@@ -8,11 +8,11 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from jobs.errors import JobError
-from jobs.executors.deadline import deadline
-from jobs.executors.isolation import DIED, OVERRAN, TroubleError
-from jobs.finishing import FinishedSample
-from jobs.worker import (
+from latentmill.jobs.errors import JobError
+from latentmill.jobs.executors.deadline import deadline
+from latentmill.jobs.executors.isolation import DIED, OVERRAN, TroubleError
+from latentmill.jobs.finishing import FinishedSample
+from latentmill.jobs.worker import (
     ChunkGenerator,
     EngineFactory,
     Receipt,

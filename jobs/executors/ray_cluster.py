@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jobs.errors import UsageError
-from jobs.scratch import CLUSTER_PREFIX, scratch_folder, short_base
-from jobs.show.display import held_back_stderr
-from jobs.store.urls import display_url
+from latentmill.jobs.errors import UsageError
+from latentmill.jobs.scratch import CLUSTER_PREFIX, scratch_folder, short_base
+from latentmill.jobs.show.display import held_back_stderr
+from latentmill.jobs.store.urls import display_url
 
 _QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",

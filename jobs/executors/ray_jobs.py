@@ -16,11 +16,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from jobs.errors import JobError, UsageError
-from jobs.executors.ray_cluster import locked_out_text, open_cluster_text, own_token
-from jobs.outputs.records import tool_versions
-from jobs.show.display import held_back_stderr
-from jobs.submission import JobInfo, JobState
+from latentmill.jobs.errors import JobError, UsageError
+from latentmill.jobs.executors.ray_cluster import locked_out_text, open_cluster_text, own_token
+from latentmill.jobs.outputs.records import tool_versions
+from latentmill.jobs.show.display import held_back_stderr
+from latentmill.jobs.submission import JobInfo, JobState
 
 STOP_SECONDS = 900
 """How long Ray lets a stopped driver finish its chunks in flight before it kills it; its own patience is 3 s."""
@@ -32,7 +32,7 @@ _STATES: dict[str, JobState] = {
     "SUCCEEDED": "succeeded",
     "FAILED": "failed",
 }
-_CODE = ("engine", "jobs", "configs", "cli.py")
+_CODE = ("__init__.py", "__main__.py", "cli.py", "engine", "jobs", "configs")
 _LEFT_OUT = {"__pycache__", ".mypy_cache"}
 
 
@@ -185,7 +185,7 @@ def pack_code(folder: Path) -> Path:
     target = folder / "latentmill.zip"
     with zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
         for path in sorted(_code_files(root)):
-            _add(archive, path.relative_to(root).as_posix(), path.read_bytes())
+            _add(archive, f"latentmill/{path.relative_to(root).as_posix()}", path.read_bytes())
         about = f"Metadata-Version: 2.1\nName: latentmill\nVersion: {version}\n"
         _add(archive, f"latentmill-{version}.dist-info/METADATA", about.encode())
     return target

@@ -9,12 +9,11 @@ import time
 from typing import Any
 
 import pyarrow as pa
-
-from engine import EngineError
-from jobs.errors import JobError
-from jobs.executors.deadline import deadline
-from jobs.executors.roster import UNKNOWN_SECONDS
-from jobs.worker import (
+from latentmill.engine import EngineError
+from latentmill.jobs.errors import JobError
+from latentmill.jobs.executors.deadline import deadline
+from latentmill.jobs.executors.roster import UNKNOWN_SECONDS
+from latentmill.jobs.worker import (
     ChunkGenerator,
     EngineFactory,
     GeneratedChunk,

@@ -10,9 +10,9 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any
 
-from jobs.executors.ray_cell import GRACE_SECONDS
-from jobs.executors.roster import Overview, Roster
-from jobs.show.display import print_line
+from latentmill.jobs.executors.ray_cell import GRACE_SECONDS
+from latentmill.jobs.executors.roster import Overview, Roster
+from latentmill.jobs.show.display import print_line
 
 _WATCH_SECONDS = 1.0
 _HEAD_SECONDS = 5.0

@@ -7,10 +7,9 @@ from typing import IO, Any
 
 import numpy as np
 import pyarrow as pa
+from latentmill.jobs.manifests import parameters, prompt_flags
+from latentmill.jobs.manifests.readers import BATCH_ROWS, MAX_ROW_BYTES, TOO_LONG, Layout, Opener, RowBatch, read_lines
 from PIL import Image
-
-from jobs.manifests import parameters, prompt_flags
-from jobs.manifests.readers import BATCH_ROWS, MAX_ROW_BYTES, TOO_LONG, Layout, Opener, RowBatch, read_lines
 
 PARAMETERS_LAYOUT = Layout(own=parameters.COLUMNS, carried=(pa.field("parameters", pa.string()),))
 PNG_LAYOUT = Layout(own=(*parameters.COLUMNS, "id"), carried=PARAMETERS_LAYOUT.carried)

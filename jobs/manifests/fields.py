@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from engine import SAMPLER_CHOICES, SEED_LIMIT
+from latentmill.engine import SAMPLER_CHOICES, SEED_LIMIT
 
 MAX_TEXT_BYTES = 16_384
 """Longest prompt, negative prompt or id, in bytes of UTF-8: more than any text encoder reads."""

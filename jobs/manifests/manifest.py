@@ -12,13 +12,12 @@ from typing import IO, Any, Literal, cast
 
 import pyarrow as pa
 from fsspec.spec import AbstractFileSystem
-
-from jobs.errors import UsageError
-from jobs.manifests import block_readers, parquet_reader, readers
-from jobs.manifests.fields import FIELDS, nearest, shorten
-from jobs.manifests.readers import Layout, RowBatch
-from jobs.store.errors import describe
-from jobs.store.urls import allowed_filesystem, display_url
+from latentmill.jobs.errors import UsageError
+from latentmill.jobs.manifests import block_readers, parquet_reader, readers
+from latentmill.jobs.manifests.fields import FIELDS, nearest, shorten
+from latentmill.jobs.manifests.readers import Layout, RowBatch
+from latentmill.jobs.store.errors import describe
+from latentmill.jobs.store.urls import allowed_filesystem, display_url
 
 Format = Literal["txt", "csv", "tsv", "jsonl", "parquet", "png", "parameters", "flags"]
 SUFFIXES: tuple[Format, ...] = ("txt", "csv", "tsv", "jsonl", "parquet", "png")

@@ -7,8 +7,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from engine import GenerationRequest
-from jobs.manifests.fields import shorten
+from latentmill.engine import GenerationRequest
+from latentmill.jobs.manifests.fields import shorten
 
 MANIFEST_FORMATS = ("auto", "lines", "parameters", "flags")
 """How .txt manifests are read: as lines (also `auto`), as blocks of this module, or as lines with flags."""

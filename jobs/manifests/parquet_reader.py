@@ -8,11 +8,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-
-from jobs.errors import UsageError
-from jobs.manifests.columns import can_carry, plain_type, row_bytes, to_plain
-from jobs.manifests.fields import FIELDS, shorten
-from jobs.manifests.readers import (
+from latentmill.jobs.errors import UsageError
+from latentmill.jobs.manifests.columns import can_carry, plain_type, row_bytes, to_plain
+from latentmill.jobs.manifests.fields import FIELDS, shorten
+from latentmill.jobs.manifests.readers import (
     BATCH_BYTES,
     BATCH_ROWS,
     BLOCK_BYTES,

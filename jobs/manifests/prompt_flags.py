@@ -11,8 +11,8 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
-from jobs.manifests.fields import nearest, shorten
-from jobs.manifests.parameters import find_sampler, unknown_sampler
+from latentmill.jobs.manifests.fields import nearest, shorten
+from latentmill.jobs.manifests.parameters import find_sampler, unknown_sampler
 
 COLUMNS = (
     "prompt",

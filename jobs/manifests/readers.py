@@ -14,10 +14,9 @@ from typing import IO, Any
 
 import numpy as np
 import pyarrow as pa
+from latentmill.jobs.errors import UsageError
+from latentmill.jobs.manifests.fields import FIELDS, shorten
 from numpy.typing import NDArray
-
-from jobs.errors import UsageError
-from jobs.manifests.fields import FIELDS, shorten
 
 BLOCK_BYTES = 1 << 20
 MAX_ROW_BYTES = 1 << 20

@@ -7,8 +7,7 @@ from functools import cached_property
 from typing import Protocol
 
 import pyarrow as pa
-
-from engine import parse_prompt
+from latentmill.engine import parse_prompt
 
 _REMEMBERED = 4096
 

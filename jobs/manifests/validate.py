@@ -9,14 +9,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from latentmill.engine import SAMPLER_CHOICES, SAMPLERS_WITH_ETA, SEED_LIMIT
+from latentmill.jobs.errors import UsageError
+from latentmill.jobs.manifests.columns import to_plain
+from latentmill.jobs.manifests.fields import FIELDS, MAX_TEXT_BYTES, Field, FieldError, Value, shorten
+from latentmill.jobs.manifests.readers import RowBatch
+from latentmill.jobs.manifests.tokens import TokenCounter
 from numpy.typing import NDArray
-
-from engine import SAMPLER_CHOICES, SAMPLERS_WITH_ETA, SEED_LIMIT
-from jobs.errors import UsageError
-from jobs.manifests.columns import to_plain
-from jobs.manifests.fields import FIELDS, MAX_TEXT_BYTES, Field, FieldError, Value, shorten
-from jobs.manifests.readers import RowBatch
-from jobs.manifests.tokens import TokenCounter
 
 EXCERPT_CHARACTERS = 200
 CARRIED_PREFIX = "carried."

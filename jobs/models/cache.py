@@ -11,12 +11,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from jobs.errors import JobError
-from jobs.models.digests import file_digest, read_note, remember_digest, write_note
-from jobs.models.node import cache_folder, node_name, one_at_a_time
-from jobs.models.remote import Fetched, RemoteTree, download, find_file, list_tree
-from jobs.store.errors import describe
-from jobs.store.urls import display_url
+from latentmill.jobs.errors import JobError
+from latentmill.jobs.models.digests import file_digest, read_note, remember_digest, write_note
+from latentmill.jobs.models.node import cache_folder, node_name, one_at_a_time
+from latentmill.jobs.models.remote import Fetched, RemoteTree, download, find_file, list_tree
+from latentmill.jobs.store.errors import describe
+from latentmill.jobs.store.urls import display_url
 
 SINGLE_FILES = (".safetensors", ".ckpt")
 """How the address of a model in one file ends; any other is a folder's."""

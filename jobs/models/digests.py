@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from jobs.models.node import cache_folder, node_name, one_at_a_time
+from latentmill.jobs.models.node import cache_folder, node_name, one_at_a_time
 
 _SETTLED_NANOSECONDS = 2_000_000_000
 """A file younger than this is hashed and not remembered: one more change might leave its times as they are."""

@@ -7,14 +7,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from engine import EngineError, ModelSpec, describe_model
-from jobs.errors import JobError
-from jobs.models.cache import fetch_newest, hold, is_single_file
-from jobs.models.digests import file_digests
-from jobs.models.node import node_name
+from latentmill.engine import EngineError, ModelSpec, describe_model
+from latentmill.jobs.errors import JobError
+from latentmill.jobs.models.cache import fetch_newest, hold, is_single_file
+from latentmill.jobs.models.digests import file_digests
+from latentmill.jobs.models.node import node_name
 
 if TYPE_CHECKING:
-    from jobs.plans.presets import ResolvedModel
+    from latentmill.jobs.plans.presets import ResolvedModel
 
 _TOKENIZER = "tokenizer/"
 

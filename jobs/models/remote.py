@@ -14,10 +14,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from jobs.errors import JobError, UsageError
-from jobs.models.digests import Identity, identity_of
-from jobs.store.errors import StorageError, describe, is_transient, store_code
-from jobs.store.urls import allowed_filesystem, display_url
+from latentmill.jobs.errors import JobError, UsageError
+from latentmill.jobs.models.digests import Identity, identity_of
+from latentmill.jobs.store.errors import StorageError, describe, is_transient, store_code
+from latentmill.jobs.store.urls import allowed_filesystem, display_url
 
 MAX_FILES = 10_000
 TRIES = 5

@@ -16,12 +16,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from jobs.job import Job, open_job
-from jobs.outputs.ledger import PER_FOLDER
-from jobs.outputs.publish import standing_publication
-from jobs.outputs.records import DamagedRecordError
-from jobs.outputs.sinks import attempt_folder
-from jobs.store.storage import Storage
+from latentmill.jobs.job import Job, open_job
+from latentmill.jobs.outputs.ledger import PER_FOLDER
+from latentmill.jobs.outputs.publish import standing_publication
+from latentmill.jobs.outputs.records import DamagedRecordError
+from latentmill.jobs.outputs.sinks import attempt_folder
+from latentmill.jobs.store.storage import Storage
 
 GRACE_SECONDS = 86_400.0
 """How old temporary files and unnamed parts must be: whoever wrote them is gone by then."""

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-
-from jobs.outputs.records import STATUSES
-from jobs.plans.plan import Plan, PlannedSample
+from latentmill.jobs.outputs.records import STATUSES
+from latentmill.jobs.plans.plan import Plan, PlannedSample
 
 Kind = Literal[
     "chunk-missing",

@@ -6,10 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pyarrow.compute as pc
-
-from jobs.job import Job
-from jobs.outputs.publish import Publication
-from jobs.store.parquet import read_parquet
+from latentmill.jobs.job import Job
+from latentmill.jobs.outputs.publish import Publication
+from latentmill.jobs.store.parquet import read_parquet
 
 FAILURES_SHOWN = 20
 _COLUMNS = ("sample_id", "row_id", "prompt", "error", "status")

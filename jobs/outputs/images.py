@@ -6,9 +6,8 @@ import hashlib
 import io
 
 import numpy as np
+from latentmill.engine.types import Pixels
 from PIL import Image, PngImagePlugin
-
-from engine.types import Pixels
 
 _COMPRESSION = 6
 

@@ -10,10 +10,10 @@ import datetime
 import json
 from dataclasses import asdict, dataclass
 
-from jobs.night import Night
-from jobs.outputs.publish import MANIFEST_PATH, Publication
-from jobs.store.storage import Storage
-from jobs.store.urls import allowed_filesystem, display_url
+from latentmill.jobs.night import Night
+from latentmill.jobs.outputs.publish import MANIFEST_PATH, Publication
+from latentmill.jobs.store.storage import Storage
+from latentmill.jobs.store.urls import allowed_filesystem, display_url
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -19,12 +19,11 @@ from typing import Literal
 
 import numpy as np
 import pyarrow as pa
+from latentmill.jobs.errors import OutputConflictError
+from latentmill.jobs.outputs.records import CommitRecord, DamagedRecordError, WrongRepairError, decode_record
+from latentmill.jobs.store.errors import StorageError
+from latentmill.jobs.store.storage import Storage
 from numpy.typing import NDArray
-
-from jobs.errors import OutputConflictError
-from jobs.outputs.records import CommitRecord, DamagedRecordError, WrongRepairError, decode_record
-from jobs.store.errors import StorageError
-from jobs.store.storage import Storage
 
 Outcome = Literal["mine", "lost"]
 

@@ -18,9 +18,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-
-from jobs.errors import JobError
-from jobs.store.parquet import read_parquet
+from latentmill.jobs.errors import JobError
+from latentmill.jobs.store.parquet import read_parquet
 
 OWN_FIELDS: tuple[pa.Field, ...] = (
     pa.field("sample_id", pa.string()),

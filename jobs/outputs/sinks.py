@@ -8,8 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
 
-from jobs.errors import UsageError
-from jobs.store.storage import Storage
+from latentmill.jobs.errors import UsageError
+from latentmill.jobs.store.storage import Storage
 
 _THREADS = 8
 

@@ -7,11 +7,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-
-from jobs.errors import JobError
-from jobs.job import open_job
-from jobs.outputs.publish import standing_publication
-from jobs.outputs.records import STATUSES
+from latentmill.jobs.errors import JobError
+from latentmill.jobs.job import open_job
+from latentmill.jobs.outputs.publish import standing_publication
+from latentmill.jobs.outputs.records import STATUSES
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -11,15 +11,21 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import pyarrow as pa
-
-from jobs.errors import JobError
-from jobs.job import Job, open_job
-from jobs.outputs.defects import Defect, row_defects, status_defects
-from jobs.outputs.images import decode_png, pixel_sha256
-from jobs.outputs.ledger import chunk_of_path, record_path, repair_of_path, repair_path
-from jobs.outputs.publish import MANIFEST_PATH, ROWS_PER_PART, Part, Publication, load_publication, merged_tables
-from jobs.outputs.records import CommitRecord, WrongRepairError
-from jobs.store.parquet import read_parquet
+from latentmill.jobs.errors import JobError
+from latentmill.jobs.job import Job, open_job
+from latentmill.jobs.outputs.defects import Defect, row_defects, status_defects
+from latentmill.jobs.outputs.images import decode_png, pixel_sha256
+from latentmill.jobs.outputs.ledger import chunk_of_path, record_path, repair_of_path, repair_path
+from latentmill.jobs.outputs.publish import (
+    MANIFEST_PATH,
+    ROWS_PER_PART,
+    Part,
+    Publication,
+    load_publication,
+    merged_tables,
+)
+from latentmill.jobs.outputs.records import CommitRecord, WrongRepairError
+from latentmill.jobs.store.parquet import read_parquet
 
 Phase = Literal["checking", "comparing"]
 _THREADS = 8

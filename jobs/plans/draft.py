@@ -17,24 +17,23 @@ from typing import Any, Self
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-
-from engine import SEED_LIMIT, WATERMARK_MIN_PIXELS, EngineError, ModelDescription, load_tokenizer
-from jobs.errors import UsageError
-from jobs.manifests.manifest import Manifest, open_manifest
-from jobs.manifests.tokens import TokenCounter
-from jobs.manifests.validate import Rules, check_job, snapshot_schema, validate
-from jobs.mark_bits import bits_needed
-from jobs.models.place import place_model
-from jobs.plans.grid import Grid, class_fields, decode_class
-from jobs.plans.identity import default_parameters, plan_identity
-from jobs.plans.planned import FORMAT_VERSION, fingerprint
-from jobs.plans.presets import ModelChoice, ModelDefaults, ResolvedModel, resolve_model
-from jobs.plans.snapshot import RejectWriter, SnapshotWriter
-from jobs.plans.summary import PlanSummary, RejectNote, describe_group, expected_bytes
-from jobs.plans.sweep import Axis, build_axes
-from jobs.scratch import PLAN_PREFIX, scratch_folder
-from jobs.spec import JobSpec
-from jobs.store.urls import display_url
+from latentmill.engine import SEED_LIMIT, WATERMARK_MIN_PIXELS, EngineError, ModelDescription, load_tokenizer
+from latentmill.jobs.errors import UsageError
+from latentmill.jobs.manifests.manifest import Manifest, open_manifest
+from latentmill.jobs.manifests.tokens import TokenCounter
+from latentmill.jobs.manifests.validate import Rules, check_job, snapshot_schema, validate
+from latentmill.jobs.mark_bits import bits_needed
+from latentmill.jobs.models.place import place_model
+from latentmill.jobs.plans.grid import Grid, class_fields, decode_class
+from latentmill.jobs.plans.identity import default_parameters, plan_identity
+from latentmill.jobs.plans.planned import FORMAT_VERSION, fingerprint
+from latentmill.jobs.plans.presets import ModelChoice, ModelDefaults, ResolvedModel, resolve_model
+from latentmill.jobs.plans.snapshot import RejectWriter, SnapshotWriter
+from latentmill.jobs.plans.summary import PlanSummary, RejectNote, describe_group, expected_bytes
+from latentmill.jobs.plans.sweep import Axis, build_axes
+from latentmill.jobs.scratch import PLAN_PREFIX, scratch_folder
+from latentmill.jobs.spec import JobSpec
+from latentmill.jobs.store.urls import display_url
 
 MAX_PROMPTS_TOKENIZED = 100_000
 _TOKENIZER_BATCH = 1_000

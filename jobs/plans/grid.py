@@ -16,12 +16,11 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from latentmill.engine import SAMPLER_CHOICES
+from latentmill.jobs.errors import JobError, UsageError
+from latentmill.jobs.manifests.fields import Value
+from latentmill.jobs.plans.sweep import Axis, count_combinations
 from numpy.typing import NDArray
-
-from engine import SAMPLER_CHOICES
-from jobs.errors import JobError, UsageError
-from jobs.manifests.fields import Value
-from jobs.plans.sweep import Axis, count_combinations
 
 LOOP_FIELDS = ("width", "height", "num_inference_steps", "sampler", "guided")
 MAX_GROUPS = 1024

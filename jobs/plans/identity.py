@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jobs.errors import UsageError
-from jobs.manifests.fields import Value
-from jobs.plans.presets import ModelDefaults, ResolvedModel
-from jobs.plans.sweep import Axis
-from jobs.spec import JobSpec
+from latentmill.jobs.errors import UsageError
+from latentmill.jobs.manifests.fields import Value
+from latentmill.jobs.plans.presets import ModelDefaults, ResolvedModel
+from latentmill.jobs.plans.sweep import Axis
+from latentmill.jobs.spec import JobSpec
 
 
 def default_parameters(spec: JobSpec, defaults: ModelDefaults) -> dict[str, Value]:

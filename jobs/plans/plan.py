@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from jobs.errors import OutputConflictError, UsageError
-from jobs.manifests.fields import shorten
-from jobs.plans.draft import DraftPlan, draft_plan
-from jobs.plans.planned import (
+from latentmill.jobs.errors import OutputConflictError, UsageError
+from latentmill.jobs.manifests.fields import shorten
+from latentmill.jobs.plans.draft import DraftPlan, draft_plan
+from latentmill.jobs.plans.planned import (
     PLAN_PATH,
     REJECTED_PATH,
     Plan,
@@ -18,10 +18,10 @@ from jobs.plans.planned import (
     parse_plan,
     part_path,
 )
-from jobs.store.urls import display_url
+from latentmill.jobs.store.urls import display_url
 
 if TYPE_CHECKING:
-    from jobs.store.storage import Storage
+    from latentmill.jobs.store.storage import Storage
 
 __all__ = ["DraftPlan", "Plan", "PlannedSample", "adopt", "draft_plan", "load_plan"]
 

@@ -11,20 +11,19 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import pyarrow as pa
+from latentmill.engine import GenerationRequest
+from latentmill.jobs.errors import JobError
+from latentmill.jobs.manifests.fields import Value
+from latentmill.jobs.manifests.validate import CARRIED_PREFIX, snapshot_schema
+from latentmill.jobs.outputs.records import OWN_FIELDS, OWN_NAMES
+from latentmill.jobs.plans.grid import Grid, Group, Place, class_fields, encode_class
+from latentmill.jobs.plans.presets import ResolvedModel
+from latentmill.jobs.plans.snapshot import PartInfo, SnapshotReader
+from latentmill.jobs.plans.sweep import Axis
 from numpy.typing import NDArray
 
-from engine import GenerationRequest
-from jobs.errors import JobError
-from jobs.manifests.fields import Value
-from jobs.manifests.validate import CARRIED_PREFIX, snapshot_schema
-from jobs.outputs.records import OWN_FIELDS, OWN_NAMES
-from jobs.plans.grid import Grid, Group, Place, class_fields, encode_class
-from jobs.plans.presets import ResolvedModel
-from jobs.plans.snapshot import PartInfo, SnapshotReader
-from jobs.plans.sweep import Axis
-
 if TYPE_CHECKING:
-    from jobs.store.storage import Storage
+    from latentmill.jobs.store.storage import Storage
 
 PLAN_PATH = "_job/plan.json"
 REJECTED_PATH = "_job/rejected.parquet"

@@ -7,15 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 import yaml
+from latentmill.engine import EMBEDDED_MODEL, EngineError, ModelDescription, ModelSpec, describe_model
+from latentmill.jobs.errors import JobError, UsageError
+from latentmill.jobs.manifests.fields import nearest, shorten
+from latentmill.jobs.models.cache import is_single_file, listing_digest
+from latentmill.jobs.models.digests import file_digests
+from latentmill.jobs.models.place import is_url, place_newest
+from latentmill.jobs.store.urls import allowed_filesystem, display_url
 from pydantic import BaseModel, ConfigDict
-
-from engine import EMBEDDED_MODEL, EngineError, ModelDescription, ModelSpec, describe_model
-from jobs.errors import JobError, UsageError
-from jobs.manifests.fields import nearest, shorten
-from jobs.models.cache import is_single_file, listing_digest
-from jobs.models.digests import file_digests
-from jobs.models.place import is_url, place_newest
-from jobs.store.urls import allowed_filesystem, display_url
 
 FALLBACK_STEPS = 50
 FALLBACK_GUIDANCE = 7.5

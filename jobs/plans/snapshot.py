@@ -12,13 +12,12 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-
-from jobs.errors import JobError, UsageError
-from jobs.manifests.columns import row_bytes, schema_digest, update_digest
-from jobs.manifests.fields import Value
-from jobs.manifests.validate import Reject
-from jobs.plans.grid import MAX_GROUPS, PartRows, RowClass, images_per_row, row_classes
-from jobs.store.parquet import read_parquet
+from latentmill.jobs.errors import JobError, UsageError
+from latentmill.jobs.manifests.columns import row_bytes, schema_digest, update_digest
+from latentmill.jobs.manifests.fields import Value
+from latentmill.jobs.manifests.validate import Reject
+from latentmill.jobs.plans.grid import MAX_GROUPS, PartRows, RowClass, images_per_row, row_classes
+from latentmill.jobs.store.parquet import read_parquet
 
 PART_ROWS = 50_000
 PART_BYTES = 64 << 20

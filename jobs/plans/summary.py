@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from jobs.manifests.fields import Value
-from jobs.plans.grid import Group
+from latentmill.jobs.manifests.fields import Value
+from latentmill.jobs.plans.grid import Group
 
 PNG_BYTES_PER_PIXEL = 1.5
 """A rough figure for pictures of this kind: half of the raw bytes."""

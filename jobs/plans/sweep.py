@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from jobs.errors import UsageError
-from jobs.manifests.fields import AXES, FIELDS, FieldError, Value, nearest, shorten
+from latentmill.jobs.errors import UsageError
+from latentmill.jobs.manifests.fields import AXES, FIELDS, FieldError, Value, nearest, shorten
 
 MAX_AXIS_VALUES = 65_536
 

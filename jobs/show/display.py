@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, Self, TextIO
 
+from latentmill.jobs.errors import JobError
 from rich import box
 from rich.console import Console, RenderableType
 from rich.panel import Panel
@@ -22,11 +23,9 @@ from rich.progress import Progress as RichBar
 from rich.table import Table
 from rich.text import Text
 
-from jobs.errors import JobError
-
 if TYPE_CHECKING:
-    from jobs.outputs.verify import VerifyProgress
-    from jobs.progress import Progress  # they bring pyarrow; `--help` must not wait for that
+    from latentmill.jobs.outputs.verify import VerifyProgress
+    from latentmill.jobs.progress import Progress  # they bring pyarrow; `--help` must not wait for that
 
 
 PLAIN_EVERY = 10.0

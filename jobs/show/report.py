@@ -9,14 +9,13 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import pyarrow.parquet as pq
-
-from engine.types import Pixels
-from jobs.errors import JobError, UsageError
-from jobs.job import Job, open_job
-from jobs.outputs.images import decode_png
-from jobs.outputs.publish import Publication, load_publication
-from jobs.plans.sweep import Axis
-from jobs.show.sheets import CAPTION_SIZE, TILE, TITLE_SIZE, Cell, Sheet, draw_sheet, wrap
+from latentmill.engine.types import Pixels
+from latentmill.jobs.errors import JobError, UsageError
+from latentmill.jobs.job import Job, open_job
+from latentmill.jobs.outputs.images import decode_png
+from latentmill.jobs.outputs.publish import Publication, load_publication
+from latentmill.jobs.plans.sweep import Axis
+from latentmill.jobs.show.sheets import CAPTION_SIZE, TILE, TITLE_SIZE, Cell, Sheet, draw_sheet, wrap
 
 REPORT_PREFIX = "report"
 MAX_SHEETS = 20

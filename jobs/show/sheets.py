@@ -7,11 +7,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache
 
+from latentmill.engine.types import Pixels
+from latentmill.jobs.errors import JobError
+from latentmill.jobs.show.display import safe
 from PIL import Image, ImageDraw, ImageFont
-
-from engine.types import Pixels
-from jobs.errors import JobError
-from jobs.show.display import safe
 
 ELLIPSIS = "..."
 """Three dots: the built-in font has no glyph for the single character."""

@@ -6,20 +6,20 @@ import shlex
 import sys
 from typing import TYPE_CHECKING
 
-from jobs.show.display import duration, print_facts, print_line, print_table, safe, size
+from latentmill.jobs.show.display import duration, print_facts, print_line, print_table, safe, size
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from jobs.marks import MarkReading
-    from jobs.outputs.clean import CleanReport
-    from jobs.outputs.status import StatusReport
-    from jobs.outputs.verify import VerifyReport
-    from jobs.plans.presets import ModelPreset
-    from jobs.plans.summary import PlanSummary
-    from jobs.runner import RunSummary
-    from jobs.show.report import ReportSummary
-    from jobs.submission import JobInfo, JobStatus, Submission
+    from latentmill.jobs.marks import MarkReading
+    from latentmill.jobs.outputs.clean import CleanReport
+    from latentmill.jobs.outputs.status import StatusReport
+    from latentmill.jobs.outputs.verify import VerifyReport
+    from latentmill.jobs.plans.presets import ModelPreset
+    from latentmill.jobs.plans.summary import PlanSummary
+    from latentmill.jobs.runner import RunSummary
+    from latentmill.jobs.show.report import ReportSummary
+    from latentmill.jobs.submission import JobInfo, JobStatus, Submission
 
 _DEFECTS_SHOWN = 20
 _VALUES_SHOWN = 8

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any, Protocol
 
-from jobs.store.errors import is_refused_create
+from latentmill.jobs.store.errors import is_refused_create
 
 
 class Backend(Protocol):

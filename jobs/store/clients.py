@@ -13,8 +13,7 @@ from typing import Any
 
 import fsspec
 from fsspec.spec import AbstractFileSystem
-
-from jobs.errors import UsageError
+from latentmill.jobs.errors import UsageError
 
 CONNECT_SECONDS = 10
 ANSWER_SECONDS = 20

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import re
 
-from jobs.errors import JobError
+from latentmill.jobs.errors import JobError
 
 
 class StorageError(JobError):

@@ -15,9 +15,9 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import IO, TypeVar
 
-from jobs.errors import UsageError
-from jobs.store.backends import Backend, CheckThenWrite, LocalFolder, ObjectStore
-from jobs.store.errors import (
+from latentmill.jobs.errors import UsageError
+from latentmill.jobs.store.backends import Backend, CheckThenWrite, LocalFolder, ObjectStore
+from latentmill.jobs.store.errors import (
     StorageError,
     describe,
     is_transient,
@@ -25,7 +25,7 @@ from jobs.store.errors import (
     remedy,
     store_code,
 )
-from jobs.store.urls import allowed_filesystem, display_url
+from latentmill.jobs.store.urls import allowed_filesystem, display_url
 
 T = TypeVar("T")
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 import os
 
 from fsspec.spec import AbstractFileSystem
-
-from jobs.errors import UsageError
-from jobs.store.clients import open_client
+from latentmill.jobs.errors import UsageError
+from latentmill.jobs.store.clients import open_client
 
 PROTOCOLS = ("file", "s3", "gs", "abfs", "memory", "hf")
 

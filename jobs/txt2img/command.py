@@ -8,12 +8,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jobs.show.display import print_line, safe
-from jobs.txt2img.options import DEFAULT_CKPT, parse_options
+from latentmill.jobs.show.display import print_line, safe
+from latentmill.jobs.txt2img.options import DEFAULT_CKPT, parse_options
 
 if TYPE_CHECKING:
-    from engine import Engine
-    from jobs.txt2img.drawing import Txt2ImgPlan, Txt2ImgSummary
+    from latentmill.engine import Engine
+    from latentmill.jobs.txt2img.drawing import Txt2ImgPlan, Txt2ImgSummary
 
 INTERRUPTED = 130
 
@@ -23,7 +23,7 @@ def run_command(arguments: Sequence[str]) -> int:
     options = parse_options(arguments)
     if options.laion400m:
         print_line("Falling back to LAION 400M model...")
-    from jobs.txt2img.drawing import load_engine, plan_txt2img, run_txt2img
+    from latentmill.jobs.txt2img.drawing import load_engine, plan_txt2img, run_txt2img
 
     plan = plan_txt2img(options)
     print_line(_model(plan))

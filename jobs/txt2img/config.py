@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-
-from engine import ModelDescription, ModelSpec
-from jobs.errors import UsageError
+from latentmill.engine import ModelDescription, ModelSpec
+from latentmill.jobs.errors import UsageError
 
 _PREDICTIONS = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
 _KNOWN_TARGETS = {

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-
-from engine import (
+from latentmill.engine import (
     EMBEDDED_MODEL,
     SEED_LIMIT,
     WATERMARK_MIN_PIXELS,
@@ -21,16 +20,15 @@ from engine import (
     check_steps,
     describe_model,
 )
-from engine.types import Pixels
-from jobs.errors import UsageError
-from jobs.txt2img.config import CompVisConfig, find_config
-from jobs.txt2img.files import OutputFolder, draw_grid, grid_size
-from jobs.txt2img.options import DEFAULT_CKPT, DEFAULT_CONFIG, Txt2ImgOptions
+from latentmill.engine.types import Pixels
+from latentmill.jobs.errors import UsageError
+from latentmill.jobs.txt2img.config import CompVisConfig, find_config
+from latentmill.jobs.txt2img.files import OutputFolder, draw_grid, grid_size
+from latentmill.jobs.txt2img.options import DEFAULT_CKPT, DEFAULT_CONFIG, Txt2ImgOptions
 
 if TYPE_CHECKING:
+    from latentmill.engine import Engine, NoiseStream
     from torch import Tensor
-
-    from engine import Engine, NoiseStream
 
 WATERMARK, WATERMARK_METHOD = "StableDiffusionV1", "dwtDct"
 
@@ -189,8 +187,7 @@ def _refuse_what_cannot_be_marked(plan: Txt2ImgPlan) -> None:
 def load_engine(plan: Txt2ImgPlan) -> Engine:
     """The plan's model on a GPU if there is one, in batches of n_samples, with the original's pixels."""
     import torch
-
-    from engine import Engine
+    from latentmill.engine import Engine
 
     on_gpu = torch.cuda.is_available()
     return Engine.load(
@@ -235,7 +232,7 @@ class _LegacyNoise:
     """
 
     def __init__(self, plan: Txt2ImgPlan, engine: Engine) -> None:
-        from engine import NoiseStream
+        from latentmill.engine import NoiseStream
 
         self._stream: NoiseStream = NoiseStream(plan.options.seed, plan.latent_shape, engine.device)
         self._code = self._stream.take(1, 1) if plan.options.fixed_code else None
@@ -287,6 +284,6 @@ def picture_to_save(result: GenerationResult, plan: Txt2ImgPlan) -> Pixels:
 
 def mark(pixels: Pixels) -> Pixels:
     """The pixels with the original's watermark."""
-    from engine import embed_watermark  # it brings torch along
+    from latentmill.engine import embed_watermark  # it brings torch along
 
     return embed_watermark(pixels, WATERMARK, WATERMARK_METHOD)

@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-
-from engine.types import Pixels
-from jobs.errors import JobError, UsageError
-from jobs.outputs.images import encode_png
+from latentmill.engine.types import Pixels
+from latentmill.jobs.errors import JobError, UsageError
+from latentmill.jobs.outputs.images import encode_png
 
 PADDING = 2
 """Black pixels around and between the pictures of a grid."""

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NoReturn
 
-from engine import SEED_LIMIT
-from jobs.errors import UsageError
+from latentmill.engine import SEED_LIMIT
+from latentmill.jobs.errors import UsageError
 
 DEFAULT_CONFIG = "configs/stable-diffusion/v1-inference.yaml"
 DEFAULT_CKPT = "models/ldm/stable-diffusion-v1/model.ckpt"

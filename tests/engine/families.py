@@ -22,6 +22,7 @@ from diffusers import (
     VQModel,
 )
 from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import LDMBertConfig, LDMBertModel
+from latentmill.engine import Engine, GenerationRequest
 from transformers import (
     BertTokenizer,
     CLIPTextConfig,
@@ -30,7 +31,6 @@ from transformers import (
     CLIPTokenizer,
 )
 
-from engine import Engine, GenerationRequest
 from tests.models import byte_tokenizer
 
 SCHEDULE = {

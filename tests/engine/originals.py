@@ -10,13 +10,12 @@ from collections import defaultdict
 from pathlib import Path
 
 import torch
+from latentmill.engine.keys import original_names
+from latentmill.engine.layout import find_model
+from latentmill.engine.types import ModelSpec
+from latentmill.engine.weights import load_tower, load_unet, load_vae
 from safetensors.torch import save_file
 from torch import Tensor
-
-from engine.keys import original_names
-from engine.layout import find_model
-from engine.types import ModelSpec
-from engine.weights import load_tower, load_unet, load_vae
 
 CPU = torch.device("cpu")
 

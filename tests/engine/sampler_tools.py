@@ -15,11 +15,10 @@ from diffusers import (
     LCMScheduler,
     PNDMScheduler,
 )
-
-from engine.config import SchedulerConfig
-from engine.denoiser import Denoiser
-from engine.samplers import SAMPLER_FUNCTIONS
-from engine.schedule import NoiseSchedule
+from latentmill.engine.config import SchedulerConfig
+from latentmill.engine.denoiser import Denoiser
+from latentmill.engine.samplers import SAMPLER_FUNCTIONS
+from latentmill.engine.schedule import NoiseSchedule
 
 CONFIG = {
     "_class_name": "DDIMScheduler",

@@ -6,11 +6,10 @@ import pytest
 import torch
 from diffusers import AutoencoderKL as ReferenceVAE
 from diffusers import UNet2DConditionModel as ReferenceUNet
-
-from engine.config import UNetConfig, VAEConfig
-from engine.types import EngineError
-from engine.unet import UNet
-from engine.vae import AutoencoderKL
+from latentmill.engine.config import UNetConfig, VAEConfig
+from latentmill.engine.types import EngineError
+from latentmill.engine.unet import UNet
+from latentmill.engine.vae import AutoencoderKL
 
 # Facts of the published model folders: only what differs from the reference library's defaults.
 SD15_UNET = {
@@ -137,7 +136,7 @@ def test_a_switch_that_is_not_built_is_refused_by_name(change, named):
 
 
 def test_attention_in_fp16_is_upcast_where_the_config_says_so():
-    from engine.blocks import Attention
+    from latentmill.engine.blocks import Attention
 
     torch.manual_seed(0)
     plain, upcast = Attention(8, 8, 1), Attention(8, 8, 1, upcast=True)

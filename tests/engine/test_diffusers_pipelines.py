@@ -15,11 +15,19 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from latentmill.engine import (
+    Engine,
+    EngineError,
+    GenerationRequest,
+    ModelSpec,
+    SafetyVerdict,
+    describe_model,
+    load_tokenizer,
+)
+from latentmill.engine.diffusers_folder import find_pipeline
+from latentmill.engine.diffusers_pipeline import load_pipeline
 from safetensors.torch import load_file, save_file
 
-from engine import Engine, EngineError, GenerationRequest, ModelSpec, SafetyVerdict, describe_model, load_tokenizer
-from engine.diffusers_folder import find_pipeline
-from engine.diffusers_pipeline import load_pipeline
 from tests.engine.diffusers_models import WRITERS, write_flux
 
 BATCH = 3
@@ -294,7 +302,7 @@ def test_the_factor_follows_from_the_numbers_of_real_configs(tmp_path, name):
 def test_planning_needs_neither_torch_nor_diffusers(folders):
     script = (
         "import sys; sys.modules['diffusers'] = None\n"
-        "from engine import describe_model\n"
+        "from latentmill.engine import describe_model\n"
         f"print(len(describe_model({str(folders['flux'])!r}).files))\n"
         "assert 'torch' not in sys.modules"
     )

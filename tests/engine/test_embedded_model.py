@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
-
-from engine import EMBEDDED_MODEL, Engine, GenerationRequest, ModelSpec
+from latentmill.engine import EMBEDDED_MODEL, Engine, GenerationRequest, ModelSpec
 
 PROMPTS = [
     "a large red circle in the center on a white background",

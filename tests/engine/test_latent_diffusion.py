@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 import torch
 from diffusers import LDMTextToImagePipeline, VQModel
+from latentmill.engine import Engine, EngineError, ModelSpec, describe_model, load_tokenizer
+from latentmill.engine.blueprint import Tower
+from latentmill.engine.config import VAEConfig
+from latentmill.engine.keys import folder_name
+from latentmill.engine.vae import build_first_stage
+from latentmill.engine.weights import build_tower
 from safetensors.torch import load_file
 
-from engine import Engine, EngineError, ModelSpec, describe_model, load_tokenizer
-from engine.blueprint import Tower
-from engine.config import VAEConfig
-from engine.keys import folder_name
-from engine.vae import build_first_stage
-from engine.weights import build_tower
 from tests.engine.families import (
     assert_same_pictures,
     assert_same_unet,

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import pytest
-
-from engine import EngineError
-from engine.prompts import Piece, parse_prompt
+from latentmill.engine import EngineError
+from latentmill.engine.prompts import Piece, parse_prompt
 
 
 def weights(text: str, syntax: str) -> list[tuple[str, float]]:

@@ -12,11 +12,11 @@ from itertools import pairwise
 import pytest
 import torch
 from diffusers import PNDMScheduler
+from latentmill.engine.config import SchedulerConfig
+from latentmill.engine.denoiser import Prediction
+from latentmill.engine.samplers import SAMPLER_FUNCTIONS
+from latentmill.engine.schedule import NoiseSchedule
 
-from engine.config import SchedulerConfig
-from engine.denoiser import Prediction
-from engine.samplers import SAMPLER_FUNCTIONS
-from engine.schedule import NoiseSchedule
 from tests.engine.sampler_tools import CONFIG, column, no_noise, noise_source
 
 MU, S = 0.3, 0.8

@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 import torch
 from imwatermark import WatermarkDecoder, WatermarkEncoder
-
-from engine import EngineError, ModelSpec, embed_watermark, read_watermark, watermark_bit_accuracy
-from engine.safety import OpenNsfw, load_safety_checker
+from latentmill.engine import EngineError, ModelSpec, embed_watermark, read_watermark, watermark_bit_accuracy
+from latentmill.engine.safety import OpenNsfw, load_safety_checker
 
 TEXT = "StableDiffusionV1"
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-
-from engine import EMBEDDED_MODEL, Engine, GenerationRequest, ModelSpec
-from engine.config import UNetConfig, VAEConfig
-from engine.unet import UNet
-from engine.vae import AutoencoderKL
+from latentmill.engine import EMBEDDED_MODEL, Engine, GenerationRequest, ModelSpec
+from latentmill.engine.config import UNetConfig, VAEConfig
+from latentmill.engine.unet import UNet
+from latentmill.engine.vae import AutoencoderKL
 
 pytestmark = pytest.mark.gpu
 

@@ -12,11 +12,12 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Literal
 
-from jobs.outputs.ledger import chunk_of_path
-from jobs.outputs.verify import verify
-from jobs.spec import JobSpec
-from jobs.store.storage import Storage
-from jobs.worker import load_engine
+from latentmill.jobs.outputs.ledger import chunk_of_path
+from latentmill.jobs.outputs.verify import verify
+from latentmill.jobs.spec import JobSpec
+from latentmill.jobs.store.storage import Storage
+from latentmill.jobs.worker import load_engine
+
 from tests.jobs.driver import Dataset, job_spec, read_dataset, run, start
 from tests.jobs.executors.nodes import Nodes
 from tests.jobs.killing_proxy import AtRequest, killing_proxy

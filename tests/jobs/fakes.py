@@ -11,9 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-
-from engine import GenerationRequest, GenerationResult, SafetyVerdict
-from jobs.plans.plan import Plan
+from latentmill.engine import GenerationRequest, GenerationResult, SafetyVerdict
+from latentmill.jobs.plans.plan import Plan
 
 
 @dataclass

@@ -11,18 +11,18 @@ import cv2
 import numpy as np
 import pytest
 from imwatermark import WatermarkEncoder
+from latentmill.engine import embed_watermark
+from latentmill.jobs import finishing
+from latentmill.jobs.errors import UsageError
+from latentmill.jobs.job import open_job
+from latentmill.jobs.mark_bits import CHANCE, bits_needed
+from latentmill.jobs.marks import read_marks
+from latentmill.jobs.outputs.images import decode_png
+from latentmill.jobs.plans.plan import adopt, draft_plan
+from latentmill.jobs.store.storage import Storage
+from latentmill.jobs.worker import ChunkGenerator, GeneratedChunk, finish_chunk
 from PIL import Image
 
-from engine import embed_watermark
-from jobs import finishing
-from jobs.errors import UsageError
-from jobs.job import open_job
-from jobs.mark_bits import CHANCE, bits_needed
-from jobs.marks import read_marks
-from jobs.outputs.images import decode_png
-from jobs.plans.plan import adopt, draft_plan
-from jobs.store.storage import Storage
-from jobs.worker import ChunkGenerator, GeneratedChunk, finish_chunk
 from tests.jobs.driver import job_spec
 from tests.jobs.fakes import FakeEngine, fake_engine
 
@@ -129,7 +129,7 @@ def test_a_mark_that_cannot_be_read_back_is_recorded_refused_or_made_again(rows:
 
 
 def test_if_no_method_holds_the_sample_fails_and_says_both(rows: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    import engine
+    from latentmill import engine
 
     monkeypatch.setattr(engine, "watermark_bit_accuracy", lambda *_: 95 / 136, raising=False)
     (row,) = rows(["flat"], watermark="dwtDct", watermark_policy="retry")

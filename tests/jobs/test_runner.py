@@ -9,18 +9,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+from latentmill.engine import EngineError, GenerationRequest, GenerationResult
+from latentmill.jobs.errors import JobError, OutputConflictError, UsageError
+from latentmill.jobs.executors.inline import InlineExecutor
+from latentmill.jobs.job import open_job
+from latentmill.jobs.outputs.status import status
+from latentmill.jobs.outputs.verify import verify
+from latentmill.jobs.plans.plan import Plan
+from latentmill.jobs.progress import Progress
+from latentmill.jobs.runner import run_job
+from latentmill.jobs.store.backends import LocalFolder
+from latentmill.jobs.store.storage import Storage
 
-from engine import EngineError, GenerationRequest, GenerationResult
-from jobs.errors import JobError, OutputConflictError, UsageError
-from jobs.executors.inline import InlineExecutor
-from jobs.job import open_job
-from jobs.outputs.status import status
-from jobs.outputs.verify import verify
-from jobs.plans.plan import Plan
-from jobs.progress import Progress
-from jobs.runner import run_job
-from jobs.store.backends import LocalFolder
-from jobs.store.storage import Storage
 from tests.jobs.driver import job_spec, read_dataset, run
 from tests.jobs.fakes import FakeEngine, fake_engine
 

@@ -10,9 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from latentmill.jobs.plans.plan import draft_plan
+from latentmill.jobs.scratch import CLUSTER_PREFIX, PLAN_PREFIX, scratch_folder, short_base
 
-from jobs.plans.plan import draft_plan
-from jobs.scratch import CLUSTER_PREFIX, PLAN_PREFIX, scratch_folder, short_base
 from tests.jobs.driver import job_spec
 
 
@@ -29,7 +29,7 @@ def test_the_folder_is_private_and_gone_afterwards(tmp_path: Path):
 
 def test_only_the_folders_of_the_dead_are_swept(tmp_path: Path):
     script = (
-        "import sys, time; from pathlib import Path; from jobs.scratch import scratch_folder\n"
+        "import sys, time; from pathlib import Path; from latentmill.jobs.scratch import scratch_folder\n"
         "with scratch_folder(Path(sys.argv[1]), 'lm-') as folder: print(folder, flush=True); time.sleep(60)\n"
     )
     owner = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.PIPE, text=True)
@@ -68,7 +68,7 @@ def test_the_spool_of_a_killed_driver_is_swept_by_the_next(
     prompts, temporary = manifest(4), tmp_path / "tmp"
     temporary.mkdir()
     script = (
-        "import sys, time; from jobs.plans.plan import draft_plan; from tests.jobs.driver import job_spec\n"
+        "import sys, time; from latentmill.jobs.plans.plan import draft_plan; from tests.jobs.driver import job_spec\n"
         "with draft_plan(job_spec(*sys.argv[1:])): print('drafted', flush=True); time.sleep(60)\n"
     )
     command = [sys.executable, "-c", script, str(tiny_model), str(prompts), str(tmp_path / "out")]

@@ -5,9 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-
-from jobs.errors import UsageError
-from jobs.spec import KEYS, load_job_file, resolve
+from latentmill.jobs.errors import UsageError
+from latentmill.jobs.spec import KEYS, load_job_file, resolve
 
 EXAMPLES = sorted((Path(__file__).parents[2] / "configs" / "jobs").glob("*.yaml"))
 

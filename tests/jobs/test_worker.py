@@ -11,18 +11,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+from latentmill.engine import GenerationRequest
+from latentmill.jobs import finishing, worker
+from latentmill.jobs.job import Job, open_job
+from latentmill.jobs.manifests.parameters import TEXT_LIMIT, parameters_text
+from latentmill.jobs.outputs.images import decode_png, encode_png, pixel_sha256
+from latentmill.jobs.outputs.ledger import record_path
+from latentmill.jobs.plans.plan import adopt, draft_plan
+from latentmill.jobs.store.errors import StorageError
+from latentmill.jobs.store.storage import Storage
+from latentmill.jobs.worker import ChunkGenerator, GeneratedChunk, Receipt, finish_chunk
 from PIL import Image
 
-from engine import GenerationRequest
-from jobs import finishing, worker
-from jobs.job import Job, open_job
-from jobs.manifests.parameters import TEXT_LIMIT, parameters_text
-from jobs.outputs.images import decode_png, encode_png, pixel_sha256
-from jobs.outputs.ledger import record_path
-from jobs.plans.plan import adopt, draft_plan
-from jobs.store.errors import StorageError
-from jobs.store.storage import Storage
-from jobs.worker import ChunkGenerator, GeneratedChunk, Receipt, finish_chunk
 from tests.jobs.driver import job_spec
 from tests.jobs.fakes import fake_engine, fake_pixels
 
@@ -101,7 +101,7 @@ def test_rows_say_what_was_asked_and_what_was_made(start_job: Callable[..., str]
 
 
 def test_the_mark_is_read_back_from_the_saved_pixels(start_job: Callable[..., str]) -> None:
-    from engine import watermark_bit_accuracy
+    from latentmill.engine import watermark_bit_accuracy
 
     out = start_job(["one", "two nsfw"], width=256, height=256, watermark="dwtDctSvd")
     finish_chunk(out, generate(out))

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from engine import GenerationRequest, GenerationResult
-from jobs.plans.plan import Plan
-from jobs.store.storage import Storage
-from jobs.worker import load_engine
+from latentmill.engine import GenerationRequest, GenerationResult
+from latentmill.jobs.plans.plan import Plan
+from latentmill.jobs.store.storage import Storage
+from latentmill.jobs.worker import load_engine
+
 from tests.jobs.fakes import fake_engine
 
 

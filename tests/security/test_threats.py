@@ -56,14 +56,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from latentmill import cli
+from latentmill.engine import EngineError
+from latentmill.jobs.errors import UsageError
+from latentmill.jobs.manifests.parameters import TEXT_LIMIT
+from latentmill.jobs.plans.plan import draft_plan
+from latentmill.jobs.store.storage import Storage
 from PIL import Image
 
-import cli
-from engine import EngineError
-from jobs.errors import UsageError
-from jobs.manifests.parameters import TEXT_LIMIT
-from jobs.plans.plan import draft_plan
-from jobs.store.storage import Storage
 from tests.engine.test_checkpoint_safety import WEIGHTS, canaries
 from tests.jobs.driver import job_spec, read_dataset, run
 from tests.seaweedfs import S3_SECRET
@@ -86,7 +86,7 @@ def test_every_threat_has_tests_and_they_exist() -> None:
 
 
 def command(
-    *arguments: object, wrapper: str = "import cli; cli.main()", **environment: str
+    *arguments: object, wrapper: str = "from latentmill import cli; cli.main()", **environment: str
 ) -> tuple[int, bytes, bytes]:
     """The command in a process of its own, with its answers."""
     done = subprocess.run(
@@ -173,7 +173,7 @@ def test_no_secret_is_in_any_file_log_or_line_of_a_run_on_ray(
 def test_no_secret_is_in_the_words_of_a_run_that_fails(
     failure: str, s3: str, manifest: Manifest, tiny_model: Path, tmp_path: Path
 ) -> None:
-    out, prompts, wrapper, environment = s3, str(manifest(2)), "import cli; cli.main()", {}
+    out, prompts, wrapper, environment = s3, str(manifest(2)), "from latentmill import cli; cli.main()", {}
     canary = S3_SECRET
     if failure == "wrong key":
         environment = {"AWS_SECRET_ACCESS_KEY": f"wrong-{canary}"}
@@ -184,7 +184,7 @@ def test_no_secret_is_in_the_words_of_a_run_that_fails(
     elif failure == "password in the endpoint":
         environment = {"AWS_ENDPOINT_URL": f"http://user:{canary}@127.0.0.1:9/?token={canary}"}
     else:
-        wrapper = "import cli, jobs.runner; jobs.runner.publish = None; cli.main()"
+        wrapper = "from latentmill import cli; from latentmill.jobs import runner; runner.publish = None; cli.main()"
     arguments = ["run", prompts, "--out", out, "--model", tiny_model, *SMALL, "--executor", "inline"]
     code, stdout, stderr = command(*arguments, wrapper=wrapper, **environment)
     assert code == (1 if failure == "a bug of ours" else 2), stderr
@@ -307,7 +307,7 @@ def test_nothing_gets_through_on_a_real_terminal_either(
     master, slave = pty.openpty()
     arguments = ["plan", str(hostile_manifest), "--out", str(tmp_path / "out"), "--model", str(tiny_model), *SMALL]
     process = subprocess.Popen(
-        [sys.executable, "-c", "import cli; cli.main()", *arguments],
+        [sys.executable, "-c", "from latentmill import cli; cli.main()", *arguments],
         cwd=ROOT, stdout=slave, stderr=slave, env={**os.environ, "TERM": "xterm-256color"},
     )  # fmt: skip
     os.close(slave)
@@ -336,7 +336,7 @@ def guard(event, arguments):
     if event.startswith("urllib"):
         print("CONTACT", event, arguments[0], file=sys.stderr)
 sys.addaudithook(guard)
-import cli
+from latentmill import cli
 cli.main()
 """
 

@@ -11,24 +11,25 @@ from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
-import jobs.executors.inline
-import jobs.job
-import jobs.outputs.clean
-import jobs.outputs.ledger
-import jobs.outputs.publish
-import jobs.outputs.sinks
-import jobs.plans.plan
-import jobs.runner
-import jobs.store.storage
-import jobs.worker
-from jobs.errors import JobError, OutputConflictError, UsageError
-from jobs.interrupt import Interrupt
-from jobs.outputs.ledger import Ledger, record_path, repair_path
-from jobs.outputs.publish import MANIFEST_PATH
-from jobs.runner import RunSummary
-from jobs.store.errors import StorageError
-from jobs.store.storage import Storage
-from jobs.worker import ChunkGenerator, Receipt
+import latentmill.jobs.executors.inline
+import latentmill.jobs.job
+import latentmill.jobs.outputs.clean
+import latentmill.jobs.outputs.ledger
+import latentmill.jobs.outputs.publish
+import latentmill.jobs.outputs.sinks
+import latentmill.jobs.plans.plan
+import latentmill.jobs.runner
+import latentmill.jobs.store.storage
+import latentmill.jobs.worker
+from latentmill.jobs.errors import JobError, OutputConflictError, UsageError
+from latentmill.jobs.interrupt import Interrupt
+from latentmill.jobs.outputs.ledger import Ledger, record_path, repair_path
+from latentmill.jobs.outputs.publish import MANIFEST_PATH
+from latentmill.jobs.runner import RunSummary
+from latentmill.jobs.store.errors import StorageError
+from latentmill.jobs.store.storage import Storage
+from latentmill.jobs.worker import ChunkGenerator, Receipt
+
 from tests.simulator.plans import PLAN_BY_HASH, Draft, SimulatedEngine, SimulatedPlan
 from tests.simulator.reading import decode_once, failed_samples, standing_plan
 from tests.simulator.world import URL, Actor, SerialPool, SimulatedStorage, World
@@ -81,9 +82,9 @@ class Crew:
             except (StorageError, UsageError):
                 return  # the actor cannot load its plan; the driver's next pass hires another
             while queue and not worker.given_up:
-                generated = jobs.executors.inline._generate(generator, queue.popleft(), repair=repair)
+                generated = latentmill.jobs.executors.inline._generate(generator, queue.popleft(), repair=repair)
                 if not isinstance(generated, Receipt):
-                    generated = jobs.executors.inline._finish(out_url, generated)
+                    generated = latentmill.jobs.executors.inline._finish(out_url, generated)
                 receipts.append(generated)
 
         worker = world.spawn(f"worker{next(self._cast.numbers)}", work, mortal=self._driver.mortal)
@@ -125,7 +126,7 @@ class Cast:
         def drive() -> None:
             failed = failed_samples(self.world.store.objects, plan)
             try:
-                self._finished(plan, jobs.runner.run_job(spec), failed)
+                self._finished(plan, latentmill.jobs.runner.run_job(spec), failed)
             except OutputConflictError:
                 self.conflicts += 1
                 if standing_plan(self.world.store.objects) is plan:
@@ -148,7 +149,7 @@ class Cast:
             for _ in range(sweeps):
                 self.world.pause(self.world.random.uniform(0, longest_pause))
                 try:
-                    self.swept += jobs.outputs.clean.clean(URL).images
+                    self.swept += latentmill.jobs.outputs.clean.clean(URL).images
                 except (StorageError, UsageError):
                     continue  # there is no plan yet, or the store is out of order
 
@@ -180,11 +181,11 @@ class _OpenJob:
     def __init__(self, world: World) -> None:
         self._world = world
 
-    def __call__(self, out_url: str) -> jobs.job.Job:
+    def __call__(self, out_url: str) -> latentmill.jobs.job.Job:
         actor = self._world.current
         assert actor is not None
         if actor.job is None:
-            actor.job = jobs.job.open_job.__wrapped__(out_url)
+            actor.job = latentmill.jobs.job.open_job.__wrapped__(out_url)
         return actor.job
 
     def cache_clear(self) -> None:
@@ -195,7 +196,7 @@ class _OpenJob:
 
 _encoded: dict[tuple[Any, ...], bytes] = {}
 _finished: dict[tuple[str, str, str | None], Any] = {}
-_encode, _finish_sample = jobs.worker.encode_record, jobs.worker.finish_sample
+_encode, _finish_sample = latentmill.jobs.worker.encode_record, latentmill.jobs.worker.finish_sample
 
 
 def _encode_once(rows: Any, schema: Any, **how: Any) -> bytes:
@@ -222,26 +223,26 @@ def installed(world: World, cast: Cast) -> Iterator[None]:
     with ExitStack() as patches:
         for target, name, value in (
             (Storage, "open", staticmethod(lambda _: SimulatedStorage(world))),
-            (jobs.store.storage, "_sleep", world.pause),
-            (jobs.store.storage, "_clock", lambda: world.now),
-            (jobs.store.storage, "random", world.random),
-            (jobs.store.storage, "secrets", tokens),
-            (jobs.worker, "secrets", tokens),
-            (jobs.outputs.clean, "secrets", tokens),
-            (jobs.outputs.ledger, "ThreadPoolExecutor", pool),
-            (jobs.outputs.sinks, "ThreadPoolExecutor", pool),
-            (jobs.outputs.publish, "ThreadPoolExecutor", pool),
-            (jobs.outputs.clean, "ThreadPoolExecutor", pool),
-            (jobs.runner, "open_job", open_job),
-            (jobs.worker, "open_job", open_job),
-            (jobs.outputs.clean, "open_job", open_job),
-            (jobs.plans.plan, "parse_plan", lambda data, _: PLAN_BY_HASH[json.loads(data)["plan_hash"]]),
-            (jobs.runner, "draft_plan", _draft),
-            (jobs.runner, "_open_executor", cast.open_executor),
-            (jobs.runner, "graceful_interrupt", _uninterrupted),
-            (jobs.outputs.ledger, "decode_record", decode_once),
-            (jobs.worker, "encode_record", _encode_once),
-            (jobs.worker, "finish_sample", finish_once),
+            (latentmill.jobs.store.storage, "_sleep", world.pause),
+            (latentmill.jobs.store.storage, "_clock", lambda: world.now),
+            (latentmill.jobs.store.storage, "random", world.random),
+            (latentmill.jobs.store.storage, "secrets", tokens),
+            (latentmill.jobs.worker, "secrets", tokens),
+            (latentmill.jobs.outputs.clean, "secrets", tokens),
+            (latentmill.jobs.outputs.ledger, "ThreadPoolExecutor", pool),
+            (latentmill.jobs.outputs.sinks, "ThreadPoolExecutor", pool),
+            (latentmill.jobs.outputs.publish, "ThreadPoolExecutor", pool),
+            (latentmill.jobs.outputs.clean, "ThreadPoolExecutor", pool),
+            (latentmill.jobs.runner, "open_job", open_job),
+            (latentmill.jobs.worker, "open_job", open_job),
+            (latentmill.jobs.outputs.clean, "open_job", open_job),
+            (latentmill.jobs.plans.plan, "parse_plan", lambda data, _: PLAN_BY_HASH[json.loads(data)["plan_hash"]]),
+            (latentmill.jobs.runner, "draft_plan", _draft),
+            (latentmill.jobs.runner, "_open_executor", cast.open_executor),
+            (latentmill.jobs.runner, "graceful_interrupt", _uninterrupted),
+            (latentmill.jobs.outputs.ledger, "decode_record", decode_once),
+            (latentmill.jobs.worker, "encode_record", _encode_once),
+            (latentmill.jobs.worker, "finish_sample", finish_once),
             (Ledger, "_create", _truthful(cast, Ledger._create)),
         ):
             patches.enter_context(patch.object(target, name, value))

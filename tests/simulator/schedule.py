@@ -5,8 +5,9 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
-from jobs.outputs.clean import GRACE_SECONDS
-from jobs.runner import RunSummary
+from latentmill.jobs.outputs.clean import GRACE_SECONDS
+from latentmill.jobs.runner import RunSummary
+
 from tests.simulator.cast import Cast, installed
 from tests.simulator.invariants import Watch, check_end, check_swept
 from tests.simulator.plans import PLANS, SimulatedPlan

@@ -8,17 +8,17 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
+import latentmill.jobs.runner
 import pyarrow as pa
 import pytest
+from latentmill.jobs.job import Job
+from latentmill.jobs.outputs import clean as clean_module
+from latentmill.jobs.outputs import publish as publish_module
+from latentmill.jobs.outputs.ledger import Ledger, _path
+from latentmill.jobs.outputs.publish import load_publication
+from latentmill.jobs.outputs.records import CommitRecord, decode_record, encode_record
+from latentmill.jobs.outputs.sinks import FilesSink, StoredImage, attempt_folder
 
-import jobs.runner
-from jobs.job import Job
-from jobs.outputs import clean as clean_module
-from jobs.outputs import publish as publish_module
-from jobs.outputs.ledger import Ledger, _path
-from jobs.outputs.publish import load_publication
-from jobs.outputs.records import CommitRecord, decode_record, encode_record
-from jobs.outputs.sinks import FilesSink, StoredImage, attempt_folder
 from tests.simulator.schedule import Outcome, first_violation, run_schedule
 
 SCHEDULES = 300
@@ -149,7 +149,7 @@ def test_appending_a_repair_whose_number_is_taken_is_caught(monkeypatch: pytest.
 
 
 def test_a_publication_that_stands_without_the_last_repairs_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (publish_module, jobs.runner):
+    for module in (publish_module, latentmill.jobs.runner):
         monkeypatch.setattr(module, "standing_publication", load_publication)
     assert_caught("I9", within=50)
 

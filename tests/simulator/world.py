@@ -14,8 +14,7 @@ from dataclasses import dataclass
 from typing import IO, Any
 
 import greenlet
-
-from jobs.store.storage import Storage
+from latentmill.jobs.store.storage import Storage
 
 URL = "memory://simulated"
 STEP_SECONDS = 0.04

@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jobs.job import open_job
-from jobs.outputs.clean import clean
-from jobs.outputs.publish import standing_publication
-from jobs.outputs.verify import verify
-from jobs.store.storage import Storage
+from latentmill.jobs.job import open_job
+from latentmill.jobs.outputs.clean import clean
+from latentmill.jobs.outputs.publish import standing_publication
+from latentmill.jobs.outputs.verify import verify
+from latentmill.jobs.store.storage import Storage
+
 from tests.jobs.driver import read_dataset
 from tests.soak.cluster import ROOT
 from tests.soak.jobs import SoakJob

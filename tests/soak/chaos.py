@@ -132,7 +132,7 @@ class Storm:
 
     def _sweep(self) -> bool:
         self._collect_sweepers()
-        command = [sys.executable, "-m", "cli", "clean", self.out]
+        command = [sys.executable, "-m", "latentmill", "clean", self.out]
         command += ["--dry-run"] if self.chooser.random() < 0.3 else []
         log = self.folder / "clean.log"
         self._sweepers.append(self.cluster.family.start(command, self.cluster.environment, log, cwd=self.folder))

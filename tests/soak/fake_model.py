@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from engine import GenerationRequest, GenerationResult
-from jobs.plans.plan import Plan
+from latentmill.engine import GenerationRequest, GenerationResult
+from latentmill.jobs.plans.plan import Plan
+
 from tests.jobs.fakes import FakeEngine
 
 CALLS = "LATENTMILL_SOAK_CALLS"

@@ -8,7 +8,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from jobs.store.storage import Storage
+from latentmill.jobs.store.storage import Storage
+
 from tests.soak.audit import Finished, audit, neighbours, run_cli
 from tests.soak.chaos import Climate, Storm
 from tests.soak.cluster import Cluster

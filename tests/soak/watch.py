@@ -7,8 +7,8 @@ import random
 import threading
 from typing import Any
 
-from jobs.outputs.records import decode_record
-from jobs.store.storage import Storage
+from latentmill.jobs.outputs.records import decode_record
+from latentmill.jobs.store.storage import Storage
 
 _SECONDS = 1.0
 _READ_AGAIN = 5

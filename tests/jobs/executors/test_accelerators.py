@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-
-from jobs.errors import UsageError
-from jobs.executors.accelerators import Accelerators, choose_accelerators
+from latentmill.jobs.errors import UsageError
+from latentmill.jobs.executors.accelerators import Accelerators, choose_accelerators
 
 H100 = {
     "NodeID": "b0e755160fbb433be0f3aa2418a266ce07f3e177e23c14533b6102c3",

@@ -7,14 +7,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
+from latentmill.engine import GenerationRequest, GenerationResult
+from latentmill.jobs.errors import JobError
+from latentmill.jobs.executors.isolation import DIED, TroubleError, isolate
+from latentmill.jobs.finishing import FinishedSample
+from latentmill.jobs.job import open_job
+from latentmill.jobs.outputs.verify import verify
+from latentmill.jobs.worker import ChunkGenerator, Receipt, commit_chunk
 
-from engine import GenerationRequest, GenerationResult
-from jobs.errors import JobError
-from jobs.executors.isolation import DIED, TroubleError, isolate
-from jobs.finishing import FinishedSample
-from jobs.job import open_job
-from jobs.outputs.verify import verify
-from jobs.worker import ChunkGenerator, Receipt, commit_chunk
 from tests.jobs.driver import job_spec, read_dataset, run
 from tests.jobs.fakes import FakeEngine, broken_engine, fake_engine
 
@@ -133,7 +133,7 @@ class Script:
 
 @pytest.fixture
 def script(manifest, tiny_model, tmp_path) -> Script:
-    from jobs.runner import _adopt
+    from latentmill.jobs.runner import _adopt
 
     out = str(tmp_path / "out")
     _adopt(job_spec(tiny_model, manifest(4), out, chunk_size=4))

@@ -5,10 +5,9 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
-
-from jobs.errors import JobError, UsageError
-from jobs.executors.pool import UNBOUNDED, Pool, size_pool
-from jobs.spec import Runtime
+from latentmill.jobs.errors import JobError, UsageError
+from latentmill.jobs.executors.pool import UNBOUNDED, Pool, size_pool
+from latentmill.jobs.spec import Runtime
 
 
 def plan_like(**changes) -> SimpleNamespace:

@@ -10,13 +10,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from latentmill.jobs.errors import JobError, UsageError
+from latentmill.jobs.executors import ray as ray_executor
+from latentmill.jobs.executors.ray_cluster import connect
+from latentmill.jobs.progress import Progress
+from latentmill.jobs.runner import run_job
+from latentmill.jobs.store.storage import Storage
 
-from jobs.errors import JobError, UsageError
-from jobs.executors import ray as ray_executor
-from jobs.executors.ray_cluster import connect
-from jobs.progress import Progress
-from jobs.runner import run_job
-from jobs.store.storage import Storage
 from tests.jobs.driver import job_spec, read_dataset, run
 from tests.jobs.fakes import broken_engine
 
@@ -135,7 +135,7 @@ def test_a_job_on_s3_resumes_and_generates_nothing_twice(session, s3: str, tiny_
 
 
 def test_leaving_early_stops_the_work(session, tiny_model: Path, manifest, tmp_path: Path):
-    from jobs.plans.plan import load_plan
+    from latentmill.jobs.plans.plan import load_plan
 
     out = str(tmp_path / "out")
     spec = job_spec(tiny_model, manifest(200), out, executor="ray")

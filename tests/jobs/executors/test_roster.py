@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import pytest
-
-from jobs.executors.roster import COMPANY_TRIES, LEAST_SECONDS, NODE_TROUBLES, PATIENCE, UNKNOWN_SECONDS, Roster
+from latentmill.jobs.executors.roster import (
+    COMPANY_TRIES,
+    LEAST_SECONDS,
+    NODE_TROUBLES,
+    PATIENCE,
+    UNKNOWN_SECONDS,
+    Roster,
+)
 
 
 class Clock:

@@ -16,13 +16,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from latentmill.jobs import submission
+from latentmill.jobs.errors import JobError, UsageError
+from latentmill.jobs.executors.ray_jobs import JobsClient, pack_code
+from latentmill.jobs.spec import JobSpec, resolve
+from latentmill.jobs.store.storage import Storage
+from latentmill.jobs.submission import JobInfo, cancel_job, find_job, job_status, submit_job
 
-from jobs import submission
-from jobs.errors import JobError, UsageError
-from jobs.executors.ray_jobs import JobsClient, pack_code
-from jobs.spec import JobSpec, resolve
-from jobs.store.storage import Storage
-from jobs.submission import JobInfo, cancel_job, find_job, job_status, submit_job
 from tests.jobs.driver import read_dataset
 from tests.jobs.executors.nodes import ROOT, Nodes, cluster
 from tests.seaweedfs import S3_SECRET
@@ -124,8 +124,8 @@ def test_the_driver_gets_the_same_job_with_the_manifest_where_it_can_see_it(spec
     job = spec(sweep=["guidance_scale=1,7.5"], negative_prompt="it's: [not] {yaml}", num_actors=3, strict=True)
     submit(job, api)
     words = str(api.sent[0]["entrypoint"]).split()
-    assert words[:5] == ["exec", "python", "cli.py", "run", "--config"]
-    sent = resolve(words[5], {})
+    assert words[:6] == ["exec", "python", "-m", "latentmill", "run", "--config"]
+    sent = resolve(words[6], {})
     assert Path(sent.prompts[0]).read_bytes() == Path(job.prompts[0]).read_bytes()
     assert Path(sent.prompts[0]).is_relative_to(tmp_path / "out/_job/submitted")
     told = {"address": None}
@@ -268,7 +268,7 @@ def test_the_code_that_is_sent_is_all_that_a_job_needs_and_nothing_else(tmp_path
         archive.extractall(tmp_path / "code")
     assert not [name for name in names if name.startswith(("tests", "training", "bench", ".")) or "__pycache__" in name]
     environment = {**os.environ, "PYTHONPATH": ""}
-    asked = "import cli, engine, jobs, jobs.runner; print(jobs.__file__); from importlib import metadata as m; "
+    asked = "import latentmill.jobs.runner as jobs; print(jobs.__file__); from importlib import metadata as m; "
     asked += "print(m.distribution('latentmill').locate_file(''))"
     told = subprocess.run(
         [sys.executable, "-c", asked],
@@ -280,7 +280,7 @@ def test_the_code_that_is_sent_is_all_that_a_job_needs_and_nothing_else(tmp_path
     )
     assert all(Path(line).is_relative_to(tmp_path / "code") or line == "." for line in told.stdout.split())
     shown = subprocess.run(
-        [sys.executable, "cli.py", "plan", str(ROOT / "configs/prompts/sample.txt"), "--json"],
+        [sys.executable, "-m", "latentmill", "plan", str(ROOT / "configs/prompts/sample.txt"), "--json"],
         cwd=tmp_path / "code",
         env=environment,
         capture_output=True,
@@ -300,7 +300,7 @@ def head(s3_environment: dict[str, str]) -> Iterator[Nodes]:
 @contextmanager
 def latentmill(*arguments: object) -> Iterator[subprocess.Popen[str]]:
     """The command in a process of its own, which does not outlive the context."""
-    command = [sys.executable, str(ROOT / "cli.py"), *map(str, arguments)]
+    command = [sys.executable, "-m", "latentmill", *map(str, arguments)]
     with subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         try:
             yield process

@@ -14,10 +14,9 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-
-from jobs.errors import UsageError
-from jobs.manifests import parquet_reader, readers
-from jobs.manifests.manifest import open_manifest
+from latentmill.jobs.errors import UsageError
+from latentmill.jobs.manifests import parquet_reader, readers
+from latentmill.jobs.manifests.manifest import open_manifest
 
 ROWS = [
     {"prompt": "a red circle", "seed": 3, "tag": "x"},
@@ -188,7 +187,7 @@ def test_parquet_types_are_carried_as_they_are(tmp_path):
 BOMB = """
 import re, sys
 from pathlib import Path
-from jobs.manifests.manifest import open_manifest
+from latentmill.jobs.manifests.manifest import open_manifest
 rows = bad = 0
 for source in open_manifest([sys.argv[1]]).sources:
     for batch in source.batches():

@@ -5,12 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pyarrow as pa
 import pytest
-
-from jobs.errors import UsageError
-from jobs.manifests.fields import FIELDS
-from jobs.manifests.readers import RowBatch
-from jobs.manifests.tokens import TokenCounter
-from jobs.manifests.validate import Rules, check_job, snapshot_schema, validate
+from latentmill.jobs.errors import UsageError
+from latentmill.jobs.manifests.fields import FIELDS
+from latentmill.jobs.manifests.readers import RowBatch
+from latentmill.jobs.manifests.tokens import TokenCounter
+from latentmill.jobs.manifests.validate import Rules, check_job, snapshot_schema, validate
 
 DEFAULTS = {
     "negative_prompt": "", "seed": 42, "width": 256, "height": 256, "num_inference_steps": 20, "guidance_scale": 4.0,

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[3]
 
 _HOLD = """
 import json, sys, time
-from jobs.models import cache, remote
+from latentmill.jobs.models import cache, remote
 from s3fs import S3FileSystem
 
 reads, stop_after = [], int(sys.argv[3])
@@ -33,8 +33,8 @@ print(json.dumps({"path": str(path), "reads": len(reads)}), flush=True)
 
 _PLACE = """
 import sys
-from jobs.job import open_job
-from jobs.models.place import place_model
+from latentmill.jobs.job import open_job
+from latentmill.jobs.models.place import place_model
 print(place_model(open_job(sys.argv[1]).plan.model).model)
 """
 

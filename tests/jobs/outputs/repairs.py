@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
-from engine import GenerationRequest, GenerationResult
-from jobs.job import open_job
-from jobs.plans.plan import Plan
-from jobs.worker import ChunkGenerator, EngineFactory, GeneratedChunk, Receipt, finish_chunk
+from latentmill.engine import GenerationRequest, GenerationResult
+from latentmill.jobs.job import open_job
+from latentmill.jobs.plans.plan import Plan
+from latentmill.jobs.worker import ChunkGenerator, EngineFactory, GeneratedChunk, Receipt, finish_chunk
+
 from tests.jobs.fakes import FakeEngine
 
 

@@ -12,16 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from latentmill.jobs.errors import OutputConflictError, UsageError
+from latentmill.jobs.night import Night, tonight
+from latentmill.jobs.outputs import latest
+from latentmill.jobs.outputs.latest import Latest, point_to_latest
+from latentmill.jobs.runner import RunSummary
+from latentmill.jobs.show.views import show_run
+from latentmill.jobs.spec import JobSpec, resolve
+from latentmill.jobs.store.storage import Storage
+from latentmill.jobs.submission import _job_file
 
-from jobs.errors import OutputConflictError, UsageError
-from jobs.night import Night, tonight
-from jobs.outputs import latest
-from jobs.outputs.latest import Latest, point_to_latest
-from jobs.runner import RunSummary
-from jobs.show.views import show_run
-from jobs.spec import JobSpec, resolve
-from jobs.store.storage import Storage
-from jobs.submission import _job_file
 from tests.jobs.driver import run
 from tests.jobs.fakes import fake_engine
 

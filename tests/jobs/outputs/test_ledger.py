@@ -11,13 +11,18 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
-
-from jobs.errors import OutputConflictError
-from jobs.outputs.ledger import Ledger, chunk_of_path, record_path, repair_of_path, repair_path
-from jobs.outputs.records import OWN_FIELDS, DamagedRecordError, WrongRepairError, decode_record, encode_record
-from jobs.store import storage as storage_module
-from jobs.store.errors import StorageError
-from jobs.store.storage import Storage
+from latentmill.jobs.errors import OutputConflictError
+from latentmill.jobs.outputs.ledger import Ledger, chunk_of_path, record_path, repair_of_path, repair_path
+from latentmill.jobs.outputs.records import (
+    OWN_FIELDS,
+    DamagedRecordError,
+    WrongRepairError,
+    decode_record,
+    encode_record,
+)
+from latentmill.jobs.store import storage as storage_module
+from latentmill.jobs.store.errors import StorageError
+from latentmill.jobs.store.storage import Storage
 
 SCHEMA = pa.schema([*OWN_FIELDS, pa.field("topic", pa.string())])
 PLAN = "a" * 64

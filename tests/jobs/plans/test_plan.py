@@ -13,16 +13,15 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-
-from jobs.errors import JobError, OutputConflictError, UsageError
-from jobs.manifests import readers
-from jobs.plans import plan as plan_module
-from jobs.plans import snapshot
-from jobs.plans.plan import adopt, draft_plan, load_plan
-from jobs.plans.planned import fingerprint
-from jobs.plans.presets import list_presets
-from jobs.spec import resolve
-from jobs.store.storage import Storage
+from latentmill.jobs.errors import JobError, OutputConflictError, UsageError
+from latentmill.jobs.manifests import readers
+from latentmill.jobs.plans import plan as plan_module
+from latentmill.jobs.plans import snapshot
+from latentmill.jobs.plans.plan import adopt, draft_plan, load_plan
+from latentmill.jobs.plans.planned import fingerprint
+from latentmill.jobs.plans.presets import list_presets
+from latentmill.jobs.spec import resolve
+from latentmill.jobs.store.storage import Storage
 
 
 @pytest.fixture
@@ -195,8 +194,8 @@ def test_the_same_rows_from_elsewhere_are_the_same_plan(job, tmp_path, monkeypat
 PEAK = """
 import re, sys
 from pathlib import Path
-from jobs.plans.plan import draft_plan
-from jobs.spec import resolve
+from latentmill.jobs.plans.plan import draft_plan
+from latentmill.jobs.spec import resolve
 with draft_plan(resolve(None, {"prompts": [sys.argv[1]], "model": sys.argv[2], "sweep": ["seed=0:1000"]})) as draft:
     peak = int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) // 1024
     print(draft.grid.n_samples, peak)

@@ -8,12 +8,11 @@ import random
 
 import numpy as np
 import pytest
-
-from engine import GenerationRequest
-from jobs.plans import snapshot
-from jobs.plans.plan import adopt, draft_plan, load_plan
-from jobs.spec import JobSpec
-from jobs.store.storage import Storage
+from latentmill.engine import GenerationRequest
+from latentmill.jobs.plans import snapshot
+from latentmill.jobs.plans.plan import adopt, draft_plan, load_plan
+from latentmill.jobs.spec import JobSpec
+from latentmill.jobs.store.storage import Storage
 
 CHOICES = {
     "seed": [None, 1, 77, 4_000_000_000],

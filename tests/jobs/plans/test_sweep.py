@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import pytest
-
-from jobs.errors import UsageError
-from jobs.plans.sweep import build_axes, count_combinations, parse_axis
-from jobs.spec import resolve
+from latentmill.jobs.errors import UsageError
+from latentmill.jobs.plans.sweep import build_axes, count_combinations, parse_axis
+from latentmill.jobs.spec import resolve
 
 
 def axes_of(*flags):

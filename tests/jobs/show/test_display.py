@@ -9,12 +9,10 @@ import time
 from dataclasses import replace
 
 import pytest
-from rich.console import Console
-
-from jobs.errors import JobError
-from jobs.outputs.verify import VerifyProgress
-from jobs.progress import Progress
-from jobs.show.display import (
+from latentmill.jobs.errors import JobError
+from latentmill.jobs.outputs.verify import VerifyProgress
+from latentmill.jobs.progress import Progress
+from latentmill.jobs.show.display import (
     BarView,
     LineView,
     duration,
@@ -28,6 +26,7 @@ from jobs.show.display import (
     size,
     verify_detail,
 )
+from rich.console import Console
 
 HOSTILE = "\x1b]52;c;ZXZpbA==\x07\x1b[2J\x9b31m\u202egnp.exe\u2066\u200b\ud800\x00\r\n\t[link=http://x]y[/link]"
 
@@ -159,7 +158,7 @@ def test_stderr_is_held_back_unless_something_unforeseen_happens(capfd):
 
 def test_the_view_goes_on_while_stderr_is_held_back():
     script = (
-        "from jobs.show.display import held_back_stderr, progress_view\n"
+        "from latentmill.jobs.show.display import held_back_stderr, progress_view\n"
         "import os\n"
         "with progress_view() as view, held_back_stderr():\n"
         "    os.write(2, b'chatter')\n"

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-
-from jobs.store.parquet import read_parquet
+from latentmill.jobs.store.parquet import read_parquet
 
 ROOT = Path(__file__).parents[3]
-READ_AND_END = "import sys; from jobs.store.parquet import read_parquet; read_parquet(sys.stdin.buffer.read())"
+READ_AND_END = (
+    "import sys; from latentmill.jobs.store.parquet import read_parquet; read_parquet(sys.stdin.buffer.read())"
+)
 
 
 def parquet(table: pa.Table) -> bytes:

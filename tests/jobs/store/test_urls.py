@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import pytest
-
-from jobs.errors import UsageError
-from jobs.store.urls import allowed_filesystem, display_url
+from latentmill.jobs.errors import UsageError
+from latentmill.jobs.store.urls import allowed_filesystem, display_url
 
 
 @pytest.mark.parametrize(

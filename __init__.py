@@ -1,0 +1,4 @@
+"""latentmill: prompts in, a verified image dataset out.
+
+The repository's root is the package: `latentmill.cli`, `latentmill.jobs`, `latentmill.engine`, `latentmill.configs`.
+"""
