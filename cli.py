@@ -293,7 +293,7 @@ def submit(
     from dataclasses import asdict
 
     from latentmill.jobs.spec import resolve
-    from latentmill.jobs.submission import submit_job
+    from latentmill.jobs.submission.submission import submit_job
 
     submission = submit_job(resolve(config, flags), shared_filesystem=shared_filesystem, forwarded=env or [])
     _answer(asdict(submission), as_json, lambda views: views.show_submission(submission))
@@ -319,7 +319,7 @@ def status(
     json: Json = False,
 ) -> None:
     """Say how far a job is, and how it fares on its cluster if it was submitted to one."""
-    from latentmill.jobs.submission import job_status
+    from latentmill.jobs.submission.submission import job_status
 
     answer = job_status(target, deep=deep, address=address)
     _answer(answer.to_dict(), json, lambda views: views.show_job_status(answer))
@@ -333,7 +333,7 @@ def logs(
 ) -> None:
     """Show what a submitted job says; with --follow, exit as it does."""
     from latentmill.jobs.show.display import print_untrusted
-    from latentmill.jobs.submission import job_logs
+    from latentmill.jobs.submission.submission import job_logs
 
     job = job_logs(target, print_untrusted, follow=follow, address=address)
     raise typer.Exit(job.cli_exit_code if follow else 0)
@@ -344,7 +344,7 @@ def cancel(target: TargetArgument, address: Address = None, json: Json = False) 
     """Stop a submitted job: chunks in flight finish, no more begin, and the same job submitted again resumes."""
     from dataclasses import asdict
 
-    from latentmill.jobs.submission import cancel_job
+    from latentmill.jobs.submission.submission import cancel_job
 
     job = cancel_job(target, address=address)
     _answer(asdict(job), json, lambda views: views.show_cancelled(job))
@@ -399,7 +399,7 @@ def report(
 @app.command(rich_help_panel=_MORE, epilog="Example: [bold]latentmill models[/bold]")
 def models(json: Json = False) -> None:
     """List the models that --model knows by name."""
-    from latentmill.jobs.plans.presets import list_presets
+    from latentmill.jobs.models.presets import list_presets
 
     presets = list_presets()
     as_data = {name: preset.model_dump() for name, preset in presets.items()}
@@ -427,7 +427,7 @@ def read(
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        from latentmill.jobs.outputs.records import tool_versions
+        from latentmill.jobs.ledger.records import tool_versions
 
         sys.stdout.write(f"latentmill {tool_versions()['latentmill']}\n")
         raise typer.Exit

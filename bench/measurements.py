@@ -10,6 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from bench.machine import Stopwatch, peak_mib
+from bench.synthetic import instant_engine, job_spec
 from latentmill.jobs.job import open_job
 from latentmill.jobs.outputs.publish import publish, standing_publication
 from latentmill.jobs.outputs.status import status
@@ -18,9 +21,6 @@ from latentmill.jobs.plans.plan import adopt, draft_plan
 from latentmill.jobs.progress import Progress
 from latentmill.jobs.runner import run_job
 from latentmill.jobs.store.storage import Storage
-
-from bench.machine import Stopwatch, peak_mib
-from bench.synthetic import instant_engine, job_spec
 
 Facts = dict[str, Any]
 

@@ -17,15 +17,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from latentmill.jobs.job import open_job
-from latentmill.jobs.plans.plan import adopt, draft_plan
-from latentmill.jobs.store.storage import Storage
 from rich.console import Console
 from rich.table import Table
 
 from bench.machine import describe_machine, keep_cores
 from bench.measurements import Facts
 from bench.synthetic import fill_ledger, fill_output, job_spec, write_manifest
+from latentmill.jobs.job import open_job
+from latentmill.jobs.plans.plan import adopt, draft_plan
+from latentmill.jobs.store.storage import Storage
 from tests.seaweedfs import credentials, seaweedfs
 
 CORES = 2

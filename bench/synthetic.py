@@ -13,11 +13,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+
 from latentmill.engine import GenerationRequest, GenerationResult, SafetyVerdict
 from latentmill.jobs.job import Job
-from latentmill.jobs.outputs.images import encode_png, pixel_sha256
-from latentmill.jobs.outputs.ledger import PER_FOLDER, record_path
-from latentmill.jobs.outputs.records import encode_record
+from latentmill.jobs.ledger.ledger import PER_FOLDER, record_path
+from latentmill.jobs.ledger.pictures import encode_png, pixel_sha256
+from latentmill.jobs.ledger.records import encode_record
 from latentmill.jobs.plans.plan import Plan, PlannedSample
 from latentmill.jobs.spec import JobSpec
 

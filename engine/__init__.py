@@ -9,9 +9,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from latentmill.engine.describe import ModelDescription, describe_model, load_tokenizer
-from latentmill.engine.prompts import parse_prompt
-from latentmill.engine.timesteps import check_steps
+from latentmill.engine.loading.describe import ModelDescription, describe_model, load_tokenizer
+from latentmill.engine.sampling.timesteps import check_steps
+from latentmill.engine.text.prompts import parse_prompt
 from latentmill.engine.types import (
     FOLDER_SAMPLER,
     LONG_PROMPTS,
@@ -30,19 +30,19 @@ from latentmill.engine.types import (
 )
 
 if TYPE_CHECKING:
-    from latentmill.engine.noise import NoiseStream
-    from latentmill.engine.pipeline import Engine
-    from latentmill.engine.watermark import embed_watermark, read_watermark, watermark_bit_accuracy
+    from latentmill.engine.engine import Engine
+    from latentmill.engine.guards.watermark import embed_watermark, read_watermark, watermark_bit_accuracy
+    from latentmill.engine.sampling.noise import NoiseStream
 
 EMBEDDED_MODEL = Path(__file__).parent / "embedded"
 """The model that ships with the package."""
 
 _HEAVY = {
-    "Engine": "latentmill.engine.pipeline",
-    "NoiseStream": "latentmill.engine.noise",
-    "embed_watermark": "latentmill.engine.watermark",
-    "read_watermark": "latentmill.engine.watermark",
-    "watermark_bit_accuracy": "latentmill.engine.watermark",
+    "Engine": "latentmill.engine.engine",
+    "NoiseStream": "latentmill.engine.sampling.noise",
+    "embed_watermark": "latentmill.engine.guards.watermark",
+    "read_watermark": "latentmill.engine.guards.watermark",
+    "watermark_bit_accuracy": "latentmill.engine.guards.watermark",
 }
 
 __all__ = [

@@ -6,6 +6,7 @@ import platform
 from pathlib import Path
 
 import torch
+
 from latentmill.engine.types import EngineError
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}

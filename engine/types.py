@@ -40,7 +40,7 @@ SAMPLERS_WITH_ETA = ("ddim",)
 """Samplers whose noise eta scales. The others take no eta but 0: their noise, if any, is part of the algorithm."""
 
 PROMPT_SYNTAXES = ("plain", "a1111", "novelai")
-"""What `ModelSpec.prompt_syntax` takes: how brackets in prompts are read (see engine/prompts.py)."""
+"""What `ModelSpec.prompt_syntax` takes: how brackets in prompts are read (see engine/text/prompts.py)."""
 
 LONG_PROMPTS = ("truncate", "chunk", "error")
 """What `ModelSpec.long_prompts` takes: what becomes of a prompt with more tokens than the text encoder has places."""

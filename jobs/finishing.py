@@ -7,9 +7,9 @@ from typing import Any
 
 from latentmill.engine import GenerationRequest, GenerationResult
 from latentmill.engine.types import Pixels
+from latentmill.jobs.ledger.pictures import blank, encode_png, pixel_sha256
 from latentmill.jobs.manifests.parameters import parameters_text
 from latentmill.jobs.mark_bits import bits_needed, matching_bits
-from latentmill.jobs.outputs.images import blank, encode_png, pixel_sha256
 from latentmill.jobs.plans.plan import Plan, PlannedSample
 
 RETRY_METHOD = "dwtDctSvd"

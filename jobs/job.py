@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from latentmill.jobs.errors import UsageError
-from latentmill.jobs.outputs.ledger import Ledger
-from latentmill.jobs.outputs.sinks import Sink, open_sink
+from latentmill.jobs.ledger.ledger import Ledger
+from latentmill.jobs.ledger.sinks import Sink, open_sink
 from latentmill.jobs.plans.plan import Plan, load_plan
 from latentmill.jobs.store.errors import StorageError
 from latentmill.jobs.store.storage import Storage

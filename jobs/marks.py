@@ -8,13 +8,14 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+from PIL import Image
+
 from latentmill.engine import WATERMARK_METHODS, WATERMARK_MIN_PIXELS, read_watermark, watermark_bit_accuracy
 from latentmill.engine.types import Pixels
 from latentmill.jobs.errors import UsageError
 from latentmill.jobs.manifests.fields import nearest, shorten
 from latentmill.jobs.mark_bits import bits_needed, matching_bits
 from latentmill.jobs.store.urls import allowed_filesystem, display_url
-from PIL import Image
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+from numpy.typing import NDArray
+
 from latentmill.jobs.executors.base import Executor
 from latentmill.jobs.plans.plan import Plan
 from latentmill.jobs.worker import Receipt
-from numpy.typing import NDArray
 
 Phase = Literal["planning", "starting", "generating", "publishing", "done"]
 

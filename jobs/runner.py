@@ -9,6 +9,7 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 
 import numpy as np
+
 from latentmill.jobs.errors import JobError, OutputConflictError
 from latentmill.jobs.executors.base import Executor
 from latentmill.jobs.interrupt import Interrupt, graceful_interrupt

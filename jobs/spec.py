@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
 from latentmill.engine import LONG_PROMPTS, PROMPT_SYNTAXES, WATERMARK_METHODS
 from latentmill.jobs.errors import UsageError
 from latentmill.jobs.manifests.fields import FIELDS, FieldError, nearest, shorten, text_fault
@@ -13,7 +15,6 @@ from latentmill.jobs.manifests.parameters import MANIFEST_FORMATS
 from latentmill.jobs.night import PLACEHOLDER, Night, tonight
 from latentmill.jobs.plans.sweep import build_axes, parse_axis
 from latentmill.jobs.store.urls import allowed_filesystem, display_url
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 if TYPE_CHECKING:
     import datetime

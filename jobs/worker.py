@@ -16,8 +16,8 @@ from latentmill.engine import GenerationRequest, GenerationResult
 from latentmill.jobs.errors import JobError, OutputConflictError
 from latentmill.jobs.finishing import FinishedSample, finish_sample
 from latentmill.jobs.job import Job, open_job
+from latentmill.jobs.ledger.records import encode_record, tool_versions
 from latentmill.jobs.models.place import place_model
-from latentmill.jobs.outputs.records import encode_record, tool_versions
 from latentmill.jobs.plans.plan import Plan
 from latentmill.jobs.store.errors import StorageError
 
@@ -96,6 +96,7 @@ def describe_fault(error: BaseException) -> str:
 def load_engine(plan: Plan, device: str) -> ChunkEngine:
     """The plan's own model on `device` (`auto`: a GPU if there is one), at the plan's dtype, threads and batch size."""
     import torch
+
     from latentmill.engine import Engine
 
     if device == "auto":

@@ -58,7 +58,7 @@ def test_the_engine_knows_nothing_of_jobs_storage_or_ray():
 
 
 def test_only_one_module_imports_the_optional_diffusers_and_only_when_it_runs():
-    module = ROOT / "engine/diffusers_pipeline.py"
+    module = ROOT / "engine/diffusers_backend/pipeline.py"
     others = [path for path in [*sources("engine", "jobs"), ROOT / "cli.py"] if path != module]
     assert offenders(others, {"diffusers"}) == []
     eager = [name for name, at_import in imports(module) if at_import and name.split(".")[0] == "diffusers"]
@@ -66,7 +66,7 @@ def test_only_one_module_imports_the_optional_diffusers_and_only_when_it_runs():
 
 
 def test_only_the_door_to_the_cluster_imports_ray_and_only_when_it_runs():
-    door = [path for path in sources("jobs/executors") if path.name.startswith("ray")]
+    door = [path for path in sources("jobs/executors", "jobs/submission") if path.name.startswith("ray")]
     others = [path for path in [*sources("jobs", "engine"), ROOT / "cli.py"] if path not in door]
     assert offenders(others, {"ray"}) == []
     eager = [name for path in door for name, at_import in imports(path) if at_import and name.split(".")[0] == "ray"]

@@ -14,11 +14,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
+
 from latentmill import cli
 from latentmill.engine import embed_watermark
 from latentmill.jobs.outputs.failures import FailedRow
 from latentmill.jobs.runner import RunSummary
-from PIL import Image
 
 ROOT = Path(__file__).parents[1]
 VERBS = ["plan", "run", "submit", "status", "logs", "cancel", "verify", "report", "clean", "models", "watermark read"]
@@ -230,7 +231,7 @@ def test_a_mistake_of_ours_keeps_its_traceback(call: Call, monkeypatch: pytest.M
     def broken(*_args: object, **_options: object) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr("latentmill.jobs.submission.job_status", broken)
+    monkeypatch.setattr("latentmill.jobs.submission.submission.job_status", broken)
     with pytest.raises(ZeroDivisionError):
         call("status", "x")
 

@@ -16,6 +16,7 @@ import pytest
 import ray.autoscaler
 import typer
 import yaml
+
 from latentmill import cli
 
 ROOT = Path(__file__).parents[1]

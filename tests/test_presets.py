@@ -6,11 +6,11 @@ import re
 from pathlib import Path
 
 import pytest
-from latentmill.engine import SAMPLERS
-from latentmill.engine.hub import is_hub_id
-from latentmill.jobs.errors import UsageError
-from latentmill.jobs.plans.presets import ModelChoice, list_presets, resolve_model
 
+from latentmill.engine import SAMPLERS
+from latentmill.engine.loading.hub import is_hub_id
+from latentmill.jobs.errors import UsageError
+from latentmill.jobs.models.presets import ModelChoice, list_presets, resolve_model
 from tests.engine.families import write_sd2, write_sdxl
 from tests.engine.originals import write_safetensors
 

@@ -7,6 +7,7 @@ import subprocess
 from pathlib import Path
 
 import typer
+
 from latentmill import cli
 
 ROOT = Path(__file__).parents[1]

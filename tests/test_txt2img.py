@@ -15,6 +15,8 @@ import pytest
 import torch
 import yaml
 from diffusers import StableDiffusionPipeline
+from PIL import Image
+
 from latentmill import cli
 from latentmill.engine import (
     EMBEDDED_MODEL,
@@ -37,8 +39,6 @@ from latentmill.jobs.txt2img.options import (
     build_parser,
     parse_options,
 )
-from PIL import Image
-
 from tests.engine.families import write_ldm, write_sd1
 from tests.engine.originals import write_ckpt
 

@@ -14,12 +14,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from latentmill.engine.blocks import Downsample, ResnetBlock, Upsample
-from latentmill.engine.config import VAEConfig
-from latentmill.engine.vae import AutoencoderKL
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from latentmill.engine.loading.config import VAEConfig
+from latentmill.engine.networks.autoencoder import AutoencoderKL
+from latentmill.engine.networks.blocks import Downsample, ResnetBlock, Upsample
 from training import architecture, icons, parallel, scenes
 from training.common import (
     RunningAverage,

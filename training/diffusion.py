@@ -12,16 +12,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from latentmill.engine.config import SchedulerConfig, UNetConfig, VAEConfig
-from latentmill.engine.denoiser import Denoiser
-from latentmill.engine.samplers import ddim
-from latentmill.engine.schedule import NoiseSchedule
-from latentmill.engine.unet import UNet
-from latentmill.engine.vae import AutoencoderKL
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from latentmill.engine.loading.config import SchedulerConfig, UNetConfig, VAEConfig
+from latentmill.engine.networks.autoencoder import AutoencoderKL
+from latentmill.engine.networks.unet import UNet
+from latentmill.engine.sampling.denoiser import Denoiser
+from latentmill.engine.sampling.samplers import ddim
+from latentmill.engine.sampling.schedule import NoiseSchedule
 from training import architecture, icons, latents, parallel, scenes, tokenizer
 from training.common import (
     RunningAverage,

@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from latentmill.engine import Engine, GenerationRequest, ModelSpec
 
+from latentmill.engine import Engine, GenerationRequest, ModelSpec
 from training import icons, judge, scenes
 from training.card import write_card
 from training.common import contact_sheet

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from latentmill.engine.config import VAEConfig
-from latentmill.engine.vae import AutoencoderKL
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from latentmill.engine.loading.config import VAEConfig
+from latentmill.engine.networks.autoencoder import AutoencoderKL
 from training import architecture, diffusion, latents, tokenizer
 from training.common import load_checkpoint
 

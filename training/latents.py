@@ -10,11 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from latentmill.engine.config import VAEConfig
-from latentmill.engine.vae import AutoencoderKL
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from latentmill.engine.loading.config import VAEConfig
+from latentmill.engine.networks.autoencoder import AutoencoderKL
 from training import architecture, icons, parallel, scenes, tokenizer
 from training.common import device, load_checkpoint, save_checkpoint, to_tensor
 

@@ -13,6 +13,7 @@ from contextlib import closing, contextmanager
 from typing import Any
 
 import pyarrow as pa
+
 from latentmill.jobs.errors import JobError, UsageError
 from latentmill.jobs.executors.isolation import isolate_chunk
 from latentmill.jobs.executors.pool import size_pool

@@ -9,6 +9,7 @@ import time
 from typing import Any
 
 import pyarrow as pa
+
 from latentmill.engine import EngineError
 from latentmill.jobs.errors import JobError
 from latentmill.jobs.executors.deadline import deadline

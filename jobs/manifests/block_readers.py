@@ -7,9 +7,10 @@ from typing import IO, Any
 
 import numpy as np
 import pyarrow as pa
+from PIL import Image
+
 from latentmill.jobs.manifests import parameters, prompt_flags
 from latentmill.jobs.manifests.readers import BATCH_ROWS, MAX_ROW_BYTES, TOO_LONG, Layout, Opener, RowBatch, read_lines
-from PIL import Image
 
 PARAMETERS_LAYOUT = Layout(own=parameters.COLUMNS, carried=(pa.field("parameters", pa.string()),))
 PNG_LAYOUT = Layout(own=(*parameters.COLUMNS, "id"), carried=PARAMETERS_LAYOUT.carried)

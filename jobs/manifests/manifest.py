@@ -12,6 +12,7 @@ from typing import IO, Any, Literal, cast
 
 import pyarrow as pa
 from fsspec.spec import AbstractFileSystem
+
 from latentmill.jobs.errors import UsageError
 from latentmill.jobs.manifests import block_readers, parquet_reader, readers
 from latentmill.jobs.manifests.fields import FIELDS, nearest, shorten

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+
 from latentmill.jobs.errors import UsageError
 from latentmill.jobs.manifests.columns import can_carry, plain_type, row_bytes, to_plain
 from latentmill.jobs.manifests.fields import FIELDS, shorten

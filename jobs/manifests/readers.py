@@ -14,9 +14,10 @@ from typing import IO, Any
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
+
 from latentmill.jobs.errors import UsageError
 from latentmill.jobs.manifests.fields import FIELDS, shorten
-from numpy.typing import NDArray
 
 BLOCK_BYTES = 1 << 20
 MAX_ROW_BYTES = 1 << 20

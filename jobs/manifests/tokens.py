@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import Protocol
 
 import pyarrow as pa
+
 from latentmill.engine import parse_prompt
 
 _REMEMBERED = 4096

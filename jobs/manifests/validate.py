@@ -9,13 +9,14 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from numpy.typing import NDArray
+
 from latentmill.engine import SAMPLER_CHOICES, SAMPLERS_WITH_ETA, SEED_LIMIT
 from latentmill.jobs.errors import UsageError
 from latentmill.jobs.manifests.columns import to_plain
 from latentmill.jobs.manifests.fields import FIELDS, MAX_TEXT_BYTES, Field, FieldError, Value, shorten
 from latentmill.jobs.manifests.readers import RowBatch
 from latentmill.jobs.manifests.tokens import TokenCounter
-from numpy.typing import NDArray
 
 EXCERPT_CHARACTERS = 200
 CARRIED_PREFIX = "carried."

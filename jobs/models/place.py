@@ -14,7 +14,7 @@ from latentmill.jobs.models.digests import file_digests
 from latentmill.jobs.models.node import node_name
 
 if TYPE_CHECKING:
-    from latentmill.jobs.plans.presets import ResolvedModel
+    from latentmill.jobs.models.presets import ResolvedModel
 
 _TOKENIZER = "tokenizer/"
 

@@ -17,10 +17,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from latentmill.jobs.job import Job, open_job
-from latentmill.jobs.outputs.ledger import PER_FOLDER
+from latentmill.jobs.ledger.ledger import PER_FOLDER
+from latentmill.jobs.ledger.records import DamagedRecordError
+from latentmill.jobs.ledger.sinks import attempt_folder
 from latentmill.jobs.outputs.publish import standing_publication
-from latentmill.jobs.outputs.records import DamagedRecordError
-from latentmill.jobs.outputs.sinks import attempt_folder
 from latentmill.jobs.store.storage import Storage
 
 GRACE_SECONDS = 86_400.0

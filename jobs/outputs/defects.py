@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-from latentmill.jobs.outputs.records import STATUSES
+
+from latentmill.jobs.ledger.records import STATUSES
 from latentmill.jobs.plans.plan import Plan, PlannedSample
 
 Kind = Literal[

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pyarrow.compute as pc
+
 from latentmill.jobs.job import Job
 from latentmill.jobs.outputs.publish import Publication
 from latentmill.jobs.store.parquet import read_parquet

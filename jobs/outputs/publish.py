@@ -21,12 +21,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
 from latentmill.jobs.errors import JobError
 from latentmill.jobs.job import Job
-from latentmill.jobs.outputs.ledger import LedgerListing
-from latentmill.jobs.outputs.records import STATUSES, CommitRecord, count_statuses
+from latentmill.jobs.ledger.ledger import LedgerListing
+from latentmill.jobs.ledger.records import STATUSES, CommitRecord, count_statuses
 from latentmill.jobs.plans.planned import PLAN_PATH
-from numpy.typing import NDArray
 
 MANIFEST_PATH = "dataset/manifest.json"
 ROWS_PER_PART = 50_000

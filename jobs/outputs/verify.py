@@ -11,11 +11,13 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import pyarrow as pa
+
 from latentmill.jobs.errors import JobError
 from latentmill.jobs.job import Job, open_job
+from latentmill.jobs.ledger.ledger import chunk_of_path, record_path, repair_of_path, repair_path
+from latentmill.jobs.ledger.pictures import decode_png, pixel_sha256
+from latentmill.jobs.ledger.records import CommitRecord, WrongRepairError
 from latentmill.jobs.outputs.defects import Defect, row_defects, status_defects
-from latentmill.jobs.outputs.images import decode_png, pixel_sha256
-from latentmill.jobs.outputs.ledger import chunk_of_path, record_path, repair_of_path, repair_path
 from latentmill.jobs.outputs.publish import (
     MANIFEST_PATH,
     ROWS_PER_PART,
@@ -24,7 +26,6 @@ from latentmill.jobs.outputs.publish import (
     load_publication,
     merged_tables,
 )
-from latentmill.jobs.outputs.records import CommitRecord, WrongRepairError
 from latentmill.jobs.store.parquet import read_parquet
 
 Phase = Literal["checking", "comparing"]

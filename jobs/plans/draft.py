@@ -17,6 +17,7 @@ from typing import Any, Self
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+
 from latentmill.engine import SEED_LIMIT, WATERMARK_MIN_PIXELS, EngineError, ModelDescription, load_tokenizer
 from latentmill.jobs.errors import UsageError
 from latentmill.jobs.manifests.manifest import Manifest, open_manifest
@@ -24,10 +25,10 @@ from latentmill.jobs.manifests.tokens import TokenCounter
 from latentmill.jobs.manifests.validate import Rules, check_job, snapshot_schema, validate
 from latentmill.jobs.mark_bits import bits_needed
 from latentmill.jobs.models.place import place_model
+from latentmill.jobs.models.presets import ModelChoice, ModelDefaults, ResolvedModel, resolve_model
 from latentmill.jobs.plans.grid import Grid, class_fields, decode_class
 from latentmill.jobs.plans.identity import default_parameters, plan_identity
 from latentmill.jobs.plans.planned import FORMAT_VERSION, fingerprint
-from latentmill.jobs.plans.presets import ModelChoice, ModelDefaults, ResolvedModel, resolve_model
 from latentmill.jobs.plans.snapshot import RejectWriter, SnapshotWriter
 from latentmill.jobs.plans.summary import PlanSummary, RejectNote, describe_group, expected_bytes
 from latentmill.jobs.plans.sweep import Axis, build_axes

@@ -16,11 +16,12 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
+
 from latentmill.engine import SAMPLER_CHOICES
 from latentmill.jobs.errors import JobError, UsageError
 from latentmill.jobs.manifests.fields import Value
 from latentmill.jobs.plans.sweep import Axis, count_combinations
-from numpy.typing import NDArray
 
 LOOP_FIELDS = ("width", "height", "num_inference_steps", "sampler", "guided")
 MAX_GROUPS = 1024

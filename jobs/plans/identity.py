@@ -9,7 +9,7 @@ from typing import Any
 
 from latentmill.jobs.errors import UsageError
 from latentmill.jobs.manifests.fields import Value
-from latentmill.jobs.plans.presets import ModelDefaults, ResolvedModel
+from latentmill.jobs.models.presets import ModelDefaults, ResolvedModel
 from latentmill.jobs.plans.sweep import Axis
 from latentmill.jobs.spec import JobSpec
 

@@ -11,16 +11,17 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
+
 from latentmill.engine import GenerationRequest
 from latentmill.jobs.errors import JobError
+from latentmill.jobs.ledger.records import OWN_FIELDS, OWN_NAMES
 from latentmill.jobs.manifests.fields import Value
 from latentmill.jobs.manifests.validate import CARRIED_PREFIX, snapshot_schema
-from latentmill.jobs.outputs.records import OWN_FIELDS, OWN_NAMES
+from latentmill.jobs.models.presets import ResolvedModel
 from latentmill.jobs.plans.grid import Grid, Group, Place, class_fields, encode_class
-from latentmill.jobs.plans.presets import ResolvedModel
 from latentmill.jobs.plans.snapshot import PartInfo, SnapshotReader
 from latentmill.jobs.plans.sweep import Axis
-from numpy.typing import NDArray
 
 if TYPE_CHECKING:
     from latentmill.jobs.store.storage import Storage

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+
 from latentmill.jobs.errors import JobError, UsageError
 from latentmill.jobs.manifests.columns import row_bytes, schema_digest, update_digest
 from latentmill.jobs.manifests.fields import Value

@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, Self, TextIO
 
-from latentmill.jobs.errors import JobError
 from rich import box
 from rich.console import Console, RenderableType
 from rich.panel import Panel
@@ -22,6 +21,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColu
 from rich.progress import Progress as RichBar
 from rich.table import Table
 from rich.text import Text
+
+from latentmill.jobs.errors import JobError
 
 if TYPE_CHECKING:
     from latentmill.jobs.outputs.verify import VerifyProgress

@@ -9,10 +9,11 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import pyarrow.parquet as pq
+
 from latentmill.engine.types import Pixels
 from latentmill.jobs.errors import JobError, UsageError
 from latentmill.jobs.job import Job, open_job
-from latentmill.jobs.outputs.images import decode_png
+from latentmill.jobs.ledger.pictures import decode_png
 from latentmill.jobs.outputs.publish import Publication, load_publication
 from latentmill.jobs.plans.sweep import Axis
 from latentmill.jobs.show.sheets import CAPTION_SIZE, TILE, TITLE_SIZE, Cell, Sheet, draw_sheet, wrap

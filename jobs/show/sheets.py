@@ -7,10 +7,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache
 
+from PIL import Image, ImageDraw, ImageFont
+
 from latentmill.engine.types import Pixels
 from latentmill.jobs.errors import JobError
 from latentmill.jobs.show.display import safe
-from PIL import Image, ImageDraw, ImageFont
 
 ELLIPSIS = "..."
 """Three dots: the built-in font has no glyph for the single character."""

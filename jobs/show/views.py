@@ -12,14 +12,14 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from latentmill.jobs.marks import MarkReading
+    from latentmill.jobs.models.presets import ModelPreset
     from latentmill.jobs.outputs.clean import CleanReport
     from latentmill.jobs.outputs.status import StatusReport
     from latentmill.jobs.outputs.verify import VerifyReport
-    from latentmill.jobs.plans.presets import ModelPreset
     from latentmill.jobs.plans.summary import PlanSummary
     from latentmill.jobs.runner import RunSummary
     from latentmill.jobs.show.report import ReportSummary
-    from latentmill.jobs.submission import JobInfo, JobStatus, Submission
+    from latentmill.jobs.submission.submission import JobInfo, JobStatus, Submission
 
 _DEFECTS_SHOWN = 20
 _VALUES_SHOWN = 8

@@ -13,6 +13,7 @@ from typing import Any
 
 import fsspec
 from fsspec.spec import AbstractFileSystem
+
 from latentmill.jobs.errors import UsageError
 
 CONNECT_SECONDS = 10

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 from fsspec.spec import AbstractFileSystem
+
 from latentmill.jobs.errors import UsageError
 from latentmill.jobs.store.clients import open_client
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+
 from latentmill.engine import ModelDescription, ModelSpec
 from latentmill.jobs.errors import UsageError
 

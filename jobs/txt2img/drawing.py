@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+
 from latentmill.engine import (
     EMBEDDED_MODEL,
     SEED_LIMIT,
@@ -27,8 +28,9 @@ from latentmill.jobs.txt2img.files import OutputFolder, draw_grid, grid_size
 from latentmill.jobs.txt2img.options import DEFAULT_CKPT, DEFAULT_CONFIG, Txt2ImgOptions
 
 if TYPE_CHECKING:
-    from latentmill.engine import Engine, NoiseStream
     from torch import Tensor
+
+    from latentmill.engine import Engine, NoiseStream
 
 WATERMARK, WATERMARK_METHOD = "StableDiffusionV1", "dwtDct"
 
@@ -187,6 +189,7 @@ def _refuse_what_cannot_be_marked(plan: Txt2ImgPlan) -> None:
 def load_engine(plan: Txt2ImgPlan) -> Engine:
     """The plan's model on a GPU if there is one, in batches of n_samples, with the original's pixels."""
     import torch
+
     from latentmill.engine import Engine
 
     on_gpu = torch.cuda.is_available()

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+
 from latentmill.engine.types import Pixels
 from latentmill.jobs.errors import JobError, UsageError
-from latentmill.jobs.outputs.images import encode_png
+from latentmill.jobs.ledger.pictures import encode_png
 
 PADDING = 2
 """Black pixels around and between the pictures of a grid."""

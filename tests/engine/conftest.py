@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers.utils import logging
-from latentmill.engine import Engine, ModelSpec
 
+from latentmill.engine import Engine, ModelSpec
 from tests.models import write_model
 
 logging.set_verbosity_error()

@@ -22,7 +22,6 @@ from diffusers import (
     VQModel,
 )
 from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import LDMBertConfig, LDMBertModel
-from latentmill.engine import Engine, GenerationRequest
 from transformers import (
     BertTokenizer,
     CLIPTextConfig,
@@ -31,6 +30,7 @@ from transformers import (
     CLIPTokenizer,
 )
 
+from latentmill.engine import Engine, GenerationRequest
 from tests.models import byte_tokenizer
 
 SCHEDULE = {

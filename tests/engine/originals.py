@@ -10,12 +10,13 @@ from collections import defaultdict
 from pathlib import Path
 
 import torch
-from latentmill.engine.keys import original_names
-from latentmill.engine.layout import find_model
-from latentmill.engine.types import ModelSpec
-from latentmill.engine.weights import load_tower, load_unet, load_vae
 from safetensors.torch import save_file
 from torch import Tensor
+
+from latentmill.engine.loading.keys import original_names
+from latentmill.engine.loading.layout import find_model
+from latentmill.engine.loading.weights import load_tower, load_unet, load_vae
+from latentmill.engine.types import ModelSpec
 
 CPU = torch.device("cpu")
 

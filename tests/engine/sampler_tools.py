@@ -15,10 +15,11 @@ from diffusers import (
     LCMScheduler,
     PNDMScheduler,
 )
-from latentmill.engine.config import SchedulerConfig
-from latentmill.engine.denoiser import Denoiser
-from latentmill.engine.samplers import SAMPLER_FUNCTIONS
-from latentmill.engine.schedule import NoiseSchedule
+
+from latentmill.engine.loading.config import SchedulerConfig
+from latentmill.engine.sampling.denoiser import Denoiser
+from latentmill.engine.sampling.samplers import SAMPLER_FUNCTIONS
+from latentmill.engine.sampling.schedule import NoiseSchedule
 
 CONFIG = {
     "_class_name": "DDIMScheduler",

@@ -6,10 +6,11 @@ import pytest
 import torch
 from diffusers import AutoencoderKL as ReferenceVAE
 from diffusers import UNet2DConditionModel as ReferenceUNet
-from latentmill.engine.config import UNetConfig, VAEConfig
+
+from latentmill.engine.loading.config import UNetConfig, VAEConfig
+from latentmill.engine.networks.autoencoder import AutoencoderKL
+from latentmill.engine.networks.unet import UNet
 from latentmill.engine.types import EngineError
-from latentmill.engine.unet import UNet
-from latentmill.engine.vae import AutoencoderKL
 
 # Facts of the published model folders: only what differs from the reference library's defaults.
 SD15_UNET = {
@@ -136,7 +137,7 @@ def test_a_switch_that_is_not_built_is_refused_by_name(change, named):
 
 
 def test_attention_in_fp16_is_upcast_where_the_config_says_so():
-    from latentmill.engine.blocks import Attention
+    from latentmill.engine.networks.blocks import Attention
 
     torch.manual_seed(0)
     plain, upcast = Attention(8, 8, 1), Attention(8, 8, 1, upcast=True)

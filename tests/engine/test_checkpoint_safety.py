@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from latentmill.engine.checkpoint import open_weights
+
+from latentmill.engine.loading.checkpoint import open_weights
 from latentmill.engine.types import EngineError
 
 WEIGHTS = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.randn(4, 4).half(), "n": torch.arange(5)}
@@ -102,7 +103,7 @@ def test_tensors_come_back_as_they_were_saved(tmp_path, zipped, nested):
 def test_what_is_in_a_file_is_told_without_torch(tmp_path):
     torch.save(WEIGHTS, tmp_path / "m.ckpt")
     code = (
-        "import sys; from pathlib import Path; from latentmill.engine.checkpoint import open_weights;"
+        "import sys; from pathlib import Path; from latentmill.engine.loading.checkpoint import open_weights;"
         f"print(len(open_weights(Path({str(tmp_path / 'm.ckpt')!r})).shapes), 'torch' in sys.modules)"
     )
     python = Path(os.sys.executable)

@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from safetensors.torch import load_file, save_file
+
 from latentmill.engine import (
     Engine,
     EngineError,
@@ -24,10 +26,8 @@ from latentmill.engine import (
     describe_model,
     load_tokenizer,
 )
-from latentmill.engine.diffusers_folder import find_pipeline
-from latentmill.engine.diffusers_pipeline import load_pipeline
-from safetensors.torch import load_file, save_file
-
+from latentmill.engine.diffusers_backend.folder import find_pipeline
+from latentmill.engine.diffusers_backend.pipeline import load_pipeline
 from tests.engine.diffusers_models import WRITERS, write_flux
 
 BATCH = 3

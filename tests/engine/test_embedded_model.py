@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
+
 from latentmill.engine import EMBEDDED_MODEL, Engine, GenerationRequest, ModelSpec
 
 PROMPTS = [

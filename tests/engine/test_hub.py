@@ -9,8 +9,8 @@ from pathlib import Path
 import huggingface_hub
 import numpy as np
 import pytest
-from latentmill.engine import Engine, EngineError, GenerationRequest, ModelSpec, describe_model
 
+from latentmill.engine import Engine, EngineError, GenerationRequest, ModelSpec, describe_model
 from tests.engine.diffusers_models import write_flux
 from tests.engine.families import write_ldm
 

@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 import torch
 from diffusers import LDMTextToImagePipeline, VQModel
-from latentmill.engine import Engine, EngineError, ModelSpec, describe_model, load_tokenizer
-from latentmill.engine.blueprint import Tower
-from latentmill.engine.config import VAEConfig
-from latentmill.engine.keys import folder_name
-from latentmill.engine.vae import build_first_stage
-from latentmill.engine.weights import build_tower
 from safetensors.torch import load_file
 
+from latentmill.engine import Engine, EngineError, ModelSpec, describe_model, load_tokenizer
+from latentmill.engine.loading.blueprint import Tower
+from latentmill.engine.loading.config import VAEConfig
+from latentmill.engine.loading.keys import folder_name
+from latentmill.engine.loading.weights import build_tower
+from latentmill.engine.networks.autoencoder import build_first_stage
 from tests.engine.families import (
     assert_same_pictures,
     assert_same_unet,

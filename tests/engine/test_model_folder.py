@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from latentmill.engine import Engine, EngineError, ModelSpec, describe_model, load_tokenizer
 from safetensors.torch import load_file, save_file
+
+from latentmill.engine import Engine, EngineError, ModelSpec, describe_model, load_tokenizer
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 VAE = "vae/diffusion_pytorch_model.safetensors"

@@ -14,15 +14,15 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import LDMBertConfig, LDMBertModel
-from latentmill.engine.blueprint import Blueprint, Tower
-from latentmill.engine.config import SchedulerConfig, UNetConfig, VAEConfig
-from latentmill.engine.keys import folder_name, is_ignored, original_names
-from latentmill.engine.single_file import recognise
-from latentmill.engine.unet import UNet
-from latentmill.engine.vae import build_first_stage
-from latentmill.engine.weights import build_tower, claim_single_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
+from latentmill.engine.loading.blueprint import Blueprint, Tower
+from latentmill.engine.loading.config import SchedulerConfig, UNetConfig, VAEConfig
+from latentmill.engine.loading.keys import folder_name, is_ignored, original_names
+from latentmill.engine.loading.single_file import recognise
+from latentmill.engine.loading.weights import build_tower, claim_single_file
+from latentmill.engine.networks.autoencoder import build_first_stage
+from latentmill.engine.networks.unet import UNet
 from tests.engine.test_architecture_of_models import SD15_UNET, SD21_UNET, SD_VAE, SDXL_UNET
 
 CLIP_L = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}

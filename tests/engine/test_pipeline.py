@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, PNDMScheduler, StableDiffusionPipeline
-from latentmill.engine import Engine, EngineError, GenerationRequest, ModelSpec, SafetyVerdict
 
+from latentmill.engine import Engine, EngineError, GenerationRequest, ModelSpec, SafetyVerdict
 from tests.models import write_model
 
 PROMPTS = ["a red cat", "two dogs on a hill", "", "ünïcode ✨ " * 30]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pytest
+
 from latentmill.engine import EngineError
-from latentmill.engine.prompts import Piece, parse_prompt
+from latentmill.engine.text.prompts import Piece, parse_prompt
 
 
 def weights(text: str, syntax: str) -> list[tuple[str, float]]:

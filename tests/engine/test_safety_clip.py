@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 import torch
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
-from latentmill.engine import Engine, EngineError, GenerationRequest, ModelSpec
-from latentmill.engine.safety import load_safety_checker
-from latentmill.engine.safety_clip import ClipConcepts, concept_score
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPImageProcessorPil
+
+from latentmill.engine import Engine, EngineError, GenerationRequest, ModelSpec
+from latentmill.engine.guards.safety import load_safety_checker
+from latentmill.engine.guards.safety_clip import ClipConcepts, concept_score
 
 CPU = torch.device("cpu")
 

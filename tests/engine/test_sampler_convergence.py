@@ -12,11 +12,11 @@ from itertools import pairwise
 import pytest
 import torch
 from diffusers import PNDMScheduler
-from latentmill.engine.config import SchedulerConfig
-from latentmill.engine.denoiser import Prediction
-from latentmill.engine.samplers import SAMPLER_FUNCTIONS
-from latentmill.engine.schedule import NoiseSchedule
 
+from latentmill.engine.loading.config import SchedulerConfig
+from latentmill.engine.sampling.denoiser import Prediction
+from latentmill.engine.sampling.samplers import SAMPLER_FUNCTIONS
+from latentmill.engine.sampling.schedule import NoiseSchedule
 from tests.engine.sampler_tools import CONFIG, column, no_noise, noise_source
 
 MU, S = 0.3, 0.8

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
-from latentmill.engine import SAMPLERS, Engine, GenerationRequest, ModelSpec
 
+from latentmill.engine import SAMPLERS, Engine, GenerationRequest, ModelSpec
 from tests.engine.sampler_tools import REFERENCES
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers' own

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler
-from latentmill.engine import SAMPLERS, SAMPLERS_WITH_ETA, EngineError, check_steps
-from latentmill.engine.denoiser import Denoiser, Prediction
-from latentmill.engine.samplers import SAMPLER_FUNCTIONS, ddim, plms
 
+from latentmill.engine import SAMPLERS, SAMPLERS_WITH_ETA, EngineError, check_steps
+from latentmill.engine.sampling.denoiser import Denoiser, Prediction
+from latentmill.engine.sampling.samplers import SAMPLER_FUNCTIONS, ddim, plms
 from tests.engine.sampler_tools import (
     CONFIG,
     PREDICTIONS,

@@ -14,8 +14,8 @@ from diffusers import (
     EulerDiscreteScheduler,
     StableDiffusionXLPipeline,
 )
-from latentmill.engine import Engine, EngineError, ModelSpec, describe_model
 
+from latentmill.engine import Engine, EngineError, ModelSpec, describe_model
 from tests.engine.families import (
     assert_same_pictures,
     assert_same_unet,

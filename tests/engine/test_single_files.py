@@ -17,9 +17,9 @@ from diffusers import (
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
 )
-from latentmill.engine import Engine, EngineError, ModelSpec, describe_model, load_tokenizer
 from safetensors.torch import load_file, save_file
 
+from latentmill.engine import Engine, EngineError, ModelSpec, describe_model, load_tokenizer
 from tests.engine.families import (
     assert_same_pictures,
     assert_same_unet,

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from latentmill.engine import Engine, EngineError, GenerationRequest, ModelSpec
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from latentmill.engine import Engine, EngineError, GenerationRequest, ModelSpec
 from tests.engine.families import write_sdxl
 
 LONG = " ".join(f"word{number}" for number in range(40))

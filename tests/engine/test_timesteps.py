@@ -8,11 +8,16 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler
-from latentmill.engine import SAMPLERS, EngineError, check_steps
-from latentmill.engine.config import SchedulerConfig
-from latentmill.engine.schedule import NoiseLevel
-from latentmill.engine.timesteps import continuous_timesteps, distilled_timesteps, solver_timesteps, whole_timesteps
 
+from latentmill.engine import SAMPLERS, EngineError, check_steps
+from latentmill.engine.loading.config import SchedulerConfig
+from latentmill.engine.sampling.schedule import NoiseLevel
+from latentmill.engine.sampling.timesteps import (
+    continuous_timesteps,
+    distilled_timesteps,
+    solver_timesteps,
+    whole_timesteps,
+)
 from tests.engine.sampler_tools import CONFIG, SPACINGS, original_schedule, reference_for, schedule_for
 
 GRIDS = {"ddim": whole_timesteps, "euler": continuous_timesteps, "dpmpp_2m": solver_timesteps}

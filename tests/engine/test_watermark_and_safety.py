@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 from imwatermark import WatermarkDecoder, WatermarkEncoder
+
 from latentmill.engine import EngineError, ModelSpec, embed_watermark, read_watermark, watermark_bit_accuracy
-from latentmill.engine.safety import OpenNsfw, load_safety_checker
+from latentmill.engine.guards.safety import OpenNsfw, load_safety_checker
 
 TEXT = "StableDiffusionV1"
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+
 from latentmill.engine import EMBEDDED_MODEL, Engine, GenerationRequest, ModelSpec
-from latentmill.engine.config import UNetConfig, VAEConfig
-from latentmill.engine.unet import UNet
-from latentmill.engine.vae import AutoencoderKL
+from latentmill.engine.loading.config import UNetConfig, VAEConfig
+from latentmill.engine.networks.autoencoder import AutoencoderKL
+from latentmill.engine.networks.unet import UNet
 
 pytestmark = pytest.mark.gpu
 

@@ -12,12 +12,11 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Literal
 
-from latentmill.jobs.outputs.ledger import chunk_of_path
+from latentmill.jobs.ledger.ledger import chunk_of_path
 from latentmill.jobs.outputs.verify import verify
 from latentmill.jobs.spec import JobSpec
 from latentmill.jobs.store.storage import Storage
 from latentmill.jobs.worker import load_engine
-
 from tests.jobs.driver import Dataset, job_spec, read_dataset, run, start
 from tests.jobs.executors.nodes import Nodes
 from tests.jobs.killing_proxy import AtRequest, killing_proxy

@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+
 from latentmill.jobs.runner import RunSummary, run_job
 from latentmill.jobs.spec import JobSpec
 from latentmill.jobs.store.parquet import read_parquet
 from latentmill.jobs.store.storage import Storage
 from latentmill.jobs.worker import EngineFactory
-
 from tests.jobs.fakes import fake_engine
 from tests.jobs.traps import KillAt, Rig, arm
 

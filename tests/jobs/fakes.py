@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+
 from latentmill.engine import GenerationRequest, GenerationResult, SafetyVerdict
 from latentmill.jobs.plans.plan import Plan
 

@@ -11,18 +11,18 @@ import cv2
 import numpy as np
 import pytest
 from imwatermark import WatermarkEncoder
+from PIL import Image
+
 from latentmill.engine import embed_watermark
 from latentmill.jobs import finishing
 from latentmill.jobs.errors import UsageError
 from latentmill.jobs.job import open_job
+from latentmill.jobs.ledger.pictures import decode_png
 from latentmill.jobs.mark_bits import CHANCE, bits_needed
 from latentmill.jobs.marks import read_marks
-from latentmill.jobs.outputs.images import decode_png
 from latentmill.jobs.plans.plan import adopt, draft_plan
 from latentmill.jobs.store.storage import Storage
 from latentmill.jobs.worker import ChunkGenerator, GeneratedChunk, finish_chunk
-from PIL import Image
-
 from tests.jobs.driver import job_spec
 from tests.jobs.fakes import FakeEngine, fake_engine
 

@@ -10,8 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from latentmill.jobs.outputs.verify import verify
 
+from latentmill.jobs.outputs.verify import verify
 from tests.jobs.crash_points import CHUNKS, PROMPTS, SETTINGS
 from tests.jobs.driver import Dataset, KillAt, committed_generations, job_spec, read_dataset, run, start
 from tests.jobs.fakes import slow_engine

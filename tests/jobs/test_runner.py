@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+
 from latentmill.engine import EngineError, GenerationRequest, GenerationResult
 from latentmill.jobs.errors import JobError, OutputConflictError, UsageError
 from latentmill.jobs.executors.inline import InlineExecutor
@@ -20,7 +21,6 @@ from latentmill.jobs.progress import Progress
 from latentmill.jobs.runner import run_job
 from latentmill.jobs.store.backends import LocalFolder
 from latentmill.jobs.store.storage import Storage
-
 from tests.jobs.driver import job_spec, read_dataset, run
 from tests.jobs.fakes import FakeEngine, fake_engine
 

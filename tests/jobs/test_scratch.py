@@ -10,9 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
 from latentmill.jobs.plans.plan import draft_plan
 from latentmill.jobs.scratch import CLUSTER_PREFIX, PLAN_PREFIX, scratch_folder, short_base
-
 from tests.jobs.driver import job_spec
 
 

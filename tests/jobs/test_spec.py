@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
 from latentmill.jobs.errors import UsageError
 from latentmill.jobs.spec import KEYS, load_job_file, resolve
 

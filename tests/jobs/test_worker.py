@@ -11,18 +11,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
+
 from latentmill.engine import GenerationRequest
 from latentmill.jobs import finishing, worker
 from latentmill.jobs.job import Job, open_job
+from latentmill.jobs.ledger.ledger import record_path
+from latentmill.jobs.ledger.pictures import decode_png, encode_png, pixel_sha256
 from latentmill.jobs.manifests.parameters import TEXT_LIMIT, parameters_text
-from latentmill.jobs.outputs.images import decode_png, encode_png, pixel_sha256
-from latentmill.jobs.outputs.ledger import record_path
 from latentmill.jobs.plans.plan import adopt, draft_plan
 from latentmill.jobs.store.errors import StorageError
 from latentmill.jobs.store.storage import Storage
 from latentmill.jobs.worker import ChunkGenerator, GeneratedChunk, Receipt, finish_chunk
-from PIL import Image
-
 from tests.jobs.driver import job_spec
 from tests.jobs.fakes import fake_engine, fake_pixels
 

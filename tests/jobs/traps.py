@@ -14,7 +14,6 @@ from latentmill.engine import GenerationRequest, GenerationResult
 from latentmill.jobs.plans.plan import Plan
 from latentmill.jobs.store.storage import Storage
 from latentmill.jobs.worker import load_engine
-
 from tests.jobs.fakes import fake_engine
 
 

@@ -56,14 +56,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from PIL import Image
+
 from latentmill import cli
 from latentmill.engine import EngineError
 from latentmill.jobs.errors import UsageError
 from latentmill.jobs.manifests.parameters import TEXT_LIMIT
 from latentmill.jobs.plans.plan import draft_plan
 from latentmill.jobs.store.storage import Storage
-from PIL import Image
-
 from tests.engine.test_checkpoint_safety import WEIGHTS, canaries
 from tests.jobs.driver import job_spec, read_dataset, run
 from tests.seaweedfs import S3_SECRET

@@ -13,23 +13,22 @@ from unittest.mock import patch
 
 import latentmill.jobs.executors.inline
 import latentmill.jobs.job
+import latentmill.jobs.ledger.ledger
+import latentmill.jobs.ledger.sinks
 import latentmill.jobs.outputs.clean
-import latentmill.jobs.outputs.ledger
 import latentmill.jobs.outputs.publish
-import latentmill.jobs.outputs.sinks
 import latentmill.jobs.plans.plan
 import latentmill.jobs.runner
 import latentmill.jobs.store.storage
 import latentmill.jobs.worker
 from latentmill.jobs.errors import JobError, OutputConflictError, UsageError
 from latentmill.jobs.interrupt import Interrupt
-from latentmill.jobs.outputs.ledger import Ledger, record_path, repair_path
+from latentmill.jobs.ledger.ledger import Ledger, record_path, repair_path
 from latentmill.jobs.outputs.publish import MANIFEST_PATH
 from latentmill.jobs.runner import RunSummary
 from latentmill.jobs.store.errors import StorageError
 from latentmill.jobs.store.storage import Storage
 from latentmill.jobs.worker import ChunkGenerator, Receipt
-
 from tests.simulator.plans import PLAN_BY_HASH, Draft, SimulatedEngine, SimulatedPlan
 from tests.simulator.reading import decode_once, failed_samples, standing_plan
 from tests.simulator.world import URL, Actor, SerialPool, SimulatedStorage, World
@@ -229,8 +228,8 @@ def installed(world: World, cast: Cast) -> Iterator[None]:
             (latentmill.jobs.store.storage, "secrets", tokens),
             (latentmill.jobs.worker, "secrets", tokens),
             (latentmill.jobs.outputs.clean, "secrets", tokens),
-            (latentmill.jobs.outputs.ledger, "ThreadPoolExecutor", pool),
-            (latentmill.jobs.outputs.sinks, "ThreadPoolExecutor", pool),
+            (latentmill.jobs.ledger.ledger, "ThreadPoolExecutor", pool),
+            (latentmill.jobs.ledger.sinks, "ThreadPoolExecutor", pool),
             (latentmill.jobs.outputs.publish, "ThreadPoolExecutor", pool),
             (latentmill.jobs.outputs.clean, "ThreadPoolExecutor", pool),
             (latentmill.jobs.runner, "open_job", open_job),
@@ -240,7 +239,7 @@ def installed(world: World, cast: Cast) -> Iterator[None]:
             (latentmill.jobs.runner, "draft_plan", _draft),
             (latentmill.jobs.runner, "_open_executor", cast.open_executor),
             (latentmill.jobs.runner, "graceful_interrupt", _uninterrupted),
-            (latentmill.jobs.outputs.ledger, "decode_record", decode_once),
+            (latentmill.jobs.ledger.ledger, "decode_record", decode_once),
             (latentmill.jobs.worker, "encode_record", _encode_once),
             (latentmill.jobs.worker, "finish_sample", finish_once),
             (Ledger, "_create", _truthful(cast, Ledger._create)),

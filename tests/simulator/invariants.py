@@ -9,10 +9,10 @@ from functools import lru_cache
 from typing import Any
 
 import pyarrow.parquet as pq
-from latentmill.jobs.outputs.ledger import chunk_of_path, record_path, repair_of_path, repair_path
+
+from latentmill.jobs.ledger.ledger import chunk_of_path, record_path, repair_of_path, repair_path
 from latentmill.jobs.outputs.publish import MANIFEST_PATH, Publication
 from latentmill.jobs.plans.planned import PLAN_PATH, REJECTED_PATH
-
 from tests.simulator.cast import finish_once
 from tests.simulator.plans import CHUNKS, COLUMNS, SimulatedPlan, result_of
 from tests.simulator.reading import decode_once, effective_rows, failed_samples, record_rows, repairs_in, standing_plan

@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from latentmill.engine import GenerationRequest, GenerationResult, SafetyVerdict
-from latentmill.jobs.outputs.records import OWN_FIELDS
-from latentmill.jobs.plans.planned import PlannedSample, fingerprint
 
+from latentmill.engine import GenerationRequest, GenerationResult, SafetyVerdict
+from latentmill.jobs.ledger.records import OWN_FIELDS
+from latentmill.jobs.plans.planned import PlannedSample, fingerprint
 from tests.simulator.world import URL
 
 COLUMNS = (

@@ -6,10 +6,9 @@ import json
 from functools import lru_cache
 from typing import Any
 
-from latentmill.jobs.outputs.ledger import record_path, repair_of_path, repair_path
-from latentmill.jobs.outputs.records import decode_record
+from latentmill.jobs.ledger.ledger import record_path, repair_of_path, repair_path
+from latentmill.jobs.ledger.records import decode_record
 from latentmill.jobs.plans.planned import PLAN_PATH
-
 from tests.simulator.plans import PLAN_BY_HASH, SimulatedPlan
 
 decode_once = lru_cache(maxsize=20_000)(decode_record)

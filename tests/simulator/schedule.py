@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 from latentmill.jobs.outputs.clean import GRACE_SECONDS
 from latentmill.jobs.runner import RunSummary
-
 from tests.simulator.cast import Cast, installed
 from tests.simulator.invariants import Watch, check_end, check_swept
 from tests.simulator.plans import PLANS, SimulatedPlan

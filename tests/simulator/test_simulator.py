@@ -8,17 +8,17 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
-import latentmill.jobs.runner
 import pyarrow as pa
 import pytest
+
+import latentmill.jobs.runner
 from latentmill.jobs.job import Job
+from latentmill.jobs.ledger.ledger import Ledger, _path
+from latentmill.jobs.ledger.records import CommitRecord, decode_record, encode_record
+from latentmill.jobs.ledger.sinks import FilesSink, StoredImage, attempt_folder
 from latentmill.jobs.outputs import clean as clean_module
 from latentmill.jobs.outputs import publish as publish_module
-from latentmill.jobs.outputs.ledger import Ledger, _path
 from latentmill.jobs.outputs.publish import load_publication
-from latentmill.jobs.outputs.records import CommitRecord, decode_record, encode_record
-from latentmill.jobs.outputs.sinks import FilesSink, StoredImage, attempt_folder
-
 from tests.simulator.schedule import Outcome, first_violation, run_schedule
 
 SCHEDULES = 300

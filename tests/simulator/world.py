@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import IO, Any
 
 import greenlet
+
 from latentmill.jobs.store.storage import Storage
 
 URL = "memory://simulated"

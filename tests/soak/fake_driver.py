@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from latentmill.jobs.runner import run_job
-
 from tests.soak.fake_model import counted_engine
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ from pathlib import Path
 
 from latentmill.engine import GenerationRequest, GenerationResult
 from latentmill.jobs.plans.plan import Plan
-
 from tests.jobs.fakes import FakeEngine
 
 CALLS = "LATENTMILL_SOAK_CALLS"

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from latentmill.jobs.store.storage import Storage
-
 from tests.soak.audit import Finished, audit, neighbours, run_cli
 from tests.soak.chaos import Climate, Storm
 from tests.soak.cluster import Cluster

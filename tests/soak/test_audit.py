@@ -8,9 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+
 from latentmill.jobs.job import open_job
 from latentmill.jobs.store.storage import Storage
-
 from tests.soak.audit import Finished, audit, check, neighbours, run_cli
 from tests.soak.jobs import fake_job
 from tests.soak.watch import Watch

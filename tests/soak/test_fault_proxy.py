@@ -14,8 +14,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import urlsplit
 
 import pytest
-from latentmill.jobs.store.storage import Storage
 
+from latentmill.jobs.store.storage import Storage
 from tests.soak.fault_proxy import Faults
 from tests.soak.fault_proxy_process import fault_proxy, proxy_report
 

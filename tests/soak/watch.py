@@ -7,7 +7,7 @@ import random
 import threading
 from typing import Any
 
-from latentmill.jobs.outputs.records import decode_record
+from latentmill.jobs.ledger.records import decode_record
 from latentmill.jobs.store.storage import Storage
 
 _SECONDS = 1.0

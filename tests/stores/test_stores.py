@@ -19,11 +19,11 @@ from pathlib import Path
 
 import fsspec
 import pytest
+
 from latentmill.jobs.errors import OutputConflictError, UsageError
-from latentmill.jobs.outputs.ledger import Ledger
+from latentmill.jobs.ledger.ledger import Ledger
 from latentmill.jobs.outputs.verify import verify
 from latentmill.jobs.store.storage import Storage
-
 from tests.jobs.driver import job_spec, read_dataset, run, start
 from tests.jobs.fakes import slow_engine
 from tests.jobs.store.scripted_proxy import Proxy, once, scripted_proxy

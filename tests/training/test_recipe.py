@@ -5,9 +5,9 @@ import json
 import numpy as np
 import pytest
 import torch
-from latentmill.engine.config import VAEConfig
-from latentmill.engine.vae import AutoencoderKL
 
+from latentmill.engine.loading.config import VAEConfig
+from latentmill.engine.networks.autoencoder import AutoencoderKL
 from training import architecture, autoencoder, card, diffusion, icons, scenes, tokenizer
 from training.common import RunningAverage, learning_rate, load_checkpoint, save_checkpoint, to_pictures, to_tensor
 from training.export import EMBEDDED, SIZE_LIMIT

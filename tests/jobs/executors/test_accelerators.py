@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+
 from latentmill.jobs.errors import UsageError
 from latentmill.jobs.executors.accelerators import Accelerators, choose_accelerators
 

@@ -15,13 +15,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+
 from latentmill.jobs.errors import UsageError
 from latentmill.jobs.executors.ray_cluster import asks_for_a_token, connect
+from latentmill.jobs.ledger.records import decode_record
 from latentmill.jobs.models.place import place_model
-from latentmill.jobs.outputs.records import decode_record
 from latentmill.jobs.plans.plan import Plan
 from latentmill.jobs.store.storage import Storage
-
 from tests.jobs.driver import job_spec, read_dataset, run
 from tests.jobs.executors.nodes import Nodes, cluster, descendants
 from tests.jobs.fakes import FakeEngine

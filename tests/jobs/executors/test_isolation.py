@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
+
 from latentmill.engine import GenerationRequest, GenerationResult
 from latentmill.jobs.errors import JobError
 from latentmill.jobs.executors.isolation import DIED, TroubleError, isolate
@@ -14,7 +15,6 @@ from latentmill.jobs.finishing import FinishedSample
 from latentmill.jobs.job import open_job
 from latentmill.jobs.outputs.verify import verify
 from latentmill.jobs.worker import ChunkGenerator, Receipt, commit_chunk
-
 from tests.jobs.driver import job_spec, read_dataset, run
 from tests.jobs.fakes import FakeEngine, broken_engine, fake_engine
 

@@ -9,12 +9,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 from latentmill.jobs.executors.isolation import DIED, OVERRAN
 from latentmill.jobs.executors.ray_cluster import connect
 from latentmill.jobs.outputs.verify import verify
 from latentmill.jobs.progress import Progress
 from latentmill.jobs.store.storage import Storage
-
 from tests.jobs.driver import job_spec, read_dataset, run
 from tests.jobs.fakes import FakeEngine
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
+
 from latentmill.jobs.errors import JobError, UsageError
 from latentmill.jobs.executors.pool import UNBOUNDED, Pool, size_pool
 from latentmill.jobs.spec import Runtime

@@ -10,13 +10,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 from latentmill.jobs.errors import JobError, UsageError
 from latentmill.jobs.executors import ray as ray_executor
 from latentmill.jobs.executors.ray_cluster import connect
 from latentmill.jobs.progress import Progress
 from latentmill.jobs.runner import run_job
 from latentmill.jobs.store.storage import Storage
-
 from tests.jobs.driver import job_spec, read_dataset, run
 from tests.jobs.fakes import broken_engine
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from latentmill.jobs.executors.roster import (
     COMPANY_TRIES,
     LEAST_SECONDS,

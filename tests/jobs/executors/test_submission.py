@@ -16,13 +16,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from latentmill.jobs import submission
+
 from latentmill.jobs.errors import JobError, UsageError
-from latentmill.jobs.executors.ray_jobs import JobsClient, pack_code
 from latentmill.jobs.spec import JobSpec, resolve
 from latentmill.jobs.store.storage import Storage
-from latentmill.jobs.submission import JobInfo, cancel_job, find_job, job_status, submit_job
-
+from latentmill.jobs.submission import submission
+from latentmill.jobs.submission.ray_jobs import JobsClient, pack_code
+from latentmill.jobs.submission.submission import JobInfo, cancel_job, find_job, job_status, submit_job
 from tests.jobs.driver import read_dataset
 from tests.jobs.executors.nodes import ROOT, Nodes, cluster
 from tests.seaweedfs import S3_SECRET

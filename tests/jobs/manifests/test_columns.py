@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+
 from latentmill.jobs.manifests.columns import can_carry, row_bytes, schema_digest, to_plain, update_digest
 
 COLUMNS = {

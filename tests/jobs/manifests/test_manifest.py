@@ -14,6 +14,7 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+
 from latentmill.jobs.errors import UsageError
 from latentmill.jobs.manifests import parquet_reader, readers
 from latentmill.jobs.manifests.manifest import open_manifest

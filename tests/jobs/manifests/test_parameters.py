@@ -10,15 +10,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image, PngImagePlugin
+
 from latentmill.engine import SAMPLER_CHOICES, GenerationRequest
 from latentmill.jobs.errors import UsageError
+from latentmill.jobs.ledger.pictures import encode_png
 from latentmill.jobs.manifests.manifest import open_manifest
 from latentmill.jobs.manifests.parameters import SAMPLER_NAMES, find_sampler, parameters_text, read_parameters
 from latentmill.jobs.manifests.prompt_flags import read_flags
 from latentmill.jobs.manifests.readers import MAX_ROW_BYTES
-from latentmill.jobs.outputs.images import encode_png
-from PIL import Image, PngImagePlugin
-
 from tests.jobs.driver import job_spec, read_dataset, run
 
 ALICE = (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pyarrow as pa
 import pytest
+
 from latentmill.jobs.errors import UsageError
 from latentmill.jobs.manifests.fields import FIELDS
 from latentmill.jobs.manifests.readers import RowBatch

@@ -13,13 +13,13 @@ from pathlib import Path
 import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
+
 from latentmill.jobs.errors import JobError, UsageError
 from latentmill.jobs.models import cache, digests, node, remote
 from latentmill.jobs.models.cache import fetch_newest, hold
 from latentmill.jobs.models.digests import file_digest
 from latentmill.jobs.models.node import one_at_a_time
 from latentmill.jobs.store.storage import Storage
-
 from tests.jobs.models.machines import start_holder
 
 FILES = {"model_index.json": b"{}", "unet/config.json": b"[1]", "unet/weights.safetensors": bytes(range(256)) * 400}

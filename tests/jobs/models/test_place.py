@@ -8,16 +8,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
 from latentmill.engine.types import ModelSpec
 from latentmill.jobs.errors import UsageError
 from latentmill.jobs.job import open_job
 from latentmill.jobs.models.place import ModelMismatchError, place_model
+from latentmill.jobs.models.presets import ModelChoice, resolve_model
 from latentmill.jobs.plans.plan import adopt, draft_plan
-from latentmill.jobs.plans.presets import ModelChoice, resolve_model
 from latentmill.jobs.spec import JobSpec
 from latentmill.jobs.store.storage import Storage
 from latentmill.jobs.worker import load_engine
-
 from tests.engine.families import write_sd1
 from tests.engine.originals import write_safetensors
 from tests.jobs.driver import job_spec, read_dataset, run

@@ -9,7 +9,6 @@ from latentmill.engine import GenerationRequest, GenerationResult
 from latentmill.jobs.job import open_job
 from latentmill.jobs.plans.plan import Plan
 from latentmill.jobs.worker import ChunkGenerator, EngineFactory, GeneratedChunk, Receipt, finish_chunk
-
 from tests.jobs.fakes import FakeEngine
 
 

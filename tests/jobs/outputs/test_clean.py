@@ -9,17 +9,17 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
 from latentmill.jobs.errors import OutputConflictError
 from latentmill.jobs.job import open_job
+from latentmill.jobs.ledger.ledger import record_path, repair_path
+from latentmill.jobs.ledger.sinks import attempt_folder
 from latentmill.jobs.outputs import clean as clean_module
 from latentmill.jobs.outputs.clean import GRACE_SECONDS, clean
-from latentmill.jobs.outputs.ledger import record_path, repair_path
 from latentmill.jobs.outputs.publish import MANIFEST_PATH, publish
-from latentmill.jobs.outputs.sinks import attempt_folder
 from latentmill.jobs.outputs.verify import verify
 from latentmill.jobs.store.storage import Storage
 from latentmill.jobs.worker import finish_chunk
-
 from tests.jobs.driver import PROCESSES, job_spec, read_dataset, run
 from tests.jobs.outputs.repairs import repair, start_repair
 

@@ -6,10 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
 from latentmill.jobs.job import open_job
 from latentmill.jobs.outputs.failures import FailedRow, failed_rows
 from latentmill.jobs.outputs.publish import publish
-
 from tests.jobs.driver import job_spec, run
 from tests.jobs.outputs.repairs import repair
 

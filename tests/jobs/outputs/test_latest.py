@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from latentmill.jobs.errors import OutputConflictError, UsageError
 from latentmill.jobs.night import Night, tonight
 from latentmill.jobs.outputs import latest
@@ -20,8 +21,7 @@ from latentmill.jobs.runner import RunSummary
 from latentmill.jobs.show.views import show_run
 from latentmill.jobs.spec import JobSpec, resolve
 from latentmill.jobs.store.storage import Storage
-from latentmill.jobs.submission import _job_file
-
+from latentmill.jobs.submission.submission import _job_file
 from tests.jobs.driver import run
 from tests.jobs.fakes import fake_engine
 

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
+
 from latentmill.jobs.errors import OutputConflictError
-from latentmill.jobs.outputs.ledger import Ledger, chunk_of_path, record_path, repair_of_path, repair_path
-from latentmill.jobs.outputs.records import (
+from latentmill.jobs.ledger.ledger import Ledger, chunk_of_path, record_path, repair_of_path, repair_path
+from latentmill.jobs.ledger.records import (
     OWN_FIELDS,
     DamagedRecordError,
     WrongRepairError,

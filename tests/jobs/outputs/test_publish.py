@@ -11,16 +11,16 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+
 from latentmill.jobs.errors import JobError
 from latentmill.jobs.job import Job, open_job
+from latentmill.jobs.ledger.ledger import record_path
+from latentmill.jobs.ledger.records import encode_record
 from latentmill.jobs.outputs import publish as publish_module
-from latentmill.jobs.outputs.ledger import record_path
 from latentmill.jobs.outputs.publish import MANIFEST_PATH, load_publication, publish, standing_publication
-from latentmill.jobs.outputs.records import encode_record
 from latentmill.jobs.outputs.status import status
 from latentmill.jobs.plans.plan import Plan
 from latentmill.jobs.store.storage import Storage
-
 from tests.jobs.driver import job_spec, run
 from tests.jobs.outputs.repairs import HealedEngine, repair
 

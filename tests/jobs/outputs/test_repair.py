@@ -10,13 +10,13 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+
 from latentmill.jobs.outputs.clean import clean
 from latentmill.jobs.outputs.publish import MANIFEST_PATH
 from latentmill.jobs.outputs.status import status
 from latentmill.jobs.outputs.verify import verify
 from latentmill.jobs.spec import JobSpec
 from latentmill.jobs.store.storage import Storage
-
 from tests.jobs.driver import KillAt, job_spec, read_dataset, run, start
 from tests.jobs.outputs.repairs import healed_engine, partly_healed_engine
 

@@ -13,14 +13,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+
 from latentmill.jobs.job import Job, open_job
-from latentmill.jobs.outputs.images import encode_png
-from latentmill.jobs.outputs.ledger import record_path, repair_path
+from latentmill.jobs.ledger.ledger import record_path, repair_path
+from latentmill.jobs.ledger.pictures import encode_png
+from latentmill.jobs.ledger.records import encode_record
 from latentmill.jobs.outputs.publish import MANIFEST_PATH, publish
-from latentmill.jobs.outputs.records import encode_record
 from latentmill.jobs.outputs.verify import VerifyProgress, VerifyReport, verify
 from latentmill.jobs.store.storage import Storage
-
 from tests.jobs.driver import job_spec, run
 from tests.jobs.outputs.repairs import repair
 

@@ -10,15 +10,15 @@ from typing import Any
 import pytest
 import torch
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+from transformers import CLIPConfig, CLIPImageProcessorPil
+
 from latentmill.engine import Engine
 from latentmill.jobs.errors import UsageError
+from latentmill.jobs.models.presets import ModelChoice, list_presets, resolve_model
 from latentmill.jobs.plans.plan import adopt, draft_plan
-from latentmill.jobs.plans.presets import ModelChoice, list_presets, resolve_model
 from latentmill.jobs.runner import run_job
 from latentmill.jobs.store.storage import Storage
 from latentmill.jobs.worker import load_engine
-from transformers import CLIPConfig, CLIPImageProcessorPil
-
 from tests.engine.families import write_sd1
 from tests.engine.originals import write_safetensors
 from tests.jobs.driver import job_spec, read_dataset

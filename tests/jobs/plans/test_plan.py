@@ -13,13 +13,14 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+
 from latentmill.jobs.errors import JobError, OutputConflictError, UsageError
 from latentmill.jobs.manifests import readers
+from latentmill.jobs.models.presets import list_presets
 from latentmill.jobs.plans import plan as plan_module
 from latentmill.jobs.plans import snapshot
 from latentmill.jobs.plans.plan import adopt, draft_plan, load_plan
 from latentmill.jobs.plans.planned import fingerprint
-from latentmill.jobs.plans.presets import list_presets
 from latentmill.jobs.spec import resolve
 from latentmill.jobs.store.storage import Storage
 

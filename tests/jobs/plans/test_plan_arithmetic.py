@@ -8,6 +8,7 @@ import random
 
 import numpy as np
 import pytest
+
 from latentmill.engine import GenerationRequest
 from latentmill.jobs.plans import snapshot
 from latentmill.jobs.plans.plan import adopt, draft_plan, load_plan

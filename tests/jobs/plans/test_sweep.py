@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from latentmill.jobs.errors import UsageError
 from latentmill.jobs.plans.sweep import build_axes, count_combinations, parse_axis
 from latentmill.jobs.spec import resolve

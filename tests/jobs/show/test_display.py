@@ -9,6 +9,8 @@ import time
 from dataclasses import replace
 
 import pytest
+from rich.console import Console
+
 from latentmill.jobs.errors import JobError
 from latentmill.jobs.outputs.verify import VerifyProgress
 from latentmill.jobs.progress import Progress
@@ -26,7 +28,6 @@ from latentmill.jobs.show.display import (
     size,
     verify_detail,
 )
-from rich.console import Console
 
 HOSTILE = "\x1b]52;c;ZXZpbA==\x07\x1b[2J\x9b31m\u202egnp.exe\u2066\u200b\ud800\x00\r\n\t[link=http://x]y[/link]"
 

@@ -16,13 +16,13 @@ from typing import Any
 import boto3
 import pytest
 import s3fs
+
 from latentmill.engine import GenerationRequest, GenerationResult
 from latentmill.jobs.errors import JobError, UsageError
 from latentmill.jobs.outputs.verify import verify
 from latentmill.jobs.spec import JobSpec
 from latentmill.jobs.store.errors import StorageError
 from latentmill.jobs.store.storage import Storage
-
 from tests.jobs.driver import job_spec, read_dataset, run
 from tests.jobs.fakes import FakeEngine
 from tests.seaweedfs import S3_KEY, S3_SECRET, credentials, seaweedfs, set_identities

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 import s3fs
+
 from latentmill.jobs.errors import JobError, UsageError
 from latentmill.jobs.outputs.verify import verify
 from latentmill.jobs.store import clients
 from latentmill.jobs.store import storage as storage_module
 from latentmill.jobs.store.errors import StorageError
 from latentmill.jobs.store.storage import SINGLE_WRITER_PATH, Storage
-
 from tests.jobs.driver import job_spec, read_dataset, run, start
 from tests.jobs.fakes import slow_engine
 from tests.jobs.store.scripted_proxy import Proxy, always, once, scripted_proxy

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+
 from latentmill.jobs.store.parquet import read_parquet
 
 ROOT = Path(__file__).parents[3]

@@ -14,11 +14,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+
 from latentmill.jobs.errors import UsageError
 from latentmill.jobs.store import storage as storage_module
 from latentmill.jobs.store.errors import StorageError, is_transient
 from latentmill.jobs.store.storage import Storage
-
 from tests.seaweedfs import S3_READER, S3_SECRET
 
 

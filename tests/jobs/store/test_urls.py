@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from latentmill.jobs.errors import UsageError
 from latentmill.jobs.store.urls import allowed_filesystem, display_url
 

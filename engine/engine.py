@@ -1,0 +1,251 @@
+"""The engine: requests in, pictures with verdicts out, at one fixed batch shape."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Hashable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from latentmill.engine.device import execution_class, resolve_device, resolve_dtype
+from latentmill.engine.guards.safety import SafetyChecker, load_safety_checker
+from latentmill.engine.latent_diffusion import load_latent_diffusion
+from latentmill.engine.loading.describe import ModelDescription, describe_model
+from latentmill.engine.types import (
+    SAMPLERS_WITH_ETA,
+    SEED_LIMIT,
+    EngineError,
+    GenerationRequest,
+    GenerationResult,
+    ModelSpec,
+    Pixels,
+    Precision,
+    SafetyVerdict,
+)
+
+_PRECISION: dict[torch.dtype, Literal["fp32", "fp16", "bf16"]] = {
+    torch.float32: "fp32",
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+}
+
+
+class Model(Protocol):
+    """Networks that make pictures of requests, at one precision."""
+
+    def batch_key(self, request: GenerationRequest) -> Hashable:
+        """What the rows of a batch have in common beside the loop key. Raises for a request that it cannot take."""
+
+    def count_tokens(self, prompt: str) -> int:
+        """Tokens before truncation, start and end marks not included."""
+
+    def in_fp32(self) -> AbstractContextManager[Model]:
+        """The same in full precision; the model itself must not be used within the context."""
+
+    def sample(self, rows: Sequence[GenerationRequest], noise: Sequence[Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        """Pictures of rows of one loop key and batch key, `(n, 3, h, w) float32 in [0, 1]`; which are finite, `(n,)`.
+
+        Raises EngineError if one of the rows is at fault.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class _Picture:
+    """One decoded picture: what the checker sees, rounded, and what is handed on."""
+
+    rounded: Pixels
+    kept: Pixels
+
+
+_Outcome = _Picture | str | None
+"""A picture, the reason why there is none, or None where a value was not finite."""
+
+
+class Engine:
+    """One text-to-image model on one device.
+
+    Every batch runs at `batch_size` rows, padded by repeating a row, so that a row's bits depend on its request alone
+    (on one execution class). Each sample draws all its noise from its own CPU generator, seeded with its seed.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        safety: SafetyChecker,
+        description: ModelDescription,
+        batch_size: int,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        cut_pixels: bool = False,
+    ) -> None:
+        self.description = description
+        self.batch_size = batch_size
+        self.device, self.dtype = device, dtype
+        self._cut_pixels = cut_pixels
+        self._models = model
+        self._safety = safety
+
+    @classmethod
+    def load(
+        cls,
+        spec: ModelSpec,
+        *,
+        device: str = "cuda",
+        dtype: str = "float16",
+        batch_size: int = 8,
+        cut_pixels: bool = False,
+    ) -> Engine:
+        """Load a diffusers folder or an original single file, and its safety checker.
+
+        A folder of a pipeline that is none of the engine's own runs by the library diffusers, an optional extra.
+        `cut_pixels` cuts pixels to whole numbers as the original command did, instead of rounding them. Raises
+        EngineError for a missing file, a key that does not match, an unsupported switch, or a device that is not there.
+        """
+        if batch_size < 1:
+            raise EngineError(f"batch_size is {batch_size}; it must be 1 or more")
+        description = describe_model(spec)
+        description.check_prompts(spec.prompt_syntax, spec.long_prompts)
+        target = resolve_device(device)
+        kind = resolve_dtype(dtype, target)
+        model: Model
+        if description.pipeline is None:
+            model = load_latent_diffusion(description.layout, spec, kind, target, batch_size)
+        else:
+            from latentmill.engine.diffusers_backend.pipeline import load_pipeline
+
+            model = load_pipeline(description.pipeline, kind, target)
+        safety = load_safety_checker(spec, description.folder, target)
+        return cls(model, safety, description, batch_size, device=target, dtype=kind, cut_pixels=cut_pixels)
+
+    @property
+    def execution_class(self) -> str:
+        """All that bitwise equality of two runs depends on, beside model and request."""
+        where = execution_class(self.device, self.dtype, self.batch_size)
+        if self.description.pipeline is None:
+            return where
+        from latentmill.engine.diffusers_backend.pipeline import library_version
+
+        return f"{where}, diffusers {library_version()}"
+
+    def generate(
+        self, requests: Sequence[GenerationRequest], *, noise: Sequence[Tensor] | None = None
+    ) -> list[GenerationResult]:
+        """One result per request, in the same order.
+
+        `noise` gives each request its draws, `(draws, c, h, w) float32` in the order in which its sampler takes them,
+        in place of its own generator's.
+
+        What is wrong with one request (a prompt that cannot be tokenised, latents that are not finite, a checker that
+        raises) is that result's `error`. What is wrong with the machine (memory, a lost device) is raised.
+        """
+        results: dict[int, GenerationResult] = {}
+        groups: dict[tuple[Hashable, ...], list[int]] = defaultdict(list)
+        for index, request in enumerate(requests):
+            try:
+                self._check(request)
+                groups[*request.loop_key, self._models.batch_key(request)].append(index)
+            except EngineError as error:
+                results[index] = self._failure(str(error), slot=0)
+            except (ValueError, TypeError, OverflowError) as error:
+                results[index] = self._failure(f"{type(error).__name__}: {error}", slot=0)
+        for indices in groups.values():
+            for start in range(0, len(indices), self.batch_size):
+                batch = indices[start : start + self.batch_size]
+                given = None if noise is None else [noise[index] for index in batch]
+                finished = self._run_batch([requests[index] for index in batch], given)
+                results.update(zip(batch, finished, strict=True))
+        return [results[index] for index in range(len(requests))]
+
+    def _check(self, request: GenerationRequest) -> None:
+        """Raises EngineError for what no model or not this one can do."""
+        factor = self.description.factor
+        if request.width % factor or request.height % factor or min(request.width, request.height) < factor:
+            raise EngineError(
+                f"size {request.width}x{request.height} is not a multiple of {factor}, as this model needs"
+            )
+        if not 0 <= request.seed < SEED_LIMIT:
+            raise EngineError(f"seed {request.seed} is outside 0..{SEED_LIMIT - 1}")
+        self.description.check_steps(request.sampler, request.num_inference_steps)
+        if request.eta != 0 and request.sampler not in SAMPLERS_WITH_ETA:
+            raise EngineError(
+                f"eta is {request.eta}; it must be 0 for {request.sampler}: it is {', '.join(SAMPLERS_WITH_ETA)}'s"
+            )
+
+    def _run_batch(self, requests: list[GenerationRequest], noise: list[Tensor] | None) -> list[GenerationResult]:
+        """Sample, decode and check up to `batch_size` requests of one loop key and batch key."""
+        precision: Precision = _PRECISION[self.dtype]
+        pictures = self._sample(requests, noise, self._models)
+        broken = [slot for slot, picture in enumerate(pictures) if picture is None]
+        retried: dict[int, _Outcome] = {}
+        if broken and self.dtype != torch.float32:
+            again = None if noise is None else [noise[slot] for slot in broken]
+            with self._models.in_fp32() as models:
+                finished = self._sample([requests[slot] for slot in broken], again, models)
+            retried = dict(zip(broken, finished, strict=True))
+        results = []
+        for slot, request in enumerate(requests):
+            picture = retried.get(slot, pictures[slot])
+            used: Precision = "fp32-retry" if slot in retried else precision
+            results.append(self._judge(request, picture, slot, used))
+        return results
+
+    def _judge(
+        self, request: GenerationRequest, picture: _Outcome, slot: int, precision: Precision
+    ) -> GenerationResult:
+        """Only finite pictures come this far to the checker: it would pass a picture of NaN."""
+        if isinstance(picture, str):
+            return self._failure(picture, slot, precision)
+        if picture is None:
+            return self._failure(f"latents or pixels were not finite in {precision}", slot, precision)
+        try:
+            verdict: SafetyVerdict | None = self._safety.check(picture.rounded)
+        except Exception as error:  # noqa: BLE001 - whatever a checker raises, its picture must not pass
+            return self._failure(f"safety checker raised {type(error).__name__}: {error}", slot, precision)
+        if verdict is None:
+            return self._failure("safety checker gave no verdict", slot, precision)
+        return GenerationResult(
+            pixels=picture.kept,
+            error=None,
+            safety=verdict,
+            prompt_tokens=self._models.count_tokens(request.prompt),
+            precision=precision,
+            batch_size=self.batch_size,
+            batch_slot=slot,
+        )
+
+    def _failure(self, error: str, slot: int, precision: Precision | None = None) -> GenerationResult:
+        return GenerationResult(
+            pixels=None,
+            error=error,
+            safety=None,
+            prompt_tokens=0,
+            precision=precision or _PRECISION[self.dtype],
+            batch_size=self.batch_size,
+            batch_slot=slot,
+        )
+
+    @torch.inference_mode()
+    def _sample(self, requests: list[GenerationRequest], noise: list[Tensor] | None, models: Model) -> list[_Outcome]:
+        """An outcome for each of up to `batch_size` requests of one loop key and batch key."""
+        missing = self.batch_size - len(requests)
+        padded_noise = None if noise is None else noise + noise[-1:] * missing
+        try:
+            pictures, finite = models.sample(requests + requests[-1:] * missing, padded_noise)
+        except EngineError as error:
+            if len(requests) == 1:
+                return [str(error)]
+            # One row is at fault, and it cannot be told which: each runs in a batch of its own, at the same shape.
+            given = [None] * len(requests) if noise is None else [[row] for row in noise]
+            return [self._sample([row], own, models)[0] for row, own in zip(requests, given, strict=True)]
+        levels = rearrange(pictures * 255, "n c h w -> n h w c")
+        rounded = levels.round().to(torch.uint8).cpu().numpy()
+        kept = levels.to(torch.uint8).cpu().numpy() if self._cut_pixels else rounded
+        pairs = zip(rounded, kept, finite.tolist(), strict=True)
+        outcomes: list[_Outcome] = [_Picture(*pair) if good else None for *pair, good in pairs]
+        return outcomes[: len(requests)]

@@ -1,0 +1,131 @@
+"""Latent diffusion as the engine runs it: text encoders, U-Net and first stage, a sampler of ours between them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from einops import rearrange, repeat
+from torch import Tensor
+
+from latentmill.engine.loading.layout import ModelLayout
+from latentmill.engine.loading.weights import check_claims, load_unet, load_vae
+from latentmill.engine.networks.autoencoder import FirstStage
+from latentmill.engine.networks.unet import UNet
+from latentmill.engine.sampling.denoiser import Denoiser, PredictNoise
+from latentmill.engine.sampling.samplers import SAMPLER_FUNCTIONS
+from latentmill.engine.sampling.schedule import NoiseSchedule
+from latentmill.engine.text.encoder import TextEncoder
+from latentmill.engine.types import GenerationRequest, ModelSpec
+
+
+@dataclass(frozen=True, slots=True)
+class LatentDiffusion:
+    """The three networks at one precision, and the schedule that they were trained on.
+
+    Each sample draws all its noise from its own CPU generator, seeded with its seed.
+    """
+
+    text: TextEncoder
+    unet: UNet
+    vae: FirstStage
+    schedule: NoiseSchedule
+
+    def batch_key(self, request: GenerationRequest) -> int:
+        """Runs of the text encoder that the request takes: its context's length is part of its batch's shape.
+
+        Raises for a prompt that cannot be encoded.
+        """
+        prompt, negative = map(self.text.chunks_needed, (request.prompt, request.negative_prompt))
+        return max(prompt, negative) if request.guided else prompt
+
+    def count_tokens(self, prompt: str) -> int:
+        """Tokens before truncation, start and end marks not included."""
+        return self.text.count_tokens(prompt)
+
+    @contextmanager
+    def in_fp32(self) -> Iterator[LatentDiffusion]:
+        """Copies in full precision, which live only as long as the context."""
+        yield LatentDiffusion(
+            self.text.at_precision(torch.float32),
+            copy.deepcopy(self.unet).float(),
+            copy.deepcopy(self.vae).float(),
+            self.schedule,
+        )
+
+    def sample(self, rows: Sequence[GenerationRequest], noise: Sequence[Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        """Pictures of rows of one loop key and batch key, `(n, 3, h, w) float32 in [0, 1]`; which are finite, `(n,)`.
+
+        `noise` gives each row its draws, `(draws, c, h, w) float32`, in place of its own generator's.
+        """
+        first, config = rows[0], self.vae.config
+        device = next(self.unet.parameters()).device
+        shape = (config.unet_channels, first.height // config.factor, first.width // config.factor)
+        draws = _own_draws(rows, shape) if noise is None else iter(torch.stack(list(noise), dim=1))
+
+        def draw_noise() -> Tensor:
+            return next(draws).to(device)
+
+        latents = SAMPLER_FUNCTIONS[first.sampler](
+            self._denoiser(rows, device),
+            draw_noise(),
+            self.schedule,
+            first.num_inference_steps,
+            _column([row.eta for row in rows], device),
+            draw_noise,
+        )
+        vae_dtype = next(self.vae.parameters()).dtype
+        decoded = self.vae.decode((latents / config.scaling_factor + config.shift_factor).to(vae_dtype)).float()
+        finite = torch.isfinite(latents).flatten(1).all(1) & torch.isfinite(decoded).flatten(1).all(1)
+        return (decoded / 2 + 0.5).clamp(0, 1), finite
+
+    def _denoiser(self, rows: Sequence[GenerationRequest], device: torch.device) -> Denoiser:
+        chunks = self.batch_key(rows[0])
+        conditioning = self.text.encode([row.prompt for row in rows], chunks)
+        guidance = None
+        if rows[0].guided:
+            negative = self.text.encode_negative([row.negative_prompt for row in rows], chunks)
+            conditioning = negative.followed_by(conditioning)
+            guidance = _column([row.guidance_scale for row in rows], device)
+        unet = _with_pooled_text_and_size(self.unet, conditioning.pooled, rows[0])
+        return Denoiser(unet, self.schedule, conditioning.context, guidance)
+
+
+def load_latent_diffusion(
+    layout: ModelLayout, spec: ModelSpec, dtype: torch.dtype, device: torch.device, batch_size: int
+) -> LatentDiffusion:
+    """Load the networks of a diffusers folder or an original single file.
+
+    Raises EngineError for a missing file, a key that does not match, or an unsupported switch.
+    """
+    check_claims(layout)
+    vae = load_vae(layout, dtype, device)
+    if vae.config.force_upcast:
+        vae = vae.float()
+    text = TextEncoder(layout, spec, dtype, device, batch_size)
+    return LatentDiffusion(text, load_unet(layout, dtype, device), vae, NoiseSchedule(layout.blueprint.scheduler))
+
+
+def _with_pooled_text_and_size(unet: UNet, pooled: Tensor | None, request: GenerationRequest) -> PredictNoise:
+    """Give SDXL's U-Net what it takes beside the tokens (arXiv:2307.01952, section 2.2): a picture not cropped."""
+    if pooled is None:
+        return unet
+    size = [request.height, request.width]
+    time_ids = torch.tensor([[*size, 0, 0, *size]], dtype=torch.float32, device=pooled.device)
+    return partial(unet, pooled=pooled, time_ids=repeat(time_ids, "1 ids -> n ids", n=len(pooled)))
+
+
+def _own_draws(rows: Sequence[GenerationRequest], shape: tuple[int, int, int]) -> Iterator[Tensor]:
+    """`(n, *shape) float32` of noise without end, each row from a generator that is seeded with the row's seed."""
+    generators = [torch.Generator("cpu").manual_seed(row.seed) for row in rows]
+    while True:
+        yield torch.stack([torch.randn(shape, generator=generator) for generator in generators])
+
+
+def _column(values: list[float], device: torch.device) -> Tensor:
+    """One number per row, shaped to multiply latents: `(n, 1, 1, 1) float32`."""
+    return rearrange(torch.tensor(values, dtype=torch.float32, device=device), "n -> n 1 1 1")

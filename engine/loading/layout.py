@@ -1,0 +1,104 @@
+"""Where a model lies and what it is: a diffusers folder, a single file, or a hub id, brought to one form."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from latentmill.engine.loading.blueprint import Blueprint
+from latentmill.engine.loading.checkpoint import open_weights
+from latentmill.engine.loading.config import SchedulerConfig
+from latentmill.engine.loading.folder import checker_files, pixel_files, read_blueprint, tokenizer_files, weights_file
+from latentmill.engine.loading.hub import fetch_model, fetch_tokenizer, is_hub_id
+from latentmill.engine.loading.single_file import default_tokenizer, recognise
+from latentmill.engine.types import EngineError, ModelSpec
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelLayout:
+    """A model at rest, whole as far as names go.
+
+    `weights` gives each component's file (in a single file, the same for all), `tokenizers` a folder per text encoder,
+    `files` everything that can change a pixel, by a name that does not depend on this machine.
+    """
+
+    path: Path
+    blueprint: Blueprint
+    single_file: bool
+    weights: Mapping[str, Path]
+    tokenizers: tuple[Path, ...]
+    files: Mapping[str, Path]
+
+    @property
+    def folder(self) -> Path:
+        """Where what is beside the weights lies, such as a safety checker."""
+        return self.path.parent if self.single_file else self.path
+
+
+def find_model(spec: ModelSpec) -> ModelLayout:
+    """Find a model and read its architecture. Raises EngineError that names what is missing or not supported."""
+    path = Path(spec.model)
+    if path.is_file():
+        layout = _single_file(path, spec)
+    elif path.is_dir():
+        layout = _folder(path, spec)
+    elif is_hub_id(spec.model):
+        layout = _folder(fetch_model(spec.model, spec.revision), spec)
+    else:
+        raise EngineError(
+            f"model {spec.model} does not exist; give a local diffusers folder, a .safetensors or .ckpt file, or a hub "
+            "id (owner/name)"
+        )
+    return dataclasses.replace(layout, blueprint=_with_overrides(layout.blueprint, spec))
+
+
+def _folder(path: Path, spec: ModelSpec) -> ModelLayout:
+    if spec.tokenizer is not None:
+        raise EngineError(f"tokenizer is {spec.tokenizer!r}, but the folder {path} has its own; leave it out")
+    blueprint = read_blueprint(path)
+    files = pixel_files(path, blueprint)
+    return ModelLayout(
+        path=path,
+        blueprint=blueprint,
+        single_file=False,
+        weights={component: weights_file(path, component) for component in blueprint.components},
+        tokenizers=tuple(path / tower.tokenizer for tower in blueprint.towers),
+        files=files,
+    )
+
+
+def _single_file(path: Path, spec: ModelSpec) -> ModelLayout:
+    blueprint = recognise(open_weights(path), spec.prediction_type)
+    name = spec.tokenizer or default_tokenizer(blueprint)
+    tokenizer = Path(name) if Path(name).is_dir() else fetch_tokenizer(name)
+    # Most users know a model's own folder; its tokenizer lies inside.
+    if (tokenizer / "tokenizer").is_dir():
+        tokenizer /= "tokenizer"
+    files = {path.name: path}
+    files |= {f"tokenizer/{file.name}": file for file in tokenizer_files(tokenizer)}
+    files |= checker_files(path.parent)
+    return ModelLayout(
+        path=path,
+        blueprint=blueprint,
+        single_file=True,
+        weights=dict.fromkeys(blueprint.components, path),
+        tokenizers=(tokenizer,) * len(blueprint.towers),
+        files=files,
+    )
+
+
+def _with_overrides(blueprint: Blueprint, spec: ModelSpec) -> Blueprint:
+    """What the caller knows better than the files: single files are silent on prediction and spacing."""
+    changes: dict[str, Any] = {
+        name: value
+        for name, value in (
+            ("prediction_type", spec.prediction_type),
+            ("timestep_spacing", spec.timestep_spacing),
+        )
+        if value is not None
+    }
+    SchedulerConfig.from_dict(changes)  # refuses a name that there is not
+    return dataclasses.replace(blueprint, scheduler=dataclasses.replace(blueprint.scheduler, **changes))

@@ -1,0 +1,151 @@
+"""Weights from disk into modules: strict, so that each key of a file is claimed once, or ignored knowingly."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TypeVar
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+from latentmill.engine.loading.blueprint import Blueprint, Tower
+from latentmill.engine.loading.checkpoint import Shape, WeightsFile, open_weights
+from latentmill.engine.loading.keys import Origin, folder_name, is_ignored, original_names
+from latentmill.engine.loading.layout import ModelLayout
+from latentmill.engine.networks.autoencoder import FirstStage, build_first_stage
+from latentmill.engine.networks.bert import LdmBert
+from latentmill.engine.networks.unet import UNet
+from latentmill.engine.types import EngineError
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+def load_unet(layout: ModelLayout, dtype: torch.dtype, device: torch.device) -> UNet:
+    """The model's U-Net, in `dtype` on `device`, ready for inference."""
+    with torch.device("meta"):
+        unet = UNet(layout.blueprint.unet)
+    return _fill(unet, layout, "unet", dtype, device)
+
+
+def load_vae(layout: ModelLayout, dtype: torch.dtype, device: torch.device) -> FirstStage:
+    """The model's autoencoder, in `dtype` on `device`, ready for inference."""
+    with torch.device("meta"):
+        vae = build_first_stage(layout.blueprint.vae)
+    return _fill(vae, layout, layout.blueprint.vae_component, dtype, device)
+
+
+def load_tower(layout: ModelLayout, tower: Tower, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    """One text encoder, in `dtype` on `device`, ready for inference."""
+    with torch.device("meta"):
+        module = build_tower(tower)
+    return _fill(module, layout, tower.component, dtype, device)
+
+
+def build_tower(tower: Tower) -> nn.Module:
+    """The text encoder's network, from transformers but for latent diffusion's own."""
+    if tower.kind == "ldm-bert":
+        return LdmBert(tower.config)
+    kind = CLIPTextModelWithProjection if tower.kind == "clip-projection" else CLIPTextModel
+    module: nn.Module = kind(CLIPTextConfig(**tower.config))
+    return module
+
+
+def check_claims(layout: ModelLayout) -> None:
+    """Look over a single file as a whole, before its parts are loaded. Raises EngineError as `claim_single_file`."""
+    if layout.single_file:
+        claim_single_file(layout.blueprint, open_weights(layout.path).shapes, layout.path)
+
+
+def claim_single_file(blueprint: Blueprint, shapes: Mapping[str, Shape], where: object) -> dict[str, dict[str, Origin]]:
+    """For each component, where each of its weights lies in a file of the original names.
+
+    Raises EngineError unless every key of the file is claimed, or knowingly ignored, and none is missing.
+    """
+    with torch.device("meta"):
+        modules: dict[str, nn.Module] = {
+            "unet": UNet(blueprint.unet),
+            blueprint.vae_component: build_first_stage(blueprint.vae),
+            **{tower.component: build_tower(tower) for tower in blueprint.towers},
+        }
+    claims = {
+        component: original_names(blueprint, component, _our_keys(module)) for component, module in modules.items()
+    }
+    claimed = {origin.key for origins in claims.values() for origin in origins.values()}
+    missing = sorted(claimed - shapes.keys())
+    unexpected = sorted(key for key in shapes.keys() - claimed if not is_ignored(blueprint, key))
+    _refuse(missing, unexpected, f"{where} does not match what its keys say it is")
+    return claims
+
+
+def _our_keys(module: nn.Module) -> dict[str, str]:
+    """A module's keys without the prefix that some versions of transformers put before them, and with it."""
+    return {key.removeprefix("text_model."): key for key in module.state_dict()}
+
+
+def _fill(module: Module, layout: ModelLayout, component: str, dtype: torch.dtype, device: torch.device) -> Module:
+    """Give a module on the meta device its weights. Raises EngineError that names a bad key."""
+    file = open_weights(layout.weights[component])
+    names = _our_keys(module)
+    if layout.single_file:
+        origins = original_names(layout.blueprint, component, names)
+    else:
+        origins = _claim_folder_file(file, component, names)
+    expected = module.state_dict()
+    state = {
+        names[key]: _read(file, origin, tuple(expected[names[key]].shape)).to(device, dtype)
+        for key, origin in origins.items()
+    }
+    module.load_state_dict(state, assign=True)
+    for name, buffer in module.named_buffers():
+        if buffer.is_meta:
+            _place_constant(module, name, buffer, device)
+    return module.eval().requires_grad_(requires_grad=False)
+
+
+def _claim_folder_file(file: WeightsFile, component: str, ours: Mapping[str, str]) -> dict[str, Origin]:
+    found: dict[str, Origin] = {}
+    for key in file.shapes:
+        name = folder_name(component, key)
+        if name is not None:
+            found[name] = Origin(key)
+    _refuse(
+        sorted(ours.keys() - found.keys()),
+        sorted(found[name].key for name in found.keys() - ours.keys()),
+        f"{file.path} does not match its config.json",
+    )
+    return found
+
+
+def _refuse(missing: list[str], unexpected: list[str], problem: str) -> None:
+    if missing or unexpected:
+        raise EngineError(
+            f"{problem}: {len(missing)} keys missing (first: {missing[:1]}), "
+            f"{len(unexpected)} unexpected (first: {unexpected[:1]})"
+        )
+
+
+def _read(file: WeightsFile, origin: Origin, expected: Shape) -> Tensor:
+    tensor = file.read(origin.key)
+    if origin.third is not None:
+        tensor = rearrange(tensor, "(three d) ... -> three d ...", three=3)[origin.third]
+    if origin.transposed:
+        tensor = tensor.T
+    if tensor.shape == (*expected, 1, 1):
+        # The originals write the linear layers of pixel attention as 1x1 convolutions.
+        tensor = rearrange(tensor, "o i 1 1 -> o i")
+    if tuple(tensor.shape) != expected:
+        raise EngineError(
+            f"{file.path}: {origin.key} has shape {tuple(tensor.shape)}, its config.json asks for {expected}"
+        )
+    return tensor.contiguous()
+
+
+def _place_constant(module: nn.Module, name: str, buffer: Tensor, device: torch.device) -> None:
+    """Buffers that no checkpoint holds: CLIP's positions, 0 to the last."""
+    path, _, leaf = name.rpartition(".")
+    if leaf != "position_ids":
+        raise EngineError(f"{type(module).__name__} has a buffer {name!r} that no checkpoint holds")
+    positions = torch.arange(buffer.shape[-1], device=device)
+    setattr(module.get_submodule(path), leaf, rearrange(positions, "l -> 1 l"))

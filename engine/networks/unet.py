@@ -1,0 +1,212 @@
+"""The denoising U-Net with cross-attention: second stage of latent diffusion (arXiv:2112.10752, section 3.3)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from latentmill.engine.loading.config import UNetConfig
+from latentmill.engine.networks.blocks import Downsample, ResnetBlock, SpatialTransformer, Upsample
+
+
+def sinusoidal_embedding(values: Tensor, dim: int, *, flip_sin_to_cos: bool = True, freq_shift: int = 0) -> Tensor:
+    """Sines and cosines of `values (n,)` at `dim / 2` geometric frequencies: `(n, dim) float32` (arXiv:1706.03762)."""
+    half = dim // 2
+    exponents = torch.arange(half, dtype=torch.float32, device=values.device) * -math.log(10_000)
+    frequencies = torch.exp(exponents / (half - freq_shift))
+    angles = rearrange(values.float(), "n -> n 1") * rearrange(frequencies, "d -> 1 d")
+    parts = [angles.cos(), angles.sin()] if flip_sin_to_cos else [angles.sin(), angles.cos()]
+    return F.pad(torch.cat(parts, dim=-1), (0, dim % 2))
+
+
+class TimestepEmbedding(nn.Module):
+    """Two linear layers with SiLU between: `(n, in)` -> `(n, out)`."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.linear_1 = nn.Linear(in_features, out_features)
+        self.linear_2 = nn.Linear(out_features, out_features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.as_tensor(self.linear_2(F.silu(self.linear_1(x))))
+
+
+class DownBlock(nn.Module):
+    """One level on the way down; every layer's output is also a skip connection."""
+
+    def __init__(self, config: UNetConfig, level: int, in_channels: int, time_dim: int) -> None:
+        super().__init__()
+        channels = config.channels[level]
+        self.resnets = nn.ModuleList(
+            [
+                ResnetBlock(
+                    in_channels if layer == 0 else channels,
+                    channels,
+                    time_dim=time_dim,
+                    groups=config.norm_groups,
+                    eps=config.norm_eps,
+                )
+                for layer in range(config.layers_per_block)
+            ]
+        )
+        if config.cross_attention[level]:
+            self.attentions = nn.ModuleList([_transformer(config, level) for _ in range(config.layers_per_block)])
+        self.has_attention = config.cross_attention[level]
+        self.downsamplers = nn.ModuleList(
+            [] if level == len(config.channels) - 1 else [Downsample(channels, symmetric=True)]
+        )
+
+    def forward(self, x: Tensor, time: Tensor, context: Tensor) -> tuple[Tensor, list[Tensor]]:
+        skips: list[Tensor] = []
+        for layer, resnet in enumerate(self.resnets):
+            x = resnet(x, time)
+            if self.has_attention:
+                x = self.attentions[layer](x, context)
+            skips.append(x)
+        for downsampler in self.downsamplers:
+            x = downsampler(x)
+            skips.append(x)
+        return x, skips
+
+
+class MidBlock(nn.Module):
+    """Residual, transformer, residual at the lowest resolution."""
+
+    def __init__(self, config: UNetConfig, time_dim: int) -> None:
+        super().__init__()
+        channels = config.channels[-1]
+        self.resnets = nn.ModuleList(
+            [
+                ResnetBlock(channels, channels, time_dim=time_dim, groups=config.norm_groups, eps=config.norm_eps)
+                for _ in range(2)
+            ]
+        )
+        self.attentions = nn.ModuleList([_transformer(config, len(config.channels) - 1)])
+
+    def forward(self, x: Tensor, time: Tensor, context: Tensor) -> Tensor:
+        x = self.resnets[0](x, time)
+        x = self.attentions[0](x, context)
+        return torch.as_tensor(self.resnets[1](x, time))
+
+
+class UpBlock(nn.Module):
+    """One level on the way up; each layer takes one skip connection off the stack."""
+
+    def __init__(self, config: UNetConfig, level: int, time_dim: int) -> None:
+        super().__init__()
+        levels = len(config.channels)
+        channels = config.channels[level]
+        from_below = config.channels[min(level + 1, levels - 1)]
+        skip_at_end = config.channels[max(level - 1, 0)]
+        layers = config.layers_per_block + 1
+        resnets = []
+        for layer in range(layers):
+            skip = skip_at_end if layer == layers - 1 else channels
+            incoming = from_below if layer == 0 else channels
+            resnets.append(
+                ResnetBlock(
+                    incoming + skip, channels, time_dim=time_dim, groups=config.norm_groups, eps=config.norm_eps
+                )
+            )
+        self.resnets = nn.ModuleList(resnets)
+        if config.cross_attention[level]:
+            self.attentions = nn.ModuleList([_transformer(config, level) for _ in range(layers)])
+        self.has_attention = config.cross_attention[level]
+        self.upsamplers = nn.ModuleList([] if level == 0 else [Upsample(channels)])
+
+    def forward(self, x: Tensor, skips: list[Tensor], time: Tensor, context: Tensor) -> Tensor:
+        for layer, resnet in enumerate(self.resnets):
+            x = resnet(torch.cat([x, skips.pop()], dim=1), time)
+            if self.has_attention:
+                x = self.attentions[layer](x, context)
+        for upsampler in self.upsamplers:
+            # Latents whose sides are not multiples of the U-Net's own factor: meet the next skip's size exactly.
+            x = upsampler(x, size=(skips[-1].shape[-2], skips[-1].shape[-1]))
+        return x
+
+
+class UNet(nn.Module):
+    """Predicts noise, velocity or data from noisy latents.
+
+    `latents (n, in, h, w)`, `timesteps (n,)`, `context (n, l, context_dim)` -> `(n, out, h, w)`, all in the module's
+    dtype. Models conditioned on text and size (SDXL) also take `pooled (n, p)` and `time_ids (n, 6)`.
+    """
+
+    def __init__(self, config: UNetConfig) -> None:
+        super().__init__()
+        self.config = config
+        first = config.channels[0]
+        time_dim = first * 4
+        self.conv_in = nn.Conv2d(config.in_channels, first, 3, padding=1)
+        self.time_embedding = TimestepEmbedding(first, time_dim)
+        if config.projection_input_dim is not None:
+            self.add_embedding = TimestepEmbedding(config.projection_input_dim, time_dim)
+        self.down_blocks = nn.ModuleList(
+            [
+                DownBlock(config, level, config.channels[max(level - 1, 0)], time_dim)
+                for level in range(len(config.channels))
+            ]
+        )
+        self.mid_block = MidBlock(config, time_dim)
+        self.up_blocks = nn.ModuleList(
+            [UpBlock(config, level, time_dim) for level in reversed(range(len(config.channels)))]
+        )
+        self.conv_norm_out = nn.GroupNorm(config.norm_groups, first, eps=config.norm_eps)
+        self.conv_out = nn.Conv2d(first, config.out_channels, 3, padding=1)
+
+    def forward(
+        self,
+        latents: Tensor,
+        timesteps: Tensor,
+        context: Tensor,
+        *,
+        pooled: Tensor | None = None,
+        time_ids: Tensor | None = None,
+    ) -> Tensor:
+        time = self._embed_time(timesteps, latents.dtype, pooled, time_ids)
+        x = self.conv_in(latents)
+        skips = [x]
+        for down_block in self.down_blocks:
+            x, new_skips = down_block(x, time, context)
+            skips.extend(new_skips)
+        x = self.mid_block(x, time, context)
+        for up_block in self.up_blocks:
+            x = up_block(x, skips, time, context)
+        return torch.as_tensor(self.conv_out(F.silu(self.conv_norm_out(x))))
+
+    def _embed_time(
+        self, timesteps: Tensor, dtype: torch.dtype, pooled: Tensor | None, time_ids: Tensor | None
+    ) -> Tensor:
+        config = self.config
+        sinusoid = sinusoidal_embedding(
+            timesteps, config.channels[0], flip_sin_to_cos=config.flip_sin_to_cos, freq_shift=config.freq_shift
+        )
+        time = self.time_embedding(sinusoid.to(dtype))
+        if config.addition_time_embed_dim is not None:
+            if pooled is None or time_ids is None:
+                raise ValueError("this U-Net is conditioned on a pooled text embedding and time ids; pass both")
+            sizes = sinusoidal_embedding(
+                time_ids.flatten(),
+                config.addition_time_embed_dim,
+                flip_sin_to_cos=config.flip_sin_to_cos,
+                freq_shift=config.freq_shift,
+            )
+            sizes = rearrange(sizes, "(n ids) d -> n (ids d)", n=len(time_ids))
+            time = time + self.add_embedding(torch.cat([pooled, sizes.to(dtype)], dim=-1))
+        return torch.as_tensor(time)
+
+
+def _transformer(config: UNetConfig, level: int) -> SpatialTransformer:
+    return SpatialTransformer(
+        config.channels[level],
+        config.context_dim,
+        config.heads[level],
+        layers=config.transformer_layers[level],
+        groups=config.norm_groups,
+        linear=config.linear_projection,
+        upcast=config.upcast_attention,
+    )

@@ -1,0 +1,70 @@
+"""Guidance and parameterisation around the U-Net, so that a sampler sees one thing: noise and data, as predicted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from latentmill.engine.sampling.schedule import NoiseLevel, NoiseSchedule
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """What the model makes of noisy latents: the noise in them and the data under it, each `(n, c, h, w) float32`."""
+
+    noise: Tensor
+    data: Tensor
+
+
+Denoise = Callable[[Tensor, NoiseLevel], Prediction]
+"""`(latents (n, c, h, w) float32 at that level, level)` -> Prediction."""
+
+
+PredictNoise = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""The U-Net as the loop sees it: `(latents, timesteps (n,), context)` -> its raw output, all in the U-Net's dtype."""
+
+
+class Denoiser:
+    """The U-Net with its context, classifier-free guidance (arXiv:2207.12598, eq. 6) and parameterisation applied.
+
+    `context` is `(n, l, d)`, or `(2 n, l, d)` with the negative half first where `guidance` is given: a scale per row,
+    `(n, 1, 1, 1) float32`. The U-Net runs in the context's dtype; latents and predictions stay float32. Where the
+    folder says `clip_sample`, the predicted data is clipped, whichever sampler asks; the noise is left as it is.
+    """
+
+    def __init__(self, unet: PredictNoise, schedule: NoiseSchedule, context: Tensor, guidance: Tensor | None) -> None:
+        self._unet = unet
+        self._config = schedule.config
+        self._context = context
+        self._guidance = guidance
+
+    def __call__(self, latents: Tensor, level: NoiseLevel) -> Prediction:
+        prediction = self._to_prediction(self._run_unet(latents, level.timestep), latents, level)
+        if not self._config.clip_sample:
+            return prediction
+        limit = self._config.clip_sample_range
+        return Prediction(prediction.noise, prediction.data.clamp(-limit, limit))
+
+    def _run_unet(self, latents: Tensor, timestep: float) -> Tensor:
+        inputs = latents.to(self._context.dtype)
+        if self._guidance is not None:
+            inputs = torch.cat([inputs, inputs])
+        timesteps = torch.full((len(inputs),), float(timestep), device=inputs.device)
+        output: Tensor = self._unet(inputs, timesteps, self._context).float()
+        if self._guidance is None:
+            return output
+        negative, positive = output.chunk(2)
+        return negative + self._guidance * (positive - negative)
+
+    def _to_prediction(self, output: Tensor, latents: Tensor, level: NoiseLevel) -> Prediction:
+        """Convert from what the model was trained to predict: noise, velocity (arXiv:2202.00512, app. D) or data."""
+        signal, noise = level.signal, level.noise
+        kind = self._config.prediction_type
+        if kind == "epsilon":
+            return Prediction(output, (latents - noise * output) / signal)
+        if kind == "v_prediction":
+            return Prediction(signal * output + noise * latents, signal * latents - noise * output)
+        return Prediction((latents - signal * output) / noise, output)

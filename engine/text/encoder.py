@@ -1,0 +1,192 @@
+"""Prompts to what the U-Net is conditioned on, through one or two text encoders."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from latentmill.engine.loading.blueprint import Tower
+from latentmill.engine.loading.layout import ModelLayout
+from latentmill.engine.loading.weights import load_tower
+from latentmill.engine.text.prompts import Chunk, Piece, cut_into_chunks, parse_prompt
+from latentmill.engine.text.tokenizer import PromptTokenizer, load_prompt_tokenizer
+from latentmill.engine.types import LONG_PROMPTS, PROMPT_SYNTAXES, EngineError, ModelSpec
+
+_CACHE_LIMIT = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Conditioning:
+    """Encoded prompts: token states `(n, l, d)` and, where the model wants it, one pooled state per row `(n, p)`."""
+
+    context: Tensor
+    pooled: Tensor | None
+
+    def followed_by(self, other: Conditioning) -> Conditioning:
+        """These rows, then the other's."""
+        pooled = None if self.pooled is None or other.pooled is None else torch.cat([self.pooled, other.pooled])
+        return Conditioning(torch.cat([self.context, other.context]), pooled)
+
+
+@dataclass(frozen=True, slots=True)
+class _LoadedTower:
+    tower: Tower
+    tokenizer: PromptTokenizer
+    model: nn.Module
+
+    def plain_ids(self, texts: list[str]) -> list[list[int]]:
+        """Ids of whole texts, marked, cut and padded."""
+        return self.tokenizer.padded_ids(texts, self.tower.max_tokens, self.tower.pad_id)
+
+    def chunks(self, pieces: Sequence[Piece]) -> list[Chunk]:
+        """The prompt's tokens as this tower counts them."""
+        return cut_into_chunks(pieces, self.tokenizer.ids([piece.text for piece in pieces]), self.tower.max_tokens - 2)
+
+    def framed(self, chunk: Chunk) -> tuple[list[int], list[float]]:
+        """A chunk's ids and weights with marks and padding, which weigh 1."""
+        ids = self.tokenizer.framed([token for token, _ in chunk], self.tower.max_tokens, self.tower.pad_id)
+        weights = [1.0, *(weight for _, weight in chunk)]
+        return ids, weights + [1.0] * (self.tower.max_tokens - len(weights))
+
+    def encode(self, ids: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor | None]:
+        rows = torch.tensor(ids, device=device)
+        if self.tower.kind == "ldm-bert":
+            return self.model(rows), None
+        output = self.model(rows, output_hidden_states=self.tower.penultimate)
+        states = output.hidden_states[-2] if self.tower.penultimate else output.last_hidden_state
+        return states, output.text_embeds if self.tower.kind == "clip-projection" else None
+
+
+class TextEncoder:
+    """The model's text encoders, frozen; their states stand side by side for each token.
+
+    Encodes in batches of one fixed, padded size and remembers recent prompts, so that the bits of an embedding depend
+    on its prompt alone.
+    """
+
+    def __init__(
+        self, layout: ModelLayout, spec: ModelSpec, dtype: torch.dtype, device: torch.device, batch_size: int
+    ) -> None:
+        if spec.prompt_syntax not in PROMPT_SYNTAXES or spec.long_prompts not in LONG_PROMPTS:
+            raise EngineError(
+                f"prompt_syntax is {spec.prompt_syntax!r} and long_prompts {spec.long_prompts!r}; there are "
+                f"{', '.join(PROMPT_SYNTAXES)} and {', '.join(LONG_PROMPTS)}"
+            )
+        blueprint = layout.blueprint
+        self._towers = [
+            _LoadedTower(tower, load_prompt_tokenizer(folder, tower.kind), load_tower(layout, tower, dtype, device))
+            for tower, folder in zip(blueprint.towers, layout.tokenizers, strict=True)
+        ]
+        for loaded in self._towers:
+            _check_vocabulary(loaded, exact=layout.single_file)
+        self._syntax = spec.prompt_syntax
+        self._long_prompts = spec.long_prompts
+        self._zeros_for_empty = blueprint.force_zeros_for_empty_prompt
+        self.max_tokens = blueprint.max_tokens
+        self._device = device
+        self._batch_size = batch_size
+        self._cache: dict[tuple[str, int], tuple[Tensor, Tensor | None]] = {}
+
+    def at_precision(self, dtype: torch.dtype) -> TextEncoder:
+        """A copy of the encoder in another dtype, with a memory of its own."""
+        other = copy.copy(self)
+        other._towers = [
+            _LoadedTower(loaded.tower, loaded.tokenizer, copy.deepcopy(loaded.model).to(dtype))
+            for loaded in self._towers
+        ]
+        other._cache = {}
+        return other
+
+    def count_tokens(self, text: str) -> int:
+        """Tokens before truncation, without start and end marks and emphasis. Raises the tokenizer's own errors."""
+        return sum(self._towers[0].tokenizer.count([piece.text for piece in self._pieces(text)]))
+
+    def chunks_needed(self, text: str) -> int:
+        """Runs of the encoder that the text takes: 1, unless long prompts are chunked.
+
+        Raises EngineError for a text that is too long where that is an error.
+        """
+        if self._long_prompts == "chunk":
+            pieces = self._pieces(text)
+            return max(len(loaded.chunks(pieces)) for loaded in self._towers)
+        tokens = self.count_tokens(text)
+        if self._long_prompts == "error" and tokens > self.max_tokens - 2:
+            raise EngineError(f"the prompt has {tokens} tokens, the limit is {self.max_tokens - 2}; shorten it")
+        return 1
+
+    def encode(self, texts: Sequence[str], chunks: int = 1) -> Conditioning:
+        """`n` texts -> their conditioning in the encoders' dtype: `chunks * max_tokens` token states each.
+
+        Longer texts are cut; shorter ones go on with empty chunks.
+        """
+        if len(self._cache) > _CACHE_LIMIT:
+            self._cache.clear()
+        new = [text for text in dict.fromkeys(texts) if (text, chunks) not in self._cache]
+        for start in range(0, len(new), self._batch_size):
+            batch = new[start : start + self._batch_size]
+            padded = batch + batch[:1] * (self._batch_size - len(batch))
+            encoded = self._encode_batch(padded, chunks)
+            self._cache.update(zip([(text, chunks) for text in batch], encoded, strict=False))
+        rows = [self._cache[text, chunks] for text in texts]
+        pooled = [row_pooled for _, row_pooled in rows if row_pooled is not None]
+        return Conditioning(torch.stack([states for states, _ in rows]), torch.stack(pooled) if pooled else None)
+
+    def encode_negative(self, texts: Sequence[str], chunks: int = 1) -> Conditioning:
+        """As `encode`; but where the model was trained so (SDXL), no negative prompt means zeros."""
+        encoded = self.encode(texts, chunks)
+        if not self._zeros_for_empty:
+            return encoded
+        given = torch.tensor([bool(text) for text in texts], device=encoded.context.device)
+        context = encoded.context * given[:, None, None]
+        return Conditioning(context, None if encoded.pooled is None else encoded.pooled * given[:, None])
+
+    def _pieces(self, text: str) -> list[Piece]:
+        pieces = parse_prompt(text, self._syntax)
+        # A BREAK asks for a chunk of its own, and there is only one: its two sides then follow one another.
+        return pieces if self._long_prompts == "chunk" else [replace(piece, starts_chunk=False) for piece in pieces]
+
+    def _encode_batch(self, texts: list[str], chunks: int) -> list[tuple[Tensor, Tensor | None]]:
+        if self._syntax == "plain" and chunks == 1:
+            parts = [loaded.encode(loaded.plain_ids(texts), self._device) for loaded in self._towers]
+        else:
+            parts = [self._encode_weighted(loaded, texts, chunks) for loaded in self._towers]
+        states = torch.cat([part for part, _ in parts], dim=-1)
+        pooled = [part for _, part in parts if part is not None]
+        return list(zip(states, pooled[0] if pooled else [None] * len(texts), strict=True))
+
+    def _encode_weighted(self, loaded: _LoadedTower, texts: list[str], chunks: int) -> tuple[Tensor, Tensor | None]:
+        """Chunk by chunk, each at the fixed batch shape; the pooled state is the first chunk's."""
+        rows = [loaded.chunks(self._pieces(text)) for text in texts]
+        states, pooled = [], []
+        for number in range(chunks):
+            framed = [loaded.framed(row[number] if number < len(row) else []) for row in rows]
+            part, part_pooled = loaded.encode([ids for ids, _ in framed], self._device)
+            states.append(_emphasised(part, torch.tensor([weights for _, weights in framed], device=self._device)))
+            pooled.append(part_pooled)
+        return torch.cat(states, dim=1), pooled[0]
+
+
+def _check_vocabulary(loaded: _LoadedTower, *, exact: bool) -> None:
+    """A tokenizer that was chosen by hand must fit exactly; one in the model's own folder may know less."""
+    known, given = int(loaded.tower.config.get("vocab_size", 30522)), loaded.tokenizer.vocabulary
+    if given > known or (exact and given != known):
+        raise EngineError(
+            f"{loaded.tower.component} knows {known} tokens, the tokenizer has {given}: it is not the one that the "
+            "model was trained with"
+        )
+
+
+def _emphasised(states: Tensor, weights: Tensor) -> Tensor:
+    """Token states `(n, l, d)` times their weights `(n, l)`, each row brought back to its mean, as A1111 does.
+
+    A row whose weights are all 1 keeps its very bits.
+    """
+    weighted = states.float() * rearrange(weights, "n l -> n l 1")
+    restored = weighted * (states.float().mean((1, 2), keepdim=True) / weighted.mean((1, 2), keepdim=True))
+    plain = rearrange((weights == 1).all(dim=1), "n -> n 1 1")
+    return torch.where(plain, states, restored.to(states.dtype))

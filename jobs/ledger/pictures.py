@@ -1,0 +1,44 @@
+"""Pixels to PNG bytes and back; the same pixels and text always give the same bytes."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+
+import numpy as np
+from PIL import Image, PngImagePlugin
+
+from latentmill.engine.types import Pixels
+
+_COMPRESSION = 6
+
+
+def encode_png(pixels: Pixels, parameters: str | None = None) -> bytes:
+    """`(h, w, 3) uint8` RGB as a PNG, with `parameters` as its text chunk of that name."""
+    text = PngImagePlugin.PngInfo()
+    if parameters is not None:
+        text.add_text("parameters", parameters)  # tEXt for Latin-1, iTXt (UTF-8) for everything else
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG", compress_level=_COMPRESSION, pnginfo=text)
+    return buffer.getvalue()
+
+
+def decode_png(data: bytes) -> Pixels:
+    """The pixels of a PNG as `(h, w, 3) uint8` RGB. Raises ValueError for anything else."""
+    try:
+        with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
+            if image.mode != "RGB":
+                raise ValueError(f"its mode is {image.mode}, not RGB")
+            return np.asarray(image)
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"not readable as a PNG: {error}") from error
+
+
+def pixel_sha256(pixels: Pixels) -> str:
+    """SHA-256 of the pixels in row order, RGB: it survives another PNG encoder."""
+    return hashlib.sha256(np.ascontiguousarray(pixels).tobytes()).hexdigest()
+
+
+def blank(pixels: Pixels) -> Pixels:
+    """A black picture of the same size."""
+    return np.zeros_like(pixels)

@@ -1,0 +1,233 @@
+"""The commit record: one sealed Parquet object that says everything about one finished chunk.
+
+A record is a Parquet file whose footer carries the SHA-256 of the whole file, taken with the seal itself blanked out.
+So one GET is enough to know that not a single byte has changed since the worker wrote it.
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import io
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from latentmill.jobs.errors import JobError
+from latentmill.jobs.store.parquet import read_parquet
+
+OWN_FIELDS: tuple[pa.Field, ...] = (
+    pa.field("sample_id", pa.string()),
+    pa.field("row_id", pa.string()),
+    pa.field("prompt", pa.string()),
+    pa.field("negative_prompt", pa.string()),
+    pa.field("seed", pa.uint32()),
+    pa.field("width", pa.uint16()),
+    pa.field("height", pa.uint16()),
+    pa.field("num_inference_steps", pa.uint16()),
+    pa.field("guidance_scale", pa.float32()),
+    pa.field("sampler", pa.string()),
+    pa.field("eta", pa.float32()),
+    pa.field("status", pa.string()),
+    pa.field("error", pa.string()),
+    pa.field("nsfw_score", pa.float32()),
+    pa.field("nsfw_checker", pa.string()),
+    pa.field("watermark", pa.string()),
+    pa.field("watermark_bit_accuracy", pa.float32()),
+    pa.field("image", pa.string()),
+    pa.field("bytes", pa.uint32()),
+    pa.field("sha256", pa.string()),
+    pa.field("pixel_sha256", pa.string()),
+    pa.field("prompt_tokens", pa.uint32()),
+    pa.field("precision", pa.string()),
+    pa.field("batch_size", pa.uint16()),
+    pa.field("batch_slot", pa.uint16()),
+    pa.field("execution_class", pa.string()),
+)
+"""The columns that the project writes itself, in order; a plan appends the manifest's other columns."""
+
+OWN_NAMES = frozenset(field.name for field in OWN_FIELDS)
+STATUSES = ("ok", "flagged", "failed")
+
+_SEAL_KEY = b"latentmill.seal"
+_SEAL_PREFIX = b"sha256="
+_BLANK = b"0" * 64
+
+
+class DamagedRecordError(JobError):
+    """A commit record that is not, byte for byte, what a worker wrote."""
+
+
+class WrongRepairError(DamagedRecordError):
+    """A repair record that would change more than rows which failed."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CommitRecord:
+    """One commit record as read back: its rows and who wrote them.
+
+    `repair` is this object's own number, 0 for a commit record and 1, 2, ... for the repair records beside it.
+    `repaired_by` are the attempts whose repairs the rows already include, in order: empty for what was merely read.
+    """
+
+    chunk: int
+    attempt: str
+    plan_hash: str
+    execution_class: str
+    table: pa.Table
+    metadata: Mapping[str, str]
+    repair: int = 0
+    repaired_by: tuple[str, ...] = ()
+
+    @property
+    def repairs(self) -> int:
+        """How many repair records the rows include; the next repair of the chunk has the number after that."""
+        return len(self.repaired_by)
+
+    @property
+    def attempts(self) -> tuple[str, ...]:
+        """Whose pictures the rows refer to, by number of the repair: the commit's own attempt comes first."""
+        return (self.attempt, *self.repaired_by)
+
+    def counts(self) -> dict[str, int]:
+        """Number of rows by status."""
+        return count_statuses(self.table)
+
+    def failed(self) -> tuple[int, ...]:
+        """Places within the chunk of the rows that failed."""
+        failed = pc.equal(self.table.column("status"), "failed").to_numpy()
+        return tuple(np.flatnonzero(failed).tolist())
+
+    def with_repair(self, repair: CommitRecord) -> CommitRecord:
+        """These rows with the repair's in the place of those that failed.
+
+        Raises WrongRepairError if the repair is not the next one, is empty, or has anything but rows of ours that
+        failed and do not fail any more.
+        """
+        if repair.repair != self.repairs + 1 or repair.chunk != self.chunk:
+            raise WrongRepairError(
+                f"it says repair {repair.repair} of chunk {repair.chunk}, "
+                f"not repair {self.repairs + 1} of chunk {self.chunk}"
+            )
+        samples, repaired = self.table.column("sample_id").to_pylist(), repair.table.column("sample_id").to_pylist()
+        places = {samples[place]: place for place in self.failed()}
+        order = np.arange(len(samples))
+        for number, sample in enumerate(repaired):
+            if sample not in places:
+                raise WrongRepairError(f"sample {sample} did not fail before it, or is there twice")
+            order[places.pop(sample)] = len(samples) + number
+        if not repaired or repair.failed():
+            raise WrongRepairError("it repairs nothing: it has no rows, or rows that failed again")
+        table = pa.concat_tables([self.table, repair.table]).take(pa.array(order)).combine_chunks()
+        return replace(self, table=table, repaired_by=(*self.repaired_by, repair.attempt))
+
+
+def count_statuses(table: pa.Table) -> dict[str, int]:
+    """Number of rows by status; the three statuses are always present."""
+    counts = dict.fromkeys(STATUSES, 0)
+    for entry in table.column("status").value_counts().to_pylist():
+        counts[entry["values"]] = counts.get(entry["values"], 0) + entry["counts"]
+    return counts
+
+
+def encode_record(
+    rows: Sequence[Mapping[str, Any]],
+    schema: pa.Schema,
+    *,
+    chunk: int,
+    attempt: str,
+    plan_hash: str,
+    execution_class: str,
+    versions: Mapping[str, str],
+    details: Mapping[str, str] | None = None,
+    repair: int = 0,
+) -> bytes:
+    """The rows as a sealed Parquet file; `details` (timings, actor) go to the file's metadata, never to its rows.
+
+    `repair` is the number of the repair record that it is to be: then the rows are only those repaired.
+    """
+    table = pa.Table.from_pylist([dict(row) for row in rows], schema=schema)
+    metadata = {
+        "plan_hash": plan_hash,
+        "attempt": attempt,
+        "chunk": str(chunk),
+        "execution_class": execution_class,
+        **({"repair": str(repair)} if repair else {}),
+        "written_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        **{f"version.{name}": version for name, version in versions.items()},
+        **(details or {}),
+    }
+    buffer = io.BytesIO()
+    with pq.ParquetWriter(buffer, schema, compression="zstd") as writer:
+        writer.write_table(table)
+        writer.add_key_value_metadata({f"latentmill.{key}": value for key, value in metadata.items()})
+        writer.add_key_value_metadata({_SEAL_KEY.decode(): (_SEAL_PREFIX + _BLANK).decode()})
+    return _seal(buffer.getvalue())
+
+
+def decode_record(data: bytes) -> CommitRecord:
+    """The record, once its seal has been checked; `DamagedRecordError` says what is wrong otherwise."""
+    _check_seal(data)
+    try:
+        table = read_parquet(data)
+    except (pa.ArrowException, OSError) as error:
+        raise DamagedRecordError(f"not readable as Parquet: {error}") from error
+    metadata = {
+        key.decode().removeprefix("latentmill."): value.decode()
+        for key, value in (table.schema.metadata or {}).items()
+        if key.startswith(b"latentmill.") and key != _SEAL_KEY
+    }
+    try:
+        return CommitRecord(
+            chunk=int(metadata["chunk"]),
+            attempt=metadata["attempt"],
+            plan_hash=metadata["plan_hash"],
+            execution_class=metadata["execution_class"],
+            table=table.replace_schema_metadata(None),
+            metadata=metadata,
+            repair=int(metadata.get("repair", "0")),
+        )
+    except (KeyError, ValueError) as error:
+        raise DamagedRecordError(f"its file metadata are incomplete: {error}") from error
+
+
+def tool_versions() -> dict[str, str]:
+    """Versions that a reader of the dataset may need to make it again."""
+    from importlib import metadata
+
+    versions = {"python": platform.python_version()}
+    for name in ("latentmill", "torch", "transformers", "pyarrow", "numpy", "Pillow"):
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:  # run from a checkout that was never installed
+            versions[name] = "unknown"
+    return versions
+
+
+def _seal_position(data: bytes) -> int:
+    """Where the 64 hexadecimal digits of the seal stand; -1 if there is none."""
+    key = data.rfind(_SEAL_KEY)
+    start = data.find(_SEAL_PREFIX, key) if key >= 0 else -1
+    return start + len(_SEAL_PREFIX) if start >= 0 else -1
+
+
+def _seal(data: bytes) -> bytes:
+    position = _seal_position(data)
+    digest = hashlib.sha256(data).hexdigest().encode()
+    return data[:position] + digest + data[position + len(digest) :]
+
+
+def _check_seal(data: bytes) -> None:
+    position = _seal_position(data)
+    if position < 0:
+        raise DamagedRecordError("it has no seal")
+    end = position + len(_BLANK)
+    blanked = data[:position] + _BLANK + data[end:]
+    if hashlib.sha256(blanked).hexdigest().encode() != data[position:end]:
+        raise DamagedRecordError("its bytes do not match its seal (changed or cut short after it was written)")

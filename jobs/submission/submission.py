@@ -1,0 +1,369 @@
+"""Jobs that a cluster runs by itself: what is sent there, under which name, and how an output finds its jobs again."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import shlex
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import yaml
+
+from latentmill.jobs.errors import JobError, UsageError
+from latentmill.jobs.manifests.manifest import open_manifest
+from latentmill.jobs.outputs.status import StatusReport
+from latentmill.jobs.outputs.status import status as output_status
+from latentmill.jobs.spec import JobSpec
+from latentmill.jobs.store.storage import Storage
+from latentmill.jobs.store.urls import display_url
+
+SUBMITTED, SUBMISSIONS = "_job/submitted", "_job/submissions"
+MAX_MANIFEST_BYTES = 2 * 2**30
+MAX_SUBMISSIONS = 10_000
+STATUS_SECONDS = 3.0
+"""How long a look at an output waits for a cluster that does not answer."""
+
+JobState = Literal["pending", "running", "stopped", "succeeded", "failed", "unknown"]
+ENDED: frozenset[JobState] = frozenset({"stopped", "succeeded", "failed"})
+_JOB_ID = re.compile(r"latentmill-[0-9a-f]{16}(-[0-9]{1,5})?")
+_SAFE_NAME = re.compile(r"[^A-Za-z0-9._-]+")
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class JobInfo:
+    """One submitted job as its cluster sees it; `unknown` with a reason if the cluster does not say."""
+
+    job_id: str
+    address: str
+    state: JobState
+    exit_code: int | None = None
+    message: str = ""
+    out: str | None = None
+
+    @property
+    def cli_exit_code(self) -> int:
+        """What `run` would have ended with: its own code, 130 if it was stopped, 0 while it goes on."""
+        if self.state == "stopped":
+            return 130
+        return (self.exit_code or 1) if self.state == "failed" else 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Submission:
+    """A job on a cluster; `started` is False if the same job was pending or running there already."""
+
+    job_id: str
+    address: str
+    out: str
+    state: JobState
+    started: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class JobPlace:
+    """Where a submitted job is to be found, and the output that led there, if one did."""
+
+    job_id: str
+    address: str
+    out: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class JobStatus:
+    """An output's report, a job's state, or both; at least one is there."""
+
+    report: StatusReport | None
+    job: JobInfo | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """For `--json`: the report's keys as they are without a cluster, and `job` where there is one."""
+        from dataclasses import asdict
+
+        found = {} if self.report is None else self.report.to_dict()
+        return found if self.job is None else found | {"job": asdict(self.job)}
+
+
+class JobsApi(Protocol):
+    """What a cluster's jobs API can do. Each call raises JobError where it does not answer or lets nobody in."""
+
+    address: str
+
+    def require_token(self) -> None: ...
+    def submit(self, job_id: str, *, entrypoint: str, variables: dict[str, str], metadata: dict[str, str]) -> bool: ...
+    def info(self, job_id: str) -> JobInfo | None: ...
+    def stop(self, job_id: str) -> bool: ...
+    def logs(self, job_id: str) -> str: ...
+    def follow(self, job_id: str, write: Callable[[str], None]) -> None: ...
+
+
+def submit_job(
+    spec: JobSpec, *, shared_filesystem: bool = False, forwarded: Sequence[str] = (), api: JobsApi | None = None
+) -> Submission:
+    """Afterwards the job is on the cluster once: started now, or found there pending or running.
+
+    Everything that the cluster needs and cannot see from there lies under the output. A job that has ended is started
+    again: it resumes. Raises UsageError, before anything is written, for what the nodes could not see.
+    """
+    variables = _forwarded(forwarded)
+    api = api or _api(_cluster_address(spec.runtime.address))
+    spec = _visible_to_nodes(spec, shared_filesystem=shared_filesystem)
+    if not spec.runtime.insecure_ray:
+        api.require_token()
+    storage = Storage.open(spec.out).probe(allow_single_writer=spec.runtime.single_writer)
+    job_file = _job_file(spec, _uploaded_prompts(spec, storage))
+    digest = _digest(job_file)
+    place = f"{SUBMITTED}/{digest}/job.yaml"
+    storage.create(place, job_file)
+    entrypoint = shlex.join(
+        ["exec", "python", "-m", "latentmill", "run", "--config", f"{spec.out.rstrip('/')}/{place}"]
+    )
+    base = f"latentmill-{_digest(job_file + spec.out.encode())}"
+    metadata = {"out": display_url(spec.out)}
+    for number in range(1, MAX_SUBMISSIONS):
+        job_id = base if number == 1 else f"{base}-{number}"
+        info = api.info(job_id)
+        started = info is None
+        if info is None:
+            if storage.exists(_record_path(job_id)):
+                continue  # it ran on a cluster, or a head, that is no more
+            started = api.submit(job_id, entrypoint=entrypoint, variables=variables, metadata=metadata)
+            info = api.info(job_id)
+        if info is not None and (started or info.state not in ENDED):
+            _record(storage, job_id, api.address)
+            _remember_cluster(api.address)
+            return Submission(
+                job_id=job_id, address=api.address, out=metadata["out"], state=info.state, started=started
+            )
+    raise JobError(f"this job was submitted {MAX_SUBMISSIONS:,} times to {metadata['out']}; use another --out")
+
+
+def find_job(target: str, address: str | None = None) -> JobPlace:
+    """The job of that id, or the one that was last submitted for that output.
+
+    The address in an output is followed only if the user named it, now or by a submission from this machine: whoever
+    can write into an output could otherwise have tokens sent to a server of his own.
+    """
+    named = address or os.environ.get("RAY_API_SERVER_ADDRESS")
+    if _JOB_ID.fullmatch(target):
+        return JobPlace(job_id=target, address=_cluster_address(named))
+    newest = _newest_record(target)
+    if newest is None:
+        raise UsageError(f"no job was submitted for {display_url(target)}; give a job id, or submit one")
+    job_id, recorded = newest
+    if named is None and recorded not in _known_clusters():
+        raise UsageError(
+            f"job {job_id} was submitted to {recorded} from another machine; if that is your cluster, say so: "
+            f"--address {recorded}"
+        )
+    return JobPlace(job_id=job_id, address=_cluster_address(named or recorded), out=target)
+
+
+def job_status(
+    target: str, *, deep: bool = False, address: str | None = None, api: Callable[..., JobsApi] | None = None
+) -> JobStatus:
+    """How far a job is: its output's own answer, and the state on its cluster if there is one that answers soon."""
+    ask = api or _api
+    if _JOB_ID.fullmatch(target):
+        info = _info(find_job(target, address), ask)
+        out = info.out
+        report = None
+        if out is not None:
+            with contextlib.suppress(UsageError):  # not planned yet, or an output that only the cluster can see
+                report = output_status(out, deep=deep)
+        return JobStatus(report=report, job=info)
+    newest = _newest_record(target)
+    if newest is None:
+        return JobStatus(report=output_status(target, deep=deep), job=None)
+    job_id, recorded = newest
+    try:
+        info = _info(find_job(target, address), lambda place: ask(place, seconds=STATUS_SECONDS))
+    except JobError as error:
+        info = JobInfo(job_id=job_id, address=recorded, state="unknown", message=str(error))
+    report = None
+    if info.state not in {"pending", "running", "failed"}:
+        return JobStatus(report=output_status(target, deep=deep), job=info)
+    with contextlib.suppress(UsageError):  # the driver has not planned yet, or could not
+        report = output_status(target, deep=deep)
+    return JobStatus(report=report, job=info)
+
+
+def job_logs(target: str, write: Callable[[str], None], *, follow: bool = False, address: str | None = None) -> JobInfo:
+    """Hand the driver's log to `write`, until the job ends if `follow`; the job's state afterwards."""
+    place = find_job(target, address)
+    api = _api(place.address)
+    if follow:
+        api.follow(place.job_id, write)
+    else:
+        write(api.logs(place.job_id))
+    return _info(place, lambda _: api)
+
+
+def cancel_job(target: str, *, address: str | None = None) -> JobInfo:
+    """Afterwards the driver has been told to stop: chunks in flight finish, no more begin, and the job can resume."""
+    place = find_job(target, address)
+    api = _api(place.address)
+    api.stop(place.job_id)
+    return _info(place, lambda _: api)
+
+
+def _info(place: JobPlace, ask: Callable[[str], JobsApi]) -> JobInfo:
+    info = ask(place.address).info(place.job_id)
+    if info is None:
+        raise UsageError(f"the cluster at {place.address} knows no job {place.job_id}; was its head started anew?")
+    return info
+
+
+def _api(address: str, *, seconds: float = 30.0) -> JobsApi:
+    from latentmill.jobs.submission.ray_jobs import JobsClient
+
+    return JobsClient(address, seconds=seconds)
+
+
+def _cluster_address(given: str | None) -> str:
+    """The URL of a dashboard. Raises UsageError if there is none, or one with credentials in it."""
+    address = given or os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS", "")
+    if not address.startswith(("http://", "https://")):
+        what = f"{display_url(address)!r} is not the URL of a Ray dashboard" if address else "no cluster is named"
+        raise UsageError(f"{what}; give --address http://HEAD:8265")
+    if "@" in address or "?" in address:
+        raise UsageError("the address of the cluster carries credentials; leave them out, Ray's token lies in a file")
+    return address.rstrip("/")
+
+
+def _forwarded(names: Sequence[str]) -> dict[str, str]:
+    for name in names:
+        if not _VARIABLE.fullmatch(name):
+            raise UsageError("--env takes the name of a variable, not its value: --env HF_TOKEN")
+        if name not in os.environ:
+            raise UsageError(f"--env {name}: there is no such variable here; set it, or leave it out")
+    return {name: os.environ[name] for name in names}
+
+
+def _visible_to_nodes(spec: JobSpec, *, shared_filesystem: bool) -> JobSpec:
+    """The job as it can be said on another machine. Raises UsageError for what its nodes would not find there."""
+    if spec.runtime.executor != "ray":
+        raise UsageError(f"executor {spec.runtime.executor} does not run on a cluster; leave --executor out")
+    if spec.out.startswith("memory://"):
+        raise UsageError(f"{spec.out} lives in one process only; give --out as a URL that every node sees")
+    local = {"out": spec.out} if _is_local(spec.out) else {}
+    local |= {
+        name: value
+        for name, value in (("model", spec.model), ("tokenizer", spec.tokenizer))
+        if value is not None and _is_local(_after_equals(value)) and Path(_after_equals(value)).exists()
+    }
+    if local and not shared_filesystem:
+        name, value = next(iter(local.items()))
+        raise UsageError(
+            f"{name} {value} is a path of this machine; give a URL that every node sees, such as s3://bucket/prefix, "
+            f"or say --shared-filesystem if all nodes mount the same path"
+        )
+    return spec.model_copy(update={name: _absolute(value) for name, value in local.items()})
+
+
+def _is_local(place: str) -> bool:
+    return "://" not in place or place.startswith("file://")
+
+
+def _after_equals(model: str) -> str:
+    """The place in `PRESET=PLACE`, or all of it."""
+    return model.partition("=")[2] or model
+
+
+def _absolute(value: str) -> str:
+    place = _after_equals(value)
+    path = os.path.abspath(os.path.expanduser(place.removeprefix("file://")))  # noqa: PTH100, PTH111 - the path may be a mount
+    return value[: len(value) - len(place)] + path
+
+
+def _uploaded_prompts(spec: JobSpec, storage: Storage) -> list[str]:
+    """The manifest as URLs; afterwards every local file of it lies in the output, under its content's name."""
+    urls = []
+    for pattern in spec.prompts:
+        if not _is_local(pattern):
+            urls.append(pattern)
+            continue
+        for source in open_manifest([pattern], spec.manifest_format).sources:
+            if source.fs.size(source.path) > MAX_MANIFEST_BYTES:
+                raise UsageError(
+                    f"manifest {source.name} has more than {MAX_MANIFEST_BYTES:,} bytes; copy it to a bucket and name "
+                    f"it there"
+                )
+            data = Path(source.path).read_bytes()
+            name = _SAFE_NAME.sub("-", Path(source.path).name)[-100:].lstrip(".-")
+            path = f"{SUBMITTED}/{_digest(data)}/{name}"
+            storage.create(path, data)
+            urls.append(f"{spec.out.rstrip('/')}/{path}")
+    return urls
+
+
+def _job_file(spec: JobSpec, prompts: list[str]) -> bytes:
+    """The whole job as a job file: what was said by file and flags, and nothing of how it was sent."""
+    settings = spec.model_dump(mode="json", exclude_unset=True, exclude={"night"})
+    runtime = {name: value for name, value in settings.pop("runtime", {}).items() if name != "address"}
+    settings |= {"prompts": prompts, "out": spec.out}
+    if spec.night is not None:
+        # the template, for the pointer's sake; and the date, for the cluster may begin after midnight
+        template = f"{spec.out.rpartition('/')[0]}/{spec.night.template.rpartition('/')[2]}"
+        settings |= {"out": template, "date": spec.night.date}
+    if runtime:
+        settings["runtime"] = runtime
+    text: str = yaml.safe_dump(settings, allow_unicode=True)
+    return text.encode()
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:16]
+
+
+def _record_path(job_id: str) -> str:
+    return f"{SUBMISSIONS}/{job_id}.json"
+
+
+def _record(storage: Storage, job_id: str, address: str) -> None:
+    submitted = datetime.now(UTC).isoformat(timespec="microseconds")
+    storage.create(_record_path(job_id), json.dumps({"address": address, "submitted": submitted}).encode())
+
+
+def _newest_record(out: str) -> tuple[str, str] | None:
+    """Id and cluster of the job that was submitted last for an output. What is no record of ours is passed over."""
+    storage = Storage.open(out)
+    found = []
+    for path, _ in storage.list(SUBMISSIONS):
+        job_id = path.rpartition("/")[2].removesuffix(".json")
+        if not _JOB_ID.fullmatch(job_id):
+            continue
+        with contextlib.suppress(ValueError, KeyError, TypeError, FileNotFoundError):
+            content = json.loads(storage.read(path))
+            found.append((str(content["submitted"]), job_id, display_url(str(content["address"]))))
+    return None if not found else max(found)[1:]
+
+
+def _clusters_file() -> Path:
+    base = os.environ.get("XDG_STATE_HOME") or "~/.local/state"
+    return Path(base).expanduser() / "latentmill" / "clusters"
+
+
+def _known_clusters() -> set[str]:
+    try:
+        return set(_clusters_file().read_text(encoding="utf-8").splitlines())
+    except (OSError, UnicodeDecodeError):
+        return set()
+
+
+def _remember_cluster(address: str) -> None:
+    """So that an output alone leads back to the clusters that this machine's user has named."""
+    if address in _known_clusters():
+        return
+    with contextlib.suppress(OSError):  # a home that cannot be written to: --address then has to be given again
+        path = _clusters_file()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a", encoding="utf-8") as file:
+            file.write(f"{address}\n")
