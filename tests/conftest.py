@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.models import write_tiny_model
-from tests.seaweedfs import credentials, seaweedfs
+from tests.harness.models import write_tiny_model
+from tests.harness.s3 import credentials, seaweedfs
 
 
 @pytest.fixture(scope="session")

@@ -13,10 +13,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from tests.harness.cluster import cluster
+from tests.harness.models import write_tiny_model
+from tests.harness.s3 import credentials, seaweedfs
 from tests.jobs.crash_points import AT_ONCE, CLUSTER_CPUS, INLINE, RAY, S3, CrashPoint, Outcome, Stage, play
-from tests.jobs.executors.nodes import cluster
-from tests.models import write_tiny_model
-from tests.seaweedfs import credentials, seaweedfs
 
 
 def main() -> int:

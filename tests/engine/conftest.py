@@ -7,7 +7,7 @@ import torch
 from diffusers.utils import logging
 
 from latentmill.engine import Engine, ModelSpec
-from tests.models import write_model
+from tests.harness.models import write_model
 
 logging.set_verbosity_error()
 logging.disable_progress_bar()

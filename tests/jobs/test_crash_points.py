@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.harness.cluster import cluster
 from tests.jobs.crash_points import AT_ONCE, CLUSTER_CPUS, INLINE, RAY, S3, CrashPoint, Outcome, Stage, play
-from tests.jobs.executors.nodes import cluster
 
 pytestmark = pytest.mark.timeout(900)  # the first test waits for a share of all the others
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.soak.cluster import ROOT
+from tests.harness.cluster import ROOT
 
 
 @pytest.mark.timeout(400)

@@ -23,9 +23,9 @@ from latentmill.jobs.store.storage import Storage
 from latentmill.jobs.submission import submission
 from latentmill.jobs.submission.ray_jobs import JobsClient, pack_code
 from latentmill.jobs.submission.submission import JobInfo, cancel_job, find_job, job_status, submit_job
+from tests.harness.cluster import ROOT, Cluster, cluster
+from tests.harness.s3 import S3_SECRET
 from tests.jobs.driver import read_dataset
-from tests.jobs.executors.nodes import ROOT, Nodes, cluster
-from tests.seaweedfs import S3_SECRET
 
 HEAD = "http://head:8265"
 PATIENCE = 240.0
@@ -291,7 +291,7 @@ def test_the_code_that_is_sent_is_all_that_a_job_needs_and_nothing_else(tmp_path
 
 
 @pytest.fixture(scope="module")
-def head(s3_environment: dict[str, str]) -> Iterator[Nodes]:
+def head(s3_environment: dict[str, str]) -> Iterator[Cluster]:
     """A guarded head with a dashboard, whose nodes have the store's credentials and none of our code."""
     with cluster(head_cpus=3, dashboard=True, environment={**s3_environment, "PYTHONPATH": ""}) as nodes:
         yield nodes
@@ -352,7 +352,7 @@ def test_from_submit_to_the_published_dataset_with_a_cancel_between(head, s3, ma
     tells_no_secret(head, s3, tmp_path)
 
 
-def tells_no_secret(head: Nodes, out: str, tmp_path: Path) -> None:
+def tells_no_secret(head: Cluster, out: str, tmp_path: Path) -> None:
     """Neither what the jobs API shows nor the session's logs and the output hold the store's key or the token."""
     client = JobsClient(head.dashboard)
     shown = json.dumps(client._status("GET", "/api/jobs/", client._headers)[1].decode())

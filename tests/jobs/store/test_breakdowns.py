@@ -23,9 +23,9 @@ from latentmill.jobs.outputs.verify import verify
 from latentmill.jobs.spec import JobSpec
 from latentmill.jobs.store.errors import StorageError
 from latentmill.jobs.store.storage import Storage
+from tests.harness.s3 import S3_KEY, S3_SECRET, credentials, seaweedfs, set_identities
 from tests.jobs.driver import job_spec, read_dataset, run
 from tests.jobs.fakes import FakeEngine
-from tests.seaweedfs import S3_KEY, S3_SECRET, credentials, seaweedfs, set_identities
 
 Manifest = Callable[..., Path]
 PROMPTS = ["one", "two", "some nsfw", "four", "five", "six"]
