@@ -27,13 +27,16 @@ from tests.harness.processes import below
 from tests.jobs.driver import job_spec, read_dataset, run
 from tests.jobs.fakes import FakeEngine
 
-pytestmark = pytest.mark.filterwarnings(r"ignore::DeprecationWarning:ray\..*")  # Ray 2.60 uses its own old settings
+pytestmark = [
+    pytest.mark.cluster,
+    pytest.mark.filterwarnings(r"ignore::DeprecationWarning:ray\..*"),  # Ray 2.60 uses its own old settings
+]
 
 
 @pytest.fixture(scope="module")
-def guarded() -> Iterator[Cluster]:
-    """A head with two CPUs that asks for a token, with a dashboard."""
-    with cluster(head_cpus=2, dashboard=True) as nodes:
+def open_cluster() -> Iterator[Cluster]:
+    """A head that serves anyone."""
+    with cluster(token=False) as nodes:
         yield nodes
 
 
@@ -54,24 +57,25 @@ def member(stranger: None, guarded: Cluster, monkeypatch: pytest.MonkeyPatch) ->
     return guarded
 
 
-def test_a_cluster_that_serves_anyone_is_refused_unless_the_user_insists(stranger: None):
-    with cluster(token=False) as nodes:
-        assert not asks_for_a_token(nodes.address)
-        with pytest.raises(UsageError, match=r"for anyone who can reach it.*RAY_AUTH_MODE=token.*0600.*--insecure-ray"):
-            connect(nodes.address)
-        connection = connect(nodes.address, insecure=True)
-        try:
-            assert [node["Resources"]["CPU"] for node in connection.nodes()] == [1]
-        finally:
-            connection.close()
+def test_a_cluster_that_serves_anyone_is_refused_unless_the_user_insists(stranger: None, open_cluster: Cluster):
+    assert not asks_for_a_token(open_cluster.address)
+    with pytest.raises(UsageError, match=r"for anyone who can reach it.*RAY_AUTH_MODE=token.*0600.*--insecure-ray"):
+        connect(open_cluster.address)
+    connection = connect(open_cluster.address, insecure=True)
+    try:
+        assert [node["Resources"]["CPU"] for node in connection.nodes()] == [1]
+    finally:
+        connection.close()
 
 
-def test_a_token_of_the_client_does_not_make_an_open_cluster_a_guarded_one(stranger, monkeypatch, tmp_path):
+def test_a_token_of_the_client_does_not_make_an_open_cluster_a_guarded_one(
+    stranger, open_cluster: Cluster, monkeypatch
+):
     """The question is what the cluster enforces, not what this client happens to have."""
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
     monkeypatch.setenv("RAY_AUTH_TOKEN", "mine")
-    with cluster(token=False) as nodes, pytest.raises(UsageError, match="for anyone who can reach it"):
-        connect(nodes.address)
+    with pytest.raises(UsageError, match="for anyone who can reach it"):
+        connect(open_cluster.address)
 
 
 @pytest.mark.parametrize("token", [None, "wrong"])
