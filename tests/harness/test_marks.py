@@ -6,7 +6,6 @@ import subprocess
 
 import pytest
 
-
 MARKS = {"weed": "s3", "ray": "cluster", "gcs_server": "cluster"}
 
 
