@@ -6,13 +6,14 @@ BIN := $(VENV)/bin
 OUT ?= out/sample
 MINUTES ?= 30
 SEED ?= 7
+WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help install dev run test test-gpu test-stores soak lint typecheck bench train evaluate
+.PHONY: help install dev run test test-quick test-cluster test-gpu test-stores soak lint typecheck bench train evaluate
 
 help: ## this list
 	@echo "latentmill: prompts in, a verified image dataset out"
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | awk -F '\t' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | awk -F '\t' '{printf "  make %-12s %s\n", $$1, $$2}'
 
 install: $(VENV)/.installed ## set up .venv with everything that a job needs
 
@@ -23,8 +24,17 @@ run: install ## make a small dataset with the model that ships, and a contact sh
 	$(BIN)/latentmill report $(OUT)
 	@echo "look at $(OUT)/report/sheet-0001.png; the pictures are in $(OUT)/images, their rows in $(OUT)/dataset"
 
-test: dev ## run all tests
-	$(BIN)/python -m pytest
+# Test processes side by side; a file's tests stay in one, for they share what they set up.
+PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+
+test: dev ## run all tests that need no cluster, WORKERS=2 processes side by side
+	$(PYTEST) -m 'not cluster and not gpu and not stores'
+
+test-quick: dev ## of these, what takes a minute: no S3 server, no model run over more than a few steps
+	$(PYTEST) -m 'not cluster and not s3 and not slow and not gpu and not stores'
+
+test-cluster: dev ## run the tests that start Ray clusters, storms and crash points
+	$(PYTEST) -m cluster
 
 test-gpu: $(if $(GPU_PYTHON),,dev) ## run the tests that need a CUDA device; GPU_PYTHON=python3 uses another torch
 	$(or $(GPU_PYTHON),$(BIN)/python) -m pytest -m gpu tests/gpu

@@ -22,11 +22,11 @@ from rich.table import Table
 
 from bench.machine import describe_machine, keep_cores
 from bench.measurements import Facts
+from bench.store import s3_server
 from bench.synthetic import fill_ledger, fill_output, job_spec, write_manifest
 from latentmill.jobs.job import open_job
 from latentmill.jobs.plans.plan import adopt, draft_plan
 from latentmill.jobs.store.storage import Storage
-from tests.seaweedfs import credentials, seaweedfs
 
 CORES = 2
 CHUNK_SIZE = 32
@@ -164,11 +164,11 @@ def measure_overhead(bench: Bench) -> None:
     settings = {"chunk_size": SMALL_CHUNK, "batch_size": SMALL_CHUNK}
     server = bench.folder / "seaweedfs"
     server.mkdir()
-    with seaweedfs(server) as url:
+    with s3_server(server) as store:
         places = {"on a local disk": str(bench.folder / "overhead"), "on S3 (SeaweedFS)": "s3://test/overhead"}
         for where, out in places.items():
             runs = [
-                bench.measure("overhead", credentials(url), manifest=manifest, out=f"{out}{number}", settings=settings)
+                bench.measure("overhead", store, manifest=manifest, out=f"{out}{number}", settings=settings)
                 for number in range(bench.sizes.repeat)
             ]
             values = [facts["milliseconds_per_chunk"] for facts, _ in runs]

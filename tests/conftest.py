@@ -1,15 +1,58 @@
-"""What many tests share: a real S3 server, a small random model, and a way to write a manifest."""
+"""What many tests share: marks by what a test uses, a real S3 server, a small model, a way to write manifests."""
 
 from __future__ import annotations
 
+import os
 import secrets
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.models import write_tiny_model
-from tests.seaweedfs import credentials, seaweedfs
+from tests.harness.models import write_tiny_model
+from tests.harness.s3 import credentials, seaweedfs
+
+# One thread a process, whatever the machine, before torch is imported: bits depend on it, and test processes side by
+# side must not fight for cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+_FIXTURES = {"s3_endpoint": "s3", "shared_cluster": "cluster", "guarded": "cluster"}
+_PROGRAMS = {"weed": "s3", "ray": "cluster", "gcs_server": "cluster"}
+_running: pytest.Item | None = None
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A test that uses the S3 server or a cluster is marked so, by its fixtures or by a parameter of that name."""
+    for item in items:
+        uses = [*getattr(item, "fixturenames", ()), *getattr(getattr(item, "callspec", None), "params", {}).values()]
+        for mark in {_FIXTURES.get(name, "s3" if name == "s3" else None) for name in uses if isinstance(name, str)}:
+            if mark is not None:
+                item.add_marker(mark)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """Say which test runs, for `_refuse_unmarked`."""
+    global _running  # noqa: PLW0603 - an audit hook has nobody to ask
+    _running = item
+    try:
+        return (yield)
+    finally:
+        _running = None
+
+
+def _refuse_unmarked(event: str, arguments: tuple[Any, ...]) -> None:
+    """A test that starts a store or a cluster without its mark fails: `make test-quick` must never run one."""
+    if event == "subprocess.Popen" and _running is not None:
+        mark = _PROGRAMS.get(Path(os.fsdecode(arguments[0])).name)
+        if mark is not None and _running.get_closest_marker(mark) is None:
+            raise AssertionError(f"{_running.nodeid} starts {arguments[0]}; mark it with @pytest.mark.{mark}")
+
+
+sys.addaudithook(_refuse_unmarked)
 
 
 @pytest.fixture(scope="session")

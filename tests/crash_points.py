@@ -13,10 +13,11 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from tests.jobs.crash_points import AT_ONCE, CLUSTER_CPUS, INLINE, RAY, S3, CrashPoint, Outcome, Stage, play
-from tests.jobs.executors.nodes import cluster
-from tests.models import write_tiny_model
-from tests.seaweedfs import credentials, seaweedfs
+from tests.harness.cluster import cluster
+from tests.harness.models import write_tiny_model
+from tests.harness.s3 import credentials, seaweedfs
+from tests.jobs.conftest import CPUS
+from tests.jobs.crash_points import AT_ONCE, INLINE, RAY, S3, CrashPoint, Outcome, Stage, play
 
 
 def main() -> int:
@@ -28,7 +29,7 @@ def main() -> int:
         (folder / "s3").mkdir()
         s3 = credentials(stack.enter_context(seaweedfs(folder / "s3")))
         os.environ.update(s3)
-        nodes = stack.enter_context(cluster(head_cpus=CLUSTER_CPUS))
+        nodes = stack.enter_context(cluster(head_cpus=CPUS))
         stage = Stage(folder=folder, model=write_tiny_model(folder / "model"), s3=s3, cluster=nodes)
         points = (*INLINE, *S3, *RAY)
         with ThreadPoolExecutor(AT_ONCE) as pool:

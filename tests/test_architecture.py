@@ -78,6 +78,10 @@ def test_nothing_that_is_shipped_imports_the_workshop():
     assert offenders(shipped, {"training", "bench", "tests"}) == []
 
 
+def test_the_benchmarks_import_nothing_of_the_tests():
+    assert offenders(sources("bench"), {"tests"}) == []
+
+
 def test_jobs_reach_the_engine_through_its_front_door():
     inner = [
         f"{path.relative_to(ROOT)} imports {name}"

@@ -266,7 +266,10 @@ def test_marks_are_read_back_from_pictures(call: Call, tmp_path: Path):
         assert err.count("\n") == 1
 
 
-@pytest.mark.parametrize(("executor", "number"), [("inline", signal.SIGINT), ("ray", signal.SIGTERM)])
+@pytest.mark.parametrize(
+    ("executor", "number"),
+    [("inline", signal.SIGINT), pytest.param("ray", signal.SIGTERM, marks=pytest.mark.cluster)],
+)
 def test_one_signal_ends_in_order_and_the_same_command_resumes(
     call: Call, job: list[object], tmp_path: Path, executor: str, number: signal.Signals
 ):
@@ -289,6 +292,7 @@ def test_one_signal_ends_in_order_and_the_same_command_resumes(
     assert json.loads(out)["generated"] == 48 - 2 * committed
 
 
+@pytest.mark.cluster
 def test_a_run_on_ray_says_nothing_but_its_own_lines(job: list[object], tmp_path: Path):
     """The default executor, from another folder, into a relative output: workers find our modules and the place."""
     on_ray = [argument for argument in job if argument not in {"--executor", "inline"}]

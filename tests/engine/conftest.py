@@ -7,10 +7,28 @@ import torch
 from diffusers.utils import logging
 
 from latentmill.engine import Engine, ModelSpec
-from tests.models import write_model
+from tests.harness.models import write_model
 
 logging.set_verbosity_error()
 logging.disable_progress_bar()
+
+DRAWING = {
+    "embedded_model",
+    "diffusers_pipelines",
+    "latent_diffusion",
+    "pipeline",
+    "sampler_pictures",
+    "sdxl",
+    "single_files",
+}
+"""The test files that draw whole pictures, most of them once more with the reference pipelines."""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.parent == Path(__file__).parent and item.path.stem.removeprefix("test_") in DRAWING:
+            item.add_marker("slow")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -32,7 +32,7 @@ from transformers import (
     T5TokenizerFast,
 )
 
-from tests.models import byte_tokenizer
+from tests.harness.models import byte_tokenizer
 
 LETTERS = [chr(code) for code in range(32, 127)]
 

@@ -31,7 +31,7 @@ from transformers import (
 )
 
 from latentmill.engine import Engine, GenerationRequest
-from tests.models import byte_tokenizer
+from tests.harness.models import byte_tokenizer
 
 SCHEDULE = {
     "beta_start": 0.00085,

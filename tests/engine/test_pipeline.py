@@ -11,7 +11,7 @@ import torch
 from diffusers import DDIMScheduler, PNDMScheduler, StableDiffusionPipeline
 
 from latentmill.engine import Engine, EngineError, GenerationRequest, ModelSpec, SafetyVerdict
-from tests.models import write_model
+from tests.harness.models import write_model
 
 PROMPTS = ["a red cat", "two dogs on a hill", "", "ünïcode ✨ " * 30]
 

@@ -17,9 +17,10 @@ from latentmill.jobs.outputs.verify import verify
 from latentmill.jobs.spec import JobSpec
 from latentmill.jobs.store.storage import Storage
 from latentmill.jobs.worker import load_engine
+from tests.harness.cluster import Cluster
+from tests.harness.faults import AtRequest
+from tests.harness.proxy import fault_proxy
 from tests.jobs.driver import Dataset, job_spec, read_dataset, run, start
-from tests.jobs.executors.nodes import Nodes
-from tests.jobs.killing_proxy import AtRequest, killing_proxy
 from tests.jobs.traps import AtBatch, AtLoading, AtStep, AtSync, KillAt, Rig, Trap
 
 PROMPTS = [f"a red circle, number {number}" for number in range(7)] + ["some poison", "some nsfw"]
@@ -29,7 +30,6 @@ REAL_SETTINGS = {"chunk_size": 2, "num_inference_steps": 4, "width": 256, "heigh
 REAL_SETTINGS |= {"watermark": "dwtDct", "threads_per_actor": 1}
 SECONDS = 400
 AT_ONCE = 3
-CLUSTER_CPUS = 8  # so many in name, that several small jobs run on it at once
 
 Victim = Literal["driver", "actor", "finisher"]
 
@@ -129,7 +129,7 @@ class Stage:
     folder: Path
     model: Path
     s3: Mapping[str, str]
-    cluster: Nodes
+    cluster: Cluster
 
     @cached_property
     def prompts(self) -> Path:
@@ -206,7 +206,7 @@ def _run_into_trap(point: CrashPoint, stage: Stage, spec: JobSpec, rig: Rig) -> 
     environment, proxy = stage.environment, None
     with ExitStack() as stack:
         if isinstance(point.trap, AtRequest):
-            proxy = stack.enter_context(killing_proxy(stage.s3["AWS_ENDPOINT_URL"], point.trap))
+            proxy = stack.enter_context(fault_proxy(stage.s3["AWS_ENDPOINT_URL"], point.trap.rule))
             environment["AWS_ENDPOINT_URL"] = proxy.url
         else:
             where = "generator" if isinstance(point.trap, AtLoading | AtStep | AtBatch) else "driver"

@@ -12,9 +12,9 @@ from latentmill.jobs.errors import OutputConflictError, UsageError
 from latentmill.jobs.outputs.status import status
 from latentmill.jobs.outputs.verify import verify
 from latentmill.jobs.store.storage import Storage
+from tests.harness.s3 import S3_SECRET
 from tests.jobs.driver import KillAt, job_spec, read_dataset, run, start
 from tests.jobs.fakes import slow_engine
-from tests.seaweedfs import S3_SECRET
 
 Manifest = Callable[..., Path]
 PROMPTS = ["one", "two", "some nsfw", "four", "five"]

@@ -65,8 +65,8 @@ from latentmill.jobs.manifests.parameters import TEXT_LIMIT
 from latentmill.jobs.plans.plan import draft_plan
 from latentmill.jobs.store.storage import Storage
 from tests.engine.test_checkpoint_safety import WEIGHTS, canaries
+from tests.harness.s3 import S3_SECRET
 from tests.jobs.driver import job_spec, read_dataset, run
-from tests.seaweedfs import S3_SECRET
 
 Manifest = Callable[..., Path]
 ROOT = Path(__file__).parents[2]

@@ -18,16 +18,16 @@ from contextlib import ExitStack
 from pathlib import Path
 from types import FrameType
 
-from tests.seaweedfs import credentials, seaweedfs
+from tests.harness.faults import Faults
+from tests.harness.processes import Family
+from tests.harness.proxy import fault_proxy_process, proxy_report
+from tests.harness.s3 import credentials, seaweedfs
 from tests.soak.chaos import Climate
-from tests.soak.cluster import Cluster
 from tests.soak.fake_model import CALLS, calls
-from tests.soak.fault_proxy import Faults
-from tests.soak.fault_proxy_process import fault_proxy, proxy_report
 from tests.soak.history import Scene, play
 from tests.soak.jobs import Model
-from tests.soak.processes import Family
 from tests.soak.report import Tally
+from tests.soak.supervisor import Supervisor, soak_cluster
 
 _SHORT = 5.0
 """Below so many minutes the storm is denser, so that every kind of fault happens."""
@@ -67,20 +67,20 @@ def main() -> int:
 
 def _soak(arguments: argparse.Namespace, folder: Path, family: Family, tally: Tally) -> None:
     short = arguments.minutes < _SHORT
-    faults = Faults() if short else Faults(stall_seconds=10.0, freeze=0.0005)
+    faults = Faults() if short else Faults(delay_seconds=10.0, freeze=0.0005)
     climate = Climate(driver=25, interrupt=45, node=35, head=70, sweep=20, longest_stop=8) if short else Climate()
     samples: dict[Model, int] = {"fake": 80, "embedded": 40} if short else {"fake": 400, "embedded": 120}
     with ExitStack() as stack:
         (folder / "s3").mkdir()
         (folder / "r").mkdir()
         direct = stack.enter_context(seaweedfs(folder / "s3"))
-        proxy = stack.enter_context(fault_proxy(direct, faults, arguments.seed))
+        proxy = stack.enter_context(fault_proxy_process(direct, faults, arguments.seed))
         os.environ.update(credentials(direct))  # the harness sees the store as it is
         store = credentials(proxy) | {CALLS: str(folder / "calls")}
-        cluster = Cluster(family, folder / "r", store, worker_cpus=(2, 2) if short else (2, 2, 2))
-        cluster.wait_until_up()
+        supervisor = Supervisor(soak_cluster(family, folder / "r", store, (2, 2) if short else (2, 2, 2)))
+        supervisor.wait_until_up()
         scene = Scene(
-            cluster=cluster, folder=folder, climate=climate, seed=arguments.seed, samples=samples,
+            supervisor=supervisor, family=family, folder=folder, climate=climate, seed=arguments.seed, samples=samples,
             storm_seconds=60.0 if short else 240.0, least_kills=5,
         )  # fmt: skip
         number = 0
@@ -98,7 +98,7 @@ def _soak(arguments: argparse.Namespace, folder: Path, family: Family, tally: Ta
         tally.faults.update(report["faults"])
         tally.attempts = sum(report["attempts"].values())
         tally.fake_calls = calls(folder / "calls")
-        tally.node_restarts = cluster.restarts
+        tally.node_restarts = supervisor.restarts
 
 
 def _arguments() -> argparse.Namespace:

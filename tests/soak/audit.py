@@ -16,8 +16,8 @@ from latentmill.jobs.outputs.clean import clean
 from latentmill.jobs.outputs.publish import standing_publication
 from latentmill.jobs.outputs.verify import verify
 from latentmill.jobs.store.storage import Storage
+from tests.harness.cluster import ROOT
 from tests.jobs.driver import read_dataset
-from tests.soak.cluster import ROOT
 from tests.soak.jobs import SoakJob
 from tests.soak.watch import Watch
 

@@ -12,9 +12,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tests.soak.cluster import Cluster
+from tests.harness.cluster import Cluster
+from tests.harness.processes import Family, Process, kill_tree, send
 from tests.soak.drivers import Driver
-from tests.soak.processes import Process, send
+from tests.soak.supervisor import working
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +35,7 @@ class Storm:
     """Disturbs one history. `tick` is called all the time; `calm` ends it, and wakes everything that was stopped."""
 
     cluster: Cluster
+    family: Family
     drivers: Sequence[Driver]
     out: str
     folder: Path
@@ -78,7 +80,7 @@ class Storm:
         return mean * self.chooser.uniform(0.5, 1.5)
 
     def _worker(self) -> bool:
-        everyone = sorted(self.cluster.working(), key=lambda process: process.pid)
+        everyone = sorted(working(), key=lambda process: process.pid)
         main = [process for process in everyone if _kind(process) in {"actor", "post task", "lone run"}]
         if not main:
             return False
@@ -107,25 +109,26 @@ class Storm:
 
     def _node(self) -> bool:
         node = self.chooser.choice(self.cluster.workers)
-        raylet, way = self.cluster.raylet(node), self.chooser.random()
+        raylet, way = node.raylet, self.chooser.random()
         if raylet is None or node.process is None or time.monotonic() - node.started < 5.0:
             return False
         if way < 0.2:
             return self._stop("raylet", raylet.pid)
         if way < 0.6:
             return self._kill("raylet", raylet.pid)
-        self.cluster.family.kill_tree(node.process.pid)
+        kill_tree(node.process.pid)
         self.kills["whole node"] += 1
         self._note(f"killed {node.name} and all on it")
         return True
 
     def _head(self) -> bool:
-        gcs, head = self.cluster.gcs(), self.cluster.head
+        head = self.cluster.head
+        gcs = head.gcs
         if gcs is None or head.process is None or time.monotonic() - head.started < 20.0:
             return False
         if self.chooser.random() < 0.5:
             return self._kill("head", gcs.pid)
-        self.cluster.family.kill_tree(head.process.pid)
+        kill_tree(head.process.pid)
         self.kills["head"] += 1
         self._note("killed the head and all on it")
         return True
@@ -135,7 +138,7 @@ class Storm:
         command = [sys.executable, "-m", "latentmill", "clean", self.out]
         command += ["--dry-run"] if self.chooser.random() < 0.3 else []
         log = self.folder / "clean.log"
-        self._sweepers.append(self.cluster.family.start(command, self.cluster.environment, log, cwd=self.folder))
+        self._sweepers.append(self.family.start(command, self.cluster.environment, log, cwd=self.folder))
         return True
 
     def _collect_sweepers(self) -> None:

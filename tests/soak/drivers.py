@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tests.soak.processes import Family, send
+from tests.harness.processes import Family, send
 
 _PAUSE = 1.0
 

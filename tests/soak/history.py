@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from latentmill.jobs.store.storage import Storage
+from tests.harness.processes import Family
 from tests.soak.audit import Finished, audit, neighbours, run_cli
 from tests.soak.chaos import Climate, Storm
-from tests.soak.cluster import Cluster
 from tests.soak.drivers import Driver
 from tests.soak.jobs import Model, SoakJob, embedded_job, fake_job
 from tests.soak.report import Tally
+from tests.soak.supervisor import Supervisor
 from tests.soak.watch import Watch
 
 _TICK = 0.1
@@ -35,7 +36,8 @@ NEIGHBOURS = (
 class Scene:
     """What all histories of a soak share."""
 
-    cluster: Cluster
+    supervisor: Supervisor
+    family: Family
     folder: Path
     climate: Climate
     seed: int
@@ -62,7 +64,7 @@ def play(scene: Scene, number: int, model: Model, end: float, tally: Tally) -> N
     watch = Watch(out)
     watch.start()
     drivers = [_driver(scene, job, out, folder / f"driver{which}") for which in range(2)]
-    storm = Storm(scene.cluster, drivers, out, folder, scene.climate, chooser)
+    storm = Storm(scene.supervisor.cluster, scene.family, drivers, out, folder, scene.climate, chooser)
     missing = scene.least_kills - sum(tally.kills.values())
     stuck = _weather_through(scene, storm, drivers, watch, min(end, time.monotonic() + scene.storm_seconds), missing)
     storm.end()
@@ -114,7 +116,7 @@ def _weather_through(
     next_reap = 0.0
     while not all(driver.done for driver in drivers):
         now = time.monotonic()
-        scene.cluster.supervise()
+        scene.supervisor.supervise()
         for driver in drivers:
             driver.supervise()
         if now < end or sum(storm.kills.values()) < least_kills:
@@ -129,7 +131,7 @@ def _weather_through(
         if any(len(driver.surprises) > _SURPRISES for driver in drivers):
             return True
         if now > next_reap:  # it looks at every process of the machine
-            scene.cluster.family.reap()
+            scene.family.reap()
             next_reap = now + 2.0
         time.sleep(_TICK)
     storm.calm()
@@ -152,5 +154,6 @@ def _undisturbed(scene: Scene, job: SoakJob, folder: Path, number: int) -> tuple
 
 
 def _driver(scene: Scene, job: SoakJob, out: str, folder: Path) -> Driver:
-    flags = ("--executor", "ray", "--address", scene.cluster.address, "--num-actors", "2")
-    return Driver(scene.cluster.family, job.command("run", out, *flags), scene.cluster.environment, folder)
+    cluster = scene.supervisor.cluster
+    flags = ("--executor", "ray", "--address", cluster.address, "--num-actors", "2")
+    return Driver(scene.family, job.command("run", out, *flags), cluster.environment, folder)

@@ -25,7 +25,7 @@ class SoakJob:
 
     def command(self, verb: str, out: str, *more: str) -> list[str]:
         """The command line of a run (or plan) of this job into `out`."""
-        program = "cli" if self.model == "embedded" else "tests.soak.fake_driver"
+        program = "latentmill" if self.model == "embedded" else "tests.soak.fake_driver"
         return [sys.executable, "-m", program, verb, str(self.manifest), "--out", out, "--json", *self.flags, *more]
 
 

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.soak.cluster import ROOT
+from tests.harness.cluster import ROOT
 
 
+@pytest.mark.cluster
 @pytest.mark.timeout(400)
 def test_a_short_storm_breaks_no_invariant(tmp_path: Path):
     """A real cluster of three raylets, a real store behind the fault proxy, two drivers; a minute of storm."""

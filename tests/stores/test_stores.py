@@ -24,10 +24,11 @@ from latentmill.jobs.errors import OutputConflictError, UsageError
 from latentmill.jobs.ledger.ledger import Ledger
 from latentmill.jobs.outputs.verify import verify
 from latentmill.jobs.store.storage import Storage
+from tests.harness.faults import once
+from tests.harness.ports import free_ports
+from tests.harness.proxy import Proxy, fault_proxy
 from tests.jobs.driver import job_spec, read_dataset, run, start
 from tests.jobs.fakes import slow_engine
-from tests.jobs.store.scripted_proxy import Proxy, once, scripted_proxy
-from tests.seaweedfs import free_ports
 
 pytestmark = pytest.mark.stores
 Manifest = Callable[..., Path]
@@ -105,7 +106,7 @@ def emulator(request: pytest.FixtureRequest) -> Iterator[tuple[str, str]]:
 @pytest.fixture
 def proxy(emulator: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
     protocol, url = emulator
-    with scripted_proxy(url) as proxy:
+    with fault_proxy(url) as proxy:
         for name, value in STORES[protocol][1](proxy.url).items():
             monkeypatch.setenv(name, value)
         fsspec.get_filesystem_class(protocol).clear_instance_cache()

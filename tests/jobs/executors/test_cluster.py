@@ -22,17 +22,21 @@ from latentmill.jobs.ledger.records import decode_record
 from latentmill.jobs.models.place import place_model
 from latentmill.jobs.plans.plan import Plan
 from latentmill.jobs.store.storage import Storage
+from tests.harness.cluster import Cluster, Node, cluster
+from tests.harness.processes import below
 from tests.jobs.driver import job_spec, read_dataset, run
-from tests.jobs.executors.nodes import Nodes, cluster, descendants
 from tests.jobs.fakes import FakeEngine
 
-pytestmark = pytest.mark.filterwarnings(r"ignore::DeprecationWarning:ray\..*")  # Ray 2.60 uses its own old settings
+pytestmark = [
+    pytest.mark.cluster,
+    pytest.mark.filterwarnings(r"ignore::DeprecationWarning:ray\..*"),  # Ray 2.60 uses its own old settings
+]
 
 
 @pytest.fixture(scope="module")
-def guarded() -> Iterator[Nodes]:
-    """A head with two CPUs that asks for a token, with a dashboard."""
-    with cluster(head_cpus=2, dashboard=True) as nodes:
+def open_cluster() -> Iterator[Cluster]:
+    """A head that serves anyone."""
+    with cluster(token=False) as nodes:
         yield nodes
 
 
@@ -46,35 +50,36 @@ def stranger(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def member(stranger: None, guarded: Nodes, monkeypatch: pytest.MonkeyPatch) -> Nodes:
+def member(stranger: None, guarded: Cluster, monkeypatch: pytest.MonkeyPatch) -> Cluster:
     """The guarded cluster, and its token in this process's environment."""
     for name, value in guarded.client_environment.items():
         monkeypatch.setenv(name, value)
     return guarded
 
 
-def test_a_cluster_that_serves_anyone_is_refused_unless_the_user_insists(stranger: None):
-    with cluster(token=False) as nodes:
-        assert not asks_for_a_token(nodes.address)
-        with pytest.raises(UsageError, match=r"for anyone who can reach it.*RAY_AUTH_MODE=token.*0600.*--insecure-ray"):
-            connect(nodes.address)
-        connection = connect(nodes.address, insecure=True)
-        try:
-            assert [node["Resources"]["CPU"] for node in connection.nodes()] == [1]
-        finally:
-            connection.close()
+def test_a_cluster_that_serves_anyone_is_refused_unless_the_user_insists(stranger: None, open_cluster: Cluster):
+    assert not asks_for_a_token(open_cluster.address)
+    with pytest.raises(UsageError, match=r"for anyone who can reach it.*RAY_AUTH_MODE=token.*0600.*--insecure-ray"):
+        connect(open_cluster.address)
+    connection = connect(open_cluster.address, insecure=True)
+    try:
+        assert [node["Resources"]["CPU"] for node in connection.nodes()] == [1]
+    finally:
+        connection.close()
 
 
-def test_a_token_of_the_client_does_not_make_an_open_cluster_a_guarded_one(stranger, monkeypatch, tmp_path):
+def test_a_token_of_the_client_does_not_make_an_open_cluster_a_guarded_one(
+    stranger, open_cluster: Cluster, monkeypatch
+):
     """The question is what the cluster enforces, not what this client happens to have."""
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
     monkeypatch.setenv("RAY_AUTH_TOKEN", "mine")
-    with cluster(token=False) as nodes, pytest.raises(UsageError, match="for anyone who can reach it"):
-        connect(nodes.address)
+    with pytest.raises(UsageError, match="for anyone who can reach it"):
+        connect(open_cluster.address)
 
 
 @pytest.mark.parametrize("token", [None, "wrong"])
-def test_a_stranger_is_told_what_the_cluster_asks_for(stranger, guarded: Nodes, monkeypatch, token: str | None):
+def test_a_stranger_is_told_what_the_cluster_asks_for(stranger, guarded: Cluster, monkeypatch, token: str | None):
     if token is not None:
         monkeypatch.setenv("RAY_AUTH_MODE", "token")
         monkeypatch.setenv("RAY_AUTH_TOKEN", token)
@@ -83,7 +88,7 @@ def test_a_stranger_is_told_what_the_cluster_asks_for(stranger, guarded: Nodes, 
     assert guarded.token_file.read_text() not in str(refused.value)
 
 
-def test_nobody_submits_code_without_the_token(guarded: Nodes, tmp_path: Path):
+def test_nobody_submits_code_without_the_token(guarded: Cluster, tmp_path: Path):
     """CVE-2023-48022: the jobs API of an open dashboard is remote code execution for everyone."""
     canary = tmp_path / "canary"
     body = json.dumps({"entrypoint": f"touch {canary}"}).encode()
@@ -132,10 +137,15 @@ def paced_engine(plan: Plan, device: str) -> PacedEngine:
     return PacedEngine(batch_size=plan.batch_size)
 
 
+def pid_of(node: Node) -> int:
+    assert node.process is not None
+    return node.process.pid
+
+
 class Scenario(threading.Thread):
     """Looks at the ledger while a job runs, adds a node, and takes another away; remembers who made which chunk."""
 
-    def __init__(self, nodes: Nodes, out: str, gate: Path) -> None:
+    def __init__(self, nodes: Cluster, out: str, gate: Path) -> None:
         super().__init__(daemon=True)
         self.makers: dict[int, str] = {}
         self.after_death: list[str] = []
@@ -147,13 +157,12 @@ class Scenario(threading.Thread):
         self._names: dict[int, str] = {}
 
     def run(self) -> None:
-        assert self._nodes.head is not None
         try:
             first = self._nodes.workers[0]
-            self._names = {self._nodes.head.process.pid: "head", first.process.pid: "dies"}
+            self._names = {pid_of(self._nodes.head): "head", pid_of(first): "dies"}
             self._wait_for({"head", "dies"})
             second = self._nodes.add_worker(cpus=1)
-            self._names[second.process.pid] = "joins"
+            self._names[pid_of(second)] = "joins"
             self._wait_for({"joins"})
             first.kill()
             time.sleep(1)  # what it had committed by then is in the ledger
@@ -178,7 +187,7 @@ class Scenario(threading.Thread):
 
     def _look(self) -> None:
         for pid, name in self._names.items():
-            self._owners |= dict.fromkeys(map(str, descendants(pid)), name)
+            self._owners |= dict.fromkeys((str(process.pid) for process in below(pid)), name)
         for path, _ in self._storage.list("ledger"):
             record = decode_record(self._storage.read(path))
             if record.chunk not in self.makers:
@@ -244,7 +253,7 @@ def test_a_node_with_corrupt_weights_is_named_and_left_out(
     assert "unet/diffusion_pytorch_model.safetensors" in summary.left_out[0]
 
 
-def wait_for_nodes(nodes: Nodes, number: int) -> None:
+def wait_for_nodes(nodes: Cluster, number: int) -> None:
     connection = connect(nodes.address)
     try:
         deadline = time.monotonic() + 60

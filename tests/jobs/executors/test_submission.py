@@ -23,9 +23,9 @@ from latentmill.jobs.store.storage import Storage
 from latentmill.jobs.submission import submission
 from latentmill.jobs.submission.ray_jobs import JobsClient, pack_code
 from latentmill.jobs.submission.submission import JobInfo, cancel_job, find_job, job_status, submit_job
+from tests.harness.cluster import ROOT, Cluster
+from tests.harness.s3 import S3_SECRET
 from tests.jobs.driver import read_dataset
-from tests.jobs.executors.nodes import ROOT, Nodes, cluster
-from tests.seaweedfs import S3_SECRET
 
 HEAD = "http://head:8265"
 PATIENCE = 240.0
@@ -290,13 +290,6 @@ def test_the_code_that_is_sent_is_all_that_a_job_needs_and_nothing_else(tmp_path
     assert json.loads(shown.stdout)["samples"] > 0
 
 
-@pytest.fixture(scope="module")
-def head(s3_environment: dict[str, str]) -> Iterator[Nodes]:
-    """A guarded head with a dashboard, whose nodes have the store's credentials and none of our code."""
-    with cluster(head_cpus=3, dashboard=True, environment={**s3_environment, "PYTHONPATH": ""}) as nodes:
-        yield nodes
-
-
 @contextmanager
 def latentmill(*arguments: object) -> Iterator[subprocess.Popen[str]]:
     """The command in a process of its own, which does not outlive the context."""
@@ -316,16 +309,16 @@ def answer(*arguments: object) -> dict[str, object]:
 
 
 @pytest.mark.timeout(600)
-def test_from_submit_to_the_published_dataset_with_a_cancel_between(head, s3, manifest, monkeypatch, tmp_path):
+def test_from_submit_to_the_published_dataset_with_a_cancel_between(guarded, s3, manifest, monkeypatch, tmp_path):
     """The embedded model on a cluster of its own and an S3 server; the driver runs there, from the code sent along."""
-    for name, value in head.client_environment.items():
+    for name, value in guarded.client_environment.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("RAY_ADDRESS", "http://nowhere.invalid:1")  # what is said on the command line counts
     small = ["--num-inference-steps", 15, "--chunk-size", 2, "--batch-size", 2, "--safety", "none"]
-    job = ["submit", manifest(60), "--out", s3, "--address", head.dashboard, *small]
+    job = ["submit", manifest(60), "--out", s3, "--address", guarded.dashboard, *small]
     first = answer(*job)
     assert first["started"]
-    with latentmill("logs", first["job_id"], "--follow", "--address", head.dashboard) as follower:
+    with latentmill("logs", first["job_id"], "--follow", "--address", guarded.dashboard) as follower:
         assert answer(*job) | {"started": True, "state": ""} == first | {"state": ""}
         storage = Storage.open(s3)
         wait_until(lambda: len(list(storage.list("ledger"))) >= 2)
@@ -349,10 +342,10 @@ def test_from_submit_to_the_published_dataset_with_a_cancel_between(head, s3, ma
     assert f"this run: {2 * left} images" in said
     assert answer("status", s3)["job"]["state"] == "succeeded"
     assert read_dataset(s3).manifest["counts"]["ok"] == 60
-    tells_no_secret(head, s3, tmp_path)
+    tells_no_secret(guarded, s3, tmp_path)
 
 
-def tells_no_secret(head: Nodes, out: str, tmp_path: Path) -> None:
+def tells_no_secret(head: Cluster, out: str, tmp_path: Path) -> None:
     """Neither what the jobs API shows nor the session's logs and the output hold the store's key or the token."""
     client = JobsClient(head.dashboard)
     shown = json.dumps(client._status("GET", "/api/jobs/", client._headers)[1].decode())

@@ -23,9 +23,9 @@ from latentmill.jobs.outputs.verify import verify
 from latentmill.jobs.spec import JobSpec
 from latentmill.jobs.store.errors import StorageError
 from latentmill.jobs.store.storage import Storage
+from tests.harness.s3 import S3_KEY, S3_SECRET, credentials, seaweedfs, set_identities
 from tests.jobs.driver import job_spec, read_dataset, run
 from tests.jobs.fakes import FakeEngine
-from tests.seaweedfs import S3_KEY, S3_SECRET, credentials, seaweedfs, set_identities
 
 Manifest = Callable[..., Path]
 PROMPTS = ["one", "two", "some nsfw", "four", "five", "six"]
@@ -183,6 +183,7 @@ def bucket(server: tuple[str, Path], monkeypatch: pytest.MonkeyPatch, request: p
     s3fs.S3FileSystem.clear_instance_cache()
 
 
+@pytest.mark.s3
 def test_keys_that_expire(
     server: tuple[str, Path],
     bucket: Any,
@@ -201,6 +202,7 @@ def test_keys_that_expire(
     check_resumed(spec, tmp_path / "whole")
 
 
+@pytest.mark.s3
 def test_a_bucket_that_vanishes(bucket: Any, manifest: Manifest, tiny_model: Path, tmp_path: Path) -> None:
     spec = job_spec(tiny_model, manifest(PROMPTS), f"s3://{bucket.name}/out")
 
@@ -232,6 +234,7 @@ def test_an_output_that_is_emptied_in_the_middle(s3: str, manifest: Manifest, ti
     check_resumed(spec, tmp_path / "whole")
 
 
+@pytest.mark.s3
 def test_a_user_who_may_not_list(server: tuple[str, Path], bucket: Any, manifest: Manifest, tiny_model: Path) -> None:
     set_identities(server[1], user("first", "Read", "Write"))
     with pytest.raises(UsageError, match=r"cannot list _job .*AccessDenied.*grant read, write and list"):

@@ -16,9 +16,10 @@ from latentmill.jobs.store import clients
 from latentmill.jobs.store import storage as storage_module
 from latentmill.jobs.store.errors import StorageError
 from latentmill.jobs.store.storage import SINGLE_WRITER_PATH, Storage
+from tests.harness.faults import always, once
+from tests.harness.proxy import Proxy, fault_proxy
 from tests.jobs.driver import job_spec, read_dataset, run, start
 from tests.jobs.fakes import slow_engine
-from tests.jobs.store.scripted_proxy import Proxy, always, once, scripted_proxy
 
 Manifest = Callable[..., Path]
 PROMPTS = ["one", "two", "some nsfw", "four", "five"]
@@ -26,7 +27,7 @@ PROMPTS = ["one", "two", "some nsfw", "four", "five"]
 
 @pytest.fixture
 def proxy(s3: str, s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
-    with scripted_proxy(s3_endpoint) as proxy:
+    with fault_proxy(s3_endpoint) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
         s3fs.S3FileSystem.clear_instance_cache()
         yield proxy

@@ -19,7 +19,7 @@ from latentmill.jobs.errors import UsageError
 from latentmill.jobs.store import storage as storage_module
 from latentmill.jobs.store.errors import StorageError, is_transient
 from latentmill.jobs.store.storage import Storage
-from tests.seaweedfs import S3_READER, S3_SECRET
+from tests.harness.s3 import S3_READER, S3_SECRET
 
 
 @pytest.fixture(params=["local", "memory", "s3"])

@@ -1,4 +1,4 @@
-"""Every process of a soak is below this one, whoever started it: they can be found, killed, and none stays behind."""
+"""Processes of this machine as /proc shows them, and a family of them of which none stays behind."""
 
 from __future__ import annotations
 
@@ -25,8 +25,48 @@ class Process:
     title: str
 
 
+def start_process(
+    command: Sequence[str], environment: Mapping[str, str], log: Path, *, cwd: Path, answer: Path | None = None
+) -> subprocess.Popen[bytes]:
+    """Start a child in a session of its own. Its words go to `log`, its standard output to `answer` if given."""
+    with log.open("ab") as words, (answer or log).open("ab") as output:
+        return subprocess.Popen(
+            command, stdout=output, stderr=words, cwd=cwd, env={**os.environ, **environment}, start_new_session=True
+        )
+
+
+def below(pid: int | None = None) -> list[Process]:
+    """All descendants of a process (of this one), zombies left out."""
+    children: dict[int, list[Process]] = {}
+    for process in _all_processes():
+        children.setdefault(process.parent, []).append(process)
+    found, open_ = [], [pid or os.getpid()]
+    while open_:
+        for child in children.get(open_.pop(), []):
+            found.append(child)
+            open_.append(child.pid)
+    return [process for process in found if process.state != "Z"]
+
+
+def kill_tree(pid: int) -> None:
+    """SIGKILL to a process and all below it at once, as a machine that loses its power."""
+    pids = [pid, *(process.pid for process in below(pid))]
+    for number in (signal.SIGSTOP, signal.SIGKILL):  # stopped first, so that none can react to another's death
+        for each in pids:
+            send(each, number)
+
+
+def send(pid: int, number: int) -> bool:
+    """Whether there was such a process to receive the signal."""
+    try:
+        os.kill(pid, number)
+    except ProcessLookupError:
+        return False
+    return True
+
+
 class Family:
-    """The processes below this one. Orphans come to us instead of to init, so nothing can escape."""
+    """The processes below this one, whoever started them. Orphans come to us instead of to init: nothing escapes."""
 
     def __init__(self) -> None:
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
@@ -41,25 +81,10 @@ class Family:
         cwd: Path,
         answer: Path | None = None,
     ) -> subprocess.Popen[bytes]:
-        """Start a child in a session of its own. Its words go to `log`, its standard output to `answer` if given."""
-        with log.open("ab") as words, (answer or log).open("ab") as output:
-            child = subprocess.Popen(
-                command, stdout=output, stderr=words, cwd=cwd, env={**os.environ, **environment}, start_new_session=True
-            )
+        """`start_process`, remembered."""
+        child = start_process(command, environment, log, cwd=cwd, answer=answer)
         self._children.append(child)
         return child
-
-    def below(self, pid: int | None = None) -> list[Process]:
-        """All descendants of a process (of this one), zombies left out."""
-        children: dict[int, list[Process]] = {}
-        for process in _all_processes():
-            children.setdefault(process.parent, []).append(process)
-        found, open_ = [], [pid or os.getpid()]
-        while open_:
-            for child in children.get(open_.pop(), []):
-                found.append(child)
-                open_.append(child.pid)
-        return [process for process in found if process.state != "Z"]
 
     def reap(self) -> None:
         """Let orphans that ended go; the children started here are left to those who wait for them."""
@@ -69,33 +94,17 @@ class Family:
                 with contextlib.suppress(ChildProcessError):
                     os.waitpid(process.pid, os.WNOHANG)
 
-    def kill_tree(self, pid: int) -> None:
-        """SIGKILL to a process and all below it at once, as a machine that loses its power."""
-        pids = [pid, *(process.pid for process in self.below(pid))]
-        for number in (signal.SIGSTOP, signal.SIGKILL):  # stopped first, so that none can react to another's death
-            for each in pids:
-                send(each, number)
-
     def end(self) -> int:
         """Afterwards nothing is left below this process. Returns how many processes would not go, which is 0."""
         deadline = time.monotonic() + 20
-        while time.monotonic() < deadline and (left := self.below()):
+        while time.monotonic() < deadline and (left := below()):
             for process in left:
                 send(process.pid, signal.SIGKILL)
             time.sleep(0.1)
             for child in self._children:
                 child.poll()
             self.reap()
-        return len(self.below())
-
-
-def send(pid: int, number: int) -> bool:
-    """Whether there was such a process to receive the signal."""
-    try:
-        os.kill(pid, number)
-    except ProcessLookupError:
-        return False
-    return True
+        return len(below())
 
 
 def _all_processes() -> list[Process]:

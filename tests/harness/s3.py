@@ -6,15 +6,16 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
+
+from tests.harness.ports import free_ports
 
 S3_KEY, S3_READER, S3_SECRET = "latentmill-test", "latentmill-reader", "canary-secret-3f9a7c"
 _ROLES = ("master", "volume", "filer", "s3")
@@ -72,15 +73,6 @@ def set_identities(folder: Path, identities: list[dict[str, object]]) -> None:
     (folder / "s3.json").write_text(json.dumps({"identities": [*_identities(), *identities]}))
     os.kill(int((folder / "pid").read_text()), signal.SIGHUP)
     time.sleep(0.5)
-
-
-def free_ports(number: int) -> list[int]:
-    """Ports of this machine that nobody listens on."""
-    with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(number)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
 
 
 def _identities() -> list[dict[str, object]]:
