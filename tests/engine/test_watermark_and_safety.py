@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -36,6 +39,44 @@ def test_ours_is_read_by_the_library_and_the_librarys_by_us(method):
     decoded = WatermarkDecoder("bytes", 136).decode(ours[:, :, ::-1].copy(), method)
     assert decoded == read_watermark(np.ascontiguousarray(theirs), len(TEXT), method)
     assert watermark_bit_accuracy(ours, TEXT, method) >= 96 / 136
+
+
+def corpus(height: int, width: int) -> dict[str, np.ndarray]:
+    """Pictures that are hard on a transform: smooth, flat, saturated, and noise."""
+    rng = np.random.default_rng(height * width)
+    ramp = np.linspace(0, 255, width)[None, :, None] * np.ones((height, 1, 3))
+    cells = np.kron(rng.integers(0, 256, (height // 16 + 1, width // 16 + 1, 3)), np.ones((16, 16, 1)))
+    return {
+        "noise": rng.integers(0, 256, (height, width, 3), dtype=np.uint8),
+        "photograph": photograph(3, height, width),
+        "black": np.zeros((height, width, 3), np.uint8),
+        "white": np.full((height, width, 3), 255, np.uint8),
+        "flat": np.full((height, width, 3), (200, 13, 77), np.uint8),
+        "ramp": ramp.astype(np.uint8),
+        "cells": cells[:height, :width].astype(np.uint8),
+        "saturated": (rng.integers(0, 2, (height, width, 3)) * 255).astype(np.uint8),
+    }
+
+
+@pytest.mark.parametrize("method", ["dwtDct", "dwtDctSvd"])
+@pytest.mark.parametrize("text", [TEXT, "a", "é", "x" * 32])
+@pytest.mark.parametrize(("height", "width"), [(256, 256), (257, 259), (1030, 67)])
+def test_every_bit_is_the_librarys_whatever_the_picture_the_text_and_the_size(height, width, text, method):
+    encoder = WatermarkEncoder()
+    encoder.set_watermark("bytes", text.encode())
+    n_bytes = len(text.encode())
+    for name, picture in corpus(height, width).items():
+        theirs = encoder.encode(picture[:, :, ::-1].copy(), method)[:, :, ::-1]
+        assert np.array_equal(embed_watermark(picture, text, method), theirs), name
+        for marked in (theirs, picture):
+            decoded = WatermarkDecoder("bytes", 8 * n_bytes).decode(marked[:, :, ::-1].copy(), method)
+            assert read_watermark(np.ascontiguousarray(marked), n_bytes, method) == decoded, name
+
+
+def test_marking_needs_neither_torch_nor_the_library():
+    script = "import sys, latentmill.engine.guards.watermark; print({'torch', 'imwatermark'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
 
 
 def test_the_job_default_reads_back_exactly_and_an_unmarked_picture_does_not():
