@@ -1,23 +1,19 @@
 """The command `latentmill`: each verb parses its flags, calls one function of jobs/, and prints the answer.
 
-Nothing heavy is imported before a verb runs, so that `--help` answers at once.
+Nothing heavy is imported before a verb runs, so that `--help` answers at once. A job's flags come from its settings.
 """
 
 from __future__ import annotations
 
-import functools
-import inspect
 import sys
 from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
 
-_INPUT = "Input and output"
-_PICTURE = "Pictures"
-_SAFETY = "Safety and watermark"
-_CUTTING = "Chunks and batches"
-_RUNNING = "Where it runs (never changes a picture)"
+from latentmill.jobs.flags import flag, takes_a_job
+from latentmill.jobs.settings import RUNNING
+
 _MAKE, _LOOK, _MORE = "Make images", "Look at a dataset", "More"
 
 app = typer.Typer(
@@ -25,7 +21,7 @@ app = typer.Typer(
     help="Prompts in, a verified image dataset out: distributed batch generation with latent diffusion models on Ray.",
     epilog="Start with: [bold]latentmill run configs/prompts/sample.txt --out out/sample[/bold]",
     no_args_is_help=True,
-    add_completion=False,
+    add_completion=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
@@ -45,206 +41,11 @@ Address = Annotated[
 ]
 
 
-def _flag(name: str, panel: str, text: str, **more: Any) -> Any:
-    return typer.Option(name, help=text, rich_help_panel=panel, show_default=False, **more)
-
-
-def _job_flags(
-    prompts: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="PROMPTS", help="Prompt files, globs or URLs: .txt .csv .tsv .jsonl .parquet .png, gzip too."
-        ),
-    ] = None,
-    config: Annotated[str | None, _flag("--config", _INPUT, "A job file; flags override it. See configs/jobs.")] = None,
-    manifest_format: Annotated[
-        str | None,
-        _flag(
-            "--manifest-format",
-            _INPUT,
-            "How .txt is read: lines, parameters (web UIs' blocks) or flags (--prompt ...).",
-        ),
-    ] = None,
-    out: Annotated[str | None, _flag("--out", _INPUT, "Folder or URL (s3://...) of the dataset. Default: out.")] = None,
-    date: Annotated[
-        str | None, _flag("--date", _INPUT, "The day that {date} in --out stands for, YYYY-MM-DD. Default: today, UTC.")
-    ] = None,
-    format: Annotated[str | None, _flag("--format", _INPUT, "How pictures are stored: files.")] = None,  # noqa: A002 - the flag's name
-    strict: Annotated[bool | None, _flag("--strict", _INPUT, "Refuse the job if any row is bad.")] = None,
-    model: Annotated[
-        str | None,
-        _flag(
-            "--model",
-            _PICTURE,
-            "A preset (see `latentmill models`), PRESET=PLACE, folder, .safetensors, .ckpt, s3://... or hub id.",
-        ),
-    ] = None,
-    revision: Annotated[str | None, _flag("--revision", _PICTURE, "Commit or branch of a hub id.")] = None,
-    tokenizer: Annotated[
-        str | None, _flag("--tokenizer", _PICTURE, "Folder or hub id of the vocabulary, for a single file.")
-    ] = None,
-    prediction_type: Annotated[
-        str | None,
-        _flag("--prediction-type", _PICTURE, "What a single file predicts: epsilon, v_prediction or sample."),
-    ] = None,
-    timestep_spacing: Annotated[
-        str | None,
-        _flag("--timestep-spacing", _PICTURE, "leading, trailing, linspace or original, in place of the model's own."),
-    ] = None,
-    prompt_syntax: Annotated[
-        str | None,
-        _flag("--prompt-syntax", _PICTURE, "Brackets: plain (text), a1111 (x:1.2) or novelai {x}. Default: plain."),
-    ] = None,
-    long_prompts: Annotated[
-        str | None,
-        _flag("--long-prompts", _PICTURE, "Too many tokens: truncate, chunk or error. Default: truncate."),
-    ] = None,
-    sweep: Annotated[
-        list[str] | None,
-        _flag("--sweep", _PICTURE, "AXIS=VALUES, each value with every row; may be repeated. Ranges: seed=0:16."),
-    ] = None,
-    num_images: Annotated[int | None, _flag("--num-images", _PICTURE, "Images per row, with seeds s, s+1, ...")] = None,
-    negative_prompt: Annotated[str | None, _flag("--negative-prompt", _PICTURE, "What should not be seen.")] = None,
-    seed: Annotated[int | None, _flag("--seed", _PICTURE, "First seed; samples count on from it. Default: 42.")] = None,
-    width: Annotated[int | None, _flag("--width", _PICTURE, "Pixels, a multiple of the model's factor.")] = None,
-    height: Annotated[int | None, _flag("--height", _PICTURE, "Pixels, a multiple of the model's factor.")] = None,
-    num_inference_steps: Annotated[int | None, _flag("--num-inference-steps", _PICTURE, "Denoising steps.")] = None,
-    guidance_scale: Annotated[
-        float | None, _flag("--guidance-scale", _PICTURE, "How strongly the prompt counts; 1 is without guidance.")
-    ] = None,
-    sampler: Annotated[
-        str | None,
-        _flag(
-            "--sampler", _PICTURE, "ddim, plms, euler, euler_a, heun, dpmpp_2m, dpmpp_2m_sde (or with _karras), lcm."
-        ),
-    ] = None,
-    eta: Annotated[float | None, _flag("--eta", _PICTURE, "Noise added while sampling (DDIM), 0 to 1.")] = None,
-    safety: Annotated[
-        str | None, _flag("--safety", _SAFETY, "Checker: auto, open-nsfw, clip-concepts or none. Default: auto.")
-    ] = None,
-    nsfw_threshold: Annotated[
-        float | None, _flag("--nsfw-threshold", _SAFETY, "open-nsfw score that flags a picture. Default: 0.8.")
-    ] = None,
-    on_flagged: Annotated[
-        str | None, _flag("--on-flagged", _SAFETY, "Flagged pictures: blank, drop or keep. Default: blank.")
-    ] = None,
-    watermark: Annotated[
-        str | None, _flag("--watermark", _SAFETY, "Invisible mark: dwtDctSvd, dwtDct or none. Default: dwtDctSvd.")
-    ] = None,
-    watermark_text: Annotated[
-        str | None, _flag("--watermark-text", _SAFETY, "The mark, up to 32 bytes. Default: StableDiffusionV1.")
-    ] = None,
-    watermark_policy: Annotated[
-        str | None,
-        _flag(
-            "--watermark-policy",
-            _SAFETY,
-            "A mark that cannot be read back: record it, require one (the sample fails), or retry by dwtDctSvd first.",
-        ),
-    ] = None,
-    chunk_size: Annotated[
-        int | None, _flag("--chunk-size", _CUTTING, "Samples per chunk, the unit of work and commit. Default: 32.")
-    ] = None,
-    batch_size: Annotated[
-        int | None, _flag("--batch-size", _CUTTING, "Samples per forward pass, always padded.")
-    ] = None,
-    dtype: Annotated[str | None, _flag("--dtype", _CUTTING, "auto, float32 or float16.")] = None,
-    device: Annotated[str | None, _flag("--device", _CUTTING, "auto, cpu or cuda.")] = None,
-    accelerator_type: Annotated[
-        str | None,
-        _flag("--accelerator-type", _CUTTING, "Use only the cluster's GPUs of this type, e.g. H100: bits differ."),
-    ] = None,
-    allow_mixed_accelerators: Annotated[
-        bool | None,
-        _flag("--allow-mixed-accelerators", _CUTTING, "Use GPUs of any type, though the bits of pictures differ."),
-    ] = None,
-    threads_per_actor: Annotated[
-        int | None, _flag("--threads-per-actor", _CUTTING, "CPU threads per model; the pictures' bits depend on it.")
-    ] = None,
-    executor: Annotated[
-        str | None, _flag("--executor", _RUNNING, "ray, or inline for this process. Default: ray.")
-    ] = None,
-    address: Annotated[
-        str | None,
-        _flag(
-            "--address",
-            _RUNNING,
-            "Ray cluster, HOST:6379; default RAY_ADDRESS, else one on this machine. For submit: http://HEAD:8265.",
-        ),
-    ] = None,
-    insecure_ray: Annotated[
-        bool | None,
-        _flag("--insecure-ray", _RUNNING, "Join a cluster without token authentication: anyone can run code on it."),
-    ] = None,
-    retry_failed: Annotated[
-        bool | None,
-        _flag("--retry-failed", _RUNNING, "Make the samples that failed once more; all others stay as they are."),
-    ] = None,
-    chunk_timeout: Annotated[
-        float | None,
-        _flag("--chunk-timeout", _RUNNING, "Seconds a chunk may take before its worker counts as hung. Default: auto."),
-    ] = None,
-    num_actors: Annotated[int | None, _flag("--num-actors", _RUNNING, "Most models at work at once.")] = None,
-    gpus_per_actor: Annotated[
-        float | None, _flag("--gpus-per-actor", _RUNNING, "GPUs per model, fractions allowed.")
-    ] = None,
-    cpus_per_actor: Annotated[
-        float | None, _flag("--cpus-per-actor", _RUNNING, "CPUs that Ray sets aside per model.")
-    ] = None,
-    single_writer: Annotated[
-        bool | None,
-        _flag("--single-writer", _RUNNING, "Accept a store without create-only writes: never run two drivers there."),
-    ] = None,
-    json: Annotated[bool, typer.Option("--json", help="Answer in JSON, for machines.", rich_help_panel=_INPUT)] = False,
-) -> None:
-    """The flags of every verb that takes a job. Those that are not given are None: file or preset decides."""
-
-
-def _submit_flags(
-    shared_filesystem: Annotated[
-        bool, _flag("--shared-filesystem", _RUNNING, "Local paths are the same on all nodes, which mount them.")
-    ] = False,
-    env: Annotated[
-        list[str] | None,
-        _flag(
-            "--env",
-            _RUNNING,
-            "NAME of a variable to hand to the job; may be repeated. The cluster keeps it in clear text; nodes with "
-            "credentials of their own for --out need none.",
-        ),
-    ] = None,
-) -> None:
-    """The flags that `submit` has beside those of a job."""
-
-
-def _no_flags() -> None:
-    """The flags of a verb that has no more than those of a job."""
-
-
-def _takes_a_job(verb: Callable[..., None], *, more: Callable[..., None] = _no_flags) -> Callable[..., None]:
-    """Give a verb the flags of `_job_flags`, which it receives as one dictionary in the words of a job file.
-
-    The flags of `more` come as arguments of their own.
-    """
-    job, own = (inspect.signature(flags, eval_str=True).parameters for flags in (_job_flags, more))
-
-    @functools.wraps(verb)
-    def command(**flags: Any) -> None:
-        config, as_json = flags.pop("config"), flags.pop("json")
-        verb(config, {name: flags[name] for name in flags.keys() - own}, as_json, **{name: flags[name] for name in own})
-
-    parameters = {**job, **own}
-    # functions have room for a signature of one's own, which Typer reads; mypy's stubs do not know it
-    command.__signature__ = inspect.Signature(list(parameters.values()))  # type: ignore[attr-defined]
-    command.__annotations__ = {name: parameter.annotation for name, parameter in parameters.items()}
-    return command
-
-
 @app.command(
     rich_help_panel=_MAKE,
     epilog="Example: [bold]latentmill plan prompts.csv --sweep guidance_scale=3,5,7.5 --sweep seed=0:16[/bold]",
 )
-@_takes_a_job
+@takes_a_job
 def plan(config: str | None, flags: dict[str, Any], as_json: bool) -> None:
     """Say what a run would do, and write nothing."""
     from latentmill.jobs.plans.plan import draft_plan
@@ -261,7 +62,7 @@ def plan(config: str | None, flags: dict[str, Any], as_json: bool) -> None:
     "The same command again resumes where it stopped. Exit codes: 0 complete, 1 failed samples, 2 usage, "
     "3 the output belongs to another plan, 130 interrupted.",
 )
-@_takes_a_job
+@takes_a_job
 def run(config: str | None, flags: dict[str, Any], as_json: bool) -> None:
     """Make the dataset, or go on with it: every image exactly once."""
     from dataclasses import asdict
@@ -285,9 +86,24 @@ def run(config: str | None, flags: dict[str, Any], as_json: bool) -> None:
     "nodes need this project's Python packages, RAY_AUTH_MODE=token, and credentials for --out; a local manifest is "
     "copied there.",
 )
-@functools.partial(_takes_a_job, more=_submit_flags)
+@takes_a_job
 def submit(
-    config: str | None, flags: dict[str, Any], as_json: bool, *, shared_filesystem: bool, env: list[str] | None
+    config: str | None,
+    flags: dict[str, Any],
+    as_json: bool,
+    *,
+    shared_filesystem: Annotated[
+        bool, flag("--shared-filesystem", RUNNING, "Local paths are the same on all nodes, which mount them.")
+    ] = False,
+    env: Annotated[
+        list[str] | None,
+        flag(
+            "--env",
+            RUNNING,
+            "NAME of a variable to hand to the job; may be repeated. The cluster keeps it in clear text; nodes with "
+            "credentials of their own for --out need none.",
+        ),
+    ] = None,
 ) -> None:
     """Hand a job to a cluster, which runs it without this machine."""
     from dataclasses import asdict

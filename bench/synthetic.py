@@ -20,7 +20,7 @@ from latentmill.jobs.ledger.ledger import PER_FOLDER, record_path
 from latentmill.jobs.ledger.pictures import encode_png, pixel_sha256
 from latentmill.jobs.ledger.records import encode_record
 from latentmill.jobs.plans.plan import Plan, PlannedSample
-from latentmill.jobs.spec import JobSpec
+from latentmill.jobs.spec import JobSpec, make_spec
 
 SIDE = 64
 _ATTEMPT = "0123456789abcdef"
@@ -31,7 +31,7 @@ def job_spec(manifest: Path, out: Path | str, **settings: Any) -> JobSpec:
     """A job of small pictures with the model that ships; the model is only looked at, never loaded."""
     small: dict[str, Any] = {"width": SIDE, "height": SIDE, "num_inference_steps": 1, "executor": "inline"}
     small |= {"safety": "none", "watermark": "none", "prompts": str(manifest), "out": str(out)}
-    return JobSpec.model_validate(small | settings)
+    return make_spec(small | settings)
 
 
 def write_manifest(path: Path, rows: int, *, num_images: int = 1) -> Path:

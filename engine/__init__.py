@@ -1,6 +1,6 @@
 """Latent diffusion in torch: load a model folder, turn requests into pictures.
 
-Names that need torch are imported when they are first used, so that planning and reading results start fast.
+Each name is imported when it is first used, so that what needs no torch never loads it.
 """
 
 from __future__ import annotations
@@ -9,47 +9,54 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from latentmill.engine.loading.describe import ModelDescription, describe_model, load_tokenizer
-from latentmill.engine.sampling.timesteps import check_steps
-from latentmill.engine.text.prompts import parse_prompt
-from latentmill.engine.types import (
-    FOLDER_SAMPLER,
-    LONG_PROMPTS,
-    PROMPT_SYNTAXES,
-    SAMPLER_CHOICES,
-    SAMPLERS,
-    SAMPLERS_WITH_ETA,
-    SEED_LIMIT,
-    WATERMARK_METHODS,
-    WATERMARK_MIN_PIXELS,
-    EngineError,
-    GenerationRequest,
-    GenerationResult,
-    ModelSpec,
-    SafetyVerdict,
-)
-
 if TYPE_CHECKING:
     from latentmill.engine.engine import Engine
     from latentmill.engine.guards.watermark import embed_watermark, read_watermark, watermark_bit_accuracy
+    from latentmill.engine.loading.describe import ModelDescription, describe_model, load_tokenizer
     from latentmill.engine.sampling.noise import NoiseStream
+    from latentmill.engine.sampling.timesteps import check_steps
+    from latentmill.engine.text.prompts import parse_prompt
+    from latentmill.engine.types import (
+        FOLDER_SAMPLER,
+        LONG_PROMPTS,
+        PROMPT_SYNTAXES,
+        SAFETY_CHECKERS,
+        SAMPLER_CHOICES,
+        SAMPLERS,
+        SAMPLERS_WITH_ETA,
+        SEED_LIMIT,
+        WATERMARK_METHODS,
+        WATERMARK_MIN_PIXELS,
+        EngineError,
+        GenerationRequest,
+        GenerationResult,
+        ModelSpec,
+        SafetyVerdict,
+    )
 
 EMBEDDED_MODEL = Path(__file__).parent / "embedded"
 """The model that ships with the package."""
 
-_HEAVY = {
-    "Engine": "latentmill.engine.engine",
-    "NoiseStream": "latentmill.engine.sampling.noise",
-    "embed_watermark": "latentmill.engine.guards.watermark",
-    "read_watermark": "latentmill.engine.guards.watermark",
-    "watermark_bit_accuracy": "latentmill.engine.guards.watermark",
+_HOME = {
+    "Engine": "engine",
+    "ModelDescription": "loading.describe",
+    "NoiseStream": "sampling.noise",
+    "check_steps": "sampling.timesteps",
+    "describe_model": "loading.describe",
+    "embed_watermark": "guards.watermark",
+    "load_tokenizer": "loading.describe",
+    "parse_prompt": "text.prompts",
+    "read_watermark": "guards.watermark",
+    "watermark_bit_accuracy": "guards.watermark",
 }
+"""The modules of the names below that are not in `types`."""
 
 __all__ = [
     "EMBEDDED_MODEL",
     "FOLDER_SAMPLER",
     "LONG_PROMPTS",
     "PROMPT_SYNTAXES",
+    "SAFETY_CHECKERS",
     "SAMPLERS",
     "SAMPLERS_WITH_ETA",
     "SAMPLER_CHOICES",
@@ -75,6 +82,6 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HEAVY:
-        return getattr(import_module(_HEAVY[name]), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOME.get(name, 'types')}"), name)

@@ -2,205 +2,265 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
-
-from latentmill.engine import LONG_PROMPTS, PROMPT_SYNTAXES, WATERMARK_METHODS
+from latentmill.engine import LONG_PROMPTS, PROMPT_SYNTAXES, SAFETY_CHECKERS, SAMPLER_CHOICES, WATERMARK_METHODS
 from latentmill.jobs.errors import UsageError
-from latentmill.jobs.manifests.fields import FIELDS, FieldError, nearest, shorten, text_fault
+from latentmill.jobs.manifests.fields import FieldError, nearest, shorten, text_fault
 from latentmill.jobs.manifests.parameters import MANIFEST_FORMATS
 from latentmill.jobs.night import PLACEHOLDER, Night, tonight
 from latentmill.jobs.plans.sweep import build_axes, parse_axis
+from latentmill.jobs.settings import (
+    CUTTING,
+    INPUT,
+    PICTURES,
+    RUNNING,
+    SAFETY,
+    Setting,
+    choice,
+    number,
+    parameter,
+    settings_of,
+    special,
+    switch,
+    text,
+    whole,
+)
 from latentmill.jobs.store.urls import allowed_filesystem, display_url
 
 if TYPE_CHECKING:
     import datetime
 
+EXECUTORS = ("ray", "inline")
 FORMATS = ("files",)
-SAFETY = ("auto", "open-nsfw", "clip-concepts", "none")
-WATERMARKS = (*WATERMARK_METHODS, "none")
+ON_FLAGGED = ("blank", "drop", "keep")
+WATERMARKS = ("dwtDctSvd", "dwtDct", "none")
 WATERMARK_POLICIES = ("record", "require", "retry")
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 TIMESTEP_SPACINGS = ("leading", "trailing", "linspace", "original")
-_CHOICES: Mapping[str, tuple[str, ...]] = {
-    "format": FORMATS,
-    "safety": SAFETY,
-    "watermark": WATERMARKS,
-    "watermark_policy": WATERMARK_POLICIES,
-    "prompt_syntax": PROMPT_SYNTAXES,
-    "long_prompts": LONG_PROMPTS,
-    "manifest_format": MANIFEST_FORMATS,
-    "prediction_type": PREDICTION_TYPES,
-    "timestep_spacing": TIMESTEP_SPACINGS,
-}
+DTYPES = ("auto", "float32", "float16")
+DEVICES = ("auto", "cpu", "cuda")
 MAX_CHUNK = 4096
 MAX_JOB_FILE_BYTES = 1_000_000
+SAMPLE_MANIFEST = "configs/prompts/sample.txt"
 
 
-class Runtime(BaseModel):
+def _prompts(_: str, value: Any) -> tuple[str, ...]:
+    given = (value,) if isinstance(value, str) else value
+    if not isinstance(given, list | tuple) or not all(isinstance(item, str) for item in given):
+        raise FieldError(f"prompts is {shorten(value)}, expected one file or a list of files")
+    if not given:
+        raise FieldError(f"no manifest is named; give a file, for example {SAMPLE_MANIFEST}")
+    return tuple(given)
+
+
+def _out(_: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise FieldError(f"out is {shorten(value)}, expected a folder or a URL")
+    allowed_filesystem(value)
+    if PLACEHOLDER in value:
+        raise FieldError(f"{PLACEHOLDER} in out stands for a day, and must have been replaced by one before")
+    return value
+
+
+def _sweep(_: str, value: Any) -> dict[str, list[Any]]:
+    if not isinstance(value, Mapping):
+        raise FieldError(f"sweep is {shorten(value)}, expected a mapping of axes to lists of values")
+    axes = {
+        str(name): list(values) if isinstance(values, list | tuple) else split_values(str(name), values)
+        for name, values in value.items()
+    }
+    build_axes(axes)
+    return axes
+
+
+def _watermark_text(name: str, value: Any) -> str:
+    if not isinstance(value, str) or not value or len(value.encode("utf-8", "replace")) > 32 or text_fault(value):
+        raise FieldError(f"{name} {shorten(value)} must have 1 to 32 bytes of UTF-8; shorten it, or use watermark none")
+    return value
+
+
+@dataclass(frozen=True, kw_only=True)
+class Runtime:
     """How the job is run. Nothing here can change a pixel or a row, so nothing here is part of the plan."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    executor: str = choice("ray", RUNNING, "ray, or inline for this process.", EXECUTORS)
+    address: str | None = text(
+        None,
+        RUNNING,
+        "Ray cluster, HOST:6379; default RAY_ADDRESS, else one on this machine. For submit: http://HEAD:8265.",
+    )
+    insecure_ray: bool = switch(RUNNING, "Join a cluster without token authentication: anyone can run code on it.")
+    retry_failed: bool = switch(RUNNING, "Make the samples that failed once more; all others stay as they are.")
+    chunk_timeout: float | None = number(
+        None,
+        RUNNING,
+        "Seconds a chunk may take before its worker counts as hung; measured if not given.",
+        0.001,
+        7 * 86_400,
+    )
+    num_actors: int | None = whole(None, RUNNING, "Most models at work at once.", 1, 10_000)
+    gpus_per_actor: float | None = number(None, RUNNING, "GPUs per model, fractions allowed.", 0, 64)
+    cpus_per_actor: float | None = number(None, RUNNING, "CPUs that Ray sets aside per model.", 0, 1024)
+    accelerator_type: str | None = text(
+        None,
+        RUNNING,
+        "Use only the cluster's GPUs of this type, e.g. H100: bits differ.",
+        pattern=r"[\w.-]{1,64}",
+    )
+    allow_mixed_accelerators: bool = switch(RUNNING, "Use GPUs of any type, though the bits of pictures differ.")
+    single_writer: bool = switch(RUNNING, "Accept a store without create-only writes: never run two drivers there.")
 
-    executor: Literal["ray", "inline"] = "ray"
-    address: str | None = None
-    insecure_ray: bool = False
-    single_writer: bool = False
-    retry_failed: bool = False
-    chunk_timeout: float | None = Field(default=None, gt=0, le=7 * 86_400)
-    num_actors: int | None = Field(default=None, ge=1, le=10_000)
-    gpus_per_actor: float | None = Field(default=None, ge=0, le=64)
-    cpus_per_actor: float | None = Field(default=None, ge=0, le=1024)
-    accelerator_type: str | None = Field(default=None, pattern=r"^[\w.-]{1,64}$")
-    allow_mixed_accelerators: bool = False
 
-    @model_validator(mode="after")
-    def _gpus_of_a_cluster(self) -> Runtime:
-        if self.executor == "inline" and self.accelerator_type is not None:
-            raise ValueError(
-                f"accelerator_type {self.accelerator_type} chooses among a cluster's GPUs, but executor is inline; "
-                f"leave one of them out"
-            )
-        return self
-
-
-class JobSpec(BaseModel):
+@dataclass(frozen=True, kw_only=True)
+class JobSpec:
     """One job. None means: not said here; the manifest's column, the model's preset or a computed default decides.
 
     `night` is set by `resolve`, where `out` was a template.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    prompts: tuple[str, ...]
-    manifest_format: str = "auto"
-    out: str = "out"
-    model: str = "embedded"
-    revision: str | None = None
-    tokenizer: str | None = None
-    prediction_type: str | None = None
-    timestep_spacing: str | None = None
-    prompt_syntax: str = "plain"
-    long_prompts: str = "truncate"
-    sweep: dict[str, list[Any]] = Field(default_factory=dict)
-    negative_prompt: str | None = None
-    seed: int = 42
-    width: int | None = None
-    height: int | None = None
-    num_inference_steps: int | None = None
-    guidance_scale: float | None = None
-    sampler: str | None = None
-    eta: float | None = None
-    num_images: int = 1
-    chunk_size: int = Field(default=32, ge=1, le=MAX_CHUNK)
-    batch_size: int | None = Field(default=None, ge=1, le=MAX_CHUNK)
-    format: str = "files"
-    safety: str = "auto"
-    nsfw_threshold: float = Field(default=0.8, gt=0, le=1)
-    on_flagged: Literal["blank", "drop", "keep"] = "blank"
-    watermark: str = "dwtDctSvd"
-    watermark_text: str = "StableDiffusionV1"
-    watermark_policy: str = "record"
-    dtype: Literal["auto", "float32", "float16"] = "auto"
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    threads_per_actor: int | None = Field(default=None, ge=1, le=1024)
-    strict: bool = False
-    runtime: Runtime = Field(default_factory=Runtime)
+    prompts: tuple[str, ...] = special(
+        INPUT,
+        "Prompt files, globs or URLs: .txt .csv .tsv .jsonl .parquet .png, gzip too.",
+        _prompts,
+        several=True,
+        metavar="PROMPTS",
+    )
+    manifest_format: str = choice(
+        "auto",
+        INPUT,
+        "How .txt is read: lines, parameters (web UIs' blocks) or flags (--prompt ...).",
+        MANIFEST_FORMATS,
+    )
+    out: str = special(INPUT, "Folder or URL (s3://...) of the dataset.", _out, default="out")
+    date: str | None = text(None, INPUT, "The day that {date} in --out stands for, YYYY-MM-DD. Default: today, UTC.")
+    format: str = choice("files", INPUT, "How pictures are stored: files.", FORMATS, planned=True)
+    strict: bool = switch(INPUT, "Refuse the job if any row is bad.")
+    model: str = text(
+        "embedded",
+        PICTURES,
+        "A preset (see `latentmill models`), PRESET=PLACE, folder, .safetensors, .ckpt, s3://... or hub id.",
+    )
+    revision: str | None = text(None, PICTURES, "Commit or branch of a hub id.")
+    tokenizer: str | None = text(None, PICTURES, "Folder or hub id of the vocabulary, for a single file.")
+    prediction_type: str | None = choice(
+        None, PICTURES, "What a single file predicts: epsilon, v_prediction or sample.", PREDICTION_TYPES
+    )
+    timestep_spacing: str | None = choice(
+        None,
+        PICTURES,
+        "leading, trailing, linspace or original, in place of the model's own.",
+        TIMESTEP_SPACINGS,
+    )
+    prompt_syntax: str = choice(
+        "plain",
+        PICTURES,
+        "Brackets: plain (text), a1111 (x:1.2) or novelai {x}.",
+        PROMPT_SYNTAXES,
+        planned=True,
+    )
+    long_prompts: str = choice(
+        "truncate", PICTURES, "Too many tokens: truncate, chunk or error.", LONG_PROMPTS, planned=True
+    )
+    sweep: Mapping[str, list[Any]] = special(
+        PICTURES,
+        "AXIS=VALUES, each value with every row; may be repeated. Ranges: seed=0:16.",
+        _sweep,
+        default_factory=dict,
+        several=True,
+    )
+    num_images: int = parameter("num_images", "Images per row, with seeds s, s+1, ...", 1)
+    negative_prompt: str | None = parameter("negative_prompt", "What should not be seen.")
+    seed: int = parameter("seed", "First seed; samples count on from it.", 42)
+    width: int | None = parameter("width", "Pixels, a multiple of the model's factor.")
+    height: int | None = parameter("height", "Pixels, a multiple of the model's factor.")
+    num_inference_steps: int | None = parameter("num_inference_steps", "Denoising steps.")
+    guidance_scale: float | None = parameter("guidance_scale", "How strongly the prompt counts; 1 is without guidance.")
+    sampler: str | None = parameter("sampler", f"One of {', '.join(SAMPLER_CHOICES)}.")
+    eta: float | None = parameter("eta", "Noise added while sampling (DDIM), 0 to 1.")
+    safety: str = choice(
+        "auto", SAFETY, "Checker: auto, open-nsfw, clip-concepts or none.", SAFETY_CHECKERS, planned=True
+    )
+    nsfw_threshold: float = number(0.8, SAFETY, "open-nsfw score that flags a picture.", 1e-6, 1, planned=True)
+    on_flagged: str = choice("blank", SAFETY, "Flagged pictures: blank, drop or keep.", ON_FLAGGED, planned=True)
+    watermark: str = choice("dwtDctSvd", SAFETY, "Invisible mark: dwtDctSvd, dwtDct or none.", WATERMARKS, planned=True)
+    watermark_text: str = special(
+        SAFETY, "The mark, up to 32 bytes.", _watermark_text, default="StableDiffusionV1", planned=True
+    )
+    watermark_policy: str = choice(
+        "record",
+        SAFETY,
+        "A mark that cannot be read back: record it, require one (the sample fails), or retry by dwtDctSvd first.",
+        WATERMARK_POLICIES,
+        planned=True,
+    )
+    chunk_size: int = whole(32, CUTTING, "Samples per chunk, the unit of work and commit.", 1, MAX_CHUNK, planned=True)
+    batch_size: int | None = whole(
+        None, CUTTING, "Samples per forward pass, always padded.", 1, MAX_CHUNK, planned=True
+    )
+    dtype: str = choice("auto", CUTTING, "auto, float32 or float16.", DTYPES, planned=True)
+    device: str = choice("auto", CUTTING, "auto, cpu or cuda.", DEVICES, planned=True)
+    threads_per_actor: int | None = whole(
+        None, CUTTING, "CPU threads per model; the pictures' bits depend on it.", 1, 1024, planned=True
+    )
+    runtime: Runtime = field(default_factory=Runtime)
     night: Night | None = None
 
-    @model_validator(mode="before")
-    @classmethod
-    def _fold_runtime(cls, data: Any) -> Any:
-        """Job files and flags are flat: `executor`, `address` and the like belong into `runtime`."""
-        return _fold(data) if isinstance(data, Mapping) else data
 
-    @field_validator("prompts", mode="before")
-    @classmethod
-    def _one_or_several(cls, value: Any) -> Any:
-        return (value,) if isinstance(value, str) else value
+SETTINGS: Mapping[str, Setting] = {**settings_of(JobSpec), **settings_of(Runtime)}
+"""Every setting by its name: a key of a job file, and a flag once its underscores are hyphens."""
 
-    @field_validator("prompts")
-    @classmethod
-    def _some_prompts(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        if not value:
-            raise ValueError("no manifest is named; give a file, for example configs/prompts/sample.txt")
-        return value
-
-    @field_validator("out")
-    @classmethod
-    def _allowed_out(cls, value: str) -> str:
-        try:
-            allowed_filesystem(value)
-        except UsageError as error:
-            raise ValueError(str(error)) from None
-        if PLACEHOLDER in value:
-            raise ValueError(f"{PLACEHOLDER} stands for a day, and must have been replaced by one before")
-        return value
-
-    @field_validator("sweep", mode="before")
-    @classmethod
-    def _sweep_as_mapping(cls, value: Any) -> Any:
-        if isinstance(value, Mapping):
-            return {
-                str(name): list(values) if isinstance(values, (list, tuple)) else split_values(str(name), values)
-                for name, values in value.items()
-            }
-        return value
-
-    @field_validator("sweep")
-    @classmethod
-    def _known_axes(cls, value: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        try:
-            build_axes(value)
-        except UsageError as error:
-            raise ValueError(str(error)) from None
-        return value
-
-    @field_validator(*sorted(FIELDS.keys() - {"prompt", "id"}), mode="before")
-    @classmethod
-    def _parameter(cls, value: Any, info: Any) -> Any:
-        if value is None:
-            return None
-        try:
-            return FIELDS[info.field_name].parse(value)
-        except FieldError as error:
-            raise ValueError(str(error)) from None
-
-    @field_validator(*_CHOICES)
-    @classmethod
-    def _known_choice(cls, value: str | None, info: Any) -> str | None:
-        known = _CHOICES[info.field_name]
-        if value is not None and value not in known:
-            raise ValueError(
-                f"{info.field_name} {shorten(value)} does not exist{nearest(value, known)}; there is {', '.join(known)}"
-            )
-        return value
-
-    @field_validator("watermark_text")
-    @classmethod
-    def _printable_mark(cls, value: str) -> str:
-        if not value or len(value.encode("utf-8", "replace")) > 32 or text_fault(value):
-            raise ValueError(
-                f"watermark_text {shorten(value)} must have 1 to 32 bytes of UTF-8; shorten it, or use watermark none"
-            )
-        return value
-
-    @model_validator(mode="after")
-    def _a_mark_to_require(self) -> JobSpec:
-        if self.watermark == "none" and self.watermark_policy != "record":
-            raise ValueError(
-                f"watermark_policy {self.watermark_policy!r} asks for a mark, but watermark is none; "
-                f"choose {' or '.join(WATERMARK_METHODS)}, or watermark_policy record"
-            )
-        return self
+_RUNTIME = frozenset(settings_of(Runtime))
 
 
-RUNTIME_KEYS = frozenset(Runtime.model_fields)
-KEYS = frozenset(JobSpec.model_fields) - {"runtime", "night"} | RUNTIME_KEYS | {"date"}
-"""Every key of a job file, which is every flag with underscores."""
+def make_spec(values: Mapping[str, Any]) -> JobSpec:
+    """The job of these settings, flat, each checked. Raises UsageError that names what is wrong with one of them."""
+    parsed = {}
+    for name, value in values.items():
+        if name not in SETTINGS:
+            raise UsageError(f"unknown key {shorten(name)}{nearest(str(name), SETTINGS)}")
+        if value is not None:
+            parsed[name] = _parsed(name, value)
+    if "prompts" not in parsed:
+        raise UsageError(f"no manifest is named; give a file, for example {SAMPLE_MANIFEST}")
+    runtime = Runtime(**{name: value for name, value in parsed.items() if name in _RUNTIME})
+    spec = JobSpec(**{name: value for name, value in parsed.items() if name not in _RUNTIME}, runtime=runtime)
+    _check_together(spec)
+    return spec
+
+
+def given_settings(spec: JobSpec) -> dict[str, Any]:
+    """The settings that are not left at their defaults, flat, as a job file has them."""
+    usual, flat = JobSpec(prompts=()), {}
+    for name in SETTINGS:
+        holder, default = (spec.runtime, usual.runtime) if name in _RUNTIME else (spec, usual)
+        value = getattr(holder, name)
+        if value != getattr(default, name):
+            flat[name] = list(value) if isinstance(value, tuple) else value
+    return flat
+
+
+def _parsed(name: str, value: Any) -> Any:
+    try:
+        return SETTINGS[name].parse(name, value)
+    except FieldError as error:
+        raise UsageError(str(error)) from None
+
+
+def _check_together(spec: JobSpec) -> None:
+    if spec.watermark == "none" and spec.watermark_policy != "record":
+        raise UsageError(
+            f"watermark_policy {spec.watermark_policy!r} asks for a mark, but watermark is none; "
+            f"choose {' or '.join(WATERMARK_METHODS)}, or watermark_policy record"
+        )
+    if spec.runtime.executor == "inline" and spec.runtime.accelerator_type is not None:
+        raise UsageError(
+            f"accelerator_type {spec.runtime.accelerator_type} chooses among a cluster's GPUs, but executor is inline; "
+            f"leave one of them out"
+        )
 
 
 def split_values(name: str, value: Any) -> list[Any]:
@@ -213,6 +273,8 @@ def split_values(name: str, value: Any) -> list[Any]:
 def load_job_file(path: str) -> dict[str, Any]:
     """The job file's keys, flat, unknown ones refused with the nearest known one."""
     fs, inside = allowed_filesystem(path)
+    import yaml
+
     try:
         if fs.size(inside) > MAX_JOB_FILE_BYTES:
             raise UsageError(
@@ -231,8 +293,8 @@ def load_job_file(path: str) -> dict[str, Any]:
         )
     flat = _flatten(content)
     for key in flat:
-        if key not in KEYS:
-            raise UsageError(f"job file {display_url(path)}: unknown key {shorten(key)}{nearest(str(key), KEYS)}")
+        if key not in SETTINGS:
+            raise UsageError(f"job file {display_url(path)}: unknown key {shorten(key)}{nearest(str(key), SETTINGS)}")
     return flat
 
 
@@ -251,24 +313,17 @@ def resolve(job_file: str | None, flags: Mapping[str, Any], *, today: datetime.d
     if not given.get("prompts", True):
         given.pop("prompts")
     merged.update(_flatten(given))
-    if not merged.get("prompts"):
-        raise UsageError(
-            "no manifest is named; give a file, for example configs/prompts/sample.txt, or a job file with 'prompts'"
-        )
     night = tonight(str(merged.get("out", "")), merged.pop("date", None), today)
     if night is not None:
-        merged |= {"out": night.out, "night": night}
-    try:
-        return JobSpec.model_validate(merged)
-    except ValidationError as error:
-        raise UsageError(_first_fault(error)) from None
+        merged |= {"out": night.out, "date": night.date}
+    return dataclasses.replace(make_spec(merged), night=night)
 
 
 def _merge_axes(from_file: Any, flags: list[str]) -> dict[str, Any]:
     axes = dict(from_file) if isinstance(from_file, Mapping) else {}
     seen: set[str] = set()
-    for text in flags:
-        name, values = parse_axis(text)
+    for flag in flags:
+        name, values = parse_axis(flag)
         if name in seen:
             raise UsageError(f"--sweep {name} is given twice; list all its values in one: {name}=a,b,c")
         seen.add(name)
@@ -280,25 +335,3 @@ def _flatten(content: Mapping[Any, Any]) -> dict[Any, Any]:
     runtime = content.get("runtime")
     rest = {key: value for key, value in content.items() if key != "runtime" or not isinstance(runtime, Mapping)}
     return {**rest, **runtime} if isinstance(runtime, Mapping) else rest
-
-
-def _fold(data: Mapping[Any, Any]) -> dict[Any, Any]:
-    loose = {key: value for key, value in data.items() if key in RUNTIME_KEYS}
-    if not loose:
-        return dict(data)
-    runtime = data.get("runtime", {})
-    given = runtime.model_dump() if isinstance(runtime, Runtime) else dict(runtime)
-    return {**{key: value for key, value in data.items() if key not in loose}, "runtime": {**given, **loose}}
-
-
-def _first_fault(error: ValidationError) -> str:
-    """Pydantic's first complaint as one line in our words."""
-    fault = error.errors(include_url=False)[0]
-    key = ".".join(str(part) for part in fault["loc"] if part != "runtime") or "job"
-    if fault["type"] == "extra_forbidden":
-        return f"unknown key {key!r}{nearest(key, KEYS)}"
-    message = fault["msg"].removeprefix("Value error, ")
-    if message.startswith((f"{key} ", "no manifest", "sweep axis", "watermark_policy ", "accelerator_type ")):
-        return message
-    shown = display_url(fault["input"]) if isinstance(fault["input"], str) else fault["input"]
-    return f"{key} is {shorten(shown)}: {message[:1].lower()}{message[1:]}"

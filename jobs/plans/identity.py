@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from latentmill.jobs.errors import UsageError
-from latentmill.jobs.manifests.fields import Value
+from latentmill.jobs.manifests.fields import FIELDS, Value
 from latentmill.jobs.models.presets import ModelDefaults, ResolvedModel
 from latentmill.jobs.plans.sweep import Axis
+from latentmill.jobs.settings import settings_of
 from latentmill.jobs.spec import JobSpec
 
 
@@ -42,31 +43,32 @@ def plan_identity(
     batch_size: int,
 ) -> dict[str, Any]:
     """All that can change a pixel or a row, and nothing else."""
-    device = _resolve_device(spec)
-    if spec.dtype == "float16" and device == "cpu":
-        raise UsageError("dtype float16 does not run on cpu; use float32, or device cuda")
     return {
         "model_files": dict(sorted(model.files.items())),
         "prediction_type": model.predicts,
         "timestep_spacing": model.spacing,
-        "prompt_syntax": spec.prompt_syntax,
-        "long_prompts": spec.long_prompts,
         "parameters": dict(parameters),
         "axes": [[axis.name, list(axis.values)] for axis in axes],
         "manifest": digest,
-        "chunk_size": spec.chunk_size,
+        **_planned_settings(spec, batch_size),
+    }
+
+
+def _planned_settings(spec: JobSpec, batch_size: int) -> dict[str, Any]:
+    """The settings that are part of the plan, what is computed filled in, and without what has no effect."""
+    device = _resolve_device(spec)
+    if spec.dtype == "float16" and device == "cpu":
+        raise UsageError("dtype float16 does not run on cpu; use float32, or device cuda")
+    computed = {
         "batch_size": batch_size,
         "device": device,
         "dtype": spec.dtype if spec.dtype != "auto" else "float16" if device == "cuda" else "float32",
         "threads_per_actor": _resolve_threads(spec),
-        "safety": spec.safety,
-        "nsfw_threshold": None if spec.safety == "none" else spec.nsfw_threshold,
-        "on_flagged": spec.on_flagged,
-        "watermark": spec.watermark,
-        "watermark_text": "" if spec.watermark == "none" else spec.watermark_text,
-        "watermark_policy": spec.watermark_policy,
-        "format": spec.format,
     }
+    idle: dict[str, Any] = {"nsfw_threshold": None} if spec.safety == "none" else {}
+    idle |= {"watermark_text": ""} if spec.watermark == "none" else {}
+    planned = {name: getattr(spec, name) for name, setting in settings_of(JobSpec).items() if setting.planned}
+    return {name: value for name, value in (planned | computed | idle).items() if name not in FIELDS}
 
 
 def _resolve_device(spec: JobSpec) -> str:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-
-from fsspec.spec import AbstractFileSystem
+from typing import TYPE_CHECKING
 
 from latentmill.jobs.errors import UsageError
-from latentmill.jobs.store.clients import open_client
+
+if TYPE_CHECKING:
+    from fsspec.spec import AbstractFileSystem
 
 PROTOCOLS = ("file", "s3", "gs", "abfs", "memory", "hf")
 
@@ -23,6 +24,8 @@ def allowed_filesystem(url: str, *, repeats: bool = False) -> tuple[AbstractFile
         raise UsageError("the address is empty; give a local path or a URL such as s3://bucket/prefix")
     if "\0" in url or "::" in url:
         raise UsageError(f"{display_url(url)!r} is a chained or malformed URL; give one plain path or URL without '::'")
+    from latentmill.jobs.store.clients import open_client  # it brings fsspec along, which `--help` can do without
+
     protocol, separator, rest = url.partition("://")
     if not separator:
         protocol, rest = "file", url

@@ -9,7 +9,7 @@ import os
 import re
 import shlex
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -20,7 +20,7 @@ from latentmill.jobs.errors import JobError, UsageError
 from latentmill.jobs.manifests.manifest import open_manifest
 from latentmill.jobs.outputs.status import StatusReport
 from latentmill.jobs.outputs.status import status as output_status
-from latentmill.jobs.spec import JobSpec
+from latentmill.jobs.spec import JobSpec, given_settings
 from latentmill.jobs.store.storage import Storage
 from latentmill.jobs.store.urls import display_url
 
@@ -265,7 +265,8 @@ def _visible_to_nodes(spec: JobSpec, *, shared_filesystem: bool) -> JobSpec:
             f"{name} {value} is a path of this machine; give a URL that every node sees, such as s3://bucket/prefix, "
             f"or say --shared-filesystem if all nodes mount the same path"
         )
-    return spec.model_copy(update={name: _absolute(value) for name, value in local.items()})
+    absolute: dict[str, Any] = {name: _absolute(value) for name, value in local.items()}
+    return replace(spec, **absolute)
 
 
 def _is_local(place: str) -> bool:
@@ -306,15 +307,12 @@ def _uploaded_prompts(spec: JobSpec, storage: Storage) -> list[str]:
 
 def _job_file(spec: JobSpec, prompts: list[str]) -> bytes:
     """The whole job as a job file: what was said by file and flags, and nothing of how it was sent."""
-    settings = spec.model_dump(mode="json", exclude_unset=True, exclude={"night"})
-    runtime = {name: value for name, value in settings.pop("runtime", {}).items() if name != "address"}
+    settings = {name: value for name, value in given_settings(spec).items() if name != "address"}
     settings |= {"prompts": prompts, "out": spec.out}
     if spec.night is not None:
         # the template, for the pointer's sake; and the date, for the cluster may begin after midnight
         template = f"{spec.out.rpartition('/')[0]}/{spec.night.template.rpartition('/')[2]}"
         settings |= {"out": template, "date": spec.night.date}
-    if runtime:
-        settings["runtime"] = runtime
     text: str = yaml.safe_dump(settings, allow_unicode=True)
     return text.encode()
 

@@ -17,7 +17,7 @@ from typing import Any
 import pyarrow as pa
 
 from latentmill.jobs.runner import RunSummary, run_job
-from latentmill.jobs.spec import JobSpec
+from latentmill.jobs.spec import JobSpec, make_spec
 from latentmill.jobs.store.parquet import read_parquet
 from latentmill.jobs.store.storage import Storage
 from latentmill.jobs.worker import EngineFactory
@@ -35,7 +35,7 @@ def job_spec(model: Path | str, prompts: Path | str, out: Path | str, **settings
     """A small, fast job: 64 px, no watermark, chunks of two."""
     small: dict[str, Any] = {"width": 64, "height": 64, "num_inference_steps": 2, "watermark": "none", "chunk_size": 2}
     small |= {"batch_size": 2, "executor": "inline"}
-    return JobSpec.model_validate({"model": str(model), "prompts": str(prompts), "out": str(out), **small, **settings})
+    return make_spec({"model": str(model), "prompts": str(prompts), "out": str(out), **small, **settings})
 
 
 def run(spec: JobSpec, **options: Any) -> RunSummary:

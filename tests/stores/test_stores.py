@@ -15,6 +15,7 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import fsspec
@@ -185,7 +186,7 @@ def test_a_lost_answer_is_a_commit_all_the_same(out: str, proxy: Proxy, manifest
 def test_a_job_equals_the_same_job_on_disk(out: str, manifest: Manifest, tiny_model: Path, tmp_path: Path) -> None:
     spec = job_spec(tiny_model, manifest(PROMPTS), out)
     assert run(spec).counts == {"ok": 4, "flagged": 1, "failed": 0}
-    run(spec.model_copy(update={"out": str(tmp_path / "out")}))
+    run(replace(spec, out=str(tmp_path / "out")))
     assert read_dataset(out) == read_dataset(str(tmp_path / "out"))
     assert verify(out).defects == ()
     assert run(spec).generated == 0

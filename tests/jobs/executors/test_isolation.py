@@ -91,7 +91,7 @@ def test_where_nothing_fits_the_memory_nothing_is_committed(manifest, tiny_model
 def test_what_fails_again_stays_failed_and_can_be_tried_again(manifest, tiny_model, tmp_path):
     spec = job_spec(tiny_model, manifest(["a", "poison", "c"]), tmp_path / "out")
     assert run(spec).exit_code == 1
-    again = spec.model_copy(update={"runtime": spec.runtime.model_copy(update={"retry_failed": True})})
+    again = replace(spec, runtime=replace(spec.runtime, retry_failed=True))
     for _ in range(2):
         summary = run(again)
         assert (summary.exit_code, summary.generated, summary.counts) == (1, 1, {"ok": 2, "flagged": 0, "failed": 1})

@@ -13,6 +13,7 @@ import time
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -129,8 +130,8 @@ def test_the_driver_gets_the_same_job_with_the_manifest_where_it_can_see_it(spec
     assert Path(sent.prompts[0]).read_bytes() == Path(job.prompts[0]).read_bytes()
     assert Path(sent.prompts[0]).is_relative_to(tmp_path / "out/_job/submitted")
     told = {"address": None}
-    assert sent.runtime == job.runtime.model_copy(update=told)
-    assert sent.model_copy(update={"prompts": job.prompts, "runtime": job.runtime}) == job
+    assert sent.runtime == replace(job.runtime, **told)
+    assert replace(sent, prompts=job.prompts, runtime=job.runtime) == job
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import re
 import signal
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -41,7 +41,7 @@ def spec(tiny_model: Path, manifest: Manifest, tmp_path: Path) -> JobSpec:
 
 
 def again(spec: JobSpec) -> JobSpec:
-    return spec.model_copy(update={"runtime": spec.runtime.model_copy(update={"retry_failed": True})})
+    return replace(spec, runtime=replace(spec.runtime, retry_failed=True))
 
 
 def looks(out: str) -> tuple[object, ...]:
@@ -71,7 +71,7 @@ def test_only_what_failed_is_made_again_and_the_dataset_is_as_if_it_never_had(sp
     parts = [path for path in snapshot(spec.out) if path.startswith("dataset/part")]
     assert len(parts) == 1, "a glob over the parts meets rows twice"
     assert verify(spec.out).defects == ()
-    whole = spec.model_copy(update={"out": str(tmp_path / "whole")})
+    whole = replace(spec, out=str(tmp_path / "whole"))
     assert run(whole, engine_factory=healed_engine).exit_code == 0
     assert looks(spec.out) == looks(whole.out)
     finished = snapshot(spec.out)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from latentmill.jobs.errors import UsageError
@@ -35,7 +37,7 @@ def test_ranges_are_half_open(text, values):
 
 
 def test_a_negative_prompt_axis_comes_from_a_list_and_keeps_its_commas():
-    spec = resolve(None, {"prompts": ["a.txt"]}).model_copy(update={"sweep": {"negative_prompt": ["a, b", ""]}})
+    spec = replace(resolve(None, {"prompts": ["a.txt"]}), sweep={"negative_prompt": ["a, b", ""]})
     assert build_axes(spec.sweep)[0].values == ("a, b", "")
 
 

@@ -9,7 +9,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +64,7 @@ def check_resumed(spec: JobSpec, whole: Path) -> None:
     assert run(spec).exit_code == 0
     assert verify(spec.out).defects == ()
     assert run(spec).generated == 0
-    run(spec.model_copy(update={"out": str(whole)}))
+    run(replace(spec, out=str(whole)))
     assert read_dataset(spec.out) == read_dataset(str(whole))
 
 
