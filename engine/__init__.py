@@ -10,15 +10,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from latentmill.engine.loading.describe import ModelDescription, describe_model, load_tokenizer
-from latentmill.engine.sampling.timesteps import check_steps
-from latentmill.engine.text.prompts import parse_prompt
-from latentmill.engine.types import (
+from latentmill.engine.sampling.table import (
     FOLDER_SAMPLER,
-    LONG_PROMPTS,
-    PROMPT_SYNTAXES,
     SAMPLER_CHOICES,
+    SAMPLER_LABELS,
     SAMPLERS,
     SAMPLERS_WITH_ETA,
+    check_steps,
+)
+from latentmill.engine.text.prompts import parse_prompt
+from latentmill.engine.types import (
+    LONG_PROMPTS,
+    PROMPT_SYNTAXES,
     SEED_LIMIT,
     WATERMARK_METHODS,
     WATERMARK_MIN_PIXELS,
@@ -53,6 +56,7 @@ __all__ = [
     "SAMPLERS",
     "SAMPLERS_WITH_ETA",
     "SAMPLER_CHOICES",
+    "SAMPLER_LABELS",
     "SEED_LIMIT",
     "WATERMARK_METHODS",
     "WATERMARK_MIN_PIXELS",

@@ -16,8 +16,8 @@ from latentmill.engine.device import execution_class, resolve_device, resolve_dt
 from latentmill.engine.guards.safety import SafetyChecker, load_safety_checker
 from latentmill.engine.latent_diffusion import load_latent_diffusion
 from latentmill.engine.loading.describe import ModelDescription, describe_model
+from latentmill.engine.sampling.table import SAMPLERS_WITH_ETA
 from latentmill.engine.types import (
-    SAMPLERS_WITH_ETA,
     SEED_LIMIT,
     EngineError,
     GenerationRequest,

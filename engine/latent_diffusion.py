@@ -17,7 +17,7 @@ from latentmill.engine.loading.weights import check_claims, load_unet, load_vae
 from latentmill.engine.networks.autoencoder import FirstStage
 from latentmill.engine.networks.unet import UNet
 from latentmill.engine.sampling.denoiser import Denoiser, PredictNoise
-from latentmill.engine.sampling.samplers import SAMPLER_FUNCTIONS
+from latentmill.engine.sampling.samplers import sample
 from latentmill.engine.sampling.schedule import NoiseSchedule
 from latentmill.engine.text.encoder import TextEncoder
 from latentmill.engine.types import GenerationRequest, ModelSpec
@@ -70,13 +70,14 @@ class LatentDiffusion:
         def draw_noise() -> Tensor:
             return next(draws).to(device)
 
-        latents = SAMPLER_FUNCTIONS[first.sampler](
+        latents = sample(
+            first.sampler,
             self._denoiser(rows, device),
             draw_noise(),
             self.schedule,
             first.num_inference_steps,
-            _column([row.eta for row in rows], device),
             draw_noise,
+            _column([row.eta for row in rows], device),
         )
         vae_dtype = next(self.vae.parameters()).dtype
         decoded = self.vae.decode((latents / config.scaling_factor + config.shift_factor).to(vae_dtype)).float()
