@@ -66,12 +66,12 @@ class Model(nn.Module):
 
     def context(self, ids: Tensor) -> Tensor:
         """(n, length) token ids -> (n, length, width)."""
-        return torch.as_tensor(self.text_encoder(ids).last_hidden_state)
+        return self.text_encoder(ids).last_hidden_state
 
     def forward(self, noisy: Tensor, timesteps: Tensor, ids: Tensor) -> Tensor:
         """`ids` has one row per picture, `noisy` has `NOISES` rows per picture, neighbours of one another."""
         context = self.context(ids).repeat_interleave(len(noisy) // len(ids), dim=0)
-        return torch.as_tensor(self.unet(noisy, timesteps, context))
+        return self.unet(noisy, timesteps, context)
 
 
 @dataclass(kw_only=True)

@@ -14,7 +14,7 @@ from latentmill.engine.sampling.schedule import NoiseSchedule
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """What the model makes of noisy latents: the noise in them and the x0 under it, each `(n, c, h, w) float32`."""
+    """What the model predicts from noisy latents: their noise and their x0, each `(n, c, h, w) float32`."""
 
     noise: Tensor
     x0: Tensor
@@ -61,7 +61,7 @@ class Denoiser:
         return negative + self._guidance * (positive - negative)
 
     def _to_prediction(self, output: Tensor, latents: Tensor, level: NoiseLevel) -> Prediction:
-        """Convert from what the model was trained to predict: noise, velocity (arXiv:2202.00512, app. D) or x0."""
+        """Convert what the model was trained to predict: noise, velocity (arXiv:2202.00512, app. D) or x0."""
         signal, noise = level.signal, level.noise
         kind = self._config.prediction_type
         if kind == "epsilon":
