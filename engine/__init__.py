@@ -13,17 +13,20 @@ if TYPE_CHECKING:
     from latentmill.engine.engine import Engine
     from latentmill.engine.guards.watermark import embed_watermark, read_watermark, watermark_bit_accuracy
     from latentmill.engine.loading.describe import ModelDescription, describe_model, load_tokenizer
+    from latentmill.engine.sampling.levels import check_steps
     from latentmill.engine.sampling.noise import NoiseStream
-    from latentmill.engine.sampling.timesteps import check_steps
+    from latentmill.engine.sampling.table import (
+        FOLDER_SAMPLER,
+        SAMPLER_CHOICES,
+        SAMPLER_LABELS,
+        SAMPLERS,
+        SAMPLERS_WITH_ETA,
+    )
     from latentmill.engine.text.prompts import parse_prompt
     from latentmill.engine.types import (
-        FOLDER_SAMPLER,
         LONG_PROMPTS,
         PROMPT_SYNTAXES,
         SAFETY_CHECKERS,
-        SAMPLER_CHOICES,
-        SAMPLERS,
-        SAMPLERS_WITH_ETA,
         SEED_LIMIT,
         WATERMARK_METHODS,
         WATERMARK_MIN_PIXELS,
@@ -38,10 +41,15 @@ EMBEDDED_MODEL = Path(__file__).parent / "embedded"
 """The model that ships with the package."""
 
 _HOME = {
+    "FOLDER_SAMPLER": "sampling.table",
+    "SAMPLERS": "sampling.table",
+    "SAMPLERS_WITH_ETA": "sampling.table",
+    "SAMPLER_CHOICES": "sampling.table",
+    "SAMPLER_LABELS": "sampling.table",
     "Engine": "engine",
     "ModelDescription": "loading.describe",
     "NoiseStream": "sampling.noise",
-    "check_steps": "sampling.timesteps",
+    "check_steps": "sampling.levels",
     "describe_model": "loading.describe",
     "embed_watermark": "guards.watermark",
     "load_tokenizer": "loading.describe",
@@ -60,6 +68,7 @@ __all__ = [
     "SAMPLERS",
     "SAMPLERS_WITH_ETA",
     "SAMPLER_CHOICES",
+    "SAMPLER_LABELS",
     "SEED_LIMIT",
     "WATERMARK_METHODS",
     "WATERMARK_MIN_PIXELS",

@@ -1,11 +1,16 @@
-"""Where the engine runs, and the name of everything that its bits depend on."""
+"""Where the engine runs and in what precision, and the name of everything that its bits depend on."""
 
 from __future__ import annotations
 
 import platform
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
 
 from latentmill.engine.types import EngineError
 
@@ -13,7 +18,7 @@ _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch
 
 
 def resolve_device(name: str) -> torch.device:
-    """`cpu`, `cuda` or `cuda:N`. Raises EngineError for one that this machine has not."""
+    """`cpu`, `cuda` or `cuda:N`. Raises EngineError for a device that this machine does not have."""
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -32,10 +37,37 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     return _DTYPES[name]
 
 
+@contextmanager
+def widened(networks: Iterable[nn.Module]) -> Iterator[None]:
+    """Hold the weights of networks in fp32 within the context, then narrow them again, which restores their very bits.
+
+    In place and one tensor at a time: half-precision weights take up to twice their memory, and never three times.
+    """
+    tensors = [
+        tensor
+        for network in networks
+        for tensor in chain(network.parameters(), network.buffers())
+        if tensor.is_floating_point()
+    ]
+    kinds = [tensor.dtype for tensor in tensors]
+    for tensor in tensors:
+        tensor.data = tensor.data.float()
+    try:
+        yield
+    finally:
+        for tensor, kind in zip(tensors, kinds, strict=True):
+            tensor.data = tensor.data.to(kind)
+
+
 def execution_class(device: torch.device, dtype: torch.dtype, batch_size: int) -> str:
-    """Device model, dtype, torch version, thread count and batch size, as one line."""
+    """Device model, its libraries and settings, dtype, torch version, thread count and batch size, as one line."""
     if device.type == "cuda":
-        where = f"{torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}"
+        cudnn: Any = torch.backends.cudnn
+        tf32 = cudnn.allow_tf32 or torch.backends.cuda.matmul.allow_tf32
+        where = (
+            f"{torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}, cuDNN {cudnn.version()}, "
+            f"{'TF32' if tf32 else 'no TF32'}"
+        )
     else:
         where = f"{_cpu_model()} {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
     return f"{where}, {str(dtype).removeprefix('torch.')}, torch {torch.__version__}, batch {batch_size}"

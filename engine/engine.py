@@ -12,12 +12,13 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from latentmill.engine import acceleration
 from latentmill.engine.device import execution_class, resolve_device, resolve_dtype
 from latentmill.engine.guards.safety import SafetyChecker, load_safety_checker
 from latentmill.engine.latent_diffusion import load_latent_diffusion
 from latentmill.engine.loading.describe import ModelDescription, describe_model
+from latentmill.engine.sampling.table import SAMPLERS_WITH_ETA
 from latentmill.engine.types import (
-    SAMPLERS_WITH_ETA,
     SEED_LIMIT,
     EngineError,
     GenerationRequest,
@@ -39,16 +40,16 @@ class Model(Protocol):
     """Networks that make pictures of requests, at one precision."""
 
     def batch_key(self, request: GenerationRequest) -> Hashable:
-        """What the rows of a batch have in common beside the loop key. Raises for a request that it cannot take."""
+        """What the rows of a batch share beside the loop key. Raises for a request that the model cannot take."""
 
     def count_tokens(self, prompt: str) -> int:
         """Tokens before truncation, start and end marks not included."""
 
     def in_fp32(self) -> AbstractContextManager[Model]:
-        """The same in full precision; the model itself must not be used within the context."""
+        """The same model in full precision; this one must not be used within the context."""
 
     def sample(self, rows: Sequence[GenerationRequest], noise: Sequence[Tensor] | None = None) -> tuple[Tensor, Tensor]:
-        """Pictures of rows of one loop key and batch key, `(n, 3, h, w) float32 in [0, 1]`; which are finite, `(n,)`.
+        """Pictures of rows that share both keys, `(n, 3, h, w) float32 in [0, 1]`, and which are finite, `(n,)`.
 
         Raises EngineError if one of the rows is at fault.
         """
@@ -103,9 +104,9 @@ class Engine:
     ) -> Engine:
         """Load a diffusers folder or an original single file, and its safety checker.
 
-        A folder of a pipeline that is none of the engine's own runs by the library diffusers, an optional extra.
-        `cut_pixels` cuts pixels to whole numbers as the original command did, instead of rounding them. Raises
-        EngineError for a missing file, a key that does not match, an unsupported switch, or a device that is not there.
+        Pipelines that are not the engine's own run by the library diffusers, an optional extra. `cut_pixels` truncates
+        pixels to whole numbers as the original command did, instead of rounding them. Raises EngineError for a missing
+        file, a key that does not match, an unsupported switch, or a missing device.
         """
         if batch_size < 1:
             raise EngineError(f"batch_size is {batch_size}; it must be 1 or more")
@@ -113,6 +114,7 @@ class Engine:
         description.check_prompts(spec.prompt_syntax, spec.long_prompts)
         target = resolve_device(device)
         kind = resolve_dtype(dtype, target)
+        acceleration.use_full_float32()
         model: Model
         if description.pipeline is None:
             model = load_latent_diffusion(description.layout, spec, kind, target, batch_size)
@@ -125,10 +127,10 @@ class Engine:
 
     @property
     def execution_class(self) -> str:
-        """All that bitwise equality of two runs depends on, beside model and request."""
+        """All that bitwise equality of two runs depends on, besides model and request."""
         where = execution_class(self.device, self.dtype, self.batch_size)
         if self.description.pipeline is None:
-            return where
+            return where + acceleration.settings(self.device)
         from latentmill.engine.diffusers_backend.pipeline import library_version
 
         return f"{where}, diffusers {library_version()}"
@@ -138,11 +140,11 @@ class Engine:
     ) -> list[GenerationResult]:
         """One result per request, in the same order.
 
-        `noise` gives each request its draws, `(draws, c, h, w) float32` in the order in which its sampler takes them,
-        in place of its own generator's.
+        `noise` replaces each request's own generator: its draws `(draws, c, h, w) float32`, in the order in which the
+        sampler takes them.
 
-        What is wrong with one request (a prompt that cannot be tokenised, latents that are not finite, a checker that
-        raises) is that result's `error`. What is wrong with the machine (memory, a lost device) is raised.
+        A fault of one request (a prompt that cannot be tokenised, latents that are not finite, a checker that raises)
+        is that result's `error`. A fault of the machine (memory, a lost device) is raised.
         """
         results: dict[int, GenerationResult] = {}
         groups: dict[tuple[Hashable, ...], list[int]] = defaultdict(list)
@@ -163,7 +165,7 @@ class Engine:
         return [results[index] for index in range(len(requests))]
 
     def _check(self, request: GenerationRequest) -> None:
-        """Raises EngineError for what no model or not this one can do."""
+        """Raises EngineError for a request that this model cannot take."""
         factor = self.description.factor
         if request.width % factor or request.height % factor or min(request.width, request.height) < factor:
             raise EngineError(
@@ -198,7 +200,7 @@ class Engine:
     def _judge(
         self, request: GenerationRequest, picture: _Outcome, slot: int, precision: Precision
     ) -> GenerationResult:
-        """Only finite pictures come this far to the checker: it would pass a picture of NaN."""
+        """Only finite pictures reach the checker: it would pass a picture of NaN."""
         if isinstance(picture, str):
             return self._failure(picture, slot, precision)
         if picture is None:
@@ -240,7 +242,7 @@ class Engine:
         except EngineError as error:
             if len(requests) == 1:
                 return [str(error)]
-            # One row is at fault, and it cannot be told which: each runs in a batch of its own, at the same shape.
+            # One row is at fault, and nothing says which: each runs in a batch of its own, at the same shape.
             given = [None] * len(requests) if noise is None else [[row] for row in noise]
             return [self._sample([row], own, models)[0] for row, own in zip(requests, given, strict=True)]
         levels = rearrange(pictures * 255, "n c h w -> n h w c")

@@ -1,23 +1,24 @@
-"""Latent diffusion as the engine runs it: text encoders, U-Net and first stage, a sampler of ours between them."""
+"""Latent diffusion as the engine runs it: text encoders, a sampler around the U-Net, the autoencoder's decoder."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 from einops import rearrange, repeat
 from torch import Tensor
 
+from latentmill.engine.acceleration import arrange, decode
+from latentmill.engine.device import widened
 from latentmill.engine.loading.layout import ModelLayout
 from latentmill.engine.loading.weights import check_claims, load_unet, load_vae
-from latentmill.engine.networks.autoencoder import FirstStage
+from latentmill.engine.networks.autoencoder import Autoencoder
 from latentmill.engine.networks.unet import UNet
 from latentmill.engine.sampling.denoiser import Denoiser, PredictNoise
-from latentmill.engine.sampling.samplers import SAMPLER_FUNCTIONS
+from latentmill.engine.sampling.samplers import sample
 from latentmill.engine.sampling.schedule import NoiseSchedule
 from latentmill.engine.text.encoder import TextEncoder
 from latentmill.engine.types import GenerationRequest, ModelSpec
@@ -25,18 +26,18 @@ from latentmill.engine.types import GenerationRequest, ModelSpec
 
 @dataclass(frozen=True, slots=True)
 class LatentDiffusion:
-    """The three networks at one precision, and the schedule that they were trained on.
+    """The networks at one precision, and the schedule that they were trained on.
 
     Each sample draws all its noise from its own CPU generator, seeded with its seed.
     """
 
     text: TextEncoder
     unet: UNet
-    vae: FirstStage
+    vae: Autoencoder
     schedule: NoiseSchedule
 
     def batch_key(self, request: GenerationRequest) -> int:
-        """Runs of the text encoder that the request takes: its context's length is part of its batch's shape.
+        """Runs of the text encoder that the request takes: the length of its context, which is part of a batch's shape.
 
         Raises for a prompt that cannot be encoded.
         """
@@ -49,13 +50,9 @@ class LatentDiffusion:
 
     @contextmanager
     def in_fp32(self) -> Iterator[LatentDiffusion]:
-        """Copies in full precision, which live only as long as the context."""
-        yield LatentDiffusion(
-            self.text.at_precision(torch.float32),
-            copy.deepcopy(self.unet).float(),
-            copy.deepcopy(self.vae).float(),
-            self.schedule,
-        )
+        """The same weights, widened in place as long as the context lasts."""
+        with widened([*self.text.networks, self.unet, self.vae]):
+            yield replace(self, text=self.text.without_cache())
 
     def sample(self, rows: Sequence[GenerationRequest], noise: Sequence[Tensor] | None = None) -> tuple[Tensor, Tensor]:
         """Pictures of rows of one loop key and batch key, `(n, 3, h, w) float32 in [0, 1]`; which are finite, `(n,)`.
@@ -70,16 +67,17 @@ class LatentDiffusion:
         def draw_noise() -> Tensor:
             return next(draws).to(device)
 
-        latents = SAMPLER_FUNCTIONS[first.sampler](
+        latents = sample(
+            first.sampler,
             self._denoiser(rows, device),
             draw_noise(),
             self.schedule,
             first.num_inference_steps,
-            _column([row.eta for row in rows], device),
             draw_noise,
+            _column([row.eta for row in rows], device),
         )
         vae_dtype = next(self.vae.parameters()).dtype
-        decoded = self.vae.decode((latents / config.scaling_factor + config.shift_factor).to(vae_dtype)).float()
+        decoded = decode(self.vae, (latents / config.scaling_factor + config.shift_factor).to(vae_dtype)).float()
         finite = torch.isfinite(latents).flatten(1).all(1) & torch.isfinite(decoded).flatten(1).all(1)
         return (decoded / 2 + 0.5).clamp(0, 1), finite
 
@@ -103,15 +101,15 @@ def load_latent_diffusion(
     Raises EngineError for a missing file, a key that does not match, or an unsupported switch.
     """
     check_claims(layout)
-    vae = load_vae(layout, dtype, device)
-    if vae.config.force_upcast:
-        vae = vae.float()
+    blueprint = layout.blueprint
+    vae = load_vae(layout, torch.float32 if blueprint.vae.force_upcast else dtype, device)
+    unet = load_unet(layout, dtype, device)
     text = TextEncoder(layout, spec, dtype, device, batch_size)
-    return LatentDiffusion(text, load_unet(layout, dtype, device), vae, NoiseSchedule(layout.blueprint.scheduler))
+    return LatentDiffusion(text, arrange(unet, device), arrange(vae, device), NoiseSchedule(blueprint.scheduler))
 
 
 def _with_pooled_text_and_size(unet: UNet, pooled: Tensor | None, request: GenerationRequest) -> PredictNoise:
-    """Give SDXL's U-Net what it takes beside the tokens (arXiv:2307.01952, section 2.2): a picture not cropped."""
+    """Give SDXL's U-Net its other conditions (arXiv:2307.01952, section 2.2): those of an uncropped picture."""
     if pooled is None:
         return unet
     size = [request.height, request.width]
@@ -120,7 +118,7 @@ def _with_pooled_text_and_size(unet: UNet, pooled: Tensor | None, request: Gener
 
 
 def _own_draws(rows: Sequence[GenerationRequest], shape: tuple[int, int, int]) -> Iterator[Tensor]:
-    """`(n, *shape) float32` of noise without end, each row from a generator that is seeded with the row's seed."""
+    """Draws of noise `(n, *shape) float32`, as many as are taken, each row from a generator seeded with its seed."""
     generators = [torch.Generator("cpu").manual_seed(row.seed) for row in rows]
     while True:
         yield torch.stack([torch.randn(shape, generator=generator) for generator in generators])

@@ -16,35 +16,11 @@ Status = Literal["ok", "flagged", "failed"]
 SEED_LIMIT = 2**32
 """torch's CPU generator ignores the bits above the 32nd, so larger seeds would silently collide."""
 
-
-SAMPLERS = (
-    "ddim",
-    "plms",
-    "euler",
-    "euler_a",
-    "heun",
-    "dpmpp_2m",
-    "dpmpp_2m_karras",
-    "dpmpp_2m_sde",
-    "dpmpp_2m_sde_karras",
-    "lcm",
-)
-"""The engine's own algorithms. `lcm` is for models distilled for it, the others for any latent diffusion model."""
-
-FOLDER_SAMPLER = "default"
-"""The one sampler of pipelines that run by the library diffusers: the scheduler of the model's own folder."""
-
-SAMPLER_CHOICES = (*SAMPLERS, FOLDER_SAMPLER)
-"""All that `GenerationRequest.sampler` takes; `ModelDescription.samplers` says which of them a model does."""
-
-SAMPLERS_WITH_ETA = ("ddim",)
-"""Samplers whose noise eta scales. The others take no eta but 0: their noise, if any, is part of the algorithm."""
-
 PROMPT_SYNTAXES = ("plain", "a1111", "novelai")
 """What `ModelSpec.prompt_syntax` takes: how brackets in prompts are read (see engine/text/prompts.py)."""
 
 LONG_PROMPTS = ("truncate", "chunk", "error")
-"""What `ModelSpec.long_prompts` takes: what becomes of a prompt with more tokens than the text encoder has places."""
+"""What `ModelSpec.long_prompts` takes: what happens to a prompt with more tokens than the text encoder takes."""
 
 SAFETY_CHECKERS = ("auto", "open-nsfw", "clip-concepts", "none")
 """What `ModelSpec.safety` takes."""
@@ -84,7 +60,7 @@ class GenerationRequest:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SafetyVerdict:
-    """What the safety checker said of one picture. `score` is the checker's highest score."""
+    """What the safety checker found in one picture. `score` is the checker's highest score."""
 
     checker: str
     score: float | None
@@ -96,8 +72,8 @@ class GenerationResult:
     """One finished request.
 
     `pixels` is `(height, width, 3) uint8` RGB, or None exactly when `error` says why there is no picture. A flagged
-    picture comes back with its pixels; what becomes of them is the caller's policy. `prompt_tokens` counts the
-    prompt's tokens before truncation, start and end marks not included.
+    picture comes back with its pixels; the caller decides what to do with them. `prompt_tokens` counts the prompt's
+    tokens before truncation, without start and end marks.
     """
 
     pixels: Pixels | None
@@ -110,7 +86,7 @@ class GenerationResult:
 
     @property
     def status(self) -> Status:
-        """`ok` only for pixels that a checker has passed, or that the caller chose not to have checked."""
+        """`ok` only for pixels that a checker passed, or that the caller chose not to have checked."""
         if self.error is not None or self.pixels is None or self.safety is None:
             return "failed"
         return "flagged" if self.safety.flagged else "ok"
@@ -121,14 +97,14 @@ class ModelSpec:
     """What to load, and the checker that goes with it.
 
     `model` is a diffusers folder, an original `.safetensors` or `.ckpt` file, or a hub id at a `revision`. A single
-    file holds no vocabulary: `tokenizer` names a folder or hub id (default: the one its family was trained with).
-    Nor does it tell its schedule: `prediction_type` and `timestep_spacing` do, where it is not the usual one. The
-    spacing (`leading`, `trailing`, `linspace`; `original`: the original command's) replaces a folder's own, too.
+    file holds no vocabulary: `tokenizer` names a folder or hub id (default: the one its family was trained with). It
+    does not hold its schedule either: set `prediction_type` and `timestep_spacing` where they are not the usual ones.
+    The spacing (`leading`, `trailing`, `linspace`, or `original` for the original command's) also replaces a folder's.
     `safety` is `auto` (the folder's own `safety_checker/` if it has one, else open-nsfw), `open-nsfw`,
     `clip-concepts` or `none`. `safety_threshold` is the open-nsfw score from which a picture is flagged.
 
-    `prompt_syntax` says how brackets are read, `long_prompts` what becomes of more tokens than there are places: cut
-    (`truncate`), encoded in several chunks side by side (`chunk`), or refused (`error`).
+    `prompt_syntax` says how brackets are read. `long_prompts` says what happens to more tokens than the text encoder
+    takes: cut (`truncate`), encoded in several chunks side by side (`chunk`), or refused (`error`).
     """
 
     model: str

@@ -20,8 +20,9 @@ from latentmill.engine.loading.config import SchedulerConfig, UNetConfig, VAECon
 from latentmill.engine.networks.autoencoder import AutoencoderKL
 from latentmill.engine.networks.unet import UNet
 from latentmill.engine.sampling.denoiser import Denoiser
-from latentmill.engine.sampling.samplers import ddim
+from latentmill.engine.sampling.levels import PLACEMENTS
 from latentmill.engine.sampling.schedule import NoiseSchedule
+from latentmill.engine.sampling.solvers import ddim
 from training import architecture, icons, latents, parallel, scenes, tokenizer
 from training.common import (
     RunningAverage,
@@ -65,12 +66,12 @@ class Model(nn.Module):
 
     def context(self, ids: Tensor) -> Tensor:
         """(n, length) token ids -> (n, length, width)."""
-        return torch.as_tensor(self.text_encoder(ids).last_hidden_state)
+        return self.text_encoder(ids).last_hidden_state
 
     def forward(self, noisy: Tensor, timesteps: Tensor, ids: Tensor) -> Tensor:
         """`ids` has one row per picture, `noisy` has `NOISES` rows per picture, neighbours of one another."""
         context = self.context(ids).repeat_interleave(len(noisy) // len(ids), dim=0)
-        return torch.as_tensor(self.unet(noisy, timesteps, context))
+        return self.unet(noisy, timesteps, context)
 
 
 @dataclass(kw_only=True)
@@ -121,8 +122,8 @@ def velocity_loss(model: Model, schedule: NoiseSchedule, data: Data, generator: 
     clean = clean.repeat_interleave(NOISES, dim=0)
     timesteps = stratified_timesteps(len(clean), schedule.config.num_train_timesteps, generator)
     noise = torch.randn(clean.shape, generator=generator)
-    power = schedule.alphas_cumprod[timesteps].reshape(-1, 1, 1, 1)
-    velocity = power.sqrt() * noise - (1 - power).sqrt() * clean
+    alpha_bar = schedule.alphas_cumprod[timesteps].reshape(-1, 1, 1, 1)
+    velocity = alpha_bar.sqrt() * noise - (1 - alpha_bar).sqrt() * clean
     noisy = schedule.add_noise(clean, noise, timesteps)
     return F.mse_loss(model(noisy.to(where), timesteps.to(where), ids.to(where)), velocity.to(where))
 
@@ -208,11 +209,8 @@ def _sheet(average: RunningAverage, work: Path, schedule: NoiseSchedule, path: P
     guidance = torch.full((len(texts), 1, 1, 1), SHEET_GUIDANCE, device=device())
     denoiser = Denoiser(model.unet, schedule, model.context(ids), guidance)
     generator = torch.Generator().manual_seed(5)
-
-    def draw_noise() -> Tensor:
-        size = architecture.UNET["sample_size"]
-        shape = (len(texts), architecture.LATENT_CHANNELS, size, size)
-        return torch.randn(shape, generator=generator).to(device())
-
-    found = ddim(denoiser, draw_noise(), schedule, SHEET_STEPS, torch.zeros_like(guidance), draw_noise)
+    size = architecture.UNET["sample_size"]
+    shape = (len(texts), architecture.LATENT_CHANNELS, size, size)
+    noise = torch.randn(shape, generator=generator).to(device())
+    found = ddim(denoiser, noise, PLACEMENTS["strides"].place(schedule, SHEET_STEPS))
     contact_sheet(to_pictures(first_stage.decode(found)), path)

@@ -19,6 +19,7 @@ from training.common import load_checkpoint
 
 DIFFUSERS_VERSION = "0.30.0"  # the oldest release whose classes the configs were checked against by name
 TEXT_PREFIX = "text_model."
+PROJECTIONS = ("proj_in.weight", "proj_out.weight")  # linear in the engine, 1x1 convolutions in this kind of folder
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 SIZE_LIMIT = 32 * 2**20
 EMBEDDED = Path(__file__).resolve().parent.parent / "engine" / "embedded"
@@ -59,7 +60,11 @@ def export(work: Path, folder: Path = EMBEDDED) -> Path:
         {key if key.startswith(TEXT_PREFIX) else TEXT_PREFIX + key: value for key, value in text.items()},
         "model.safetensors",
     )
-    _write_part(folder / "unet", {**architecture.UNET, **_version()}, model.unet.state_dict(), WEIGHTS)
+    unet = {
+        key: value[:, :, None, None] if key.endswith(PROJECTIONS) else value
+        for key, value in model.unet.state_dict().items()
+    }
+    _write_part(folder / "unet", {**architecture.UNET, **_version()}, unet, WEIGHTS)
     _write_part(folder / "vae", {**architecture.VAE, **_version()}, _first_stage(work), WEIGHTS)
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     if size > SIZE_LIMIT:
@@ -119,7 +124,10 @@ def warm_start(work: Path, folder: Path = EMBEDDED) -> dict[str, Tensor] | None:
         save_file({key: value.float() for key, value in load_file(paths["vae"]).items()}, work / latents.AUTOENCODER)
     model = diffusion.Model(len(tokenizer.load(folder / "tokenizer")))
     prefixed = any(key.startswith(f"text_encoder.{TEXT_PREFIX}") for key in model.state_dict())
-    state = {f"unet.{key}": value for key, value in load_file(paths["unet"]).items()}
+    state = {
+        f"unet.{key}": value.flatten(1) if key.endswith(PROJECTIONS) else value
+        for key, value in load_file(paths["unet"]).items()
+    }
     for key, value in load_file(paths["text_encoder"]).items():
         state["text_encoder." + (key if prefixed else key.removeprefix(TEXT_PREFIX))] = value
     return state

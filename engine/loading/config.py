@@ -38,7 +38,8 @@ class UNetConfig:
     """Shape of the denoising U-Net with cross-attention (arXiv:2112.10752, section 3.3), as in `unet/config.json`.
 
     All tuples go from the highest resolution to the lowest. `heads` counts attention heads: the JSON's
-    `attention_head_dim` means heads in every published model of this family.
+    `attention_head_dim` means heads in every published model of this family. `linear_projection` tells the form in
+    which files hold the projections around transformers; the network has linear ones either way.
     """
 
     in_channels: int
@@ -53,7 +54,6 @@ class UNetConfig:
     norm_groups: int
     norm_eps: float
     linear_projection: bool
-    upcast_attention: bool
     flip_sin_to_cos: bool
     freq_shift: int
     addition_time_embed_dim: int | None
@@ -122,7 +122,6 @@ class UNetConfig:
             norm_groups=config.get("norm_num_groups", 32),
             norm_eps=config.get("norm_eps", 1e-5),
             linear_projection=bool(config.get("use_linear_projection", False)),
-            upcast_attention=bool(config.get("upcast_attention", False)),
             flip_sin_to_cos=config.get("flip_sin_to_cos", True),
             freq_shift=config.get("freq_shift", 0),
             addition_time_embed_dim=(

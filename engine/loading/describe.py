@@ -13,9 +13,10 @@ from latentmill.engine.diffusers_backend.folder import DiffusersFolder, find_pip
 from latentmill.engine.loading.folder import read_json
 from latentmill.engine.loading.hub import fetch_model, is_hub_id
 from latentmill.engine.loading.layout import ModelLayout, find_model
-from latentmill.engine.sampling.timesteps import check_steps
+from latentmill.engine.sampling.levels import check_steps
+from latentmill.engine.sampling.table import FOLDER_SAMPLER, SAMPLERS
 from latentmill.engine.text.tokenizer import load_prompt_tokenizer
-from latentmill.engine.types import FOLDER_SAMPLER, SAMPLERS, EngineError, ModelSpec
+from latentmill.engine.types import EngineError, ModelSpec
 
 __all__ = ["ModelDescription", "TokenCounts", "describe_layout", "describe_model", "load_tokenizer", "read_json"]
 

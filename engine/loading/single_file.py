@@ -35,7 +35,6 @@ class _Published:
     head_dim: int | None = None
     sample_size: int = 64
     betas: tuple[float, float] = (0.00085, 0.012)
-    upcast_attention: bool = False
     force_upcast: bool = False
 
 
@@ -53,7 +52,6 @@ _SD2 = _Published(
     scaling_factor=0.18215,
     head_dim=64,
     sample_size=96,
-    upcast_attention=True,
 )
 _SDXL = _Published(
     name="Stable Diffusion XL",
@@ -173,7 +171,6 @@ def _unet_config(shapes: Mapping[str, Shape], published: _Published) -> dict[str
         "attention_head_dim": published.heads or [width // (published.head_dim or 1) for width in widths],
         "cross_attention_dim": shapes[f"{middle}transformer_blocks.0.attn2.to_k.weight"][1],
         "use_linear_projection": len(shapes[f"{middle}proj_in.weight"]) == 2,
-        "upcast_attention": published.upcast_attention,
     }
     if f"{_UNET}label_emb.0.0.weight" in shapes:
         pooled = shapes["conditioner.embedders.1.model.text_projection"][1]

@@ -14,7 +14,7 @@ from latentmill.engine.loading.blueprint import Blueprint, Tower
 from latentmill.engine.loading.checkpoint import Shape, WeightsFile, open_weights
 from latentmill.engine.loading.keys import Origin, folder_name, is_ignored, original_names
 from latentmill.engine.loading.layout import ModelLayout
-from latentmill.engine.networks.autoencoder import FirstStage, build_first_stage
+from latentmill.engine.networks.autoencoder import Autoencoder, build_autoencoder
 from latentmill.engine.networks.bert import LdmBert
 from latentmill.engine.networks.unet import UNet
 from latentmill.engine.types import EngineError
@@ -29,10 +29,10 @@ def load_unet(layout: ModelLayout, dtype: torch.dtype, device: torch.device) -> 
     return _fill(unet, layout, "unet", dtype, device)
 
 
-def load_vae(layout: ModelLayout, dtype: torch.dtype, device: torch.device) -> FirstStage:
+def load_vae(layout: ModelLayout, dtype: torch.dtype, device: torch.device) -> Autoencoder:
     """The model's autoencoder, in `dtype` on `device`, ready for inference."""
     with torch.device("meta"):
-        vae = build_first_stage(layout.blueprint.vae)
+        vae = build_autoencoder(layout.blueprint.vae)
     return _fill(vae, layout, layout.blueprint.vae_component, dtype, device)
 
 
@@ -66,7 +66,7 @@ def claim_single_file(blueprint: Blueprint, shapes: Mapping[str, Shape], where: 
     with torch.device("meta"):
         modules: dict[str, nn.Module] = {
             "unet": UNet(blueprint.unet),
-            blueprint.vae_component: build_first_stage(blueprint.vae),
+            blueprint.vae_component: build_autoencoder(blueprint.vae),
             **{tower.component: build_tower(tower) for tower in blueprint.towers},
         }
     claims = {
@@ -133,7 +133,7 @@ def _read(file: WeightsFile, origin: Origin, expected: Shape) -> Tensor:
     if origin.transposed:
         tensor = tensor.T
     if tensor.shape == (*expected, 1, 1):
-        # The originals write the linear layers of pixel attention as 1x1 convolutions.
+        # Many checkpoints hold the linear layers around attention as 1x1 convolutions.
         tensor = rearrange(tensor, "o i 1 1 -> o i")
     if tuple(tensor.shape) != expected:
         raise EngineError(

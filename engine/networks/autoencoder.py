@@ -1,6 +1,6 @@
-"""The first stage: a convolutional autoencoder whose latents are lightly regularised (arXiv:2112.10752, sec. 3.1).
+"""The autoencoder, the paper's first stage: convolutional, with lightly regularised latents (arXiv:2112.10752, 3.1).
 
-Two regularisations, one pair of networks: a small KL penalty, or a codebook that the decoder absorbs.
+Regularised by a small KL penalty, or by a codebook that the decoder absorbs; the networks are the same.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from latentmill.engine.loading.config import VAEConfig
-from latentmill.engine.networks.blocks import Attention, Downsample, ResnetBlock, Upsample
+from latentmill.engine.networks.attention import Attention
+from latentmill.engine.networks.blocks import Downsample, ResnetBlock, Upsample
 
 _EPS = 1e-6
 
@@ -32,23 +33,20 @@ class DiagonalGaussian:
 
     def kl(self) -> Tensor:
         """KL divergence from the standard normal, summed over each row: `(n,)`."""
-        return torch.as_tensor(0.5 * torch.sum(self.mean**2 + self.logvar.exp() - 1.0 - self.logvar, dim=(1, 2, 3)))
+        return 0.5 * torch.sum(self.mean**2 + self.logvar.exp() - 1.0 - self.logvar, dim=(1, 2, 3))
 
 
-class PixelAttention(nn.Module):
-    """Single-head self-attention over the cells of a feature map."""
+class PixelAttention(Attention):
+    """Single-head self-attention over the cells of a feature map, behind a norm and with a residual."""
 
     def __init__(self, channels: int, groups: int) -> None:
-        super().__init__()
+        super().__init__(channels, channels, heads=1, bias=True)
         self.group_norm = nn.GroupNorm(groups, channels, eps=_EPS)
-        attention = Attention(channels, channels, heads=1, bias=True)
-        self.to_q, self.to_k, self.to_v, self.to_out = attention.to_q, attention.to_k, attention.to_v, attention.to_out
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         height, width = x.shape[-2:]
-        h = rearrange(self.group_norm(x), "n c h w -> n 1 (h w) c")
-        attended = F.scaled_dot_product_attention(self.to_q(h), self.to_k(h), self.to_v(h))
-        return torch.as_tensor(x + rearrange(self.to_out[0](attended), "n 1 (h w) c -> n c h w", h=height, w=width))
+        h = super().forward(rearrange(self.group_norm(x), "n c h w -> n (h w) c"), context)
+        return x + rearrange(h, "n (h w) c -> n c h w", h=height, w=width)
 
 
 class MidBlock(nn.Module):
@@ -64,47 +62,41 @@ class MidBlock(nn.Module):
         x = self.resnets[0](x)
         for attention in self.attentions:
             x = attention(x)
-        return torch.as_tensor(self.resnets[1](x))
+        return self.resnets[1](x)
 
 
-class EncoderBlock(nn.Module):
-    """One level of the encoder: residual blocks, each followed by attention where the level has it."""
+class Level(nn.Module):
+    """One resolution: residual blocks, each followed by attention where the level has it, then resampling if any."""
 
     def __init__(
-        self, in_channels: int, out_channels: int, config: VAEConfig, *, downsample: bool, attention: bool
+        self,
+        in_channels: int,
+        out_channels: int,
+        config: VAEConfig,
+        *,
+        layers: int,
+        attention: bool,
+        downsample: bool = False,
+        upsample: bool = False,
     ) -> None:
         super().__init__()
         self.resnets = nn.ModuleList(
-            [
-                _resnet(in_channels if layer == 0 else out_channels, out_channels, config)
-                for layer in range(config.layers_per_block)
-            ]
+            [_resnet(in_channels if layer == 0 else out_channels, out_channels, config) for layer in range(layers)]
         )
-        self.attentions = _attentions(out_channels, config, len(self.resnets) if attention else 0)
+        self.attentions = nn.ModuleList(
+            [PixelAttention(out_channels, config.norm_groups) for _ in range(layers if attention else 0)]
+        )
         self.downsamplers = nn.ModuleList([Downsample(out_channels, symmetric=False)] if downsample else [])
-
-    def forward(self, x: Tensor) -> Tensor:
-        return _run_level(x, self.resnets, self.attentions, self.downsamplers)
-
-
-class DecoderBlock(nn.Module):
-    """One level of the decoder: one residual block more than the encoder's."""
-
-    def __init__(
-        self, in_channels: int, out_channels: int, config: VAEConfig, *, upsample: bool, attention: bool
-    ) -> None:
-        super().__init__()
-        self.resnets = nn.ModuleList(
-            [
-                _resnet(in_channels if layer == 0 else out_channels, out_channels, config)
-                for layer in range(config.layers_per_block + 1)
-            ]
-        )
-        self.attentions = _attentions(out_channels, config, len(self.resnets) if attention else 0)
         self.upsamplers = nn.ModuleList([Upsample(out_channels)] if upsample else [])
 
     def forward(self, x: Tensor) -> Tensor:
-        return _run_level(x, self.resnets, self.attentions, self.upsamplers)
+        for index, resnet in enumerate(self.resnets):
+            x = resnet(x)
+            if self.attentions:
+                x = self.attentions[index](x)
+        for resampler in (*self.downsamplers, *self.upsamplers):
+            x = resampler(x)
+        return x
 
 
 class Encoder(nn.Module):
@@ -117,12 +109,13 @@ class Encoder(nn.Module):
         self.conv_in = nn.Conv2d(config.in_channels, channels[0], 3, padding=1)
         self.down_blocks = nn.ModuleList(
             [
-                EncoderBlock(
+                Level(
                     channels[max(level - 1, 0)],
                     channels[level],
                     config,
-                    downsample=level < last,
+                    layers=config.layers_per_block,
                     attention=config.attention[level],
+                    downsample=level < last,
                 )
                 for level in range(len(channels))
             ]
@@ -136,7 +129,7 @@ class Encoder(nn.Module):
         for block in self.down_blocks:
             x = block(x)
         x = self.mid_block(x)
-        return torch.as_tensor(self.conv_out(F.silu(self.conv_norm_out(x))))
+        return self.conv_out(F.silu(self.conv_norm_out(x)))
 
 
 class Decoder(nn.Module):
@@ -149,12 +142,13 @@ class Decoder(nn.Module):
         self.mid_block = MidBlock(config)
         self.up_blocks = nn.ModuleList(
             [
-                DecoderBlock(
+                Level(
                     channels[min(level + 1, len(channels) - 1)],
                     channels[level],
                     config,
-                    upsample=level > 0,
+                    layers=config.layers_per_block + 1,
                     attention=config.attention[level],
+                    upsample=level > 0,
                 )
                 for level in reversed(range(len(channels)))
             ]
@@ -166,7 +160,7 @@ class Decoder(nn.Module):
         z = self.mid_block(self.conv_in(z))
         for block in self.up_blocks:
             z = block(z)
-        return torch.as_tensor(self.conv_out(F.silu(self.conv_norm_out(z))))
+        return self.conv_out(F.silu(self.conv_norm_out(z)))
 
 
 class AutoencoderKL(nn.Module):
@@ -187,7 +181,7 @@ class AutoencoderKL(nn.Module):
 
     def decode(self, latents: Tensor) -> Tensor:
         """`(n, latent, h / f, w / f)` -> `(n, 3, h, w)`, about [-1, 1], not clamped."""
-        return torch.as_tensor(self.decoder(self.post_quant_conv(latents)))
+        return self.decoder(self.post_quant_conv(latents))
 
 
 class VectorQuantizer(nn.Module):
@@ -198,13 +192,13 @@ class VectorQuantizer(nn.Module):
         self.embedding = nn.Embedding(entries, dim)
 
     def forward(self, latents: Tensor) -> Tensor:
-        # One row at a time: the distances of a whole batch would take a gigabyte.
+        # One row at a time: the distances of a whole batch would take gigabytes.
         return torch.stack([self._nearest(row) for row in latents])
 
     def _nearest(self, row: Tensor) -> Tensor:
         cells = rearrange(row, "c h w -> (h w) c")
         nearest = torch.cdist(cells.float(), self.embedding.weight.float()).argmin(dim=1)
-        return torch.as_tensor(rearrange(self.embedding(nearest), "(h w) c -> c h w", h=row.shape[-2]))
+        return rearrange(self.embedding(nearest), "(h w) c -> c h w", h=row.shape[-2])
 
 
 class VQModel(nn.Module):
@@ -223,33 +217,19 @@ class VQModel(nn.Module):
 
     def encode(self, pixels: Tensor) -> Tensor:
         """`(n, 3, h, w)` in [-1, 1] -> `(n, codebook_dim, h / f, w / f)`, not quantised."""
-        return torch.as_tensor(self.quant_conv(self.encoder(pixels)))
+        return self.quant_conv(self.encoder(pixels))
 
     def decode(self, latents: Tensor) -> Tensor:
         """`(n, codebook_dim, h / f, w / f)` -> `(n, 3, h, w)`, about [-1, 1], not clamped."""
-        return torch.as_tensor(self.decoder(self.post_quant_conv(self.quantize(latents))))
+        return self.decoder(self.post_quant_conv(self.quantize(latents)))
 
 
-FirstStage = AutoencoderKL | VQModel
+Autoencoder = AutoencoderKL | VQModel
 
 
-def build_first_stage(config: VAEConfig) -> FirstStage:
+def build_autoencoder(config: VAEConfig) -> Autoencoder:
     """The autoencoder that the config describes."""
     return AutoencoderKL(config) if config.codebook_size is None else VQModel(config)
-
-
-def _attentions(channels: int, config: VAEConfig, number: int) -> nn.ModuleList:
-    return nn.ModuleList([PixelAttention(channels, config.norm_groups) for _ in range(number)])
-
-
-def _run_level(x: Tensor, resnets: nn.ModuleList, attentions: nn.ModuleList, resamplers: nn.ModuleList) -> Tensor:
-    for index, resnet in enumerate(resnets):
-        x = resnet(x)
-        if attentions:
-            x = attentions[index](x)
-    for resampler in resamplers:
-        x = resampler(x)
-    return x
 
 
 def _resnet(in_channels: int, out_channels: int, config: VAEConfig) -> ResnetBlock:

@@ -1,21 +1,21 @@
-"""The text encoder of latent diffusion's text-to-image models: a transformer trained along with them.
+"""The text encoder of latent diffusion's text-to-image models: a transformer trained with them.
 
-arXiv:2112.10752, appendix E.2.1. BERT's vocabulary, but neither its weights nor its layers: the norms come first.
+arXiv:2112.10752, appendix E.2.1. BERT's vocabulary, but not its weights or layers: the norms come first.
 """
 
 from __future__ import annotations
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from latentmill.engine.loading.config import Json
+from latentmill.engine.networks.attention import attend
 from latentmill.engine.types import EngineError
 
 
 class BertAttention(nn.Module):
-    """Self-attention over `(n, l, dim)`, whose heads need not fill the model's width. No mask: padding counts too."""
+    """Self-attention over `(n, l, dim)`; the heads may be wider than the model. No mask: padding counts too."""
 
     def __init__(self, dim: int, heads: int, head_dim: int) -> None:
         super().__init__()
@@ -26,12 +26,7 @@ class BertAttention(nn.Module):
         self.to_out = nn.Linear(heads * head_dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (
-            rearrange(part(x), "n l (heads d) -> n heads l d", heads=self.heads)
-            for part in (self.to_q, self.to_k, self.to_v)
-        )
-        attended = F.scaled_dot_product_attention(q, k, v)
-        return torch.as_tensor(self.to_out(rearrange(attended, "n heads l d -> n l (heads d)")))
+        return self.to_out(attend(self.to_q(x), self.to_k(x), self.to_v(x), self.heads))
 
 
 class BertLayer(nn.Module):
@@ -47,7 +42,7 @@ class BertLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attention(self.attention_norm(x))
-        return torch.as_tensor(x + self.contract(F.gelu(self.expand(self.feed_forward_norm(x)))))
+        return x + self.contract(F.gelu(self.expand(self.feed_forward_norm(x))))
 
 
 class LdmBert(nn.Module):
@@ -74,4 +69,4 @@ class LdmBert(nn.Module):
         x = self.token_embedding(ids) + self.position_embedding(positions)
         for layer in self.layers:
             x = layer(x)
-        return torch.as_tensor(self.norm(x))
+        return self.norm(x)

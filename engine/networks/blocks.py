@@ -1,14 +1,15 @@
-"""The pieces that both stages share: residual blocks, attention, transformer blocks, resampling.
+"""The pieces that the U-Net and the autoencoder share: residual blocks, transformer blocks, resampling.
 
 Attribute names are those of the diffusers checkpoints, so that a folder's keys match ours one to one.
 """
 
 from __future__ import annotations
 
-import torch
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from latentmill.engine.networks.attention import Attention
 
 
 class ResnetBlock(nn.Module):
@@ -32,34 +33,7 @@ class ResnetBlock(nn.Module):
             h = h + rearrange(self.time_emb_proj(F.silu(time)), "n c -> n c 1 1")
         h = self.conv2(F.silu(self.norm2(h)))
         shortcut = x if self.conv_shortcut is None else self.conv_shortcut(x)
-        return torch.as_tensor(shortcut + h)
-
-
-class Attention(nn.Module):
-    """Multi-head attention of `(n, length, dim)` over a context `(n, m, context_dim)`, or over itself.
-
-    With `upcast` the products of queries and keys are made in fp32 (Stable Diffusion 2 overflows fp16 without it).
-    """
-
-    def __init__(self, dim: int, context_dim: int, heads: int, *, upcast: bool = False, bias: bool = False) -> None:
-        super().__init__()
-        self.heads = heads
-        self.upcast = upcast
-        self.to_q = nn.Linear(dim, dim, bias=bias)
-        self.to_k = nn.Linear(context_dim, dim, bias=bias)
-        self.to_v = nn.Linear(context_dim, dim, bias=bias)
-        self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
-
-    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        source = x if context is None else context
-        q, k, v = (
-            rearrange(part, "n l (heads d) -> n heads l d", heads=self.heads)
-            for part in (self.to_q(x), self.to_k(source), self.to_v(source))
-        )
-        if self.upcast:
-            q, k, v = q.float(), k.float(), v.float()
-        attended = F.scaled_dot_product_attention(q, k, v).to(x.dtype)
-        return torch.as_tensor(self.to_out[0](rearrange(attended, "n heads l d -> n l (heads d)")))
+        return shortcut + h
 
 
 class GEGLU(nn.Module):
@@ -71,7 +45,7 @@ class GEGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         value, gate = self.proj(x).chunk(2, dim=-1)
-        return torch.as_tensor(value * F.gelu(gate))
+        return value * F.gelu(gate)
 
 
 class FeedForward(nn.Module):
@@ -83,25 +57,25 @@ class FeedForward(nn.Module):
         self.net = nn.Sequential(GEGLU(dim, dim * 4), nn.Identity(), nn.Linear(dim * 4, dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.as_tensor(self.net(x))
+        return self.net(x)
 
 
 class TransformerBlock(nn.Module):
     """Self-attention, cross-attention to the prompt, feed-forward; each with a LayerNorm and a residual."""
 
-    def __init__(self, dim: int, context_dim: int, heads: int, *, upcast: bool) -> None:
+    def __init__(self, dim: int, context_dim: int, heads: int) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(dim)
-        self.attn1 = Attention(dim, dim, heads, upcast=upcast)
+        self.attn1 = Attention(dim, dim, heads)
         self.norm2 = nn.LayerNorm(dim)
-        self.attn2 = Attention(dim, context_dim, heads, upcast=upcast)
+        self.attn2 = Attention(dim, context_dim, heads)
         self.norm3 = nn.LayerNorm(dim)
         self.ff = FeedForward(dim)
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         x = x + self.attn1(self.norm1(x))
         x = x + self.attn2(self.norm2(x), context)
-        return torch.as_tensor(x + self.ff(self.norm3(x)))
+        return x + self.ff(self.norm3(x))
 
 
 class SpatialTransformer(nn.Module):
@@ -110,40 +84,26 @@ class SpatialTransformer(nn.Module):
     `(n, c, h, w)` and context `(n, l, context_dim)` -> `(n, c, h, w)`.
     """
 
-    def __init__(
-        self, channels: int, context_dim: int, heads: int, *, layers: int, groups: int, linear: bool, upcast: bool
-    ) -> None:
+    def __init__(self, channels: int, context_dim: int, heads: int, *, layers: int, groups: int) -> None:
         super().__init__()
-        self.linear = linear
         self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
-        self.proj_in = nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
-        self.transformer_blocks = nn.ModuleList(
-            [TransformerBlock(channels, context_dim, heads, upcast=upcast) for _ in range(layers)]
-        )
-        self.proj_out = nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
+        self.proj_in = nn.Linear(channels, channels)
+        self.transformer_blocks = nn.ModuleList([TransformerBlock(channels, context_dim, heads) for _ in range(layers)])
+        self.proj_out = nn.Linear(channels, channels)
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         height, width = x.shape[-2:]
-        h = self.norm(x)
-        if not self.linear:
-            h = self.proj_in(h)
-        h = rearrange(h, "n c h w -> n (h w) c")
-        if self.linear:
-            h = self.proj_in(h)
+        h = self.proj_in(rearrange(self.norm(x), "n c h w -> n (h w) c"))
         for block in self.transformer_blocks:
             h = block(h, context)
-        if self.linear:
-            h = self.proj_out(h)
-        h = rearrange(h, "n (h w) c -> n c h w", h=height, w=width)
-        if not self.linear:
-            h = self.proj_out(h)
-        return torch.as_tensor(h + x)
+        # In this order the sum has the memory layout of x, and not that of the tokens.
+        return x + rearrange(self.proj_out(h), "n (h w) c -> n c h w", h=height, w=width)
 
 
 class Downsample(nn.Module):
     """Halve height and width with a stride-2 convolution.
 
-    The U-Net pads one cell on every side; the first stage pads only right and below, as the originals do.
+    The U-Net pads one cell on every side; the autoencoder pads only right and below, as the originals do.
     """
 
     def __init__(self, channels: int, *, symmetric: bool) -> None:
@@ -152,7 +112,7 @@ class Downsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1 if symmetric else 0)
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.as_tensor(self.conv(x if self.symmetric else F.pad(x, (0, 1, 0, 1))))
+        return self.conv(x if self.symmetric else F.pad(x, (0, 1, 0, 1)))
 
 
 class Upsample(nn.Module):
@@ -165,4 +125,4 @@ class Upsample(nn.Module):
     def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
         if size is None:
             size = (x.shape[-2] * 2, x.shape[-1] * 2)
-        return torch.as_tensor(self.conv(F.interpolate(x, size=size, mode="nearest")))
+        return self.conv(F.interpolate(x, size=size, mode="nearest"))

@@ -1,4 +1,4 @@
-"""The denoising U-Net with cross-attention: second stage of latent diffusion (arXiv:2112.10752, section 3.3)."""
+"""The denoising U-Net with cross-attention: the paper's second stage (arXiv:2112.10752, section 3.3)."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class TimestepEmbedding(nn.Module):
         self.linear_2 = nn.Linear(out_features, out_features)
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.as_tensor(self.linear_2(F.silu(self.linear_1(x))))
+        return self.linear_2(F.silu(self.linear_1(x)))
 
 
 class DownBlock(nn.Module):
@@ -41,21 +41,13 @@ class DownBlock(nn.Module):
     def __init__(self, config: UNetConfig, level: int, in_channels: int, time_dim: int) -> None:
         super().__init__()
         channels = config.channels[level]
+        layers = config.layers_per_block
         self.resnets = nn.ModuleList(
-            [
-                ResnetBlock(
-                    in_channels if layer == 0 else channels,
-                    channels,
-                    time_dim=time_dim,
-                    groups=config.norm_groups,
-                    eps=config.norm_eps,
-                )
-                for layer in range(config.layers_per_block)
-            ]
+            [_resnet(config, in_channels if layer == 0 else channels, channels, time_dim) for layer in range(layers)]
         )
-        if config.cross_attention[level]:
-            self.attentions = nn.ModuleList([_transformer(config, level) for _ in range(config.layers_per_block)])
-        self.has_attention = config.cross_attention[level]
+        self.attentions = nn.ModuleList(
+            [_transformer(config, level) for _ in range(layers if config.cross_attention[level] else 0)]
+        )
         self.downsamplers = nn.ModuleList(
             [] if level == len(config.channels) - 1 else [Downsample(channels, symmetric=True)]
         )
@@ -64,7 +56,7 @@ class DownBlock(nn.Module):
         skips: list[Tensor] = []
         for layer, resnet in enumerate(self.resnets):
             x = resnet(x, time)
-            if self.has_attention:
+            if self.attentions:
                 x = self.attentions[layer](x, context)
             skips.append(x)
         for downsampler in self.downsamplers:
@@ -79,18 +71,13 @@ class MidBlock(nn.Module):
     def __init__(self, config: UNetConfig, time_dim: int) -> None:
         super().__init__()
         channels = config.channels[-1]
-        self.resnets = nn.ModuleList(
-            [
-                ResnetBlock(channels, channels, time_dim=time_dim, groups=config.norm_groups, eps=config.norm_eps)
-                for _ in range(2)
-            ]
-        )
+        self.resnets = nn.ModuleList([_resnet(config, channels, channels, time_dim) for _ in range(2)])
         self.attentions = nn.ModuleList([_transformer(config, len(config.channels) - 1)])
 
     def forward(self, x: Tensor, time: Tensor, context: Tensor) -> Tensor:
         x = self.resnets[0](x, time)
         x = self.attentions[0](x, context)
-        return torch.as_tensor(self.resnets[1](x, time))
+        return self.resnets[1](x, time)
 
 
 class UpBlock(nn.Module):
@@ -103,34 +90,29 @@ class UpBlock(nn.Module):
         from_below = config.channels[min(level + 1, levels - 1)]
         skip_at_end = config.channels[max(level - 1, 0)]
         layers = config.layers_per_block + 1
-        resnets = []
-        for layer in range(layers):
-            skip = skip_at_end if layer == layers - 1 else channels
-            incoming = from_below if layer == 0 else channels
-            resnets.append(
-                ResnetBlock(
-                    incoming + skip, channels, time_dim=time_dim, groups=config.norm_groups, eps=config.norm_eps
-                )
-            )
-        self.resnets = nn.ModuleList(resnets)
-        if config.cross_attention[level]:
-            self.attentions = nn.ModuleList([_transformer(config, level) for _ in range(layers)])
-        self.has_attention = config.cross_attention[level]
+        incoming = [from_below] + [channels] * (layers - 1)
+        skips = [channels] * (layers - 1) + [skip_at_end]
+        self.resnets = nn.ModuleList(
+            [_resnet(config, below + skip, channels, time_dim) for below, skip in zip(incoming, skips, strict=True)]
+        )
+        self.attentions = nn.ModuleList(
+            [_transformer(config, level) for _ in range(layers if config.cross_attention[level] else 0)]
+        )
         self.upsamplers = nn.ModuleList([] if level == 0 else [Upsample(channels)])
 
     def forward(self, x: Tensor, skips: list[Tensor], time: Tensor, context: Tensor) -> Tensor:
         for layer, resnet in enumerate(self.resnets):
             x = resnet(torch.cat([x, skips.pop()], dim=1), time)
-            if self.has_attention:
+            if self.attentions:
                 x = self.attentions[layer](x, context)
         for upsampler in self.upsamplers:
-            # Latents whose sides are not multiples of the U-Net's own factor: meet the next skip's size exactly.
+            # Doubling misses the skip's size where a side of the latents is not a multiple of the U-Net's factor.
             x = upsampler(x, size=(skips[-1].shape[-2], skips[-1].shape[-1]))
         return x
 
 
 class UNet(nn.Module):
-    """Predicts noise, velocity or data from noisy latents.
+    """Predicts noise, velocity or x0 from noisy latents.
 
     `latents (n, in, h, w)`, `timesteps (n,)`, `context (n, l, context_dim)` -> `(n, out, h, w)`, all in the module's
     dtype. Models conditioned on text and size (SDXL) also take `pooled (n, p)` and `time_ids (n, 6)`.
@@ -176,7 +158,7 @@ class UNet(nn.Module):
         x = self.mid_block(x, time, context)
         for up_block in self.up_blocks:
             x = up_block(x, skips, time, context)
-        return torch.as_tensor(self.conv_out(F.silu(self.conv_norm_out(x))))
+        return self.conv_out(F.silu(self.conv_norm_out(x)))
 
     def _embed_time(
         self, timesteps: Tensor, dtype: torch.dtype, pooled: Tensor | None, time_ids: Tensor | None
@@ -197,7 +179,11 @@ class UNet(nn.Module):
             )
             sizes = rearrange(sizes, "(n ids) d -> n (ids d)", n=len(time_ids))
             time = time + self.add_embedding(torch.cat([pooled, sizes.to(dtype)], dim=-1))
-        return torch.as_tensor(time)
+        return time
+
+
+def _resnet(config: UNetConfig, in_channels: int, out_channels: int, time_dim: int) -> ResnetBlock:
+    return ResnetBlock(in_channels, out_channels, time_dim=time_dim, groups=config.norm_groups, eps=config.norm_eps)
 
 
 def _transformer(config: UNetConfig, level: int) -> SpatialTransformer:
@@ -207,6 +193,4 @@ def _transformer(config: UNetConfig, level: int) -> SpatialTransformer:
         config.heads[level],
         layers=config.transformer_layers[level],
         groups=config.norm_groups,
-        linear=config.linear_projection,
-        upcast=config.upcast_attention,
     )

@@ -1,4 +1,4 @@
-"""Guidance and parameterisation around the U-Net, so that a sampler sees one thing: noise and data, as predicted."""
+"""Guidance and parameterisation around the U-Net, so that a sampler sees one thing: noise and x0, as predicted."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from latentmill.engine.sampling.schedule import NoiseLevel, NoiseSchedule
+from latentmill.engine.sampling.levels import NoiseLevel
+from latentmill.engine.sampling.schedule import NoiseSchedule
 
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """What the model makes of noisy latents: the noise in them and the data under it, each `(n, c, h, w) float32`."""
+    """What the model predicts from noisy latents: their noise and their x0, each `(n, c, h, w) float32`."""
 
     noise: Tensor
-    data: Tensor
+    x0: Tensor
 
 
 Denoise = Callable[[Tensor, NoiseLevel], Prediction]
@@ -32,7 +33,7 @@ class Denoiser:
 
     `context` is `(n, l, d)`, or `(2 n, l, d)` with the negative half first where `guidance` is given: a scale per row,
     `(n, 1, 1, 1) float32`. The U-Net runs in the context's dtype; latents and predictions stay float32. Where the
-    folder says `clip_sample`, the predicted data is clipped, whichever sampler asks; the noise is left as it is.
+    folder says `clip_sample`, the predicted x0 is clipped, whichever sampler asks; the noise is left as it is.
     """
 
     def __init__(self, unet: PredictNoise, schedule: NoiseSchedule, context: Tensor, guidance: Tensor | None) -> None:
@@ -46,7 +47,7 @@ class Denoiser:
         if not self._config.clip_sample:
             return prediction
         limit = self._config.clip_sample_range
-        return Prediction(prediction.noise, prediction.data.clamp(-limit, limit))
+        return Prediction(prediction.noise, prediction.x0.clamp(-limit, limit))
 
     def _run_unet(self, latents: Tensor, timestep: float) -> Tensor:
         inputs = latents.to(self._context.dtype)
@@ -60,7 +61,7 @@ class Denoiser:
         return negative + self._guidance * (positive - negative)
 
     def _to_prediction(self, output: Tensor, latents: Tensor, level: NoiseLevel) -> Prediction:
-        """Convert from what the model was trained to predict: noise, velocity (arXiv:2202.00512, app. D) or data."""
+        """Convert what the model was trained to predict: noise, velocity (arXiv:2202.00512, app. D) or x0."""
         signal, noise = level.signal, level.noise
         kind = self._config.prediction_type
         if kind == "epsilon":

@@ -1,4 +1,4 @@
-"""The original command's noise: one generator for all samples, drawn from in order on the device that samples."""
+"""The original command's noise: one generator for all samples, on the device that samples."""
 
 from __future__ import annotations
 

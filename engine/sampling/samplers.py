@@ -1,47 +1,32 @@
-"""The samplers: pure functions from noise to latents, given a denoiser and the schedule.
-
-Guidance and what the model predicts are the denoiser's business; a sampler sees noise and data, as predicted.
-"""
+"""A sampler by its name: the table's entry put to work."""
 
 from __future__ import annotations
 
-from latentmill.engine.sampling.sigma_space import (
-    dpmpp_2m,
-    dpmpp_2m_karras,
-    dpmpp_2m_sde,
-    dpmpp_2m_sde_karras,
-    euler,
-    euler_a,
-    heun,
-)
-from latentmill.engine.sampling.signature import DrawNoise, Sampler
-from latentmill.engine.sampling.timestep_space import ddim, lcm, plms
+from typing import Any
 
-SAMPLER_FUNCTIONS: dict[str, Sampler] = {
-    "ddim": ddim,
-    "plms": plms,
-    "euler": euler,
-    "euler_a": euler_a,
-    "heun": heun,
-    "dpmpp_2m": dpmpp_2m,
-    "dpmpp_2m_karras": dpmpp_2m_karras,
-    "dpmpp_2m_sde": dpmpp_2m_sde,
-    "dpmpp_2m_sde_karras": dpmpp_2m_sde_karras,
-    "lcm": lcm,
-}
+from torch import Tensor
 
-__all__ = [
-    "SAMPLER_FUNCTIONS",
-    "DrawNoise",
-    "Sampler",
-    "ddim",
-    "dpmpp_2m",
-    "dpmpp_2m_karras",
-    "dpmpp_2m_sde",
-    "dpmpp_2m_sde_karras",
-    "euler",
-    "euler_a",
-    "heun",
-    "lcm",
-    "plms",
-]
+from latentmill.engine.sampling import solvers
+from latentmill.engine.sampling.denoiser import Denoise
+from latentmill.engine.sampling.levels import PLACEMENTS
+from latentmill.engine.sampling.schedule import NoiseSchedule
+from latentmill.engine.sampling.solvers import DrawNoise
+from latentmill.engine.sampling.table import SAMPLER_TABLE
+
+
+def sample(
+    sampler: str,
+    denoise: Denoise,
+    noise: Tensor,
+    schedule: NoiseSchedule,
+    num_inference_steps: int,
+    draw_noise: DrawNoise,
+    eta: Tensor,
+) -> Tensor:
+    """Noise `(n, c, h, w) float32` -> latents. `eta (n, 1, 1, 1) float32` counts only for samplers that take it."""
+    entry = SAMPLER_TABLE[sampler]
+    solve = getattr(solvers, entry.solver)
+    levels = PLACEMENTS[entry.levels].place(schedule, num_inference_steps)
+    options: dict[str, Any] = {"eta": eta} if entry.takes_eta else {}
+    latents: Tensor = solve(denoise, noise, levels, draw_noise if entry.draws_noise else None, **options)
+    return latents

@@ -1,10 +1,8 @@
-"""The forward process: how much signal is left at each timestep, and which timesteps a sampler visits."""
+"""The forward process: how much signal is left at each timestep."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
 import torch
@@ -12,39 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from latentmill.engine.loading.config import SchedulerConfig
-from latentmill.engine.sampling.timesteps import whole_timesteps
-
-LEAST_POWER = 2.0**-24
-"""What stands for a signal power of 0 (a schedule rescaled to zero terminal SNR) where one must divide by it."""
-
-
-@dataclass(frozen=True, slots=True)
-class NoiseLevel:
-    """One point of the forward process: the timestep that the network is told, and the signal power in the latents.
-
-    Latents at a level are `signal * data + noise * (standard-normal noise)`: their variance is preserved. The timestep
-    may lie between those of the training.
-    """
-
-    timestep: float
-    power: float
-
-    @classmethod
-    def from_sigma(cls, timestep: float, sigma: float) -> NoiseLevel:
-        return cls(timestep, 1 / (1 + sigma**2))
-
-    @property
-    def signal(self) -> float:
-        return math.sqrt(self.power)
-
-    @property
-    def noise(self) -> float:
-        return math.sqrt(1 - self.power)
-
-    @property
-    def sigma(self) -> float:
-        """Noise over signal: the standard deviation of the noise where the data keeps its scale (arXiv:2206.00364)."""
-        return math.sqrt((1 - self.power) / self.power)
+from latentmill.engine.sampling.levels import LEAST_ALPHA_BAR, NoiseLevel
 
 
 class NoiseSchedule:
@@ -56,32 +22,20 @@ class NoiseSchedule:
         self._final = 1.0 if config.set_alpha_to_one else float(self.alphas_cumprod[0])
 
     def level(self, timestep: int) -> NoiseLevel:
-        """The level at a timestep of the training; below 0 lies what the folder takes for the data itself."""
-        return NoiseLevel(timestep, float(self.alphas_cumprod[timestep]) if timestep >= 0 else self._final)
+        """The level at a timestep of the training; below 0, what the folder takes for x0 itself."""
+        alpha_bar = float(self.alphas_cumprod[timestep]) if timestep >= 0 else self._final
+        return NoiseLevel.from_alpha_bar(timestep, alpha_bar)
 
     @property
     def sigmas(self) -> NDArray[np.float64]:
         """`(T,)` ascending: noise over signal at each timestep, finite everywhere."""
-        power = np.maximum(self.alphas_cumprod.numpy().astype(np.float64), LEAST_POWER)
-        return np.sqrt((1 - power) / power)
+        alpha_bar = np.maximum(self.alphas_cumprod.numpy().astype(np.float64), LEAST_ALPHA_BAR)
+        return np.sqrt((1 - alpha_bar) / alpha_bar)
 
-    def add_noise(self, data: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+    def add_noise(self, x0: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """The forward process in closed form (arXiv:2006.11239, eq. 4), for `timesteps (n,)`."""
-        signal = self.alphas_cumprod.to(data.device)[timesteps].reshape(-1, *[1] * (data.ndim - 1))
-        return signal.sqrt() * data + (1 - signal).sqrt() * noise
-
-    def steps(self, num_inference_steps: int) -> list[tuple[int, int]]:
-        """Pairs (timestep, next lower timestep), descending, for samplers that visit timesteps of the training.
-
-        As in diffusers, the stride to the lower timestep is T // S: where that does not divide (trailing, linspace), a
-        step ends a little above the next timestep. By `original` spacing a step ends at the next timestep, the last one
-        at 0. Raises EngineError that names the nearest number that works.
-        """
-        timesteps = [int(timestep) for timestep in whole_timesteps(self.config, num_inference_steps)]
-        if self.config.timestep_spacing == "original":
-            return list(pairwise([*timesteps, 0]))
-        stride = self.config.num_train_timesteps // num_inference_steps
-        return [(timestep, timestep - stride) for timestep in timesteps]
+        alpha_bar = self.alphas_cumprod.to(x0.device)[timesteps].reshape(-1, *[1] * (x0.ndim - 1))
+        return alpha_bar.sqrt() * x0 + (1 - alpha_bar).sqrt() * noise
 
 
 def _betas(config: SchedulerConfig) -> Tensor:
@@ -102,7 +56,7 @@ def _betas(config: SchedulerConfig) -> Tensor:
 
 
 def _cosine(t: float) -> float:
-    """Signal power at time `t` in [0, 1] of the cosine schedule (arXiv:2102.09672, eq. 17)."""
+    """alpha_bar at time `t` in [0, 1] of the cosine schedule (arXiv:2102.09672, eq. 17)."""
     return math.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2
 
 
@@ -110,5 +64,5 @@ def _zero_terminal_snr(betas: Tensor) -> Tensor:
     """Shift and scale the signal so that none is left at the last timestep (arXiv:2305.08891, algorithm 1)."""
     signal = torch.cumprod(1.0 - betas, dim=0).sqrt()
     first, last = signal[0].clone(), signal[-1].clone()
-    power = ((signal - last) * (first / (first - last))) ** 2
-    return 1 - torch.cat([power[:1], power[1:] / power[:-1]])
+    alpha_bar = ((signal - last) * (first / (first - last))) ** 2
+    return 1 - torch.cat([alpha_bar[:1], alpha_bar[1:] / alpha_bar[:-1]])

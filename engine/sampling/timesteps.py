@@ -1,4 +1,4 @@
-"""Which timesteps a sampler visits. Without torch: the planner refuses a number of steps with the same words."""
+"""Which timesteps of the training a sampler visits, by the folder's spacing. Without torch."""
 
 from __future__ import annotations
 
@@ -11,12 +11,7 @@ from latentmill.engine.loading.config import SchedulerConfig
 from latentmill.engine.types import EngineError
 
 Timesteps = NDArray[np.float64]
-"""Descending, each within 0 to T - 1; a whole number unless the grid's function says otherwise."""
-
-
-def check_steps(sampler: str, config: SchedulerConfig, steps: int) -> None:
-    """Raises EngineError that names the nearest number of steps that works, if `steps` does not."""
-    _CHECKS[sampler](config, steps)
+"""Descending, each within 0 to T - 1; whole numbers unless the function says otherwise."""
 
 
 def whole_timesteps(config: SchedulerConfig, steps: int) -> Timesteps:
@@ -34,7 +29,7 @@ def continuous_timesteps(config: SchedulerConfig, steps: int) -> Timesteps:
 
 
 def solver_timesteps(config: SchedulerConfig, steps: int) -> Timesteps:
-    """DPM-Solver's: one more than `steps` is spaced and the lowest left out, but for `trailing`, which has none at 0.
+    """DPM-Solver's: one more than `steps` is spaced and the lowest left out, except by `trailing`, which has none at 0.
 
     `original` is not rounded: uniform in time, as in the solver's own code.
     """
@@ -50,26 +45,13 @@ def distilled_timesteps(config: SchedulerConfig, steps: int) -> Timesteps:
 
 
 def check_range(config: SchedulerConfig, steps: int) -> None:
-    """All that samplers ask for that place noise levels, not timesteps. Raises EngineError."""
+    """Raises EngineError for a number of steps outside the schedule: all that placing levels without timesteps asks."""
     total = config.num_train_timesteps
     if not 1 <= steps <= total:
         raise EngineError(f"num_inference_steps is {steps}; this model takes 1 to {total}")
 
 
 _Grid = Callable[[SchedulerConfig, int], Timesteps]
-
-_CHECKS: dict[str, Callable[[SchedulerConfig, int], object]] = {
-    "ddim": whole_timesteps,
-    "plms": whole_timesteps,
-    "euler": continuous_timesteps,
-    "euler_a": continuous_timesteps,
-    "heun": continuous_timesteps,
-    "dpmpp_2m": solver_timesteps,
-    "dpmpp_2m_karras": check_range,
-    "dpmpp_2m_sde": solver_timesteps,
-    "dpmpp_2m_sde_karras": check_range,
-    "lcm": distilled_timesteps,
-}
 
 
 def _fitting(grid: _Grid, config: SchedulerConfig, steps: int) -> Timesteps:
@@ -96,7 +78,7 @@ def _spaced(config: SchedulerConfig, steps: int) -> Timesteps:
     if config.timestep_spacing == "leading":
         return np.arange(steps, dtype=np.float64)[::-1] * (total // steps) + config.steps_offset
     if config.timestep_spacing == "trailing":
-        # Rounding errors may bring the range one element more, at 0.
+        # Rounding errors may give the range one element too many, at 0.
         return np.round(np.arange(total, 0, -total / steps))[:steps] - 1
     if config.timestep_spacing == "original":
         return np.arange(0, total, total // steps, dtype=np.float64)[::-1] + 1
@@ -114,7 +96,7 @@ def _solver_spaced(config: SchedulerConfig, steps: int) -> Timesteps:
 
 
 def _uniform(total: int, count: int) -> Timesteps:
-    """Both ends included. Counted from 0 and turned round, so that a tie is rounded as diffusers rounds it."""
+    """Both ends included. Counted from 0 and reversed, so that a tie is rounded as diffusers rounds it."""
     return np.linspace(0, total - 1, count)[::-1]
 
 

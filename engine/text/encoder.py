@@ -1,10 +1,11 @@
-"""Prompts to what the U-Net is conditioned on, through one or two text encoders."""
+"""From prompts to the U-Net's conditioning, through one or two text encoders."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 from einops import rearrange
@@ -13,11 +14,12 @@ from torch import Tensor, nn
 from latentmill.engine.loading.blueprint import Tower
 from latentmill.engine.loading.layout import ModelLayout
 from latentmill.engine.loading.weights import load_tower
-from latentmill.engine.text.prompts import Chunk, Piece, cut_into_chunks, parse_prompt
+from latentmill.engine.text.prompts import Chunk, cut_into_chunks, parse_prompt
 from latentmill.engine.text.tokenizer import PromptTokenizer, load_prompt_tokenizer
 from latentmill.engine.types import LONG_PROMPTS, PROMPT_SYNTAXES, EngineError, ModelSpec
 
 _CACHE_LIMIT = 1024
+_PROMPT_LIMIT = 16_384
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,14 +41,6 @@ class _LoadedTower:
     tokenizer: PromptTokenizer
     model: nn.Module
 
-    def plain_ids(self, texts: list[str]) -> list[list[int]]:
-        """Ids of whole texts, marked, cut and padded."""
-        return self.tokenizer.padded_ids(texts, self.tower.max_tokens, self.tower.pad_id)
-
-    def chunks(self, pieces: Sequence[Piece]) -> list[Chunk]:
-        """The prompt's tokens as this tower counts them."""
-        return cut_into_chunks(pieces, self.tokenizer.ids([piece.text for piece in pieces]), self.tower.max_tokens - 2)
-
     def framed(self, chunk: Chunk) -> tuple[list[int], list[float]]:
         """A chunk's ids and weights with marks and padding, which weigh 1."""
         ids = self.tokenizer.framed([token for token, _ in chunk], self.tower.max_tokens, self.tower.pad_id)
@@ -62,8 +56,16 @@ class _LoadedTower:
         return states, output.text_embeds if self.tower.kind == "clip-projection" else None
 
 
+@dataclass(frozen=True, slots=True)
+class _Prompt:
+    """A parsed prompt: its tokens by the first encoder, and for each encoder its chunks."""
+
+    tokens: int
+    chunks: tuple[list[Chunk], ...]
+
+
 class TextEncoder:
-    """The model's text encoders, frozen; their states stand side by side for each token.
+    """The model's text encoders, frozen; their states are concatenated for each token.
 
     Encodes in batches of one fixed, padded size and remembers recent prompts, so that the bits of an embedding depend
     on its prompt alone.
@@ -74,8 +76,8 @@ class TextEncoder:
     ) -> None:
         if spec.prompt_syntax not in PROMPT_SYNTAXES or spec.long_prompts not in LONG_PROMPTS:
             raise EngineError(
-                f"prompt_syntax is {spec.prompt_syntax!r} and long_prompts {spec.long_prompts!r}; there are "
-                f"{', '.join(PROMPT_SYNTAXES)} and {', '.join(LONG_PROMPTS)}"
+                f"prompt_syntax is {spec.prompt_syntax!r} and long_prompts {spec.long_prompts!r}; expected one of "
+                f"{', '.join(PROMPT_SYNTAXES)} and one of {', '.join(LONG_PROMPTS)}"
             )
         blueprint = layout.blueprint
         self._towers = [
@@ -90,39 +92,38 @@ class TextEncoder:
         self.max_tokens = blueprint.max_tokens
         self._device = device
         self._batch_size = batch_size
+        self._read = lru_cache(_PROMPT_LIMIT)(self._parse)
         self._cache: dict[tuple[str, int], tuple[Tensor, Tensor | None]] = {}
 
-    def at_precision(self, dtype: torch.dtype) -> TextEncoder:
-        """A copy of the encoder in another dtype, with a memory of its own."""
+    @property
+    def networks(self) -> list[nn.Module]:
+        """The encoders' networks."""
+        return [loaded.model for loaded in self._towers]
+
+    def without_cache(self) -> TextEncoder:
+        """The same encoder with no embeddings remembered: for networks whose precision has changed."""
         other = copy.copy(self)
-        other._towers = [
-            _LoadedTower(loaded.tower, loaded.tokenizer, copy.deepcopy(loaded.model).to(dtype))
-            for loaded in self._towers
-        ]
         other._cache = {}
         return other
 
     def count_tokens(self, text: str) -> int:
         """Tokens before truncation, without start and end marks and emphasis. Raises the tokenizer's own errors."""
-        return sum(self._towers[0].tokenizer.count([piece.text for piece in self._pieces(text)]))
+        return self._read(text).tokens
 
     def chunks_needed(self, text: str) -> int:
         """Runs of the encoder that the text takes: 1, unless long prompts are chunked.
 
         Raises EngineError for a text that is too long where that is an error.
         """
-        if self._long_prompts == "chunk":
-            pieces = self._pieces(text)
-            return max(len(loaded.chunks(pieces)) for loaded in self._towers)
-        tokens = self.count_tokens(text)
-        if self._long_prompts == "error" and tokens > self.max_tokens - 2:
-            raise EngineError(f"the prompt has {tokens} tokens, the limit is {self.max_tokens - 2}; shorten it")
-        return 1
+        prompt = self._read(text)
+        if self._long_prompts == "error" and prompt.tokens > self.max_tokens - 2:
+            raise EngineError(f"the prompt has {prompt.tokens} tokens, the limit is {self.max_tokens - 2}; shorten it")
+        return max(map(len, prompt.chunks)) if self._long_prompts == "chunk" else 1
 
     def encode(self, texts: Sequence[str], chunks: int = 1) -> Conditioning:
         """`n` texts -> their conditioning in the encoders' dtype: `chunks * max_tokens` token states each.
 
-        Longer texts are cut; shorter ones go on with empty chunks.
+        Longer texts are cut; shorter ones are continued with empty chunks.
         """
         if len(self._cache) > _CACHE_LIMIT:
             self._cache.clear()
@@ -137,7 +138,7 @@ class TextEncoder:
         return Conditioning(torch.stack([states for states, _ in rows]), torch.stack(pooled) if pooled else None)
 
     def encode_negative(self, texts: Sequence[str], chunks: int = 1) -> Conditioning:
-        """As `encode`; but where the model was trained so (SDXL), no negative prompt means zeros."""
+        """As `encode`; but for models trained that way (SDXL), an empty negative prompt means zeros."""
         encoded = self.encode(texts, chunks)
         if not self._zeros_for_empty:
             return encoded
@@ -145,48 +146,62 @@ class TextEncoder:
         context = encoded.context * given[:, None, None]
         return Conditioning(context, None if encoded.pooled is None else encoded.pooled * given[:, None])
 
-    def _pieces(self, text: str) -> list[Piece]:
+    def _parse(self, text: str) -> _Prompt:
+        """Parse and tokenise a prompt, whole."""
         pieces = parse_prompt(text, self._syntax)
-        # A BREAK asks for a chunk of its own, and there is only one: its two sides then follow one another.
-        return pieces if self._long_prompts == "chunk" else [replace(piece, starts_chunk=False) for piece in pieces]
+        if self._long_prompts != "chunk":
+            # A BREAK starts a new chunk; where there is only one, its two sides follow one another.
+            pieces = [replace(piece, starts_chunk=False) for piece in pieces]
+        ids = [loaded.tokenizer.ids([piece.text for piece in pieces]) for loaded in self._towers]
+        chunks = tuple(
+            cut_into_chunks(pieces, piece_ids, loaded.tower.max_tokens - 2)
+            for loaded, piece_ids in zip(self._towers, ids, strict=True)
+        )
+        return _Prompt(sum(map(len, ids[0])), chunks)
 
     def _encode_batch(self, texts: list[str], chunks: int) -> list[tuple[Tensor, Tensor | None]]:
-        if self._syntax == "plain" and chunks == 1:
-            parts = [loaded.encode(loaded.plain_ids(texts), self._device) for loaded in self._towers]
-        else:
-            parts = [self._encode_weighted(loaded, texts, chunks) for loaded in self._towers]
+        """One row per text, each with its own memory: a row in the cache must not keep its whole batch alive."""
+        prompts = [self._read(text) for text in texts]
+        parts = [
+            self._encode_chunks(loaded, [prompt.chunks[number] for prompt in prompts], chunks)
+            for number, loaded in enumerate(self._towers)
+        ]
         states = torch.cat([part for part, _ in parts], dim=-1)
-        pooled = [part for _, part in parts if part is not None]
-        return list(zip(states, pooled[0] if pooled else [None] * len(texts), strict=True))
+        pooled = next((part for _, part in parts if part is not None), None)
+        return [(row.clone(), None if pooled is None else pooled[number].clone()) for number, row in enumerate(states)]
 
-    def _encode_weighted(self, loaded: _LoadedTower, texts: list[str], chunks: int) -> tuple[Tensor, Tensor | None]:
+    def _encode_chunks(
+        self, loaded: _LoadedTower, rows: list[list[Chunk]], chunks: int
+    ) -> tuple[Tensor, Tensor | None]:
         """Chunk by chunk, each at the fixed batch shape; the pooled state is the first chunk's."""
-        rows = [loaded.chunks(self._pieces(text)) for text in texts]
         states, pooled = [], []
         for number in range(chunks):
             framed = [loaded.framed(row[number] if number < len(row) else []) for row in rows]
             part, part_pooled = loaded.encode([ids for ids, _ in framed], self._device)
-            states.append(_emphasised(part, torch.tensor([weights for _, weights in framed], device=self._device)))
+            states.append(_emphasised(part, [weights for _, weights in framed]))
             pooled.append(part_pooled)
         return torch.cat(states, dim=1), pooled[0]
 
 
 def _check_vocabulary(loaded: _LoadedTower, *, exact: bool) -> None:
-    """A tokenizer that was chosen by hand must fit exactly; one in the model's own folder may know less."""
+    """A tokenizer chosen by hand must fit exactly; one in the model's own folder may know fewer tokens."""
     known, given = int(loaded.tower.config.get("vocab_size", 30522)), loaded.tokenizer.vocabulary
     if given > known or (exact and given != known):
         raise EngineError(
-            f"{loaded.tower.component} knows {known} tokens, the tokenizer has {given}: it is not the one that the "
-            "model was trained with"
+            f"{loaded.tower.component} knows {known} tokens, the tokenizer has {given}: the model was trained with "
+            "another one"
         )
 
 
-def _emphasised(states: Tensor, weights: Tensor) -> Tensor:
+def _emphasised(states: Tensor, weights: list[list[float]]) -> Tensor:
     """Token states `(n, l, d)` times their weights `(n, l)`, each row brought back to its mean, as A1111 does.
 
     A row whose weights are all 1 keeps its very bits.
     """
-    weighted = states.float() * rearrange(weights, "n l -> n l 1")
+    if all(weight == 1 for row in weights for weight in row):
+        return states
+    factors = torch.tensor(weights, device=states.device)
+    weighted = states.float() * rearrange(factors, "n l -> n l 1")
     restored = weighted * (states.float().mean((1, 2), keepdim=True) / weighted.mean((1, 2), keepdim=True))
-    plain = rearrange((weights == 1).all(dim=1), "n -> n 1 1")
+    plain = rearrange((factors == 1).all(dim=1), "n -> n 1 1")
     return torch.where(plain, states, restored.to(states.dtype))

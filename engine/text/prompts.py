@@ -21,7 +21,7 @@ class Piece:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Syntax:
-    """Opening bracket -> (closing bracket, factor); which of them takes `:number`; whether BREAK means anything."""
+    """Opening bracket -> (closing bracket, factor); which bracket takes `:number`; whether BREAK starts a chunk."""
 
     brackets: Mapping[str, tuple[str, float]]
     weighted: str
@@ -42,14 +42,14 @@ _BREAK = re.compile(r"\s*\bBREAK\b\s*")
 def parse_prompt(text: str, syntax: str) -> list[Piece]:
     """The prompt as weighted pieces, in order; joined, they are the text that is encoded.
 
-    `plain` takes every character as it stands. `a1111`: `(x)` weighs 1.1, `[x]` 1/1.1, `(x:1.3)` 1.3, brackets nest and
+    `plain` takes every character literally. `a1111`: `(x)` weighs 1.1, `[x]` 1/1.1, `(x:1.3)` 1.3, brackets nest and
     multiply, a backslash before a bracket makes it text, BREAK starts a new chunk of 75 tokens. `novelai`: `{x}` weighs
-    1.05, `[x]` 1/1.05. A bracket that is never closed counts to the end; one that was never opened is text.
+    1.05, `[x]` 1/1.05. A bracket that is never closed extends to the end; one that was never opened is text.
     """
     if syntax == "plain":
         return [Piece(text)]
     if syntax not in _SYNTAXES:
-        raise EngineError(f"prompt syntax is {syntax!r}; there are {', '.join(PROMPT_SYNTAXES)}")
+        raise EngineError(f"prompt syntax is {syntax!r}; expected one of {', '.join(PROMPT_SYNTAXES)}")
     rules = _SYNTAXES[syntax]
     weighted = _merged(_scan(text, rules))
     return _split_at_breaks(weighted) if rules.breaks else weighted
@@ -57,7 +57,7 @@ def parse_prompt(text: str, syntax: str) -> list[Piece]:
 
 @dataclass(slots=True)
 class _Bracket:
-    """An opened bracket; its factor may still change when it is closed."""
+    """An opened bracket; its factor may change when it is closed."""
 
     opening: str
     factor: float

@@ -1,4 +1,4 @@
-"""Prompts as token ids, and their number; without torch, so that planning can count."""
+"""Prompts as token ids, and their number. Without torch, so that planning can count."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from latentmill.engine.loading.blueprint import TowerKind
 
 
 class PromptTokenizer:
-    """A tokenizer's folder as a counter of tokens and a maker of ids."""
+    """Counts a text's tokens and gives their ids."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
-        # CLIP's marks and BERT's have other names.
+        # CLIP and BERT name their marks differently.
         self._start, self._end = (
             int(tokenizer.convert_tokens_to_ids(mark or other))
             for mark, other in (
@@ -25,14 +25,12 @@ class PromptTokenizer:
 
     @property
     def vocabulary(self) -> int:
-        """One more than the highest id that it gives."""
+        """One more than the highest id."""
         return len(self._tokenizer)
 
     def count(self, texts: Sequence[str]) -> list[int]:
         """Tokens of each text before truncation, start and end marks not included."""
-        if not texts:
-            return []
-        return [len(ids) for ids in self.ids(texts)]
+        return [len(ids) for ids in self.ids(texts)] if texts else []
 
     def ids(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text, all of them, without start and end marks."""
@@ -42,17 +40,10 @@ class PromptTokenizer:
         return encoded
 
     def framed(self, ids: Sequence[int], length: int, pad_id: int | None) -> list[int]:
-        """Ids between a start and an end mark, padded to `length`; by the tokenizer's own padding for None."""
+        """Ids between a start and an end mark, padded to `length`; None pads as the tokenizer does."""
         framed = [self._start, *ids, self._end]
-        return framed + [self._pad(pad_id)] * (length - len(framed))
-
-    def padded_ids(self, texts: Sequence[str], length: int, pad_id: int | None) -> list[list[int]]:
-        """Ids with start and end marks, cut and padded to `length`; by the tokenizer's own padding for None."""
-        encoded = self._tokenizer(list(texts), truncation=True, max_length=length)["input_ids"]
-        return [ids + [self._pad(pad_id)] * (length - len(ids)) for ids in encoded]
-
-    def _pad(self, pad_id: int | None) -> int:
-        return int(self._tokenizer.pad_token_id if pad_id is None else pad_id)
+        pad = self._tokenizer.pad_token_id if pad_id is None else pad_id
+        return framed + [int(pad)] * (length - len(framed))
 
 
 def load_prompt_tokenizer(folder: Path, kind: TowerKind) -> PromptTokenizer:

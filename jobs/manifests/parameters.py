@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from latentmill.engine import GenerationRequest
+from latentmill.engine import SAMPLER_LABELS, GenerationRequest
 from latentmill.jobs.manifests.fields import shorten
 
 MANIFEST_FORMATS = ("auto", "lines", "parameters", "flags")
@@ -16,22 +16,7 @@ MANIFEST_FORMATS = ("auto", "lines", "parameters", "flags")
 TEXT_LIMIT = 16_384
 """Bytes of text in one picture: Pillow writes more, but refuses to read much more back."""
 
-SAMPLER_NAMES = {
-    "ddim": "DDIM",
-    "plms": "PLMS",
-    "euler": "Euler",
-    "euler_a": "Euler a",
-    "heun": "Heun",
-    "dpmpp_2m": "DPM++ 2M",
-    "dpmpp_2m_karras": "DPM++ 2M Karras",
-    "dpmpp_2m_sde": "DPM++ 2M SDE",
-    "dpmpp_2m_sde_karras": "DPM++ 2M SDE Karras",
-    "lcm": "LCM",
-    "default": "Default",
-}
-"""Our samplers in the words of web UIs."""
-
-_BY_NAME = {name.lower(): sampler for sampler, name in SAMPLER_NAMES.items()}
+_BY_NAME = {name.lower(): sampler for sampler, name in SAMPLER_LABELS.items()}
 # What those programs choose for `Automatic`; the exponential sigmas of DPM++ 2M SDE are none of ours.
 _AUTOMATIC = {"dpm++ 2m": "karras", "dpm++ 2m sde": "exponential"}
 _PLAIN_SCHEDULES = {"uniform", "normal"}
@@ -66,7 +51,7 @@ def parameters_text(request: GenerationRequest, *, model_name: str, model_hash: 
     """
     settings = {
         "Steps": str(request.num_inference_steps),
-        "Sampler": SAMPLER_NAMES[request.sampler],
+        "Sampler": SAMPLER_LABELS[request.sampler],
         "CFG scale": _number(request.guidance_scale),
         "Seed": str(request.seed),
         "Size": f"{request.width}x{request.height}",
@@ -132,13 +117,13 @@ def find_sampler(name: str, schedule: str = "") -> str | None:
         kind = _AUTOMATIC.get(base, "")
     if kind and kind not in _PLAIN_SCHEDULES and not base.endswith(kind):
         base = f"{base} {kind}"
-    return _BY_NAME.get(base, base if base in SAMPLER_NAMES else None)
+    return _BY_NAME.get(base, base if base in SAMPLER_LABELS else None)
 
 
 def unknown_sampler(name: str, schedule: str = "") -> str:
     """The reason for refusing one."""
     kind = f" with schedule type {shorten(schedule)}" if schedule else ""
-    return f"sampler {shorten(name)}{kind} is unknown; known: {', '.join(SAMPLER_NAMES.values())}"
+    return f"sampler {shorten(name)}{kind} is unknown; known: {', '.join(SAMPLER_LABELS.values())}"
 
 
 def _pairs(line: str) -> list[tuple[str, str]]:

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from latentmill.engine.loading.blueprint import Blueprint
 from latentmill.engine.loading.keys import original_names
 from latentmill.engine.loading.layout import find_model
 from latentmill.engine.loading.weights import load_tower, load_unet, load_vae
@@ -41,9 +42,16 @@ def original_weights(folder: Path) -> dict[str, Tensor]:
                 weights[origin.key] = (ours[key].T if origin.transposed else ours[key]).clone()
         weights |= {key: torch.cat([parts[0], parts[1], parts[2]]) for key, parts in thirds.items()}
     for key in list(weights):
-        if key.startswith("first_stage_model.") and ".attn" in key and weights[key].ndim == 2:
+        if weights[key].ndim == 2 and is_convolution(blueprint, key):
             weights[key] = weights[key][:, :, None, None]
     return weights | _beside(blueprint.family, weights)
+
+
+def is_convolution(blueprint: Blueprint, key: str) -> bool:
+    """Whether a linear layer of ours is a 1x1 convolution in the original: those around attention often are."""
+    if key.startswith("first_stage_model."):
+        return ".attn" in key
+    return key.endswith((".proj_in.weight", ".proj_out.weight")) and not blueprint.unet.linear_projection
 
 
 def _beside(family: str, weights: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -18,7 +18,7 @@ from diffusers import (
 
 from latentmill.engine.loading.config import SchedulerConfig
 from latentmill.engine.sampling.denoiser import Denoiser
-from latentmill.engine.sampling.samplers import SAMPLER_FUNCTIONS
+from latentmill.engine.sampling.samplers import sample
 from latentmill.engine.sampling.schedule import NoiseSchedule
 
 CONFIG = {
@@ -100,8 +100,8 @@ def run_ours(sampler, schedule, latents, steps, function=model, draw_noise=None,
     unet = Recorder(function)
     denoise = Denoiser(unet, schedule, torch.zeros(len(latents), 1, 1), None)
     draw_noise = draw_noise or noise_source(latents.shape)
-    rates = torch.full((len(latents), 1, 1, 1), eta)
-    return SAMPLER_FUNCTIONS[sampler](denoise, latents, schedule, steps, rates, draw_noise), unet.calls
+    rates = torch.zeros(len(latents), 1, 1, 1) + eta
+    return sample(sampler, denoise, latents, schedule, steps, draw_noise, rates), unet.calls
 
 
 def run_reference(scheduler, latents, steps, function=model, **step_arguments):

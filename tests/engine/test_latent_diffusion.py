@@ -15,7 +15,7 @@ from latentmill.engine.loading.blueprint import Tower
 from latentmill.engine.loading.config import VAEConfig
 from latentmill.engine.loading.keys import folder_name
 from latentmill.engine.loading.weights import build_tower
-from latentmill.engine.networks.autoencoder import build_first_stage
+from latentmill.engine.networks.autoencoder import build_autoencoder
 from tests.engine.families import (
     assert_same_pictures,
     assert_same_unet,
@@ -92,7 +92,7 @@ def test_the_text_encoder_computes_what_the_reference_computes():
 def test_the_decoder_absorbs_the_codebook_as_the_references_does(kind):
     torch.manual_seed(0)
     reference: VQModel = first_stage(kind).eval()
-    ours = build_first_stage(VAEConfig.from_dict({**reference.config})).eval()
+    ours = build_autoencoder(VAEConfig.from_dict({**reference.config})).eval()
     ours.load_state_dict(reference.state_dict())
     latents = torch.randn(2, reference.config.latent_channels, 6, 10)
     pixels = torch.rand(2, 3, 32, 48) * 2 - 1

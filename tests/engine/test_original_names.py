@@ -21,8 +21,9 @@ from latentmill.engine.loading.config import SchedulerConfig, UNetConfig, VAECon
 from latentmill.engine.loading.keys import folder_name, is_ignored, original_names
 from latentmill.engine.loading.single_file import recognise
 from latentmill.engine.loading.weights import build_tower, claim_single_file
-from latentmill.engine.networks.autoencoder import build_first_stage
+from latentmill.engine.networks.autoencoder import build_autoencoder
 from latentmill.engine.networks.unet import UNet
+from tests.engine.originals import is_convolution
 from tests.engine.test_architecture_of_models import SD15_UNET, SD21_UNET, SD_VAE, SDXL_UNET
 
 CLIP_L = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
@@ -167,7 +168,7 @@ def original_shapes(plan: Blueprint) -> dict[str, tuple[int, ...]]:
     with torch.device("meta"):
         modules = {
             "unet": UNet(plan.unet),
-            "vae": build_first_stage(plan.vae),
+            "vae": build_autoencoder(plan.vae),
             **{tower.component: build_tower(tower) for tower in plan.towers},
         }
     shapes: dict[str, tuple[int, ...]] = {}
@@ -177,8 +178,8 @@ def original_shapes(plan: Blueprint) -> dict[str, tuple[int, ...]]:
             shape = ours[key]
             if origin.third is not None:
                 shape = (3 * shape[0], *shape[1:])
-            is_pixel_attention = component == "vae" and ".attn" in origin.key and len(shape) == 2
-            shape = (*shape, 1, 1) if is_pixel_attention else shape[::-1] if origin.transposed else shape
+            convolution = len(shape) == 2 and is_convolution(plan, origin.key)
+            shape = (*shape, 1, 1) if convolution else shape[::-1] if origin.transposed else shape
             assert shapes.setdefault(origin.key, shape) == shape
     return shapes
 

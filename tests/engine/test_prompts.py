@@ -85,5 +85,5 @@ def test_very_deep_nesting_is_read_in_one_pass():
 
 
 def test_an_unknown_syntax_is_refused():
-    with pytest.raises(EngineError, match="'compel'; there are plain, a1111, novelai"):
+    with pytest.raises(EngineError, match="'compel'; expected one of plain, a1111, novelai"):
         parse_prompt("x", "compel")

@@ -15,7 +15,7 @@ from diffusers import PNDMScheduler
 
 from latentmill.engine.loading.config import SchedulerConfig
 from latentmill.engine.sampling.denoiser import Prediction
-from latentmill.engine.sampling.samplers import SAMPLER_FUNCTIONS
+from latentmill.engine.sampling.samplers import sample
 from latentmill.engine.sampling.schedule import NoiseSchedule
 from tests.engine.sampler_tools import CONFIG, column, no_noise, noise_source
 
@@ -67,7 +67,7 @@ def error(sampler, schedule, steps, ends_at_lowest_level):
     """Largest distance to the exact solution: at the lowest level, or as predicted from the last one visited."""
     oracle = Oracle()
     noise = torch.randn(64, 1, 1, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    found = SAMPLER_FUNCTIONS[sampler](oracle, noise, schedule, steps, column(0.0), no_noise)
+    found = sample(sampler, oracle, noise, schedule, steps, no_noise, column(0.0))
     assert found.dtype == torch.float64
     x, sigma = oracle.start()
     if ends_at_lowest_level:
@@ -118,7 +118,7 @@ def test_plms_keeps_its_order_where_the_reference_loses_it():
         for t in reference.timesteps:
             level = schedule.level(int(t))
             prediction = oracle(x, level)
-            x = reference.step(level.signal * prediction.noise - level.noise * prediction.data, t, x).prev_sample
+            x = reference.step(level.signal * prediction.noise - level.noise * prediction.x0, t, x).prev_sample
         lowest = schedule.level(0)
         return float((x - lowest.signal * ode_solution(*oracle.start(), lowest.sigma)).abs().max())
 
@@ -130,7 +130,7 @@ def moments(sampler, steps, eta=0.0, denoise=None, count=100_000):
     """Mean and standard deviation of many samples, as (mean - MU) / S and (deviation / S - 1)."""
     schedule = NoiseSchedule(SchedulerConfig.from_dict(CONFIG))
     draw_noise = noise_source((count, 1, 1, 1))
-    found = SAMPLER_FUNCTIONS[sampler](denoise or Oracle(), draw_noise(), schedule, steps, column(eta), draw_noise)
+    found = sample(sampler, denoise or Oracle(), draw_noise(), schedule, steps, draw_noise, column(eta))
     return (float(found.mean()) - MU) / S, float(found.std()) / S - 1
 
 

@@ -9,9 +9,11 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
-from latentmill.engine import SAMPLERS, SAMPLERS_WITH_ETA, EngineError, check_steps
-from latentmill.engine.sampling.denoiser import Denoiser, Prediction
-from latentmill.engine.sampling.samplers import SAMPLER_FUNCTIONS, ddim, plms
+from latentmill.engine import SAMPLERS, EngineError, check_steps
+from latentmill.engine.sampling import solvers
+from latentmill.engine.sampling.denoiser import Prediction
+from latentmill.engine.sampling.samplers import sample
+from latentmill.engine.sampling.table import SAMPLER_TABLE
 from tests.engine.sampler_tools import (
     CONFIG,
     PREDICTIONS,
@@ -42,15 +44,9 @@ def start(*shape: int) -> torch.Tensor:
     return torch.randn(shape or (2, 4, 8, 8), generator=torch.Generator().manual_seed(0))
 
 
-def toy_denoiser(schedule):
-    def unet(x, timesteps, _context):
-        return model(x, float(timesteps[0]))
-
-    return Denoiser(unet, schedule, torch.zeros(1), None)
-
-
-def test_the_names_offered_are_the_samplers_built_and_compared():
-    assert list(SAMPLERS) == list(SAMPLER_FUNCTIONS) == list(REFERENCES)
+def test_every_entry_of_the_table_is_built_and_compared():
+    assert list(SAMPLERS) == list(REFERENCES)
+    assert all(callable(getattr(solvers, entry.solver)) for entry in SAMPLER_TABLE.values())
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
@@ -100,7 +96,7 @@ def test_karras_levels_tell_the_network_the_nearest_timestep():
             levels.append(level)
             return Prediction(x, x)
 
-        SAMPLER_FUNCTIONS["dpmpp_2m_karras"](denoise, start(), schedule, 10, column(0, 0), no_noise)
+        sample("dpmpp_2m_karras", denoise, start(), schedule, 10, no_noise, column(0, 0))
         sigmas = np.array([level.sigma for level in levels])
         assert np.allclose(sigmas[[0, -1]], schedule.sigmas[[-1, 0]], rtol=1e-6)
         assert np.allclose(np.diff(sigmas ** (1 / 7), n=2), 0, atol=1e-6)
@@ -167,13 +163,6 @@ def test_no_signal_at_the_start_is_no_obstacle(sampler):
     assert (latents - 0.25).abs().max() <= 0.01
 
 
-@pytest.mark.parametrize("sampler", [name for name in SAMPLERS if name not in SAMPLERS_WITH_ETA])
-def test_eta_is_refused_where_it_means_nothing(sampler):
-    schedule = schedule_for()
-    with pytest.raises(ValueError, match="eta must be 0 for"):
-        SAMPLER_FUNCTIONS[sampler](toy_denoiser(schedule), start(), schedule, 5, column(0, 0.1), no_noise)
-
-
 @pytest.mark.parametrize("sampler", DETERMINISTIC)
 def test_deterministic_samplers_draw_no_noise(sampler):
     run_ours(sampler, schedule_for(), start(), 5, draw_noise=no_noise)
@@ -183,9 +172,8 @@ def test_ddim_with_eta_uses_each_rows_own_noise_and_leaves_the_others_alone():
     schedule = schedule_for()
     noises = [torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(5 + step)) for step in range(10)]
     pending = iter(noises)
-    denoise = toy_denoiser(schedule)
-    mixed = ddim(denoise, start(), schedule, 10, column(0.8, 0.0), lambda: next(pending))
-    alone = ddim(denoise, start(), schedule, 10, column(0.0, 0.0), no_noise)
+    mixed, _ = run_ours("ddim", schedule, start(), 10, draw_noise=lambda: next(pending), eta=column(0.8, 0.0))
+    alone, _ = run_ours("ddim", schedule, start(), 10, draw_noise=no_noise)
     assert torch.equal(mixed[1], alone[1])
 
     reference = DDIMScheduler.from_config(CONFIG)
@@ -246,7 +234,7 @@ def test_original_spacing_runs_the_original_commands_ddim(steps, eta):
     assert (found - expected).abs().max() <= 1e-4 * expected.abs().max()
 
 
-@pytest.mark.parametrize("steps", [2, 4, 30, 50])
+@pytest.mark.parametrize("steps", [1, 2, 4, 30, 50])
 def test_original_spacing_runs_the_original_commands_plms(steps):
     visited, lower_powers = original_timesteps(steps)
     powers = schedule_for().alphas_cumprod.numpy().astype(np.float64)
@@ -266,7 +254,7 @@ def test_original_spacing_runs_the_original_commands_plms(steps):
             combined = (55 * noise - 59 * old[-1] + 37 * old[-2] - 9 * old[-3]) / 24
         expected = original_ddim_step(expected, combined, powers[t], lower)
         old = [*old, noise][-3:]
-    found = plms(toy_denoiser(schedule_for()), start(), original_schedule(), steps, column(0, 0), no_noise)
+    found, _ = run_ours("plms", original_schedule(), start(), steps)
     assert (found - expected).abs().max() <= 1e-4 * expected.abs().max()
 
 

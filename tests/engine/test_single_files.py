@@ -81,7 +81,7 @@ def test_pictures_equal_those_of_the_references_own_single_file_loader(name, fil
 @pytest.mark.parametrize("name", WRITERS)
 def test_a_single_file_is_described_as_the_folder_that_it_came_from(name, files, folders):
     found, expected = describe_model(spec(files[name], folders[name])), describe_model(folders[name])
-    for part in ("channels", "heads", "transformer_layers", "cross_attention", "linear_projection", "upcast_attention"):
+    for part in ("channels", "heads", "transformer_layers", "cross_attention", "linear_projection"):
         assert getattr(found.layout.blueprint.unet, part) == getattr(expected.layout.blueprint.unet, part)
     assert found.layout.blueprint.vae.channels == expected.layout.blueprint.vae.channels
     assert found.layout.blueprint.vae.scaling_factor == expected.layout.blueprint.vae.scaling_factor

@@ -129,7 +129,7 @@ def test_too_long_a_prompt_is_refused_alone_where_that_is_asked_for(eps_model):
 
 @pytest.mark.parametrize("option", [{"prompt_syntax": "compel"}, {"long_prompts": "wrap"}])
 def test_an_unknown_choice_is_refused(eps_model, option):
-    with pytest.raises(EngineError, match="there are plain, a1111, novelai and truncate, chunk, error"):
+    with pytest.raises(EngineError, match="expected one of plain, a1111, novelai and one of truncate, chunk, error"):
         load(eps_model, **option)
 
 
@@ -143,3 +143,23 @@ def test_emphasis_weighs_in_each_of_two_encoders_and_leaves_the_pooled_state(tmp
     assert len(changed) == 2
     assert all(part.max() > 1e-2 for part in changed)
     assert torch.equal(plain.pooled, weighted.pooled)
+
+
+def test_a_prompt_is_tokenised_once_a_request(eps_model):
+    for options in ({}, {"prompt_syntax": "a1111", "long_prompts": "chunk"}):
+        engine = load(eps_model, **options)
+        tokenizer = engine._models.text._towers[0].tokenizer
+        seen = []
+        ids = tokenizer.ids
+        tokenizer.ids = lambda texts, seen=seen, ids=ids: (seen.extend(texts), ids(texts))[1]
+        rows = [request("a cat", negative_prompt="a dog"), request("a hill"), request("", guidance_scale=1.0)]
+        assert [result.status for result in engine.generate(rows)] == ["ok"] * 3
+        assert sorted(seen) == ["", "a cat", "a dog", "a hill"]
+
+
+def test_a_remembered_prompt_does_not_hold_the_batch_it_was_encoded_in(eps_model):
+    text = load(eps_model)._models.text
+    with torch.inference_mode():
+        text.encode(["a cat"])
+    (states, _pooled), *_ = text._cache.values()
+    assert states.untyped_storage().nbytes() == states.nbytes

@@ -11,7 +11,7 @@ from diffusers import DDIMScheduler
 
 from latentmill.engine import SAMPLERS, EngineError, check_steps
 from latentmill.engine.loading.config import SchedulerConfig
-from latentmill.engine.sampling.schedule import NoiseLevel
+from latentmill.engine.sampling.levels import PLACEMENTS, NoiseLevel
 from latentmill.engine.sampling.timesteps import (
     continuous_timesteps,
     distilled_timesteps,
@@ -110,12 +110,12 @@ def test_original_spacing_is_that_of_the_original_command():
         visited = np.arange(0, 1000, 1000 // steps) + 1
         if steps in ORIGINAL_REFUSES:
             with pytest.raises(EngineError, match=f"num_inference_steps is {steps}, .*original spacing"):
-                schedule.steps(steps)
+                PLACEMENTS["strides"].place(schedule, steps)
             continue
-        pairs = schedule.steps(steps)
-        assert [t for t, _ in pairs] == visited[::-1].tolist()
-        assert [lower for _, lower in pairs] == [*visited[-2::-1].tolist(), 0]
-        assert (len(pairs) == steps) == (steps in ORIGINAL_KEEPS)
+        taken = PLACEMENTS["strides"].place(schedule, steps).steps
+        assert [step.here.timestep for step in taken] == visited[::-1].tolist()
+        assert [step.next.timestep for step in taken] == [*visited[-2::-1].tolist(), 0]
+        assert (len(taken) == steps) == (steps in ORIGINAL_KEEPS)
 
 
 def test_original_spacing_is_refused_with_the_nearest_number():

@@ -129,7 +129,7 @@ def test_no_checker_only_by_explicit_choice(eps_model):
     verdict = load_safety_checker(ModelSpec(model=str(eps_model), safety="none"), eps_model, cpu).check(photograph())
     assert (verdict.checker, verdict.score, verdict.flagged) == ("none", None, False)
     assert isinstance(load_safety_checker(ModelSpec(model=str(eps_model)), eps_model, cpu), OpenNsfw)
-    with pytest.raises(EngineError, match="there are auto, open-nsfw, clip-concepts, none"):
+    with pytest.raises(EngineError, match="expected one of auto, open-nsfw, clip-concepts, none"):
         load_safety_checker(ModelSpec(model=str(eps_model), safety="off"), eps_model, cpu)
     with pytest.raises(EngineError, match="has no safety_checker folder"):
         load_safety_checker(ModelSpec(model=str(eps_model), safety="clip-concepts"), eps_model, cpu)

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
-from latentmill.engine import SAMPLER_CHOICES, GenerationRequest
+from latentmill.engine import SAMPLER_CHOICES, SAMPLER_LABELS, GenerationRequest
 from latentmill.jobs.errors import UsageError
 from latentmill.jobs.ledger.pictures import encode_png
 from latentmill.jobs.manifests.manifest import open_manifest
-from latentmill.jobs.manifests.parameters import SAMPLER_NAMES, find_sampler, parameters_text, read_parameters
+from latentmill.jobs.manifests.parameters import find_sampler, parameters_text, read_parameters
 from latentmill.jobs.manifests.prompt_flags import read_flags
 from latentmill.jobs.manifests.readers import MAX_ROW_BYTES
 from tests.jobs.driver import job_spec, read_dataset, run
@@ -124,8 +124,8 @@ def test_a_block_that_cannot_be_followed_is_a_fault_of_its_row(tmp_path: Path, s
 
 
 def test_samplers_have_the_names_of_web_uis_both_ways() -> None:
-    assert SAMPLER_NAMES.keys() == set(SAMPLER_CHOICES)
-    for sampler, name in SAMPLER_NAMES.items():
+    assert SAMPLER_LABELS.keys() == set(SAMPLER_CHOICES)
+    for sampler, name in SAMPLER_LABELS.items():
         assert find_sampler(name) == find_sampler(name.upper()) == find_sampler(sampler) == sampler
     assert find_sampler("DPM++ 2M Karras", "Karras") == find_sampler("DPM++ 2M", "Automatic") == "dpmpp_2m_karras"
     assert find_sampler("Euler a", "Automatic") == find_sampler("Euler a", "Normal") == "euler_a"
