@@ -16,7 +16,7 @@ from latentmill.jobs.store import clients
 from latentmill.jobs.store import storage as storage_module
 from latentmill.jobs.store.errors import StorageError
 from latentmill.jobs.store.storage import SINGLE_WRITER_PATH, Storage
-from tests.jobs.driver import job_spec, read_dataset, run, start
+from tests.jobs.driver import job_spec, pictures, read_dataset, run, start
 from tests.jobs.fakes import slow_engine
 from tests.jobs.store.scripted_proxy import Proxy, always, once, scripted_proxy
 
@@ -99,9 +99,7 @@ def test_a_commit_whose_answer_is_lost_stands(
     assert proxy.made
     assert (summary.exit_code, summary.generated) == (0, len(PROMPTS))
     assert verify(s3).defects == ()
-    assert len({path.rpartition("/")[0] for path, _ in Storage.open(s3).list("images")}) == 3, (
-        "an attempt was made twice"
-    )
+    assert len({path.rpartition("/")[0] for path, _ in pictures(Storage.open(s3))}) == 3, "an attempt was made twice"
     assert read_dataset(s3) == undisturbed()
 
 
