@@ -185,6 +185,23 @@ def verify(
     raise typer.Exit(report.exit_code)
 
 
+@app.command(
+    rich_help_panel=_LOOK,
+    epilog="Example: [bold]latentmill repair s3://bucket/dataset[/bold]\n\n"
+    "Exit codes: 0 all is as it was written, 1 something is not and is named with the reason.",
+)
+def repair(out: OutArgument, json: Json = False) -> None:
+    """Heal what `verify` finds: pictures made again to the byte, the dataset published again from the ledger."""
+    from latentmill.jobs.show.display import progress_view, verify_detail
+
+    with progress_view("reading", verify_detail) as view:
+        from latentmill.jobs.outputs.repair import repair as repair_job
+
+        report = repair_job(out, on_progress=view.update)
+    _answer(report.to_dict(), json, lambda views: views.show_repair(report))
+    raise typer.Exit(report.exit_code)
+
+
 @app.command(rich_help_panel=_MORE, epilog="Example: [bold]latentmill clean s3://bucket/dataset --dry-run[/bold]")
 def clean(
     out: OutArgument,

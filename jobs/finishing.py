@@ -142,4 +142,5 @@ def _row(
             "batch_slot": result.batch_slot,
             "execution_class": execution_class,
         }
+        | plan.row_constants
     )

@@ -7,7 +7,7 @@ import secrets
 import socket
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Literal, Protocol
@@ -181,6 +181,33 @@ class ChunkGenerator:
                 results |= {row: found[row - start] for row in wanted}
         return results
 
+    def generate_in_slots(
+        self, chunk: int, slots: Mapping[int, int]
+    ) -> Iterator[tuple[int, Iterator[GenerationResult]]]:
+        """Rows of a committed chunk once more, each in that slot of a batch that it had; for each, what came of it.
+
+        The first result is the likeliest to have the same bits. Those after it, which are made when they are asked
+        for, come from the row without neighbours and from other slots: a retry in full precision had one of its own.
+        """
+        requests = [sample.request for sample in self._job.plan.samples_of_chunk(chunk)]
+        size, left = self._job.plan.batch_size, dict(slots)
+        while left:
+            batch: dict[int, int] = {}
+            for row, slot in left.items():
+                batch.setdefault(slot % size, row)
+            left = {row: slot for row, slot in left.items() if row not in batch.values()}
+            filler = next(iter(batch.values()))
+            found = self._engine.generate([requests[batch.get(slot, filler)] for slot in range(size)])
+            for slot, row in batch.items():
+                yield row, self._results(requests[row], slot, found[slot])
+
+    def _results(self, request: GenerationRequest, slot: int, first: GenerationResult) -> Iterator[GenerationResult]:
+        if first.batch_slot == slot:  # requests of one chunk need not all go into one batch
+            yield first
+        alone = self._engine.generate([request] * self._job.plan.batch_size)
+        yield alone[slot]
+        yield from alone
+
     def finish_row(self, chunk: int, row: int) -> FinishedSample:
         """One row of a chunk from prompt to file, in this process, without the others."""
         sample = self._job.plan.samples_of_chunk(chunk)[row]
@@ -260,7 +287,11 @@ def commit_chunk(
         plan_hash=job.plan.plan_hash,
         execution_class=execution_class,
         versions=_versions(),
-        details={"actor": actor, "generate_seconds": f"{generate_seconds:.3f}"},
+        details={
+            **{name.removeprefix("latentmill."): text for name, text in job.plan.file_metadata.items()},
+            "actor": actor,
+            "generate_seconds": f"{generate_seconds:.3f}",
+        },
         repair=repair,
     )
     if repair:

@@ -304,4 +304,4 @@ def test_a_run_on_ray_says_nothing_but_its_own_lines(job: list[object], tmp_path
     assert out.startswith("finished\n")
     assert "up to 2 actors" in out or "actors" in out
     assert "latentmill report 'data set'" in out or "data set" in out
-    assert (tmp_path / "data set" / "dataset" / "manifest.json").is_file()
+    assert (tmp_path / "data set" / "_job" / "dataset.json").is_file()

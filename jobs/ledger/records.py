@@ -49,10 +49,31 @@ OWN_FIELDS: tuple[pa.Field, ...] = (
     pa.field("batch_size", pa.uint16()),
     pa.field("batch_slot", pa.uint16()),
     pa.field("execution_class", pa.string()),
+    pa.field("model", pa.string()),
+    pa.field("model_sha256", pa.string()),
+    pa.field("revision", pa.string()),
+    pa.field("tokenizer", pa.string()),
+    pa.field("prediction_type", pa.string()),
+    pa.field("timestep_spacing", pa.string()),
+    pa.field("prompt_syntax", pa.string()),
+    pa.field("long_prompts", pa.string()),
+    pa.field("safety_threshold", pa.float32()),
+    pa.field("on_flagged", pa.string()),
+    pa.field("watermark_text", pa.string()),
+    pa.field("version", pa.string()),
 )
-"""The columns that the project writes itself, in order; a plan appends the manifest's other columns."""
+"""The columns that the project writes itself, in order; a plan appends the manifest's other columns.
+
+Those from `model` on are one job's own, the same in all its rows: with them, a row can leave its dataset and still be
+made again (jobs/recipe.py).
+"""
 
 OWN_NAMES = frozenset(field.name for field in OWN_FIELDS)
+
+_FIELDS_OF_FORMAT_2 = 26
+OWN_FIELDS_BY_FORMAT: Mapping[int, tuple[pa.Field, ...]] = {2: OWN_FIELDS[:_FIELDS_OF_FORMAT_2], 3: OWN_FIELDS}
+"""The same by the plan's format: an output keeps the columns that it began with."""
+
 STATUSES = ("ok", "flagged", "failed")
 
 _SEAL_KEY = b"latentmill.seal"
@@ -148,7 +169,8 @@ def encode_record(
     details: Mapping[str, str] | None = None,
     repair: int = 0,
 ) -> bytes:
-    """The rows as a sealed Parquet file; `details` (timings, actor) go to the file's metadata, never to its rows.
+    """The rows as a sealed Parquet file; `details` (timings, actor, what the plan says of the model) go to the file's
+    metadata, never to its rows.
 
     `repair` is the number of the repair record that it is to be: then the rows are only those repaired.
     """

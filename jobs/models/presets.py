@@ -29,7 +29,8 @@ _WEIGHTS = (".safetensors", ".ckpt", ".bin")
 class ModelPreset(BaseModel):
     """One file of configs/models. `path` is `embedded` for the model in the package, else a place as --model takes it.
 
-    `revision` is the commit of a hub id; the three after it are for what a model's own files do not say.
+    `revision` is the commit of a hub id; the three after it are for what a model's own files do not say. `license` is
+    that of the weights at `path`, as SPDX or Hugging Face name it.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -46,6 +47,7 @@ class ModelPreset(BaseModel):
     tokenizer: str | None = None
     prediction_type: str | None = None
     timestep_spacing: str | None = None
+    license: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,7 +67,7 @@ class ResolvedModel:
 
     `source` is what the user named; it stays valid on another machine, where the files may lie elsewhere. `revision` is
     the commit that a hub id stood for. The next three are as `ModelSpec` takes them, the two after them what came of
-    them. `files` maps each file that can change a pixel to its sha256.
+    them. `files` maps each file that can change a pixel to its sha256. `license` is known of a preset's own weights.
     """
 
     source: str
@@ -81,6 +83,7 @@ class ResolvedModel:
     latent_channels: int
     max_tokens: int | None
     files: Mapping[str, str]
+    license: str | None = None
 
     @property
     def digest(self) -> str:
@@ -187,6 +190,7 @@ def resolve_model(choice: ModelChoice) -> tuple[ResolvedModel, ModelDefaults, Mo
         latent_channels=described.latent_channels,
         max_tokens=described.max_tokens,
         files=files,
+        license=preset.license if preset and place is None else None,
     )
     return model, _defaults(preset, described), described
 

@@ -24,6 +24,7 @@ Kind = Literal[
     "publication-stale",
     "part-damaged",
     "part-stray",
+    "captions-damaged",
     "dataset-wrong",
 ]
 
@@ -37,7 +38,7 @@ class Defect:
     detail: str
 
 
-def row_defects(path: str, rows: list[dict[str, Any]], samples: list[PlannedSample]) -> Iterator[Defect]:
+def row_defects(path: str, rows: list[dict[str, Any]], samples: list[PlannedSample], plan: Plan) -> Iterator[Defect]:
     """The rows are those of the plan: each sample once, in order, with the parameters that were asked for."""
     found, planned = [row["sample_id"] for row in rows], [sample.sample_id for sample in samples]
     if found != planned:
@@ -45,28 +46,36 @@ def row_defects(path: str, rows: list[dict[str, Any]], samples: list[PlannedSamp
         detail = f"sample {repeated[0]} is there more than once" if repeated else "its samples are not those planned"
         yield Defect(kind="row-wrong", path=path, detail=detail)
         return
+    constants = _stored({name: value for name, value in plan.row_constants.items() if name in rows[0]})
     for row, sample in zip(rows, samples, strict=True):
-        wrong = [name for name, value in _expected(sample).items() if row[name] != value]
+        wrong = [name for name, value in {**_expected(sample), **constants}.items() if row[name] != value]
         if wrong:
             detail = f"sample {sample.sample_id}: {', '.join(wrong)} not as the plan asked for"
             yield Defect(kind="row-wrong", path=path, detail=detail)
 
 
 def _expected(sample: PlannedSample) -> dict[str, Any]:
-    """What the plan fixes of a row, as the row's types store it."""
+    """What the plan fixes of one row."""
     request = sample.request
-    return {
-        "row_id": sample.row_id,
-        "prompt": request.prompt,
-        "negative_prompt": request.negative_prompt,
-        "seed": request.seed,
-        "width": request.width,
-        "height": request.height,
-        "num_inference_steps": request.num_inference_steps,
-        "guidance_scale": float(np.float32(request.guidance_scale)),
-        "sampler": request.sampler,
-        "eta": float(np.float32(request.eta)),
-    }
+    return _stored(
+        {
+            "row_id": sample.row_id,
+            "prompt": request.prompt,
+            "negative_prompt": request.negative_prompt,
+            "seed": request.seed,
+            "width": request.width,
+            "height": request.height,
+            "num_inference_steps": request.num_inference_steps,
+            "guidance_scale": request.guidance_scale,
+            "sampler": request.sampler,
+            "eta": request.eta,
+        }
+    )
+
+
+def _stored(values: dict[str, Any]) -> dict[str, Any]:
+    """The values as a row's types store them."""
+    return {name: float(np.float32(value)) if isinstance(value, float) else value for name, value in values.items()}
 
 
 def status_defects(path: str, row: dict[str, Any], plan: Plan) -> Iterator[Defect]:

@@ -11,7 +11,7 @@ import json
 from dataclasses import asdict, dataclass
 
 from latentmill.jobs.night import Night
-from latentmill.jobs.outputs.publish import MANIFEST_PATH, Publication
+from latentmill.jobs.outputs.publish import Publication, find_manifest
 from latentmill.jobs.store.storage import Storage
 from latentmill.jobs.store.urls import allowed_filesystem, display_url
 
@@ -62,8 +62,9 @@ def _published(night: Night) -> Latest | None:
     """What the pointer should say of a night; None if it has no dataset, or one with failed samples."""
     storage = Storage.open(night.out)
     try:
-        publication = Publication.from_json(storage.read(MANIFEST_PATH))
-        published = datetime.datetime.fromtimestamp(storage.modified(MANIFEST_PATH), datetime.UTC)
+        manifest = find_manifest(storage)
+        publication = Publication.from_json(storage.read(manifest))
+        published = datetime.datetime.fromtimestamp(storage.modified(manifest), datetime.UTC)
     except (FileNotFoundError, ValueError):
         return None
     if publication.counts["failed"]:

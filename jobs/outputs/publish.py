@@ -1,5 +1,6 @@
-"""Commit records -> one sorted dataset: `dataset/part-*.parquet` and, last, `dataset/manifest.json`.
+"""Commit records -> one sorted dataset: `dataset/part-*.parquet`, captions, and last its manifest `_job/dataset.json`.
 
+In `dataset/` lies nothing but parts, so that any reader of Parquet takes the folder as it is.
 Commit records and repairs never change, so publishing is a pure function of the ledger as it was listed: two
 publishers at once, or one after a crash, write the same bytes under the same names. A publication says how many repairs
 it includes; once the ledger has more, it stands no longer and the next publisher replaces it. The manifest names the
@@ -11,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import re
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -27,15 +29,18 @@ from latentmill.jobs.errors import JobError
 from latentmill.jobs.job import Job
 from latentmill.jobs.ledger.ledger import LedgerListing
 from latentmill.jobs.ledger.records import STATUSES, CommitRecord, count_statuses
-from latentmill.jobs.plans.planned import PLAN_PATH
+from latentmill.jobs.outputs.captions import CARD, CARD_PATH, CaptionShelf, Fetch, encode_captions
+from latentmill.jobs.plans.planned import PLAN_PATH, Plan
+from latentmill.jobs.store.storage import Storage
 
-MANIFEST_PATH = "dataset/manifest.json"
+MANIFEST_PATH = "_job/dataset.json"
+OLD_MANIFEST_PATH = "dataset/manifest.json"
+"""Where outputs of format 2 have it."""
+PART_NAME = re.compile(r"dataset/part-\d{5,}-([0-9a-f]{16})\.parquet", re.ASCII)
 ROWS_PER_PART = 50_000
 _ROUNDS = 10
 _READ_AHEAD = 32
 _READ_THREADS = 16
-
-Fetch = Callable[[int], CommitRecord]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,7 +55,7 @@ class Part:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Publication:
-    """What `dataset/manifest.json` says."""
+    """What the manifest of a dataset says."""
 
     plan_hash: str
     rows: int
@@ -63,10 +68,13 @@ class Publication:
     execution_classes: tuple[str, ...]
     schema: tuple[tuple[str, str], ...]
     parts: tuple[Part, ...]
+    captions: tuple[Part, ...] = ()
+    """What lies beside the pictures for loaders of pictures; outputs of format 2 have none."""
 
     def to_json(self) -> bytes:
         """The manifest file's bytes: the same publication always gives the same ones."""
-        return (json.dumps({"format": 1, **asdict(self)}, indent=2) + "\n").encode()
+        fields = {name: value for name, value in asdict(self).items() if name != "captions" or value}
+        return (json.dumps({"format": 1, **fields}, indent=2) + "\n").encode()
 
     @classmethod
     def from_json(cls, data: bytes) -> Publication:
@@ -77,6 +85,7 @@ class Publication:
                 raise ValueError("it is of a newer format")
             fields.setdefault("repairs", 0)  # written before there were any
             fields["parts"] = tuple(Part(**part) for part in fields["parts"])
+            fields["captions"] = tuple(Part(**part) for part in fields.get("captions", ()))
             fields["schema"] = tuple((name, kind) for name, kind in fields["schema"])
             fields["execution_classes"] = tuple(fields["execution_classes"])
             return cls(**fields)
@@ -84,10 +93,20 @@ class Publication:
             raise ValueError(f"it is not a dataset manifest: {error}") from error
 
 
+def manifest_path(plan: Plan) -> str:
+    """Where an output of this plan has its dataset's manifest."""
+    return MANIFEST_PATH if plan.format_version > 2 else OLD_MANIFEST_PATH
+
+
+def find_manifest(storage: Storage) -> str:
+    """The same for an output whose plan is not read: the place that is taken."""
+    return next((path for path in (MANIFEST_PATH, OLD_MANIFEST_PATH) if storage.exists(path)), MANIFEST_PATH)
+
+
 def load_publication(job: Job) -> Publication | None:
     """The published manifest; None if the dataset is not published or its manifest is damaged."""
     try:
-        publication = Publication.from_json(job.storage.read(MANIFEST_PATH))
+        publication = Publication.from_json(job.storage.read(manifest_path(job.plan)))
     except (FileNotFoundError, ValueError):
         return None
     return publication if publication.plan_hash == job.plan.plan_hash else None
@@ -104,31 +123,45 @@ def standing_publication(job: Job) -> Publication | None:
 
 
 def publish(
-    job: Job, *, rows_per_part: int = ROWS_PER_PART, on_rows: Callable[[int], None] | None = None
+    job: Job,
+    *,
+    rows_per_part: int = ROWS_PER_PART,
+    again: bool = False,
+    on_rows: Callable[[int], None] | None = None,
 ) -> Publication:
     """Afterwards the dataset is published: every row once, sorted by sample_id, every referenced object present.
 
     Call it when every chunk is committed. A publication that stands is left alone; the parts of one that it replaces
-    are removed, so that who reads `dataset/part-*.parquet` meets no sample twice. Raises JobError if the plan, a record
-    or a referenced picture is missing.
+    are removed, so that who reads `dataset/part-*.parquet` meets no sample twice. `again` writes all of it once more,
+    even over one that stands, whose pictures were seen when it was published. Raises JobError if the plan, a record or
+    a referenced picture is missing.
     """
     if not job.storage.exists(PLAN_PATH):
         raise JobError(
             f"{PLAN_PATH} has vanished from {job.storage.url} while the job ran; "
             f"run the same command again: it plans anew"
         )
-    replaced = None
+    replaced = written = None
+    present = True
+    if again:
+        replaced = load_publication(job)
+        present = replaced is None
+        rows_per_part = replaced.parts[0].rows if replaced is not None and replaced.parts else rows_per_part
     for _ in range(_ROUNDS):
-        standing = standing_publication(job)
-        if standing is not None:
-            _remove_parts(job, replaced, standing)
+        standing = None if again and written is None else standing_publication(job)
+        # captions have one place each: should ours lie over those of a publication with more repairs, ours go
+        if standing is not None and written in {None, standing.captions}:
+            if replaced is not None and (replaced.repairs < standing.repairs or again):
+                _remove_parts(job, replaced, standing)
             return standing
         replaced = load_publication(job) or replaced
         listing = job.ledger.listing()
-        publication = _write_parts(job, listing, rows_per_part, on_rows)
+        fetch = _fetch(job, listing.repairs, present=present)
+        publication = _write_parts(job, listing, fetch, rows_per_part, on_rows)
+        written = publication.captions
         # a repair may have come meanwhile, and its driver may have published: that must not be replaced by less
         if job.ledger.listing().n_repairs == listing.n_repairs:
-            job.storage.write(MANIFEST_PATH, publication.to_json())
+            job.storage.write(manifest_path(job.plan), publication.to_json())
             # Then looked at again: whoever slept between the two lines above has put back what was replaced meanwhile.
             # Killed right then, it leaves the older publication, which does not stand: `verify` and the next run tell.
     raise JobError(
@@ -137,22 +170,29 @@ def publish(
     )
 
 
-def _remove_parts(job: Job, replaced: Publication | None, standing: Publication) -> None:
+def _remove_parts(job: Job, replaced: Publication, standing: Publication) -> None:
     """Remove what only the replaced publication names. A publisher that still writes it is behind, and will see so."""
-    if replaced is None or replaced.repairs >= standing.repairs:
-        return
     for part in {part.path for part in replaced.parts} - {part.path for part in standing.parts}:
         job.storage.delete(part)
 
 
 def _write_parts(
-    job: Job, listing: LedgerListing, rows_per_part: int, on_rows: Callable[[int], None] | None
+    job: Job, listing: LedgerListing, fetch: Fetch, rows_per_part: int, on_rows: Callable[[int], None] | None
 ) -> Publication:
     """Afterwards the parts of this listing's publication are there, and nothing names them yet."""
     tally = _Tally()
-    parts = []
-    for number, table in enumerate(merged_tables(job, _fetch_present(job, listing.repairs), rows_per_part)):
-        parts.append(_write_part(job, number, table))
+    parts, captions, metadata = [], list[Part](), job.plan.file_metadata
+    if manifest_path(job.plan) == MANIFEST_PATH:
+        if not job.storage.exists(CARD_PATH):
+            job.storage.create(CARD_PATH, CARD)  # a card that somebody wrote stays
+        fetch = CaptionShelf(
+            job.plan.n_chunks,
+            lambda path, table: captions.append(_write(job, path, table.num_rows, encode_captions(table, metadata))),
+        ).watching(fetch)
+    for number, table in enumerate(merged_tables(job, fetch, rows_per_part)):
+        data = encode_part(table, metadata)
+        path = f"dataset/part-{number:05d}-{hashlib.sha256(data).hexdigest()[:16]}.parquet"
+        parts.append(_write(job, path, table.num_rows, data))
         tally.add(table)
         if on_rows is not None:
             on_rows(tally.rows)
@@ -167,6 +207,7 @@ def _write_parts(
         execution_classes=tuple(sorted(tally.execution_classes)),
         schema=tuple((field.name, str(field.type)) for field in job.ledger.schema),
         parts=tuple(parts),
+        captions=tuple(sorted(captions, key=lambda part: part.path)),
     )
 
 
@@ -245,38 +286,35 @@ class _Tally:
         self.execution_classes.update(table.column("execution_class").unique().to_pylist())
 
 
-def encode_part(table: pa.Table) -> bytes:
-    """The bytes of a published part."""
+def encode_part(table: pa.Table, metadata: Mapping[str, str]) -> bytes:
+    """The bytes of a published part, with what the whole file says of itself."""
     buffer = io.BytesIO()
-    pq.write_table(table, buffer, compression="zstd")
+    pq.write_table(table.replace_schema_metadata(dict(metadata) or None), buffer, compression="zstd")
     return buffer.getvalue()
 
 
-def _write_part(job: Job, number: int, table: pa.Table) -> Part:
-    data = encode_part(table)
-    digest = hashlib.sha256(data).hexdigest()
-    path = f"dataset/part-{number:05d}-{digest[:16]}.parquet"
+def _write(job: Job, path: str, rows: int, data: bytes) -> Part:
     job.storage.write(path, data)
-    return Part(path=path, rows=table.num_rows, bytes=len(data), sha256=digest)
+    return Part(path=path, rows=rows, bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
 
 
-def _fetch_present(job: Job, repairs: Mapping[int, int]) -> Fetch:
-    """Reads a chunk with its repairs and makes sure that every picture it refers to lies there with its size."""
+def _fetch(job: Job, repairs: Mapping[int, int], *, present: bool) -> Fetch:
+    """Reads a chunk with its repairs, and with `present` makes sure that all its pictures lie there with their size."""
 
     def fetch(chunk: int) -> CommitRecord:
         record = job.ledger.effective(chunk, repairs.get(chunk, 0))
         if record is None:
             raise JobError(f"chunk {chunk} is not committed; run the same command again")
         rows: list[dict[str, Any]] = record.table.select(["image", "bytes"]).to_pylist()
-        wanted = {row["image"]: row["bytes"] for row in rows if row["image"] is not None}
-        present: dict[str, int] = {}
+        wanted = {row["image"]: row["bytes"] for row in rows if row["image"] is not None} if present else {}
+        found: dict[str, int] = {}
         for repair, attempt in enumerate(record.attempts if wanted else ()):
-            present |= job.sink.sizes(chunk, attempt, repair)
-        missing = sorted(path for path, size in wanted.items() if present.get(path) != size)
+            found |= job.sink.sizes(chunk, attempt, repair)
+        missing = sorted(path for path, size in wanted.items() if found.get(path) != size)
         if missing:
             raise JobError(
                 f"{len(missing)} committed pictures are missing or cut short in {job.storage.url}, first {missing[0]}; "
-                f"run `latentmill verify`, then restore them from a copy"
+                f"latentmill repair heals what can be made again"
             )
         return record
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import random
-import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
@@ -17,23 +16,25 @@ from latentmill.jobs.job import Job, open_job
 from latentmill.jobs.ledger.ledger import chunk_of_path, record_path, repair_of_path, repair_path
 from latentmill.jobs.ledger.pictures import decode_png, pixel_sha256
 from latentmill.jobs.ledger.records import CommitRecord, WrongRepairError
-from latentmill.jobs.outputs.defects import Defect, row_defects, status_defects
+from latentmill.jobs.outputs.captions import CaptionShelf, Fetch
+from latentmill.jobs.outputs.defects import Defect, Kind, row_defects, status_defects
 from latentmill.jobs.outputs.publish import (
     MANIFEST_PATH,
+    PART_NAME,
     ROWS_PER_PART,
     Part,
     Publication,
     load_publication,
+    manifest_path,
     merged_tables,
 )
 from latentmill.jobs.store.parquet import read_parquet
 
-Phase = Literal["checking", "comparing"]
+Phase = Literal["checking", "comparing", "healing"]
 _THREADS = 8
 _MAX_DEFECTS = 10_000
-_UNSOUND = frozenset(["chunk-missing", "record-damaged", "repair-wrong", "row-wrong"])
+UNSOUND: frozenset[Kind] = frozenset(["chunk-missing", "record-damaged", "repair-wrong", "row-wrong"])
 """Defects of the ledger: with one of them, it does not say what the dataset should be."""
-_PART = re.compile(r"dataset/part-\d{5,}-([0-9a-f]{16})\.parquet")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,7 +66,10 @@ class VerifyReport:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class VerifyProgress:
-    """How far it is: chunks while `checking` records and pictures, dataset parts while `comparing`."""
+    """How far it is: chunks while `checking` records and pictures, dataset parts while `comparing`.
+
+    `repair` goes on with pictures while `healing`.
+    """
 
     phase: Phase
     done: int
@@ -105,6 +109,7 @@ class _ChunkFindings:
 class _Checker:
     def __init__(self, job: Job, sample_n: int | None, on_progress: Callable[[VerifyProgress], None]) -> None:
         self._job = job
+        self._manifest = manifest_path(job.plan)
         self._on_progress = on_progress
         self._publication = load_publication(job)  # before the listing, which therefore has all that it includes
         self._listing = job.ledger.listing()
@@ -176,7 +181,7 @@ class _Checker:
         record, defects = self._repaired(record)
         rows: list[dict[str, Any]] = record.table.to_pylist()
         findings = _ChunkFindings(rows=len(rows))
-        defects.extend(row_defects(path, rows, self._job.plan.samples_of_chunk(chunk)))
+        defects.extend(row_defects(path, rows, self._job.plan.samples_of_chunk(chunk), self._job.plan))
         for row in rows:
             defects.extend(status_defects(path, row, self._job.plan))
             if row["image"] is not None and self._is_chosen(row["sample_id"]):
@@ -249,10 +254,10 @@ class _Checker:
         publication = self._publication
         if publication is None:
             self._defects.append(
-                Defect(kind="not-published", path=MANIFEST_PATH, detail="it is absent, damaged or another plan's")
+                Defect(kind="not-published", path=self._manifest, detail="it is absent, damaged or another plan's")
             )
             return
-        known = {part.path for part in publication.parts} | {MANIFEST_PATH}
+        known = {part.path for part in publication.parts} | {self._manifest}
         for path, _ in self._job.storage.list("dataset"):
             if path not in known:
                 self._check_unnamed(path, publication)
@@ -261,14 +266,14 @@ class _Checker:
                 f"it includes {publication.repairs} repair records of {self._listing.n_repairs}; run the same command "
                 f"again to publish them"
             )
-            self._defects.append(Defect(kind="publication-stale", path=MANIFEST_PATH, detail=detail))
+            self._defects.append(Defect(kind="publication-stale", path=self._manifest, detail=detail))
         elif publication.repairs > self._listing.n_repairs:
             self._wrong(
-                MANIFEST_PATH,
+                self._manifest,
                 f"it includes {publication.repairs} repair records, the ledger has {self._listing.n_repairs}; restore "
                 f"the ledger from a copy",
             )
-        elif not any(defect.kind in _UNSOUND for defect in self._defects):
+        elif not any(defect.kind in UNSOUND for defect in self._defects):
             self._compare_parts(publication)
             return
         for part in publication.parts:
@@ -276,7 +281,7 @@ class _Checker:
 
     def _check_unnamed(self, path: str, publication: Publication) -> None:
         """A part that no manifest names: where there are repairs, it may be of the publication before or to come."""
-        place = _PART.fullmatch(path)
+        place = PART_NAME.fullmatch(path)
         if place is not None and (publication.repairs or self._listing.repairs):
             try:
                 if hashlib.sha256(self._job.storage.read(path)).hexdigest().startswith(place[1]):
@@ -288,28 +293,50 @@ class _Checker:
 
     def _compare_parts(self, publication: Publication) -> None:
         rows_per_part = publication.parts[0].rows if publication.parts else ROWS_PER_PART
-        tables = merged_tables(self._job, self._fetch, rows_per_part)
+        named = {part.path: part for part in publication.captions}
+        fetch: Fetch = self._fetch
+        if self._manifest == MANIFEST_PATH:
+
+            def compare(path: str, expected: pa.Table) -> None:
+                self._compare_captions(path, named.pop(path, None), expected)
+
+            fetch = CaptionShelf(self._job.plan.n_chunks, compare).watching(fetch)
+        tables = merged_tables(self._job, fetch, rows_per_part)
         for number, (part, expected) in enumerate(zip(publication.parts, tables, strict=False)):
             self._show("comparing", number, len(publication.parts))
             table = self._read_part(part)
             if table is not None and not table.equals(expected):
                 self._wrong(part.path, "its rows are not those of the ledger")
         self._show("comparing", len(publication.parts), len(publication.parts))
+        for path in named:
+            self._wrong(self._manifest, f"it names {path}, which no picture of the ledger needs")
         total = sum(part.rows for part in publication.parts)
         if total != self._job.plan.n_samples or publication.rows != total or sum(publication.counts.values()) != total:
-            self._wrong(MANIFEST_PATH, f"its totals do not add up to {self._job.plan.n_samples} samples")
+            self._wrong(self._manifest, f"its totals do not add up to {self._job.plan.n_samples} samples")
+
+    def _compare_captions(self, path: str, named: Part | None, expected: pa.Table) -> None:
+        if named is None:
+            self._wrong(self._manifest, f"it does not name {path}")
+            return
+        table = self._read_named(named, "captions-damaged")
+        if table is not None and not table.equals(expected):
+            self._wrong(path, "its rows are not those of the ledger")
 
     def _read_part(self, part: Part) -> pa.Table | None:
+        self._parts += 1
+        return self._read_named(part, "part-damaged")
+
+    def _read_named(self, part: Part, kind: Kind) -> pa.Table | None:
+        """The table of a file whose digest the manifest has; None, and a defect of that kind, if it is not it."""
         try:
             data = self._job.storage.read(part.path)
         except (FileNotFoundError, JobError) as error:
-            self._defects.append(Defect(kind="part-damaged", path=part.path, detail=f"not readable: {error}"))
+            self._defects.append(Defect(kind=kind, path=part.path, detail=f"not readable: {error}"))
             return None
-        self._parts += 1
         self._total.bytes += len(data)
         if hashlib.sha256(data).hexdigest() != part.sha256:
-            detail = f"{len(data)} bytes that do not match the digest in {MANIFEST_PATH}"
-            self._defects.append(Defect(kind="part-damaged", path=part.path, detail=detail))
+            detail = f"{len(data)} bytes that do not match the digest in {self._manifest}"
+            self._defects.append(Defect(kind=kind, path=part.path, detail=detail))
             return None
         return read_parquet(data)
 

@@ -9,6 +9,7 @@ from latentmill.jobs.errors import OutputConflictError, UsageError
 from latentmill.jobs.manifests.fields import shorten
 from latentmill.jobs.plans.draft import DraftPlan, draft_plan
 from latentmill.jobs.plans.planned import (
+    FORMAT_VERSION,
     PLAN_PATH,
     REJECTED_PATH,
     Plan,
@@ -61,6 +62,12 @@ def _read_plan(storage: Storage) -> Plan | None:
 
 
 def _same_plan(draft: DraftPlan, existing: Plan) -> Plan:
+    if existing.format_version != FORMAT_VERSION:
+        raise OutputConflictError(
+            f"{display_url(draft.spec.out)} was begun by latentmill {existing.versions['latentmill']} in format "
+            f"{existing.format_version}, which this version reads but does not go on with; use another --out, or the "
+            f"version that began it"
+        )
     identity = dict(draft.identity)
     if draft.spec.threads_per_actor is None:
         # not asked for, only derived from this machine: a resumed job keeps its own

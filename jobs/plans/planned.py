@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, cast
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from latentmill.engine import GenerationRequest
 from latentmill.jobs.errors import JobError
-from latentmill.jobs.ledger.records import OWN_FIELDS, OWN_NAMES
+from latentmill.jobs.ledger.records import OWN_FIELDS_BY_FORMAT
 from latentmill.jobs.manifests.fields import Value
 from latentmill.jobs.manifests.validate import CARRIED_PREFIX, snapshot_schema
 from latentmill.jobs.models.presets import ResolvedModel
@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 
 PLAN_PATH = "_job/plan.json"
 REJECTED_PATH = "_job/rejected.parquet"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+"""Of what is planned now. Outputs of the formats before it are read and healed, but not gone on with."""
 
 _MIN_ID_DIGITS = 8
 
@@ -60,12 +61,12 @@ def part_path(digest: str, part: int) -> str:
     return f"_job/manifest-{digest[:16]}-{part:05d}.parquet"
 
 
-def record_names(carried: Sequence[str]) -> list[str]:
-    """The carried columns' names in the commit record: a name that is taken gets the prefix `manifest_`."""
-    taken = set(OWN_NAMES) | set(carried)
+def record_names(carried: Sequence[str], own: Collection[str]) -> list[str]:
+    """The carried columns' names in the commit record: a name that is among our `own` gets the prefix `manifest_`."""
+    taken = {*own, *carried}
     names: list[str] = []
     for name in carried:
-        if name in OWN_NAMES:
+        if name in own:
             while name in taken:
                 name = f"manifest_{name}"  # noqa: PLW2901
             taken.add(name)
@@ -80,6 +81,7 @@ class Plan:
         self._document = document
         self._storage = storage
         identity, manifest = document["identity"], document["manifest"]
+        self.format_version: int = document["format_version"]
         self.plan_hash: str = document["plan_hash"]
         self.identity: Mapping[str, Any] = identity
         self.versions: Mapping[str, str] = document["versions"]
@@ -109,10 +111,11 @@ class Plan:
             images=np.array(manifest["images"], dtype=np.int64).reshape(len(manifest["parts"]), -1),
             chunk_size=self.chunk_size,
         )
+        own = OWN_FIELDS_BY_FORMAT[self.format_version]
         carried = pa.ipc.read_schema(pa.py_buffer(bytes.fromhex(manifest["carried"])))
-        self._names = record_names(carried.names)
+        self._names = record_names(carried.names, [field.name for field in own])
         self.record_schema = pa.schema(
-            [*OWN_FIELDS, *(pa.field(name, entry.type) for name, entry in zip(self._names, carried, strict=True))]
+            [*own, *(pa.field(name, entry.type) for name, entry in zip(self._names, carried, strict=True))]
         )
         self._snapshot = SnapshotReader(
             lambda part: storage.read(part_path(manifest["digest"], part)),
@@ -121,6 +124,35 @@ class Plan:
             class_fields=class_fields(self.axes),
             defaults=self.parameters,
         )
+
+    @property
+    def row_constants(self) -> dict[str, Any]:
+        """What is the same in all rows: what, beside its own columns, a row's picture was made with."""
+        if self.format_version < 3:
+            return {}
+        model = self.model
+        return {
+            "model": model.source,
+            "model_sha256": model.digest,
+            "revision": model.revision,
+            "tokenizer": model.tokenizer,
+            "prediction_type": model.predicts,
+            "timestep_spacing": model.spacing,
+            "prompt_syntax": self.prompt_syntax,
+            "long_prompts": self.long_prompts,
+            "safety_threshold": None if self.safety == "none" else self.nsfw_threshold,
+            "on_flagged": self.on_flagged,
+            "watermark_text": self.watermark_text,
+            "version": self.versions["latentmill"],
+        }
+
+    @property
+    def file_metadata(self) -> dict[str, str]:
+        """The same for the metadata of Parquet files, with the plan's hash and, where known, the model's license."""
+        if not self.row_constants:
+            return {}
+        known = {**self.row_constants, "plan_hash": self.plan_hash, "model_license": self.model.license}
+        return {f"latentmill.{name}": str(value) for name, value in sorted(known.items()) if value is not None}
 
     @property
     def n_samples(self) -> int:
@@ -240,9 +272,10 @@ def parse_plan(data: bytes, storage: Storage) -> Plan:
         version = document["format_version"]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise JobError(f"{PLAN_PATH} cannot be read: {error}; restore it from a copy, or use another output") from error
-    if version != FORMAT_VERSION:
+    if version not in OWN_FIELDS_BY_FORMAT:
         raise JobError(
-            f"{PLAN_PATH} has format {version}, this version reads {FORMAT_VERSION}; use the version that made it"
+            f"{PLAN_PATH} has format {version}, this version reads {', '.join(map(str, OWN_FIELDS_BY_FORMAT))}; "
+            f"use the version that made it"
         )
     if checksum != fingerprint(document) or document["plan_hash"] != fingerprint(document["identity"]):
         raise JobError(f"{PLAN_PATH} was changed after it was written; restore it from a copy, or use another output")

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from latentmill.engine.types import Pixels
@@ -17,6 +18,7 @@ from latentmill.jobs.ledger.pictures import decode_png
 from latentmill.jobs.outputs.publish import Publication, load_publication
 from latentmill.jobs.plans.sweep import Axis
 from latentmill.jobs.show.sheets import CAPTION_SIZE, TILE, TITLE_SIZE, Cell, Sheet, draw_sheet, wrap
+from latentmill.jobs.store.errors import StorageError
 
 REPORT_PREFIX = "report"
 MAX_SHEETS = 20
@@ -31,12 +33,15 @@ _NAMES = {"guidance_scale": "guidance", "num_inference_steps": "steps", "negativ
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ReportSummary:
-    """What was drawn: the sheets' paths under `out`, and how many of the samples are on them."""
+    """What was drawn: the sheets' paths under `out`, how many of the samples are on them, and how many pictures of
+    those could not be read: they are lost or altered.
+    """
 
     out: str
     sheets: tuple[str, ...]
     samples_shown: int
     samples: int
+    unreadable: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """For `--json`."""
@@ -63,16 +68,30 @@ def report(
         )
     sheets = plan_sheets(_rows(job, publication), job.plan.images_per_row(), job.plan.axes, max_sheets)
     paths = tuple(f"{REPORT_PREFIX}/sheet-{number:04d}.png" for number in range(1, len(sheets) + 1))
+    unreadable: set[str] = set()
+
+    def read_pixels(image: str) -> Pixels | None:
+        pixels = _pixels(job, image)
+        if pixels is None:
+            unreadable.add(image)
+        return pixels
+
     for number, (path, sheet) in enumerate(zip(paths, sheets, strict=True), start=1):
         buffer = io.BytesIO()
-        draw_sheet(sheet, lambda image: _pixels(job, image)).save(buffer, "PNG")
+        draw_sheet(sheet, read_pixels).save(buffer, "PNG")
         job.storage.write(path, buffer.getvalue())
         on_sheet(number, len(sheets))
     for path, _ in list(job.storage.list(REPORT_PREFIX)):
         if path.startswith(f"{REPORT_PREFIX}/sheet-") and path not in paths:
             job.storage.delete(path)
     shown = sum(len(sheet.cells) for sheet in sheets)
-    return ReportSummary(out=job.storage.url, sheets=paths, samples_shown=shown, samples=publication.rows)
+    return ReportSummary(
+        out=job.storage.url,
+        sheets=paths,
+        samples_shown=shown,
+        samples=publication.rows,
+        unreadable=len(unreadable),
+    )
 
 
 def plan_sheets(
@@ -233,9 +252,15 @@ def _clip(text: str) -> str:
 def _rows(job: Job, publication: Publication) -> Iterator[dict[str, Any]]:
     """The published rows in order of sample_id, a few thousand in memory at a time."""
     for part in publication.parts:
-        with job.storage.open_input(part.path) as file, pq.ParquetFile(file) as parquet:
-            for batch in parquet.iter_batches(batch_size=2048, columns=_FIELDS):
-                yield from batch.to_pylist()
+        try:
+            with job.storage.open_input(part.path) as file, pq.ParquetFile(file) as parquet:
+                for batch in parquet.iter_batches(batch_size=2048, columns=_FIELDS):
+                    yield from batch.to_pylist()
+        except (FileNotFoundError, pa.ArrowException, OSError) as error:
+            raise JobError(
+                f"{part.path} in {job.storage.url} cannot be read: {' '.join(str(error).split())}; "
+                f"heal it by: latentmill repair {job.storage.url}"
+            ) from error
 
 
 def _pixels(job: Job, image: str) -> Pixels | None:
@@ -243,3 +268,7 @@ def _pixels(job: Job, image: str) -> Pixels | None:
         return decode_png(job.sink.read(image))
     except (FileNotFoundError, ValueError):
         return None
+    except StorageError as error:
+        if error.transient:
+            raise
+        return None  # a folder in its place, for one

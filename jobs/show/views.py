@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from collections import Counter
 from typing import TYPE_CHECKING
 
 from latentmill.jobs.show.display import duration, print_facts, print_line, print_table, safe, size
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from latentmill.jobs.marks import MarkReading
     from latentmill.jobs.models.presets import ModelPreset
     from latentmill.jobs.outputs.clean import CleanReport
+    from latentmill.jobs.outputs.repair import RepairReport
     from latentmill.jobs.outputs.status import StatusReport
     from latentmill.jobs.outputs.verify import VerifyReport
     from latentmill.jobs.plans.summary import PlanSummary
@@ -99,7 +101,10 @@ def show_run(summary: RunSummary) -> None:
             facts["bits"] = f"of {len(summary.execution_classes)} execution classes: see the rows' execution_class"
         if summary.latest is not None:
             facts["latest"] = f"{summary.latest.pointer}, at {summary.latest.date}"
-        facts["next"] = f"latentmill verify {shlex.quote(summary.out)}   or   {summary.next_command}"
+        out = shlex.quote(summary.out)
+        facts["next"] = f"latentmill verify {out}   or   {summary.next_command}"
+        if not summary.generated:
+            facts["pictures"] = f"not read again by this run; if one is damaged: latentmill repair {out}"
     else:
         facts["resume"] = resume_command()
     title = "finished" if summary.exit_code == 0 else "finished with failed samples" if done else "interrupted"
@@ -187,6 +192,8 @@ def show_verify(report: VerifyReport) -> None:
         **_repair_facts(report),
         "plan hash": report.plan_hash[:16],
     }
+    if report.defects:
+        facts["next"] = f"latentmill repair {shlex.quote(report.out)}"
     print_facts(
         "verified" if not report.defects else "NOT as written", facts, style="red" if report.defects else "green"
     )
@@ -194,6 +201,29 @@ def show_verify(report: VerifyReport) -> None:
         shown = report.defects[:_DEFECTS_SHOWN]
         rows = [[defect.kind, defect.path, defect.detail] for defect in shown]
         print_table(f"defects (first {len(rows)} of {len(report.defects):,})", ["kind", "where", "what"], rows)
+
+
+def show_repair(report: RepairReport) -> None:
+    """What is as it was written again, and what is not, with the reason."""
+    counts = Counter(defect.kind for defect in report.healed)
+    facts: dict[str, object] = {
+        "found": f"{report.defects:,} defects" if report.defects else "nothing to heal",
+        "healed": f"{len(report.healed):,}"
+        + (f": {', '.join(f'{count:,} {kind}' for kind, count in sorted(counts.items()))}" if counts else ""),
+        "pictures": f"{report.generated:,} made again; each accepted only with its row's own digest",
+    }
+    if report.unhealed:
+        facts["not healed"] = f"{len(report.unhealed):,}"
+    facts["plan hash"] = report.plan_hash[:16]
+    facts["next"] = f"latentmill verify {shlex.quote(report.out)}"
+    print_facts(
+        "NOT all healed" if report.unhealed else "healed" if report.defects else "whole",
+        facts,
+        style="red" if report.unhealed else "green",
+    )
+    if report.unhealed:
+        rows = [[defect.kind, defect.path, defect.reason] for defect in report.unhealed[:_DEFECTS_SHOWN]]
+        print_table(f"not healed (first {len(rows)} of {len(report.unhealed):,})", ["kind", "where", "why"], rows)
 
 
 def _repair_facts(report: VerifyReport) -> dict[str, object]:
@@ -232,6 +262,10 @@ def show_report(report: ReportSummary) -> None:
         "samples": f"{report.samples_shown:,} of {report.samples:,}"
         + ("" if report.samples_shown == report.samples else "; --max-sheets shows more"),
     }
+    if report.unreadable:
+        facts["unreadable"] = (
+            f"{report.unreadable:,} pictures, to be healed by: latentmill repair {shlex.quote(report.out)}"
+        )
     facts |= {f"sheet {number}": f"{report.out}/{path}" for number, path in enumerate(report.sheets[:5], start=1)}
     if len(report.sheets) > 5:
         facts["more"] = f"{report.out}/report"

@@ -54,7 +54,7 @@ class CrashPoint:
         return "S3" if isinstance(self.trap, AtRequest) else "disk"
 
 
-LEDGER, IMAGES, PART, MANIFEST = "ledger/", "images/", "dataset/part", "dataset/manifest"
+LEDGER, IMAGES, PART, MANIFEST = "ledger/", "images/", "dataset/part", "_job/dataset.json"
 
 INLINE = (
     CrashPoint("plan", "before any snapshot", KillAt("before", "create", "_job/manifest")),
@@ -79,7 +79,7 @@ S3 = (
     CrashPoint("mid-upload", "half of an image's bytes sent", AtRequest("half", "/images/", 6)),
     CrashPoint("before commit", "half of a record's bytes sent", AtRequest("half", "/ledger/", 2)),
     CrashPoint("commit sent", "the record stands, its answer is held", AtRequest("unanswered", "/ledger/", 3)),
-    CrashPoint("publish", "the manifest stands, its answer is held", AtRequest("unanswered", "/dataset/manifest")),
+    CrashPoint("publish", "the manifest stands, its answer is held", AtRequest("unanswered", "/_job/dataset.json")),
 )
 
 

@@ -9,13 +9,14 @@ import multiprocessing
 import os
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
+from latentmill.jobs.outputs.publish import find_manifest
 from latentmill.jobs.runner import RunSummary, run_job
 from latentmill.jobs.spec import JobSpec, make_spec
 from latentmill.jobs.store.parquet import read_parquet
@@ -83,8 +84,9 @@ class Dataset:
 def read_dataset(out: str) -> Dataset:
     """What a reader of the published dataset sees."""
     storage = Storage.open(out)
-    manifest = json.loads(storage.read("dataset/manifest.json"))
+    manifest = json.loads(storage.read(find_manifest(storage)))
     parts = manifest.pop("parts")
+    manifest.pop("captions", None)  # of attempts, as the paths of pictures are
     rows = pa.concat_tables([read_parquet(storage.read(part["path"])) for part in parts])
     paths = rows.column("image").to_pylist()
     files = {
@@ -95,6 +97,11 @@ def read_dataset(out: str) -> Dataset:
     place = rows.schema.get_field_index("image")
     anonymous = pa.array([path and re.sub(r"-[0-9a-f]{16}/", "-ATTEMPT/", path) for path in paths], pa.string())
     return Dataset(manifest=manifest, rows=rows.set_column(place, "image", anonymous), files=files)
+
+
+def pictures(storage: Storage) -> Iterator[tuple[str, int]]:
+    """Path and size of every picture that lies there, whoever wrote it."""
+    return ((path, size) for path, size in storage.list("images") if path.endswith(".png"))
 
 
 def committed_generations(log: Path) -> int:

@@ -55,7 +55,7 @@ def test_status_follows_a_job(manifest: Manifest, tiny_model: Path, tmp_path: Pa
     with pytest.raises(UsageError):
         status(out)
     run(spec)
-    for path in ["ledger/00000/00000001.parquet", "dataset/manifest.json"]:
+    for path in ["ledger/00000/00000001.parquet", "_job/dataset.json"]:
         Storage.open(out).delete(path)
     report = status(out, deep=True)
     assert (report.state, report.chunks_committed, report.chunks) == ("started", 1, 2)

@@ -13,7 +13,7 @@ from latentmill.jobs.outputs.status import status
 from latentmill.jobs.outputs.verify import verify
 from latentmill.jobs.store.storage import Storage
 from tests.harness.s3 import S3_SECRET
-from tests.jobs.driver import KillAt, job_spec, read_dataset, run, start
+from tests.jobs.driver import KillAt, job_spec, pictures, read_dataset, run, start
 from tests.jobs.fakes import slow_engine
 
 Manifest = Callable[..., Path]
@@ -68,7 +68,7 @@ def test_two_drivers_on_one_bucket(s3: str, manifest: Manifest, tiny_model: Path
 def test_verify_finds_a_flipped_byte_on_s3(s3: str, manifest: Manifest, tiny_model: Path) -> None:
     run(job_spec(tiny_model, manifest(PROMPTS), s3))
     storage = Storage.open(s3)
-    path, size = next(storage.list("images"))
+    path, size = next(pictures(storage))
     data = bytearray(storage.read(path))
     data[size // 2] ^= 1
     storage.write(path, bytes(data))

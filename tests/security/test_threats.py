@@ -159,7 +159,7 @@ def test_no_secret_is_in_any_file_log_or_line_of_a_run_on_ray(
     assert code == 0, err
     storage = Storage.open(s3)
     written = {path: storage.read(path) for path, _ in [*storage.list(""), *storage.list_hidden("")]}
-    assert {"_job/plan.json", "dataset/manifest.json"} < written.keys()
+    assert {"_job/plan.json", "_job/dataset.json"} < written.keys()
     logs = dict(everything_under(scratch))
     assert any("worker" in path.name for path in logs), "Ray's logs are not there to be searched"
     canary = S3_SECRET.encode()

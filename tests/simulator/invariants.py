@@ -19,9 +19,9 @@ from tests.simulator.reading import decode_once, effective_rows, failed_samples,
 from tests.simulator.world import Violation, World
 
 _OUR_PATHS = re.compile(
-    r"_job/(plan\.json|rejected\.parquet|manifest-\d{16}-\d{5}\.parquet|\.probe-[0-9a-f]{16})"
+    r"_job/(plan\.json|dataset\.json|rejected\.parquet|manifest-\d{16}-\d{5}\.parquet|\.probe-[0-9a-f]{16})"
     r"|images/\d{5}/\d{8}-(r[1-9]\d*-)?[0-9a-f]{16}/\d{8}\.png|ledger/\d{5}/\d{8}(\.r[1-9]\d*)?\.parquet"
-    r"|dataset/(part-\d{5}-[0-9a-f]{16}\.parquet|manifest\.json)"
+    r"|dataset/part-\d{5}-[0-9a-f]{16}\.parquet|images/\d{5}/metadata\.parquet|README\.md"
 )
 
 
@@ -131,7 +131,8 @@ def check_end(world: World, plan: SimulatedPlan) -> None:
 def check_swept(world: World) -> None:
     """After a last sweep, days later, nothing is left of all that was lost or superseded."""
     objects = world.store.objects
-    named = {part.path for part in Publication.from_json(objects[MANIFEST_PATH]).parts} | {MANIFEST_PATH}
+    publication = Publication.from_json(objects[MANIFEST_PATH])
+    named = {part.path for part in (*publication.parts, *publication.captions)}
     for path, data in objects.items():
         if path.startswith("ledger/"):
             named |= {row["image"] for row in record_rows(data)}

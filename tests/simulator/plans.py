@@ -13,13 +13,14 @@ import pyarrow as pa
 
 from latentmill.engine import GenerationRequest, GenerationResult, SafetyVerdict
 from latentmill.jobs.ledger.records import OWN_FIELDS
-from latentmill.jobs.plans.planned import PlannedSample, fingerprint
+from latentmill.jobs.plans.planned import FORMAT_VERSION, PlannedSample, fingerprint
 from tests.simulator.world import URL
 
 COLUMNS = (
     "sample_id",
     "row_id",
     "prompt",
+    "negative_prompt",
     "seed",
     "status",
     "error",
@@ -38,6 +39,9 @@ class SimulatedPlan:
 
     n_rows = n_samples = 5
     n_rejected = 0
+    format_version = FORMAT_VERSION
+    row_constants: Mapping[str, Any] = {}
+    file_metadata: Mapping[str, str] = {}
     n_chunks = len(CHUNKS)
     format = "files"
     device = "cpu"

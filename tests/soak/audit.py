@@ -17,7 +17,7 @@ from latentmill.jobs.outputs.publish import standing_publication
 from latentmill.jobs.outputs.verify import verify
 from latentmill.jobs.store.storage import Storage
 from tests.harness.cluster import ROOT
-from tests.jobs.driver import read_dataset
+from tests.jobs.driver import pictures, read_dataset
 from tests.soak.jobs import SoakJob
 from tests.soak.watch import Watch
 
@@ -149,7 +149,7 @@ def _i6(finished: Finished) -> list[str]:
     job = open_job(finished.out)
     records = (job.ledger.read(chunk) for chunk in range(job.plan.n_chunks))
     referenced = {image for record in records if record for image in record.table.column("image").to_pylist()} - {None}
-    stored = {path for path, _ in job.storage.list("images")}
+    stored = {path for path, _ in pictures(job.storage)}
     missing, left = sorted(referenced - stored), sorted(stored - referenced)
     return [f"{path} is referenced and gone" for path in missing] + [f"{path} was left by the sweep" for path in left]
 

@@ -11,12 +11,13 @@ import pytest
 
 from latentmill.jobs.job import open_job
 from latentmill.jobs.store.storage import Storage
+from tests.jobs.driver import pictures
 from tests.soak.audit import Finished, audit, check, neighbours, run_cli
 from tests.soak.jobs import fake_job
 from tests.soak.watch import Watch
 
 RECORD = "ledger/00000/00000001.parquet"
-MANIFEST = "dataset/manifest.json"
+MANIFEST = "_job/dataset.json"
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +54,7 @@ def test_a_sound_output_passes(finished: Finished):
 
 
 def an_image(storage: Storage) -> str:
-    return next(storage.list("images"))[0]
+    return next(pictures(storage))[0]
 
 
 DAMAGE: dict[str, Callable[[Storage], object]] = {

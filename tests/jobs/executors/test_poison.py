@@ -14,7 +14,7 @@ from latentmill.jobs.outputs.verify import verify
 from latentmill.jobs.progress import Progress
 from latentmill.jobs.store.storage import Storage
 from tests.harness.cluster import Cluster
-from tests.jobs.driver import job_spec, read_dataset, run
+from tests.jobs.driver import job_spec, pictures, read_dataset, run
 from tests.jobs.fakes import FakeEngine
 
 pytestmark = [
@@ -61,7 +61,7 @@ def test_one_signal_finishes_the_chunks_in_flight_and_starts_no_more(
     summary = run(spec, on_progress=interrupt, engine_factory=dawdling_engine)
     took = time.monotonic() - told[0]
     records = [path for path, _ in Storage.open(out).list("ledger")]
-    attempts = {path.split("/")[2] for path, _ in Storage.open(out).list("images")}
+    attempts = {path.split("/")[2] for path, _ in pictures(Storage.open(out))}
     assert summary.exit_code == 130
     assert 2 <= len(records) < 20
     assert len(attempts) == len(records), "a chunk in flight was thrown away"

@@ -133,7 +133,7 @@ def test_a_job_on_s3_resumes_and_generates_nothing_twice(ray_cluster: Cluster, s
     first = run(spec)
     assert (first.exit_code, first.generated) == (0, 6)
     storage = Storage.open(s3)
-    storage.delete("dataset/manifest.json")
+    storage.delete("_job/dataset.json")
     record, _ = next(storage.list("ledger"))
     storage.delete(record)
     again = run(spec)

@@ -20,7 +20,7 @@ from latentmill.jobs.outputs.publish import MANIFEST_PATH, publish
 from latentmill.jobs.outputs.verify import verify
 from latentmill.jobs.store.storage import Storage
 from latentmill.jobs.worker import finish_chunk
-from tests.jobs.driver import PROCESSES, job_spec, read_dataset, run
+from tests.jobs.driver import PROCESSES, job_spec, pictures, read_dataset, run
 from tests.jobs.outputs.repairs import repair, start_repair
 
 PROMPTS = ["one", "two", "some nsfw", "some poison", "five", "six"]
@@ -205,7 +205,7 @@ def test_sweeping_beside_running_drivers(tiny_model: Path, manifest: Manifest, t
     assert verify(out).defects == ()
     assert read_dataset(out) == read_dataset(str(tmp_path / "whole"))
     referenced = read_dataset(out).rows.num_rows
-    assert len(list(Storage.open(out).list("images"))) == referenced
+    assert len(list(pictures(Storage.open(out)))) == referenced
 
 
 def test_on_s3(s3: str, tiny_model: Path, manifest: Manifest) -> None:

@@ -17,11 +17,13 @@ from latentmill.jobs.job import Job, open_job
 from latentmill.jobs.ledger.ledger import record_path
 from latentmill.jobs.ledger.records import encode_record
 from latentmill.jobs.outputs import publish as publish_module
+from latentmill.jobs.outputs.captions import CARD, CARD_PATH, captions_path
 from latentmill.jobs.outputs.publish import MANIFEST_PATH, load_publication, publish, standing_publication
 from latentmill.jobs.outputs.status import status
+from latentmill.jobs.outputs.verify import verify
 from latentmill.jobs.plans.plan import Plan
 from latentmill.jobs.store.storage import Storage
-from tests.jobs.driver import job_spec, run
+from tests.jobs.driver import job_spec, pictures, run
 from tests.jobs.outputs.repairs import HealedEngine, repair
 
 Manifest = Callable[..., Path]
@@ -53,11 +55,13 @@ def make_job(tiny_model: Path, tmp_path: Path) -> Callable[..., Job]:
 
 
 def files_of(job: Job) -> dict[str, bytes]:
-    return {path: job.storage.read(path) for path, _ in job.storage.list("dataset")}
+    paths = [path for path, _ in job.storage.list("dataset")]
+    paths += [path for path in (MANIFEST_PATH, captions_path(0), CARD_PATH) if job.storage.exists(path)]
+    return {path: job.storage.read(path) for path in paths}
 
 
 def unpublish(job: Job) -> None:
-    for path, _ in list(job.storage.list("dataset")):
+    for path in files_of(job):
         job.storage.delete(path)
 
 
@@ -113,7 +117,7 @@ def test_two_publishers_at_once_write_the_same_dataset(make_job: Callable[..., J
 def test_a_damaged_publication_is_made_again(damage: str, make_job: Callable[..., Job]) -> None:
     job = make_job()
     before = files_of(job)
-    part = next(path for path in before if path != MANIFEST_PATH)
+    part = next(path for path in before if path.startswith("dataset/"))
     match damage:
         case "no manifest":
             job.storage.delete(MANIFEST_PATH)
@@ -130,7 +134,7 @@ def test_a_damaged_publication_is_made_again(damage: str, make_job: Callable[...
 def test_a_missing_picture_or_record_stops_publication(make_job: Callable[..., Job]) -> None:
     job = make_job()
     unpublish(job)
-    picture = next(path for path, _ in job.storage.list("images"))
+    picture = next(path for path, _ in pictures(job.storage))
     data = job.storage.read(picture)
     job.storage.write(picture, data[:-1])
     with pytest.raises(JobError, match=f"1 committed pictures are missing or cut short.*{picture}"):
@@ -143,7 +147,7 @@ def test_a_missing_picture_or_record_stops_publication(make_job: Callable[..., J
     job.storage.delete(record_path(1))
     with pytest.raises(JobError, match="chunk 1 is not committed"):
         publish(job)
-    assert files_of(job) == {}
+    assert files_of(job) == {CARD_PATH: CARD}
     job.storage.write(record_path(1), record)
     assert publish(job).rows == 40
 
@@ -166,7 +170,7 @@ def test_a_ledger_that_holds_a_sample_twice_is_not_published(make_job: Callable[
     job.storage.write(record_path(0), data)
     with pytest.raises(JobError, match="not in the ledger exactly once"):
         publish(job)
-    assert files_of(job) == {}
+    assert MANIFEST_PATH not in files_of(job)
 
 
 def test_memory_does_not_grow_with_the_number_of_chunks(
@@ -222,7 +226,8 @@ def test_a_repair_is_published_again_and_says_so(make_job: Callable[..., Job], t
         assert new == row if row["status"] != "failed" else (new["status"], "-r1-" in new["image"]) == ("ok", True)
     assert publication.image_bytes == sum(row["bytes"] or 0 for row in rows.values())
     parts = {first.parts[0].path}
-    assert {path for path, _ in before.items() - files_of(job).items()} <= {MANIFEST_PATH, *parts}
+    changed = {path for path, _ in before.items() - files_of(job).items()}
+    assert changed <= {MANIFEST_PATH, captions_path(0), *parts}
     assert {path for path in files_of(job) if path.startswith("dataset/part")} == {part.path}
 
 
@@ -239,7 +244,7 @@ def test_a_repairs_execution_class_is_listed(make_job: Callable[..., Job], tmp_p
 def test_a_repairs_missing_picture_stops_publication(make_job: Callable[..., Job], tmp_path: Path) -> None:
     job = make_job(chunk_size=4)
     repair(str(tmp_path / "out"), failing_chunks(job)[0])
-    picture = next(path for path, _ in job.storage.list("images") if "-r1-" in path)
+    picture = next(path for path, _ in pictures(job.storage) if "-r1-" in path)
     data = job.storage.read(picture)
     job.storage.delete(picture)
     with pytest.raises(JobError, match=f"1 committed pictures are missing or cut short.*{picture}"):
@@ -321,3 +326,48 @@ def test_a_deep_status_counts_effective_rows(make_job: Callable[..., Job], tmp_p
     report = status(out, deep=True)
     assert (report.state, report.repairs, report.counts) == ("complete", 1, {"ok": 34, "flagged": 4, "failed": 2})
     assert status(out).counts is None
+
+
+def test_captions_name_the_pictures_that_count_and_no_other(make_job: Callable[..., Job], tmp_path: Path) -> None:
+    job = make_job(sweep={"guidance_scale": [1.0, 4.0]}, chunk_size=3)
+    unpublish(job)
+    publication = publish(job)
+    job.storage.write("images/00000/00000000-0123456789abcdef/00000000.png", b"of an attempt that lost")
+    (named,) = publication.captions
+    captions = pq.read_table(tmp_path / "out" / named.path).to_pylist()
+    rows = [row for part in publication.parts for row in pq.read_table(tmp_path / "out" / part.path).to_pylist()]
+    assert [f"images/00000/{caption.pop('file_name')}" for caption in captions] == [
+        row["image"] for row in rows if row["image"] is not None
+    ]
+    names = {"sample_id", "row_id", "prompt", "negative_prompt", "seed", "status"}
+    assert captions == [{name: row[name] for name in captions[0]} for row in rows if row["image"] is not None]
+    assert captions[0].keys() == names
+
+
+def test_a_card_of_somebody_elses_stays(make_job: Callable[..., Job]) -> None:
+    job = make_job()
+    unpublish(job)
+    job.storage.write(CARD_PATH, b"# My birds")
+    publish(job)
+    assert job.storage.read(CARD_PATH) == b"# My birds"
+
+
+def test_captions_of_a_publisher_that_slept_are_replaced(
+    make_job: Callable[..., Job], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They have one place each: put over those of a publication with more repairs, they must not stay."""
+    job = make_job(chunk_size=4)
+    chunk = failing_chunks(job)[0]
+    unpublish(job)
+    write, slept = type(job.storage).write, []
+
+    def sleep_and_write(self: Storage, path: str, data: bytes) -> None:
+        if path == captions_path(0) and not slept:
+            slept.append(path)
+            repair(str(tmp_path / "out"), chunk)
+            publish(job)
+        write(self, path, data)
+
+    monkeypatch.setattr(type(job.storage), "write", sleep_and_write)
+    assert publish(job).repairs == 1
+    assert verify(str(tmp_path / "out")).defects == ()

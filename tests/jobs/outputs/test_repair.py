@@ -11,13 +11,14 @@ from pathlib import Path
 
 import pytest
 
+from latentmill.jobs.outputs.captions import captions_path
 from latentmill.jobs.outputs.clean import clean
 from latentmill.jobs.outputs.publish import MANIFEST_PATH
 from latentmill.jobs.outputs.status import status
 from latentmill.jobs.outputs.verify import verify
 from latentmill.jobs.spec import JobSpec
 from latentmill.jobs.store.storage import Storage
-from tests.jobs.driver import KillAt, job_spec, read_dataset, run, start
+from tests.jobs.driver import KillAt, job_spec, pictures, read_dataset, run, start
 from tests.jobs.outputs.repairs import healed_engine, partly_healed_engine
 
 PROMPTS = [
@@ -67,7 +68,7 @@ def test_only_what_failed_is_made_again_and_the_dataset_is_as_if_it_never_had(sp
     assert (second.exit_code, second.generated, second.failures) == (0, 5, ())
     changed = {path for path, data in before.items() if snapshot(spec.out).get(path) != data}
     assert MANIFEST_PATH in changed
-    assert all(path.startswith("dataset/") for path in changed)
+    assert all(path.startswith("dataset/") or path in {MANIFEST_PATH, captions_path(0)} for path in changed)
     parts = [path for path in snapshot(spec.out) if path.startswith("dataset/part")]
     assert len(parts) == 1, "a glob over the parts meets rows twice"
     assert verify(spec.out).defects == ()
@@ -105,7 +106,7 @@ def test_repairs_add_up(spec: JobSpec) -> None:
     [
         (KillAt("before", "create", "ledger/00000/00000001.r1"), 0),
         (KillAt("after", "create", "ledger/00000/00000001.r1"), 1),
-        (KillAt("before", "write", "dataset/manifest"), 3),
+        (KillAt("before", "write", "_job/dataset"), 3),
     ],
     ids=lambda value: f"{value.when} {value.verb} {value.prefix}" if isinstance(value, KillAt) else "",
 )
@@ -122,7 +123,7 @@ def test_a_repair_that_is_killed_is_gone_on_with(spec: JobSpec, tmp_path: Path, 
     clean(spec.out)
     assert verify(spec.out).defects == ()
     rows = read_dataset(spec.out).rows.num_rows
-    assert len(list(Storage.open(spec.out).list("images"))) == rows == len(PROMPTS)
+    assert len(list(pictures(Storage.open(spec.out)))) == rows == len(PROMPTS)
 
 
 @pytest.mark.parametrize("place", ["local", "s3"])
@@ -141,4 +142,4 @@ def test_two_drivers_repair_one_output(
     clean(spec.out)
     report = verify(spec.out)
     assert (report.defects, report.repairs) == ((), 3)
-    assert len(list(Storage.open(spec.out).list("images"))) == len(PROMPTS)
+    assert len(list(pictures(Storage.open(spec.out)))) == len(PROMPTS)

@@ -18,10 +18,11 @@ from latentmill.jobs.job import Job, open_job
 from latentmill.jobs.ledger.ledger import record_path, repair_path
 from latentmill.jobs.ledger.pictures import encode_png
 from latentmill.jobs.ledger.records import encode_record
+from latentmill.jobs.outputs.captions import captions_path
 from latentmill.jobs.outputs.publish import MANIFEST_PATH, publish
 from latentmill.jobs.outputs.verify import VerifyProgress, VerifyReport, verify
 from latentmill.jobs.store.storage import Storage
-from tests.jobs.driver import job_spec, run
+from tests.jobs.driver import job_spec, pictures, run
 from tests.jobs.outputs.repairs import repair
 
 PROMPTS = ["one", "two", "some nsfw", "some poison", "five", "six"]
@@ -76,7 +77,7 @@ def test_a_sound_output_has_no_defects(out: str) -> None:
 
 def test_any_flipped_byte_of_a_picture(out: str) -> None:
     storage = Storage.open(out)
-    path, size = next(storage.list("images"))
+    path, size = next(pictures(storage))
     for position in random.Random(0).sample(range(size), 8):
         flip(storage, path, position)
         (defect,) = verify(out).defects
@@ -97,7 +98,7 @@ def test_any_flipped_byte_of_a_commit_record(out: str) -> None:
 
 def test_any_flipped_byte_of_a_published_part(out: str) -> None:
     storage = Storage.open(out)
-    path = next(path for path, _ in storage.list("dataset") if path != MANIFEST_PATH)
+    path, _ = next(storage.list("dataset"))
     for position in random.Random(0).sample(range(storage.size(path)), 8):
         flip(storage, path, position)
         (defect,) = verify(out).defects
@@ -105,9 +106,22 @@ def test_any_flipped_byte_of_a_published_part(out: str) -> None:
         flip(storage, path, position)
 
 
+def test_captions_that_changed_or_are_not_the_ledgers(out: str) -> None:
+    storage = Storage.open(out)
+    path = captions_path(0)
+    flip(storage, path, 100)
+    assert [(defect.kind, defect.path) for defect in verify(out).defects] == [("captions-damaged", path)]
+    storage.delete(path)
+    assert [(defect.kind, defect.path) for defect in verify(out).defects] == [("captions-damaged", path)]
+    manifest = json.loads(storage.read(MANIFEST_PATH))
+    manifest["captions"] = []
+    storage.write(MANIFEST_PATH, json.dumps(manifest).encode())
+    assert [(defect.kind, defect.path) for defect in verify(out).defects] == [("dataset-wrong", MANIFEST_PATH)]
+
+
 def test_missing_objects(out: str) -> None:
     storage = Storage.open(out)
-    path, _ = next(storage.list("images"))
+    path, _ = next(pictures(storage))
     data = storage.read(path)
     storage.delete(path)
     assert [(defect.kind, defect.path) for defect in verify(out).defects] == [("image-missing", path)]
@@ -181,7 +195,7 @@ def test_strays(out: str) -> None:
 def test_a_sample_of_the_pictures(out: str) -> None:
     assert verify(out, sample_n=2).images_checked <= 2
     storage = Storage.open(out)
-    for path, _ in list(storage.list("images")):
+    for path, _ in list(pictures(storage)):
         storage.delete(path)
     assert kinds(verify(out, sample_n=3)) == {"image-missing"}
     assert len(verify(out).defects) == 5

@@ -190,6 +190,6 @@ def test_a_report_on_s3(tiny_model: Path, manifest, s3: str):
 def test_what_cannot_be_reported_says_why(tiny_model: Path, manifest, tmp_path: Path, finished: str):
     with pytest.raises(UsageError, match="has no plan"):
         report(str(tmp_path / "nothing"))
-    (Path(finished) / "dataset/manifest.json").unlink()
+    (Path(finished) / "_job/dataset.json").unlink()
     with pytest.raises(JobError, match=r"no published dataset yet.*latentmill status"):
         report(finished)

@@ -18,7 +18,7 @@ from latentmill.jobs.store.errors import StorageError
 from latentmill.jobs.store.storage import SINGLE_WRITER_PATH, Storage
 from tests.harness.faults import always, once
 from tests.harness.proxy import Proxy, fault_proxy
-from tests.jobs.driver import job_spec, read_dataset, run, start
+from tests.jobs.driver import job_spec, pictures, read_dataset, run, start
 from tests.jobs.fakes import slow_engine
 
 Manifest = Callable[..., Path]
@@ -100,9 +100,7 @@ def test_a_commit_whose_answer_is_lost_stands(
     assert proxy.made
     assert (summary.exit_code, summary.generated) == (0, len(PROMPTS))
     assert verify(s3).defects == ()
-    assert len({path.rpartition("/")[0] for path, _ in Storage.open(s3).list("images")}) == 3, (
-        "an attempt was made twice"
-    )
+    assert len({path.rpartition("/")[0] for path, _ in pictures(Storage.open(s3))}) == 3, "an attempt was made twice"
     assert read_dataset(s3) == undisturbed()
 
 
