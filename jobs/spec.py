@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
@@ -38,6 +39,8 @@ _CHOICES: Mapping[str, tuple[str, ...]] = {
 }
 MAX_CHUNK = 4096
 MAX_JOB_FILE_BYTES = 1_000_000
+SAMPLE_MANIFEST = Path(__file__).parents[1] / "configs" / "prompts" / "sample.txt"
+"""The prompts in the package, which are drawn where none are named."""
 
 
 class Runtime(BaseModel):
@@ -108,6 +111,7 @@ class JobSpec(BaseModel):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads_per_actor: int | None = Field(default=None, ge=1, le=1024)
     strict: bool = False
+    accept_aliases: bool = False
     runtime: Runtime = Field(default_factory=Runtime)
     night: Night | None = None
 
@@ -214,6 +218,8 @@ def load_job_file(path: str) -> dict[str, Any]:
     """The job file's keys, flat, unknown ones refused with the nearest known one."""
     fs, inside = allowed_filesystem(path)
     try:
+        if fs.exists(inside) and not fs.isfile(inside):
+            raise UsageError(f"job file {display_url(path)} is no regular file; see configs/jobs for examples")
         if fs.size(inside) > MAX_JOB_FILE_BYTES:
             raise UsageError(
                 f"job file {display_url(path)} has more than {MAX_JOB_FILE_BYTES:,} bytes; is it a manifest?"
@@ -236,12 +242,14 @@ def load_job_file(path: str) -> dict[str, Any]:
     return flat
 
 
-def resolve(job_file: str | None, flags: Mapping[str, Any], *, today: datetime.date | None = None) -> JobSpec:
+def resolve(
+    job_file: str | None, flags: Mapping[str, Any], *, today: datetime.date | None = None, or_sample: bool = False
+) -> JobSpec:
     """The job: the file's keys, overridden by every flag that is not None.
 
     `flags["sweep"]` is a list of `AXIS=VALUES`; an axis given by flag replaces the file's axis of that name and keeps
     its place, and the file's other axes stay. `{date}` in `out` is replaced by the key `date`, else by `today`, by
-    default the day in UTC.
+    default the day in UTC. With `or_sample`, a job without a file and without prompts draws the package's sample.
     """
     merged = load_job_file(job_file) if job_file is not None else {}
     given = {key: value for key, value in flags.items() if value is not None}
@@ -251,6 +259,8 @@ def resolve(job_file: str | None, flags: Mapping[str, Any], *, today: datetime.d
     if not given.get("prompts", True):
         given.pop("prompts")
     merged.update(_flatten(given))
+    if or_sample and job_file is None:
+        merged.setdefault("prompts", [str(SAMPLE_MANIFEST)])
     if not merged.get("prompts"):
         raise UsageError(
             "no manifest is named; give a file, for example configs/prompts/sample.txt, or a job file with 'prompts'"
