@@ -7,19 +7,22 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
-from latentmill.jobs.flags import flag, takes_a_job
+from latentmill.jobs.flags import QUIET, Say, flag, takes_a_job
 from latentmill.jobs.settings import RUNNING
 
 _MAKE, _LOOK, _MORE = "Make images", "Look at a dataset", "More"
 
+_click_errors: Any = sys.modules[typer.BadParameter.__module__]
+"""Click's exceptions, which Typer brings under a name of its own."""
+
 app = typer.Typer(
     name="latentmill",
     help="Prompts in, a verified image dataset out: distributed batch generation with latent diffusion models on Ray.",
-    epilog="Start with: [bold]latentmill run configs/prompts/sample.txt --out out/sample[/bold]",
+    epilog="Start with: [bold]latentmill run --out out/sample[/bold], which draws the sample prompts.",
     no_args_is_help=True,
     add_completion=True,
     pretty_exceptions_enable=False,
@@ -28,6 +31,7 @@ app = typer.Typer(
 )
 watermark_app = typer.Typer(help="The invisible mark in the pictures.", no_args_is_help=True)
 app.add_typer(watermark_app, name="watermark", rich_help_panel=_MORE)
+
 
 Json = Annotated[bool, typer.Option("--json", help="Answer in JSON, for machines.")]
 OutArgument = Annotated[str, typer.Argument(metavar="OUT", help="The output of a job: a folder or a URL.")]
@@ -46,36 +50,42 @@ Address = Annotated[
     epilog="Example: [bold]latentmill plan prompts.csv --sweep guidance_scale=3,5,7.5 --sweep seed=0:16[/bold]",
 )
 @takes_a_job
-def plan(config: str | None, flags: dict[str, Any], as_json: bool) -> None:
+def plan(config: str | None, flags: dict[str, Any], say: Say) -> None:
     """Say what a run would do, and write nothing."""
     from latentmill.jobs.plans.plan import draft_plan
     from latentmill.jobs.spec import resolve
 
-    with draft_plan(resolve(config, flags)) as draft:
+    with draft_plan(resolve(config, flags, or_sample=True)) as draft:
         summary = draft.summary()
-    _answer(summary.to_dict(), as_json, lambda views: views.show_plan(summary))
+    _answer(summary.to_dict(), say.as_json, lambda views: views.show_plan(summary, quiet=say.quiet))
 
 
 @app.command(
     rich_help_panel=_MAKE,
-    epilog="Example: [bold]latentmill run configs/prompts/sample.txt --out out/sample[/bold]\n\n"
-    "The same command again resumes where it stopped. Exit codes: 0 complete, 1 failed samples, 2 usage, "
-    "3 the output belongs to another plan, 130 interrupted.",
+    epilog="Example: [bold]latentmill run prompts.txt --out out/birds[/bold]\n\n"
+    "Without PROMPTS it draws the sample prompts of the package. The same command again resumes where it stopped. "
+    "Exit codes: 0 complete, 1 failed samples, 2 usage, 3 the output belongs to another plan, 130 interrupted.",
 )
 @takes_a_job
-def run(config: str | None, flags: dict[str, Any], as_json: bool) -> None:
+def run(config: str | None, flags: dict[str, Any], say: Say) -> None:
     """Make the dataset, or go on with it: every image exactly once."""
     from dataclasses import asdict
 
     from latentmill.jobs.show.display import progress_view
 
-    with progress_view() as view:
+    with progress_view(quiet=say.quiet) as view:
         from latentmill.jobs.runner import run_job  # the view comes first: these imports take a second
         from latentmill.jobs.spec import resolve
 
         stopping = "stopping; press Ctrl-C again to stop at once. Nothing that is committed is lost"
-        summary = run_job(resolve(config, flags), on_progress=view.update, on_stop=lambda: view.note(stopping))
-    _answer(asdict(summary), as_json, lambda views: views.show_run(summary))
+        summary = run_job(
+            resolve(config, flags, or_sample=True),
+            on_progress=view.update,
+            on_stop=lambda: view.note(stopping),
+            on_stage=view.stage,
+            on_note=view.note,
+        )
+    _answer(asdict(summary), say.as_json, lambda views: views.show_run(summary), quiet=say.quiet)
     raise typer.Exit(summary.exit_code)
 
 
@@ -90,7 +100,7 @@ def run(config: str | None, flags: dict[str, Any], as_json: bool) -> None:
 def submit(
     config: str | None,
     flags: dict[str, Any],
-    as_json: bool,
+    say: Say,
     *,
     shared_filesystem: Annotated[
         bool, flag("--shared-filesystem", RUNNING, "Local paths are the same on all nodes, which mount them.")
@@ -112,7 +122,7 @@ def submit(
     from latentmill.jobs.submission.submission import submit_job
 
     submission = submit_job(resolve(config, flags), shared_filesystem=shared_filesystem, forwarded=env or [])
-    _answer(asdict(submission), as_json, lambda views: views.show_submission(submission))
+    _answer(asdict(submission), say.as_json, lambda views: views.show_submission(submission), quiet=say.quiet)
 
 
 @app.command(
@@ -173,15 +183,16 @@ def verify(
         int | None, typer.Option("--sample", min=1, help="Read only this many images, drawn at random.")
     ] = None,
     json: Json = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help=QUIET)] = False,
 ) -> None:
     """Read everything again and compare it with what was written; exit code 1 if anything differs."""
     from latentmill.jobs.show.display import progress_view, verify_detail
 
-    with progress_view("reading", verify_detail) as view:
+    with progress_view("reading", verify_detail, quiet=quiet) as view:
         from latentmill.jobs.outputs.verify import verify as verify_job
 
         report = verify_job(out, sample_n=sample, on_progress=view.update)
-    _answer(report.to_dict(), json, lambda views: views.show_verify(report))
+    _answer(report.to_dict(), json, lambda views: views.show_verify(report), quiet=quiet)
     raise typer.Exit(report.exit_code)
 
 
@@ -270,27 +281,29 @@ def _print_version(wanted: bool) -> None:
 def _root(
     version: Annotated[
         bool,
-        typer.Option("--version", help="Print the version.", is_eager=True, callback=_print_version),
+        typer.Option("--version", "-V", help="Print the version.", is_eager=True, callback=_print_version),
     ] = False,
 ) -> None:
     pass
 
 
-def _answer(data: Any, as_json: bool, show: Callable[[Any], None]) -> None:
+def _answer(data: Any, as_json: bool, show: Callable[[Any], None], *, quiet: bool = False) -> None:
     from latentmill.jobs.show import display, views
 
     if as_json:
         display.print_json(data)
-    else:
+    elif not quiet:
         show(views)
 
 
 def main() -> None:
     """The console entry: what a job refuses is one line and an exit code, never a traceback."""
     try:
-        app()
+        sys.exit(app(standalone_mode=False))
     except KeyboardInterrupt:
         _complain("interrupted; the same command resumes", 130)
+    except _click_errors.ClickException as error:
+        _refuse_usage(error)
     except Exception as error:
         from latentmill.engine import EngineError
         from latentmill.jobs.errors import JobError
@@ -300,8 +313,45 @@ def main() -> None:
         _complain(str(error), error.exit_code if isinstance(error, JobError) else 2)
 
 
-def _complain(text: str, exit_code: int) -> None:
+def _refuse_usage(error: Any) -> NoReturn:
+    """Usage that Click refuses, with the flag that was meant where the table of aliases knows it."""
+    from typer.rich_utils import rich_format_error
+
+    if isinstance(error, _click_errors.NoSuchOption) and error.ctx is not None:
+        _say_what_was_meant(error)
+    rich_format_error(error)
+    _print_json_error(error.format_message(), error.exit_code)
+    sys.exit(error.exit_code)
+
+
+def _say_what_was_meant(error: Any) -> None:
+    verb, flags = error.ctx.info_name, {flag for parameter in error.ctx.command.params for flag in parameter.opts}
+    if error.option_name == "--dry-run" and verb in {"run", "submit"}:
+        error.message = (
+            f"{verb} has no --dry-run: `latentmill plan` takes the same flags, says what a run would do, and "
+        )
+        error.message += "writes nothing."
+        error.possibilities = None
+        return
+    from latentmill.jobs.manifests.aliases import flag_meant_by
+
+    meant = flag_meant_by(error.option_name)
+    if meant in flags:
+        error.possibilities = [meant]
+
+
+def _complain(text: str, exit_code: int) -> NoReturn:
     from latentmill.jobs.show.display import print_line, safe
 
-    print_line(f"error: {safe(' '.join(text.split()))}", error=True)
+    line = " ".join(text.split())
+    print_line(f"error: {safe(line)}", error=True)
+    _print_json_error(line, exit_code)
     sys.exit(exit_code)
+
+
+def _print_json_error(text: str, exit_code: int) -> None:
+    """For whoever asked for JSON and would find standard output empty."""
+    if "--json" in sys.argv[2:] and sys.argv[1] != "txt2img":  # its --prompt may be any text
+        from latentmill.jobs.show.display import print_json
+
+        print_json({"error": text, "exit_code": exit_code})

@@ -5,12 +5,21 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import typer
 
 from latentmill.jobs.settings import INPUT, Setting
 from latentmill.jobs.spec import SETTINGS
+
+QUIET = "Say nothing but warnings and errors; with --json, the answer too."
+
+
+class Say(NamedTuple):
+    """How much a verb says, and in what form."""
+
+    as_json: bool
+    quiet: bool
 
 
 def flag(name: str, panel: str, text: str) -> Any:
@@ -21,7 +30,7 @@ def flag(name: str, panel: str, text: str) -> Any:
 def takes_a_job(verb: Callable[..., None]) -> Callable[..., None]:
     """Give a verb a flag for each setting, which it receives as one dictionary in the words of a job file.
 
-    It is called as `verb(config, flags, as_json)`, with its own keyword-only parameters as they are. A flag that is not
+    It is called as `verb(config, flags, say)`, with its own keyword-only parameters as they are. A flag that is not
     given is None: job file or preset decides.
     """
     own = [
@@ -33,18 +42,21 @@ def takes_a_job(verb: Callable[..., None]) -> Callable[..., None]:
     flags.sort(key=lambda parameter: parameter.name != "prompts")
     config = _optional("config", str, flag("--config", INPUT, "A job file; flags override it. See configs/jobs."))
     as_json = typer.Option("--json", help="Answer in JSON, for machines.", rich_help_panel=INPUT)
+    quiet = typer.Option("--quiet", "-q", help=QUIET, rich_help_panel=INPUT)
     parameters = [
         flags[0],
         config,
         *flags[1:],
         *own,
-        inspect.Parameter("json", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Annotated[bool, as_json]),
+        _switch("json", as_json),
+        _switch("quiet", quiet),
     ]
 
     @functools.wraps(verb)
     def command(**given: Any) -> None:
         mine = {parameter.name: given.pop(parameter.name) for parameter in own}
-        verb(given.pop("config"), given, given.pop("json"), **mine)
+        say = Say(as_json=given.pop("json"), quiet=given.pop("quiet"))
+        verb(given.pop("config"), given, say, **mine)
 
     # functions have room for a signature of their own, which Typer reads; mypy's stubs do not know it
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
@@ -63,3 +75,7 @@ def _optional(name: str, kind: Any, option: Any) -> inspect.Parameter:
     return inspect.Parameter(
         name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option]
     )
+
+
+def _switch(name: str, option: Any) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Annotated[bool, option])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -40,8 +41,28 @@ class MarkReading:
         return asdict(self) | {"found": self.found}
 
 
-def read_marks(files: Sequence[str], *, text: str, method: str | None = None) -> list[MarkReading]:
-    """One reading per file, by `method` or by whichever of all fits best. Raises UsageError for what is no picture."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Unread:
+    """A file that could not be read, and why."""
+
+    file: str
+    error: str
+
+    @property
+    def found(self) -> bool:
+        """No mark was found in it."""
+        return False
+
+    def to_dict(self) -> dict[str, Any]:
+        """For `--json`."""
+        return asdict(self) | {"found": False}
+
+
+def read_marks(files: Sequence[str], *, text: str, method: str | None = None) -> list[MarkReading | Unread]:
+    """One reading per file, by `method` or by whichever of all fits best.
+
+    Raises UsageError if none of the files can be read as a picture; one among others is `Unread`.
+    """
     if method is not None and method not in WATERMARK_METHODS:
         raise UsageError(
             f"watermark method {shorten(method)} does not exist{nearest(method, WATERMARK_METHODS)}; "
@@ -53,7 +74,17 @@ def read_marks(files: Sequence[str], *, text: str, method: str | None = None) ->
             "give the one that was embedded, 3 bytes or more"
         )
     methods = WATERMARK_METHODS if method is None else (method,)
-    return [_read_file(file, text, methods) for file in files]
+    readings: list[MarkReading | Unread] = []
+    for file in files:
+        try:
+            readings.append(_read_file(file, text, methods))
+        except UsageError as error:
+            readings.append(Unread(file=file, error=str(error)))
+    failed = [reading for reading in readings if isinstance(reading, Unread)]
+    if len(failed) == len(readings):
+        more = f" (nor can {len(failed) - 1:,} more)" if len(failed) > 1 else ""
+        raise UsageError(failed[0].error + more)
+    return readings
 
 
 def _read_file(file: str, text: str, methods: Sequence[str]) -> MarkReading:
@@ -74,10 +105,12 @@ def _read_file(file: str, text: str, methods: Sequence[str]) -> MarkReading:
 def _load(file: str) -> Pixels:
     fs, inside = allowed_filesystem(file)
     try:
+        if "file" in fs.protocol and not Path(inside).is_file():  # a pipe would be waited for, and a device has no end
+            raise FileNotFoundError(inside)
         with Image.open(io.BytesIO(fs.cat_file(inside))) as image:
             pixels: Pixels = np.asarray(image.convert("RGB"))
     except (FileNotFoundError, IsADirectoryError):
-        raise UsageError(f"{display_url(file)} does not exist or is a folder; give picture files") from None
+        raise UsageError(f"{display_url(file)} does not exist or is no regular file; give picture files") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UsageError(f"{display_url(file)} cannot be read as a picture: {' '.join(str(error).split())}") from None
     if pixels.shape[0] * pixels.shape[1] < WATERMARK_MIN_PIXELS:

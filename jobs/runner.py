@@ -54,6 +54,8 @@ class RunSummary:
     """Nodes that could not take part, with the reason."""
     execution_classes: tuple[str, ...] = ()
     latest: Latest | None = None
+    notes: tuple[str, ...] = ()
+    """What is odd about the manifest that was accepted all the same."""
 
 
 def run_job(
@@ -61,24 +63,31 @@ def run_job(
     *,
     on_progress: Callable[[Progress], None] = lambda _: None,
     on_stop: Callable[[], None] = lambda: None,
+    on_stage: Callable[[str], None] = lambda _: None,
+    on_note: Callable[[str], None] = lambda _: None,
     engine_factory: EngineFactory = load_engine,
 ) -> RunSummary:
     """Afterwards the dataset is published (exit code 0, or 1 with failed samples), or the job can be resumed (130).
 
     The first SIGINT or SIGTERM calls `on_stop` and lets the chunks in flight finish, the second stops at once. Raises
     UsageError or OutputConflictError before anything is written or any model is loaded, JobError when open chunks keep
-    failing. With `spec.runtime.retry_failed`, samples that failed are made once more.
+    failing. With `spec.runtime.retry_failed`, samples that failed are made once more. `on_stage` hears what a phase
+    waits for, `on_note` what is odd about the manifest.
     """
     started = time.monotonic()
     with graceful_interrupt(on_stop) as interrupt:
-        job = _adopt(spec)
+        job, notes = _adopt(spec, on_stage, on_note)
         tracker = Tracker(job.plan, on_progress)
         publication = standing_publication(job)
         where, left_out = "nothing to do", tuple[str, ...]()
         try:
             if publication is None or (spec.runtime.retry_failed and publication.counts["failed"]):
+                tracker.show("starting")
+                if spec.runtime.executor == "ray":
+                    on_stage("starting Ray or joining it")
                 executor = _open_executor(spec, job.plan, engine_factory)
                 where = executor.describe()
+                on_stage("loading the model")
                 with closing(executor), interrupt.stopping(executor):
                     _execute(job, spec.out, executor, tracker, interrupt)
                     if spec.runtime.retry_failed:
@@ -87,22 +96,28 @@ def run_job(
             tracker.show("publishing")
             publication = publish(job)
         except KeyboardInterrupt:
-            return _summary(job, tracker, None, where, time.monotonic() - started, exit_code=130)
+            summary = _summary(job, tracker, None, where, time.monotonic() - started, exit_code=130)
+            return replace(summary, notes=notes)
     tracker.show("done")
     exit_code = 1 if publication.counts["failed"] else 0
     latest = point_to_latest(spec.night) if spec.night is not None and exit_code == 0 else None
     summary = _summary(job, tracker, publication, where, time.monotonic() - started, exit_code=exit_code)
-    return replace(summary, latest=latest, left_out=left_out)
+    return replace(summary, latest=latest, left_out=left_out, notes=notes)
 
 
-def _adopt(spec: JobSpec) -> Job:
-    """The job's output, checked to be writable and to belong to this very plan."""
-    with draft_plan(spec) as draft:
+def _adopt(
+    spec: JobSpec, on_stage: Callable[[str], None], on_note: Callable[[str], None]
+) -> tuple[Job, tuple[str, ...]]:
+    """The job's output, checked to be writable and to belong to this very plan, and the notes on its manifest."""
+    with draft_plan(spec, on_stage=on_stage) as draft:
+        for note in draft.notes:
+            on_note(note)
+        on_stage("opening the output")
         storage = Storage.open(spec.out).probe(allow_single_writer=spec.runtime.single_writer)
         adopt(draft, storage)
         storage.mark_single_writer()  # after the plan: an output of another plan has been refused by now
     open_job.cache_clear()  # an earlier run in this process may have known another plan here
-    return open_job(spec.out)
+    return open_job(spec.out), draft.notes
 
 
 def _open_executor(spec: JobSpec, plan: Plan, engine_factory: EngineFactory) -> Executor:

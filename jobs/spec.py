@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from latentmill.engine import LONG_PROMPTS, PROMPT_SYNTAXES, SAFETY_CHECKERS, SAMPLER_CHOICES, WATERMARK_METHODS
@@ -45,7 +46,8 @@ DTYPES = ("auto", "float32", "float16")
 DEVICES = ("auto", "cpu", "cuda")
 MAX_CHUNK = 4096
 MAX_JOB_FILE_BYTES = 1_000_000
-SAMPLE_MANIFEST = "configs/prompts/sample.txt"
+SAMPLE_MANIFEST = Path(__file__).parents[1] / "configs" / "prompts" / "sample.txt"
+"""The prompts in the package, which are drawn where none are named."""
 
 
 def _prompts(_: str, value: Any) -> tuple[str, ...]:
@@ -53,7 +55,7 @@ def _prompts(_: str, value: Any) -> tuple[str, ...]:
     if not isinstance(given, list | tuple) or not all(isinstance(item, str) for item in given):
         raise FieldError(f"prompts is {shorten(value)}, expected one file or a list of files")
     if not given:
-        raise FieldError(f"no manifest is named; give a file, for example {SAMPLE_MANIFEST}")
+        raise FieldError("no manifest is named; give a file, or a job file with 'prompts'")
     return tuple(given)
 
 
@@ -124,7 +126,7 @@ class JobSpec:
 
     prompts: tuple[str, ...] = special(
         INPUT,
-        "Prompt files, globs or URLs: .txt .csv .tsv .jsonl .parquet .png, gzip too.",
+        "Prompt files, globs or URLs: .txt .csv .tsv .jsonl .json .parquet .png, gzip too; - reads standard input.",
         _prompts,
         several=True,
         metavar="PROMPTS",
@@ -138,7 +140,8 @@ class JobSpec:
     out: str = special(INPUT, "Folder or URL (s3://...) of the dataset.", _out, default="out")
     date: str | None = text(None, INPUT, "The day that {date} in --out stands for, YYYY-MM-DD. Default: today, UTC.")
     format: str = choice("files", INPUT, "How pictures are stored: files.", FORMATS, planned=True)
-    strict: bool = switch(INPUT, "Refuse the job if any row is bad.")
+    strict: bool = switch(INPUT, "Refuse the job if any row is bad, or a column looks misspelled.")
+    accept_aliases: bool = switch(INPUT, "Read columns named as elsewhere: steps, cfg_scale, neg_prompt, caption, ...")
     model: str = text(
         "embedded",
         PICTURES,
@@ -225,7 +228,7 @@ def make_spec(values: Mapping[str, Any]) -> JobSpec:
         if value is not None:
             parsed[name] = _parsed(name, value)
     if "prompts" not in parsed:
-        raise UsageError(f"no manifest is named; give a file, for example {SAMPLE_MANIFEST}")
+        raise UsageError("no manifest is named; give a file, or a job file with 'prompts'")
     runtime = Runtime(**{name: value for name, value in parsed.items() if name in _RUNTIME})
     spec = JobSpec(**{name: value for name, value in parsed.items() if name not in _RUNTIME}, runtime=runtime)
     _check_together(spec)
@@ -276,6 +279,8 @@ def load_job_file(path: str) -> dict[str, Any]:
     import yaml
 
     try:
+        if fs.exists(inside) and not fs.isfile(inside):
+            raise UsageError(f"job file {display_url(path)} is no regular file; see configs/jobs for examples")
         if fs.size(inside) > MAX_JOB_FILE_BYTES:
             raise UsageError(
                 f"job file {display_url(path)} has more than {MAX_JOB_FILE_BYTES:,} bytes; is it a manifest?"
@@ -298,12 +303,14 @@ def load_job_file(path: str) -> dict[str, Any]:
     return flat
 
 
-def resolve(job_file: str | None, flags: Mapping[str, Any], *, today: datetime.date | None = None) -> JobSpec:
+def resolve(
+    job_file: str | None, flags: Mapping[str, Any], *, today: datetime.date | None = None, or_sample: bool = False
+) -> JobSpec:
     """The job: the file's keys, overridden by every flag that is not None.
 
     `flags["sweep"]` is a list of `AXIS=VALUES`; an axis given by flag replaces the file's axis of that name and keeps
     its place, and the file's other axes stay. `{date}` in `out` is replaced by the key `date`, else by `today`, by
-    default the day in UTC.
+    default the day in UTC. With `or_sample`, a job without a file and without prompts draws the package's sample.
     """
     merged = load_job_file(job_file) if job_file is not None else {}
     given = {key: value for key, value in flags.items() if value is not None}
@@ -313,6 +320,8 @@ def resolve(job_file: str | None, flags: Mapping[str, Any], *, today: datetime.d
     if not given.get("prompts", True):
         given.pop("prompts")
     merged.update(_flatten(given))
+    if or_sample and job_file is None:
+        merged.setdefault("prompts", [str(SAMPLE_MANIFEST)])
     night = tonight(str(merged.get("out", "")), merged.pop("date", None), today)
     if night is not None:
         merged |= {"out": night.out, "date": night.date}

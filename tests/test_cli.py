@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+import io
 import json
 import os
 import resource
@@ -95,7 +97,7 @@ def test_every_flag_is_a_key_of_the_job_file_and_the_other_way_round():
 
     from latentmill.jobs.spec import KEYS
 
-    flags = set(inspect.signature(cli._job_flags).parameters) - {"config", "json"}
+    flags = set(inspect.signature(cli._job_flags).parameters) - {"config", "json", "quiet"}
     assert flags == KEYS
 
 
@@ -152,7 +154,7 @@ def test_flags_override_the_job_file(call: Call, job: list[object], tmp_path: Pa
     [
         (["missing.txt"], "missing.txt"),
         (["{empty}"], "empty.txt is empty"),
-        ([], "no manifest is named"),
+        (["--config", "{bare}"], "no manifest is named"),
         (["{good}", "--model", "embeded"], "embedded"),
         (["{good}", "--sampler", "dim"], "ddim"),
         (["{good}", "--width", "100"], "100"),
@@ -169,7 +171,7 @@ def test_bad_input_is_one_line_that_names_it_and_nothing_is_written(
     call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], words: str
 ):
     monkeypatch.chdir(tmp_path)
-    files = {"good": "a red circle\n", "empty": "", "typo": "guidance_scal: 3\n"}
+    files = {"good": "a red circle\n", "empty": "", "typo": "guidance_scal: 3\n", "bare": "seed: 3\n"}
     for name, text in files.items():
         (tmp_path / f"{name}.txt").write_text(text)
     arguments = [argument.format(**{name: f"{name}.txt" for name in files}) for argument in arguments]
@@ -179,7 +181,7 @@ def test_bad_input_is_one_line_that_names_it_and_nothing_is_written(
     assert err.count("\n") == 1
     assert words in err
     assert "\x1b" not in err
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty.txt", "good.txt", "typo.txt"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bare.txt", "empty.txt", "good.txt", "typo.txt"]
 
 
 @pytest.mark.parametrize(
@@ -191,6 +193,119 @@ def test_wrong_usage_exits_with_two_and_without_a_traceback(call: Call, argument
     assert (code, out) == (2, "")
     assert "Error" in err
     assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["run", "x.txt", "--dry-run"], "`latentmill plan` takes the same flags"),
+        (["run", "x.txt", "--steps", "3"], "--num-inference-steps"),
+        (["plan", "x.txt", "--cfg=3"], "--guidance-scale"),
+        (["plan", "x.txt", "--neg", "x"], "--negative-prompt"),
+        (["submit", "x.txt", "--output", "x"], "--out)"),
+        (["run", "x.txt", "--n", "2"], "--num-images"),
+        (["run", "x.txt", "--sead", "2"], "--seed"),
+    ],
+)
+def test_the_flag_that_was_meant_is_named(call: Call, arguments: list[str], words: str):
+    code, out, err = call(*arguments)
+    assert (code, out) == (2, "")
+    assert words in " ".join(err.replace("\u2502", " ").split())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["plan", "missing.txt"], "missing.txt does not exist"),
+        (["run", "missing.txt"], "missing.txt does not exist"),
+        (["status", "nowhere"], "has no plan"),
+        (["run", "x.txt", "--steps", "3"], "--num-inference-steps"),
+        (["watermark", "read", "missing.png"], "missing.png does not exist"),
+    ],
+)
+def test_with_json_a_refusal_is_json_too(
+    call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], words: str
+):
+    monkeypatch.chdir(tmp_path)
+    code, out, _ = call(*arguments, "--json")
+    answer = json.loads(out)
+    assert (code, answer["exit_code"], answer.keys()) == (2, 2, {"error", "exit_code"})
+    assert words in answer["error"]
+
+
+def test_quiet_leaves_warnings_and_errors(call: Call, job: list[object], tmp_path: Path):
+    (tmp_path / "m.csv").write_text("prompt,sede\na,1\n")
+    quiet = [tmp_path / "m.csv", *job[1:], "--quiet"]
+    code, out, err = call("plan", *quiet)
+    assert (code, out, err.count("\n")) == (0, "", 1)
+    assert "'sede'" in err
+    process = start("run", *quiet)
+    out, err = process.communicate(timeout=120)
+    said = [line for line in err.splitlines() if line.startswith("latentmill: ")]
+    assert (process.returncode, out, len(said)) == (0, "", 1), err
+    assert "'sede'" in said[0]
+    assert call("verify", tmp_path / "out", "-q")[:2] == (0, "")
+    assert json.loads(call("run", *quiet, "--json")[1])["notes"] == [said[0].removeprefix("latentmill: ")]
+    assert call("plan", tmp_path / "missing.txt", "-q")[2].startswith("error: ")
+
+
+def test_plan_tells_rows_from_defaults_and_names_what_is_carried(call: Call, job: list[object], tmp_path: Path):
+    (tmp_path / "m.csv").write_text("prompt,seed,guidance_scale,mood,cfg,id\na,1,2,x,9,i\nb,,,y,9,i\n")
+    _, out, _ = call("plan", tmp_path / "m.csv", *job[1:])
+    lines = dict(line.strip().split(": ", 1) for line in out.splitlines() if ": " in line)
+    assert lines["from rows"].startswith("seed (where empty: 42 and on), guidance_scale (where empty: ")
+    assert "seed" not in lines["parameters"]
+    assert "guidance_scale" not in lines["parameters"]
+    assert "num_inference_steps 2" in lines["parameters"]
+    assert lines["carried"] == "mood, cfg"
+    assert "note: column 'cfg'" in out
+    assert "note: duplicate ids: 1 of 2 rows" in out
+
+
+@pytest.mark.parametrize("name", ["-", "/dev/stdin"])
+@pytest.mark.parametrize(
+    ("data", "carried"),
+    [
+        (b"a red circle\na blue circle\n", []),
+        (b"tag,prompt\nx,a red circle\ny,a blue circle\n", ["tag"]),
+        (b'{"prompt": "a red circle"}\n{"prompt": "a blue circle"}\n', []),
+        (b'["a red circle", "a blue circle"]', []),
+        (gzip.compress(b"prompt\ttag\na red circle\tx\na blue circle\ty\n"), ["tag"]),
+    ],
+    ids=["lines", "csv", "jsonl", "json", "tsv.gz"],
+)
+def test_a_manifest_comes_from_standard_input(
+    call: Call, job: list[object], monkeypatch: pytest.MonkeyPatch, name: str, data: bytes, carried: list[str]
+):
+    from latentmill.jobs.manifests import standard_input
+
+    standard_input.spooled_input.cache_clear()
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
+    code, out, _ = call("plan", name, *job[1:], "--json")
+    standard_input.spooled_input.cache_clear()
+    plan = json.loads(out)
+    assert (code, plan["samples"], plan["carried_columns"]) == (0, 2, carried)
+    assert plan["sources"] == ["standard input"]
+
+
+def test_standard_input_makes_the_plan_of_the_same_file_and_leaves_nothing(
+    call: Call, job: list[object], tmp_path: Path
+):
+    assert call("run", *job)[0] == 0
+    (tmp_path / "scratch").mkdir()
+    command = [sys.executable, "-m", "latentmill", "run", "-", *map(str, job[1:]), "--json"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path / "scratch")}
+    with Path(str(job[0])).open("rb") as prompts:
+        done = subprocess.run(command, cwd=ROOT, env=environment, stdin=prompts, capture_output=True, check=True)
+    assert json.loads(done.stdout)["generated"] == 0
+    assert list((tmp_path / "scratch").glob("latentmill-plan-*")) == []
+
+
+def test_a_run_without_prompts_begins_with_the_sample_and_says_so(call: Call, job: list[object]):
+    code, out, _ = call("plan", *job[1:])
+    assert code == 0
+    assert "rows: 24 valid" in out
+    assert "note: these are the sample prompts" in out
 
 
 @pytest.mark.parametrize("verb", ["status", "verify", "report", "clean"])
@@ -240,8 +355,9 @@ def test_models_and_version(call: Call):
     code, out, _ = call("models", "--json")
     assert (code, json.loads(out)["embedded"]["width"]) == (0, 256)
     assert "embedded" in call("models")[1]
-    code, out, _ = call("--version")
-    assert (code, out.split()[0]) == (0, "latentmill")
+    for flag in ("--version", "-V"):
+        code, out, _ = call(flag)
+        assert (code, out.split()[0]) == (0, "latentmill")
 
 
 def test_marks_are_read_back_from_pictures(call: Call, tmp_path: Path):
@@ -259,6 +375,18 @@ def test_marks_are_read_back_from_pictures(call: Call, tmp_path: Path):
     code, out, _ = call("watermark", "read", tmp_path / "marked.png", tmp_path / "plain.png", "--json")
     assert code == 1
     assert [reading["found"] for reading in json.loads(out)] == [True, False]
+    read = [tmp_path / "none.png", tmp_path / "marked.png", tmp_path / "text.png"]
+    code, out, err = call("watermark", "read", *read)
+    assert (code, out.count("\n"), err.count("\n")) == (1, 1, 2)
+    assert "marked.png: found" in out
+    assert "none.png does not exist" in err
+    assert "text.png cannot be read as a picture" in err
+    code, out, _ = call("watermark", "read", *read, "--json")
+    assert [(reading["found"], "error" in reading) for reading in json.loads(out)] == [
+        (False, True), (True, False), (False, True)
+    ]  # fmt: skip
+    os.mkfifo(tmp_path / "pipe.png")
+    assert "no regular file" in call("watermark", "read", tmp_path / "pipe.png")[2]
     for name, words in [("small", "64x64"), ("text", "cannot be read as a picture"), ("none", "does not exist")]:
         code, _, err = call("watermark", "read", tmp_path / f"{name}.png")
         assert code == 2

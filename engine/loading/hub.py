@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from logging import ERROR
 from pathlib import Path
 
 from latentmill.engine.loading.folder import pipeline_parts
@@ -60,7 +61,10 @@ def fetch_tokenizer(repo: str) -> Path:
 
 def _snapshot(repo: str, revision: str | None, patterns: tuple[str, ...], needed: str, local_form: str) -> Path:
     from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.utils import logging
 
+    before = logging.get_verbosity()
+    logging.set_verbosity(ERROR)  # the client tells of every try that failed; the error below tells it once
     try:
         return Path(snapshot_download(repo, revision=revision, allow_patterns=list(patterns)))
     # The client raises its own errors, its transport's and the disk's; whichever it is, the model is not here.
@@ -72,3 +76,5 @@ def _snapshot(repo: str, revision: str | None, patterns: tuple[str, ...], needed
             f"`hf download {repo}{f' --revision {revision}' if revision else ''}` where the hub can be reached, or "
             f"give the path of a local copy ({local_form}). The hub's client said: {reason}"
         ) from None
+    finally:
+        logging.set_verbosity(before)

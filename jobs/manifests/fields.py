@@ -60,7 +60,8 @@ class Field:
             parsed = value
         elif isinstance(value, str):
             parsed = _parse_text(value)
-        if parsed is None or (self.kind == "int" and math.isfinite(parsed) and parsed != int(parsed)):
+        broken = isinstance(parsed, float) and math.isfinite(parsed) and parsed != int(parsed)
+        if parsed is None or (self.kind == "int" and broken):
             raise FieldError(f"{self.name} {shorten(value)} is not {expected}; write {expected}")
         if not self.low <= parsed <= self.high:  # also refuses NaN
             raise FieldError(self.range_fault(parsed))

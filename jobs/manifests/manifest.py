@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gzip
+import os
+import stat
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,18 +16,20 @@ import pyarrow as pa
 from fsspec.spec import AbstractFileSystem
 
 from latentmill.jobs.errors import UsageError
-from latentmill.jobs.manifests import block_readers, parquet_reader, readers
+from latentmill.jobs.manifests import block_readers, json_readers, parquet_reader, readers, standard_input
+from latentmill.jobs.manifests.aliases import alias_of, meant_by, read_names
 from latentmill.jobs.manifests.fields import FIELDS, nearest, shorten
 from latentmill.jobs.manifests.readers import Layout, RowBatch
 from latentmill.jobs.store.errors import describe
 from latentmill.jobs.store.urls import allowed_filesystem, display_url
 
-Format = Literal["txt", "csv", "tsv", "jsonl", "parquet", "png", "parameters", "flags"]
-SUFFIXES: tuple[Format, ...] = ("txt", "csv", "tsv", "jsonl", "parquet", "png")
+Format = Literal["txt", "csv", "tsv", "jsonl", "json", "parquet", "png", "parameters", "flags"]
+SUFFIXES: tuple[Format, ...] = ("txt", "csv", "tsv", "jsonl", "json", "parquet", "png")
 _TEXT_FORMATS = {"parameters", "flags"}
 _NOT_GZIPPED = {"parquet", "png"}
 MAX_FILES = 10_000
 _DELIMITERS = {"csv": ",", "tsv": "\t"}
+_RECORDS: dict[str, json_readers.Records] = {"jsonl": json_readers.line_records, "json": json_readers.array_records}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,6 +42,7 @@ class Source:
     format: Format
     gzipped: bool
     layout: Layout
+    accept_aliases: bool = False
 
     def batches(self) -> Iterator[RowBatch]:
         """All rows in the file's order. Raises UsageError if the file cannot be read to its end."""
@@ -51,14 +56,31 @@ class Source:
                 yield from block_readers.read_flag_lines(opener)
             elif self.format == "png":
                 yield from block_readers.read_png(opener, self.path.rpartition("/")[2])
-            elif self.format == "jsonl":
-                yield from readers.read_jsonl(opener, self.layout)
+            elif self.format in _RECORDS:
+                accept = self.accept_aliases
+                yield from json_readers.read_json(opener, _RECORDS[self.format], self.layout, accept=accept)
             elif self.format == "parquet":
                 carried = (entry.name for entry in self.layout.carried)
-                yield from parquet_reader.read_parquet(opener, [*self.layout.own, *carried])
+                columns = [*self.layout.own, *carried]
+                yield from parquet_reader.read_parquet(opener, columns, accept=self.accept_aliases)
             else:
                 delimiter = _DELIMITERS[self.format]
-                yield from readers.read_csv(opener, delimiter, readers.read_header(opener, delimiter))
+                header = read_names(readers.read_header(opener, delimiter), accept=self.accept_aliases)
+                yield from readers.read_csv(opener, delimiter, header)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Suspect:
+    """A carried column whose name is an alias of a parameter, or one edit away: the parameter may have been meant.
+
+    `beside` says that the file has a column for the parameter, too.
+    """
+
+    source: str
+    column: str
+    parameter: str
+    is_alias: bool
+    beside: bool
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,16 +94,36 @@ class Manifest:
     own: tuple[str, ...]
     carried: pa.Schema
 
+    @property
+    def suspects(self) -> tuple[Suspect, ...]:
+        """The carried columns that may be misspelled parameters, each with the first file that has it."""
+        found: dict[str, Suspect] = {}
+        for source in self.sources:
+            for column in (entry.name for entry in source.layout.carried if entry.name not in found):
+                parameter = meant_by(column)
+                if parameter is not None and parameter != "prompt":  # which is there under its own name
+                    found[column] = Suspect(
+                        source=source.name,
+                        column=column,
+                        parameter=parameter,
+                        is_alias=alias_of(column) is not None,
+                        beside=parameter in source.layout.own,
+                    )
+        return tuple(found.values())
 
-def open_manifest(patterns: Sequence[str], text_format: str = "auto") -> Manifest:
+
+def open_manifest(patterns: Sequence[str], text_format: str = "auto", *, accept_aliases: bool = False) -> Manifest:
     """Find and look at every file. Raises UsageError for one that is missing, unreadable or without prompts.
 
-    `text_format` says how .txt files are read: one of `parameters.MANIFEST_FORMATS`.
+    `text_format` says how .txt files are read: one of `parameters.MANIFEST_FORMATS`. With `accept_aliases`, columns
+    that other programs name differently are ours.
     """
+    if sum(pattern in standard_input.NAMES for pattern in patterns) > 1:
+        raise UsageError("standard input is named twice as a manifest; it can be read once")
     found = [file for pattern in patterns for file in _expand(pattern)]
     if len(found) > MAX_FILES:
         raise UsageError(f"{len(found):,} manifest files, the limit is {MAX_FILES:,}; join them into fewer")
-    sources = tuple(_look(*file, text_format) for file in found)
+    sources = tuple(_look(*file, text_format, accept_aliases=accept_aliases) for file in found)
     types: dict[str, tuple[Any, str]] = {}
     for source in sources:
         for entry in source.layout.carried:
@@ -102,6 +144,9 @@ def open_manifest(patterns: Sequence[str], text_format: str = "auto") -> Manifes
 
 def _expand(pattern: str) -> list[tuple[str, AbstractFileSystem, str]]:
     """The files that a path or glob names, sorted, each with a name that may be shown."""
+    if pattern in standard_input.NAMES:
+        fs, path = allowed_filesystem(str(standard_input.spooled_input()))
+        return [(standard_input.SHOWN_AS, fs, path)]
     fs, path = allowed_filesystem(pattern)
     name = display_url(pattern)
     with _readable(name):
@@ -115,10 +160,24 @@ def _expand(pattern: str) -> list[tuple[str, AbstractFileSystem, str]]:
             return [(match if local else display_url(str(fs.unstrip_protocol(match))), fs, match) for match in matches]
         if fs.isdir(path):
             raise UsageError("is a folder; name its files, for example with a glob such as FOLDER/*.parquet")
+        if "file" in fs.protocol:
+            _refuse_special(path)
     raise UsageError(f"manifest {name} does not exist; check the path")
 
 
-def _look(name: str, fs: AbstractFileSystem, path: str, text_format: str) -> Source:
+def _refuse_special(path: str) -> None:
+    """Say of a local path that is no file, and no folder, what it is: opening a pipe would wait for ever."""
+    if not os.path.lexists(path):
+        return
+    try:
+        mode = os.stat(path).st_mode  # noqa: PTH116 - the path is a string as fsspec wants it
+    except OSError as error:
+        raise UsageError(f"is a link that leads nowhere ({error.strerror or error}); check where it points") from None
+    kind = "pipe" if stat.S_ISFIFO(mode) else "socket" if stat.S_ISSOCK(mode) else "device"
+    raise UsageError(f"is a {kind}, and rows are read more than once; write a file, or pipe into: latentmill ... -")
+
+
+def _look(name: str, fs: AbstractFileSystem, path: str, text_format: str, *, accept_aliases: bool) -> Source:
     lower = path.lower()
     gzipped = lower.endswith(".gz")
     suffix = lower.removesuffix(".gz").rpartition(".")[2]
@@ -136,19 +195,26 @@ def _look(name: str, fs: AbstractFileSystem, path: str, text_format: str) -> Sou
             layout = _LAYOUTS[format_]
             if format_ == "txt" and text_format == "auto":
                 _refuse_other_text(opener)
-        elif format_ == "jsonl":
-            layout = readers.scan_jsonl(opener)
+        elif format_ in _RECORDS:
+            layout = json_readers.scan_json(opener, _RECORDS[format_], accept=accept_aliases)
         elif format_ == "parquet":
-            layout = parquet_reader.scan_parquet(opener)
+            layout = parquet_reader.scan_parquet(opener, accept=accept_aliases)
         else:
-            layout = readers.csv_layout(readers.read_header(opener, _DELIMITERS[format_]))
+            header = readers.read_header(opener, _DELIMITERS[format_])
+            layout = readers.csv_layout(read_names(header, accept=accept_aliases))
         if "prompt" not in layout.own:
-            columns = [*layout.own, *(entry.name for entry in layout.carried)]
-            shown = ", ".join(shorten(column, 30) for column in columns[:8]) or "nothing"
-            raise UsageError(
-                f"has no column 'prompt'{nearest('prompt', columns)}; it has {shown}: rename the one with the prompts"
-            )
-    return Source(name=name, fs=fs, path=path, format=format_, gzipped=gzipped, layout=layout)
+            raise UsageError(_without_prompt([*layout.own, *(entry.name for entry in layout.carried)]))
+    return Source(
+        name=name, fs=fs, path=path, format=format_, gzipped=gzipped, layout=layout, accept_aliases=accept_aliases
+    )
+
+
+def _without_prompt(columns: Sequence[str]) -> str:
+    alias = next((column for column in columns if alias_of(column) == "prompt"), None)
+    if alias is not None:
+        return f"has no column 'prompt', did you mean {shorten(alias)}? Rename it, or say --accept-aliases"
+    shown = ", ".join(shorten(column, 30) for column in columns[:8]) or "nothing"
+    return f"has no column 'prompt'{nearest('prompt', columns)}; it has {shown}: rename the one with the prompts"
 
 
 _LAYOUTS: dict[str, Layout] = {

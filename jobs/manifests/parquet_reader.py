@@ -10,17 +10,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from latentmill.jobs.errors import UsageError
+from latentmill.jobs.manifests.aliases import read_names
 from latentmill.jobs.manifests.columns import can_carry, plain_type, row_bytes, to_plain
 from latentmill.jobs.manifests.fields import FIELDS, shorten
 from latentmill.jobs.manifests.readers import (
     BATCH_BYTES,
     BATCH_ROWS,
     BLOCK_BYTES,
-    MAX_COLUMNS,
     MAX_ROW_BYTES,
     Layout,
     Opener,
     RowBatch,
+    refuse_wide,
 )
 
 READ_ROWS = 64
@@ -30,16 +31,12 @@ MAX_CHUNK_BYTES = 512 << 20
 MAX_EXPANSION = 100
 
 
-def scan_parquet(opener: Opener) -> Layout:
+def scan_parquet(opener: Opener, *, accept: bool = False) -> Layout:
     """The columns of a Parquet file; one of ours with an unsuitable type is refused as a whole."""
     with opener() as stream, pq.ParquetFile(stream) as file:
-        schema = file.schema_arrow
+        refuse_wide(len(file.schema_arrow.names))
+        schema = _renamed(file.schema_arrow, accept=accept)
     names = schema.names
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise UsageError(f"has the column {shorten(twice[0])} twice; rename one")
-    if len(names) > MAX_COLUMNS + len(FIELDS):
-        raise UsageError(f"has {len(names):,} columns, the limit is {MAX_COLUMNS}; drop those that are not needed")
     for entry in schema:
         _refuse_type(entry)
         if not can_carry(plain_type(entry.type)):
@@ -50,6 +47,11 @@ def scan_parquet(opener: Opener) -> Layout:
         own=tuple(name for name in FIELDS if name in names),
         carried=tuple(pa.field(entry.name, plain_type(entry.type)) for entry in schema if entry.name not in FIELDS),
     )
+
+
+def _renamed(schema: pa.Schema, *, accept: bool) -> pa.Schema:
+    names = read_names(schema.names, accept=accept)
+    return pa.schema([entry.with_name(name) for name, entry in zip(names, schema, strict=True)])
 
 
 def _refuse_type(entry: pa.Field) -> None:
@@ -64,15 +66,18 @@ def _refuse_type(entry: pa.Field) -> None:
         raise UsageError(f"has the column {entry.name} as {entry.type}, expected {expected}; convert the column")
 
 
-def read_parquet(opener: Opener, columns: Sequence[str]) -> Iterator[RowBatch]:
+def read_parquet(opener: Opener, columns: Sequence[str], *, accept: bool = False) -> Iterator[RowBatch]:
     """The named columns in small steps; a row over the limit is a fault, and its values are dropped."""
     with opener() as stream, pq.ParquetFile(stream, pre_buffer=False, buffer_size=BLOCK_BYTES) as file:
-        _refuse_bombs(file.metadata, set(columns))
+        names = file.schema_arrow.names
+        written = dict(zip(read_names(names, accept=accept), names, strict=True))
+        read_by = {column: name for name, column in written.items()}
+        _refuse_bombs(file.metadata, {written[name] for name in columns})
         held: list[pa.RecordBatch] = []
         faults: dict[int, str] = {}
         start, rows, size = 1, 0, 0
-        for piece in file.iter_batches(READ_ROWS, columns=list(columns), use_threads=False):
-            small = _drop_huge(piece, rows, faults)
+        for piece in file.iter_batches(READ_ROWS, columns=[written[name] for name in columns], use_threads=False):
+            small = _drop_huge(piece.rename_columns([read_by[name] for name in piece.schema.names]), rows, faults)
             held.append(small)
             rows += len(small)
             size += small.nbytes

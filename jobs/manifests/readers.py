@@ -1,4 +1,4 @@
-"""Text manifests (lines, CSV, JSON lines) as batches of rows, streaming and in constant memory.
+"""Text manifests (lines, CSV) as batches of rows, streaming and in constant memory.
 
 A reader never raises for a bad row: it gives the row's number and the reason in `RowBatch.faults`.
 """
@@ -6,7 +6,6 @@ A reader never raises for a bad row: it gives the row's number and the reason in
 from __future__ import annotations
 
 import csv
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -17,7 +16,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from latentmill.jobs.errors import UsageError
-from latentmill.jobs.manifests.fields import FIELDS, shorten
+from latentmill.jobs.manifests.fields import FIELDS
 
 BLOCK_BYTES = 1 << 20
 MAX_ROW_BYTES = 1 << 20
@@ -26,6 +25,11 @@ MAX_ROW_BYTES = 1 << 20
 BATCH_ROWS = 16_384
 BATCH_BYTES = 8 << 20
 MAX_COLUMNS = 256
+MAX_BLANK_LINES = 1_000_000
+"""More are refused where there are ten of them for each line of text: a few bytes of gzip hold them by the billion."""
+
+MAX_RECORD_BYTES = 4 << 20
+"""The lines that one CSV record may span: a quote that is never closed, or columns without end."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,10 +68,10 @@ def read_lines(stream: IO[bytes]) -> Iterator[list[str | None]]:
     Bytes that are not UTF-8 become lone surrogates, which no prompt may hold.
     """
     tail, dropping, first = b"", False, True
+    blank = text = 0
     while block := stream.read(BLOCK_BYTES):
         if first:
-            if block.startswith((b"\xff\xfe", b"\xfe\xff")):
-                raise UsageError("is UTF-16; save it as UTF-8")
+            refuse_utf16(block)
             block = block.removeprefix(b"\xef\xbb\xbf")
             first = False
         pieces = block.split(b"\n")
@@ -82,9 +86,19 @@ def read_lines(stream: IO[bytes]) -> Iterator[list[str | None]]:
         tail = pieces.pop()
         if len(tail) > MAX_ROW_BYTES:
             tail, dropping = b"", True
+        with_text = sum(map(bool, map(bytes.strip, pieces)))
+        blank, text = blank + len(pieces) - with_text, text + with_text
+        if blank > max(MAX_BLANK_LINES, 10 * text):
+            raise UsageError(f"has {blank:,} blank lines up to here, {text:,} with text; remove the blank ones")
         yield [_decode(piece) for piece in pieces]
     if dropping or tail:
         yield [None if dropping else _decode(tail)]
+
+
+def refuse_utf16(block: bytes) -> None:
+    """The start of a file as Windows programs write it would be read as nonsense."""
+    if block.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise UsageError("is UTF-16; save it as UTF-8")
 
 
 def _decode(line: bytes) -> str | None:
@@ -110,15 +124,24 @@ def read_text(opener: Opener) -> Iterator[RowBatch]:
 
 
 class _Records:
-    """The stream as csv.reader wants it: text lines, with a note of the over-long ones."""
+    """The stream as csv.reader wants it: text lines, with a note of the over-long ones and of what is `held`.
+
+    Whoever has taken a record sets these back.
+    """
 
     def __init__(self, stream: IO[bytes]) -> None:
         self._lines = (line for block in read_lines(stream) for line in block)
         self.overlong = False
+        self.held = 0
 
     def __iter__(self) -> Iterator[str]:
         for line in self._lines:
             self.overlong = self.overlong or line is None
+            self.held += len(line or "")
+            if self.held > MAX_RECORD_BYTES:
+                raise UsageError(
+                    f"has a record of more than {MAX_RECORD_BYTES:,} bytes, over several lines; close the quotes"
+                )
             yield "\x00\n" if line is None else line + "\n"
 
 
@@ -129,10 +152,14 @@ def read_header(opener: Opener, delimiter: str) -> list[str]:
             header = [name.strip() for name in next(csv.reader(_Records(stream), delimiter=delimiter), [])]
         except csv.Error as error:
             raise UsageError(f"has a header that is not CSV: {error}") from None
-    twice = sorted({name for name in header if header.count(name) > 1})
-    if twice:
-        raise UsageError(f"has the column {shorten(twice[0])} twice; rename one")
+    refuse_wide(len(header))
     return header
+
+
+def refuse_wide(columns: int) -> None:
+    """Before anything is done with each of them."""
+    if columns > MAX_COLUMNS + len(FIELDS):
+        raise UsageError(f"has {columns:,} columns, the limit is {MAX_COLUMNS}; drop those that are not needed")
 
 
 def csv_layout(header: Sequence[str]) -> Layout:
@@ -165,6 +192,7 @@ def read_csv(opener: Opener, delimiter: str, header: Sequence[str]) -> Iterator[
                 break
             except csv.Error as error:
                 row, fault = blank, f"is not CSV ({error}); close the quotes"
+            records.held = 0
             if records.overlong:
                 records.overlong, fault = False, TOO_LONG
             if not row:
@@ -186,88 +214,3 @@ def _csv_batch(header: Sequence[str], rows: list[list[str]], faults: dict[int, s
         is_ours = name in FIELDS and name != "prompt"
         columns[name] = [value if value.strip() else None for value in values] if is_ours else list(values)
     return RowBatch(lines=np.arange(start, start + len(rows), dtype=np.int64), columns=columns, faults=faults)
-
-
-def scan_jsonl(opener: Opener) -> Layout:
-    """One pass over the file: which of our columns occur, and one Arrow type for every other key."""
-    kinds: dict[str, set[str]] = {}
-    with opener() as stream:
-        for lines in read_lines(stream):
-            for line in lines:
-                record = _parse_json(line)[0] if line and line.strip() else None
-                for key, value in (record or {}).items():
-                    seen = kinds.setdefault(key, set())
-                    if key not in FIELDS:
-                        seen.add(_json_kind(value))
-                if len(kinds) > MAX_COLUMNS + len(FIELDS):
-                    raise UsageError(
-                        f"has more than {MAX_COLUMNS} different keys; nest the variable ones under one key"
-                    )
-    types = {key: _json_type(seen) for key, seen in kinds.items() if key not in FIELDS}
-    return Layout(
-        own=tuple(name for name in FIELDS if name in kinds),
-        carried=tuple(pa.field(key, type_ or pa.string()) for key, type_ in types.items()),
-        json_text=frozenset(key for key, type_ in types.items() if type_ is None),
-    )
-
-
-def read_jsonl(opener: Opener, layout: Layout) -> Iterator[RowBatch]:
-    """One JSON object per line; blank lines are no rows but count in the numbering. Null is as good as no key."""
-    names = [*layout.own, *(entry.name for entry in layout.carried)]
-    start = 1
-    with opener() as stream:
-        for lines in read_lines(stream):
-            numbers: list[int] = []
-            records: list[dict[str, Any]] = []
-            faults: dict[int, str] = {}
-            for offset, line in enumerate(lines):
-                if line is not None and not line.strip():
-                    continue
-                record, fault = _parse_json(line) if line is not None else (None, TOO_LONG)
-                if fault:
-                    faults[len(records)] = fault
-                numbers.append(start + offset)
-                records.append(record or {})
-            start += len(lines)
-            columns: dict[str, Any] = {name: [record.get(name) for record in records] for name in names}
-            for name in layout.json_text:
-                columns[name] = [
-                    json.dumps(record[name], ensure_ascii=False) if name in record else None for record in records
-                ]
-            yield RowBatch(lines=np.array(numbers, dtype=np.int64), columns=columns, faults=faults)
-
-
-def _parse_json(line: str | None) -> tuple[dict[str, Any] | None, str | None]:
-    try:
-        record = json.loads(line or "")
-    except (ValueError, RecursionError) as error:
-        return None, f"the line is not JSON ({error}); write one object per line"
-    if not isinstance(record, dict):
-        return None, f"the line holds {type(record).__name__}, expected one JSON object per line"
-    return record, None
-
-
-def _json_kind(value: Any) -> str:
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return "bool"
-    if isinstance(value, int):
-        # beyond 2^53 a float would not be exact, beyond 2^63 nothing of Arrow's is
-        return "int" if abs(value) <= 2**53 else "long" if -(2**63) <= value < 2**63 else "other"
-    return {float: "float", str: "str"}.get(type(value), "other")
-
-
-def _json_type(kinds: set[str]) -> Any:
-    """The narrowest type that carries all the values unchanged, or None if only JSON text does."""
-    kinds = kinds - {"null"}
-    for type_, accepted in (
-        (pa.null(), set[str]()),
-        (pa.bool_(), {"bool"}),
-        (pa.int64(), {"int", "long"}),
-        (pa.float64(), {"int", "float"}),
-        (pa.string(), {"str"}),
-    ):
-        if kinds <= accepted:
-            return type_
-    return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,8 @@ from latentmill.jobs.manifests.tokens import TokenCounter
 EXCERPT_CHARACTERS = 200
 CARRIED_PREFIX = "carried."
 """Carried columns have this prefix in the snapshot, so that no name of the user's meets one of ours there."""
+
+_ID_LIMIT = 10**60
 
 _ARROW_TYPES = {"text": pa.string(), "sampler": pa.string(), "int": pa.int64(), "float": pa.float64()}
 
@@ -129,7 +132,7 @@ def _coerce(field: Field, values: Any, faults: dict[int, list[str]]) -> pa.Array
     """The column with its field's type; values that the field refuses become null and a fault."""
     array = _fast_array(field, values)
     if array is None:
-        return _slow_array(field, values if isinstance(values, list) else _to_pylist(values), faults)
+        return _slow_array(field, values if isinstance(values, list) else _without_nan(_to_pylist(values)), faults)
     suspects = np.flatnonzero(_suspects(field, array))
     if not len(suspects):
         return array
@@ -169,10 +172,11 @@ def _slow_array(field: Field, values: list[Any], faults: dict[int, list[str]]) -
     for index, value in enumerate(values):
         if value is None:
             continue
-        if isinstance(value, float) and value != value and field.kind == "int":  # noqa: PLR0124 - NaN, as above
-            continue
         if field.name == "id" and isinstance(value, int) and not isinstance(value, bool):
-            value = shorten(value)  # noqa: PLW2901
+            if abs(value) >= _ID_LIMIT:
+                faults.setdefault(index, []).append(f"id {shorten(value)} is too long for a number; write it in quotes")
+                continue
+            value = str(value)  # noqa: PLW2901
         if field.kind in {"int", "float"} and isinstance(value, str):
             value = value.strip()  # noqa: PLW2901
         try:
@@ -180,6 +184,11 @@ def _slow_array(field: Field, values: list[Any], faults: dict[int, list[str]]) -
         except FieldError as error:
             faults.setdefault(index, []).append(str(error))
     return pa.array(parsed, _ARROW_TYPES[field.kind])
+
+
+def _without_nan(values: list[Any]) -> list[Any]:
+    """What pandas writes for a missing number; in JSON, where it writes null, NaN is a value like any other."""
+    return [None if isinstance(value, float) and math.isnan(value) else value for value in values]
 
 
 def _to_pylist(array: pa.Array) -> list[Any]:

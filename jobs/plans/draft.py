@@ -28,9 +28,17 @@ from latentmill.jobs.models.place import place_model
 from latentmill.jobs.models.presets import ModelChoice, ModelDefaults, ResolvedModel, resolve_model
 from latentmill.jobs.plans.grid import Grid, class_fields, decode_class
 from latentmill.jobs.plans.identity import default_parameters, plan_identity
+from latentmill.jobs.plans.ids import MAX_IDS_COMPARED, IdCounter
 from latentmill.jobs.plans.planned import FORMAT_VERSION, fingerprint
 from latentmill.jobs.plans.snapshot import RejectWriter, SnapshotWriter
-from latentmill.jobs.plans.summary import PlanSummary, RejectNote, describe_group, expected_bytes
+from latentmill.jobs.plans.summary import (
+    PlanSummary,
+    RejectNote,
+    describe_group,
+    expected_bytes,
+    manifest_notes,
+    suspect_note,
+)
 from latentmill.jobs.plans.sweep import Axis, build_axes
 from latentmill.jobs.scratch import PLAN_PREFIX, scratch_folder
 from latentmill.jobs.spec import JobSpec
@@ -53,6 +61,7 @@ class DraftPlan:
     digest: str
     rejects: RejectWriter
     grid: Grid
+    ids: IdCounter
     tokens: TokenCounter
     spool: ExitStack
 
@@ -77,6 +86,11 @@ class DraftPlan:
     def plan_hash(self) -> str:
         """The fingerprint of all that can change a pixel or a row."""
         return fingerprint(self.identity)
+
+    @cached_property
+    def notes(self) -> tuple[str, ...]:
+        """What a user should know of the manifest, a line each; the texts in them are untrusted."""
+        return manifest_notes(self.manifest, self.ids.duplicates(), self.ids.compared, self.n_rows)
 
     def document(self) -> dict[str, Any]:
         """The content of plan.json."""
@@ -111,6 +125,7 @@ class DraftPlan:
         batches = sum(group.batches for group in groups)
         slots = batches * identity["batch_size"]
         over, checked = self._count_long_prompts()
+        own = set(self.manifest.own) - {axis.name for axis in self.grid.axes}
         return PlanSummary(
             plan_hash=self.plan_hash,
             out=display_url(self.spec.out),
@@ -122,6 +137,7 @@ class DraftPlan:
             threads_per_actor=identity["threads_per_actor"],
             parameters=dict(identity["parameters"]),
             axes={axis.name: list(axis.values) for axis in self.grid.axes},
+            row_parameters=tuple(name for name in identity["parameters"] if name in own),
             rows=self.n_rows,
             rejected_rows=self.rejects.count,
             first_rejects=tuple(
@@ -153,6 +169,9 @@ class DraftPlan:
             watermark=identity["watermark"],
             watermark_policy=identity["watermark_policy"],
             carried_columns=tuple(self.manifest.carried.names),
+            duplicate_ids=self.ids.duplicates(),
+            ids_compared=self.ids.compared,
+            notes=self.notes,
         )
 
     def _count_long_prompts(self) -> tuple[int, int]:
@@ -172,13 +191,14 @@ class DraftPlan:
                 yield from file.iter_batches(_TOKENIZER_BATCH, columns=names)
 
 
-def draft_plan(spec: JobSpec) -> DraftPlan:
+def draft_plan(spec: JobSpec, *, on_stage: Callable[[str], None] = lambda _: None) -> DraftPlan:
     """Check everything that can be checked before a model is loaded; writes nothing in the output.
 
-    Raises UsageError for a job that cannot run. The caller closes the draft.
+    Raises UsageError for a job that cannot run. The caller closes the draft. `on_stage` hears what takes time now.
     """
     axes = build_axes(spec.sweep)
     _check_mark(spec)
+    on_stage("finding and hashing the model")
     model, defaults, described = resolve_model(
         ModelChoice(
             source=spec.model,
@@ -197,7 +217,10 @@ def draft_plan(spec: JobSpec) -> DraftPlan:
     except EngineError as error:
         raise UsageError(str(error)) from None
     parameters = default_parameters(spec, defaults)
-    manifest = open_manifest(spec.prompts, spec.manifest_format)
+    on_stage("reading the manifest")
+    manifest = open_manifest(spec.prompts, spec.manifest_format, accept_aliases=spec.accept_aliases)
+    if spec.strict and manifest.suspects:
+        raise UsageError(f"{suspect_note(manifest.suspects[0])} (strict refuses such columns)")
     axis_values = {axis.name: axis.values for axis in axes}
     tokens = TokenCounter(
         lambda: load_tokenizer(place_model(model)),
@@ -238,7 +261,8 @@ def _draft(
     schema = snapshot_schema(manifest.own, manifest.carried)
     snapshot = SnapshotWriter(folder, schema, class_fields=class_fields(axes), defaults=rules.defaults)
     rejects = RejectWriter(folder / "rejected.parquet")
-    digest = _spool(manifest, rules, schema, snapshot, rejects, strict=spec.strict)
+    ids = IdCounter(MAX_IDS_COMPARED if "id" in manifest.own else 0)
+    digest = _spool(manifest, rules, schema, snapshot, rejects, ids, strict=spec.strict)
     grid = Grid(axes=axes, classes=tuple(snapshot.classes), images=snapshot.image_counts(), chunk_size=spec.chunk_size)
     grid.check_limits()
     _check_default_seeds(grid, snapshot, spec.seed)
@@ -251,6 +275,7 @@ def _draft(
         digest=digest,
         rejects=rejects,
         grid=grid,
+        ids=ids,
         tokens=tokens,
         spool=spool,
     )
@@ -295,6 +320,7 @@ def _spool(
     schema: pa.Schema,
     snapshot: SnapshotWriter,
     rejects: RejectWriter,
+    ids: IdCounter,
     *,
     strict: bool,
 ) -> str:
@@ -313,6 +339,7 @@ def _spool(
                     f"{source.name}, row {reject.line}: {reject.reason} (strict refuses a manifest with any bad row)"
                 )
             snapshot.add(checked.kept)
+            ids.add(checked.kept.column("row_id"))
             last = int(batch.lines[-1])
         offset += last
     digest = snapshot.close()

@@ -6,11 +6,15 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from latentmill.jobs.manifests.fields import Value
+from latentmill.jobs.manifests.fields import Value, shorten
+from latentmill.jobs.manifests.manifest import Manifest, Suspect
 from latentmill.jobs.plans.grid import Group
+from latentmill.jobs.spec import SAMPLE_MANIFEST
 
 PNG_BYTES_PER_PIXEL = 1.5
 """A rough figure for pictures of this kind: half of the raw bytes."""
+
+MAX_SUSPECTS_SHOWN = 10
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,6 +48,8 @@ class PlanSummary:
 
     `tokens_over_limit` counts rows whose prompt or negative prompt has more than `token_limit` tokens, among the first
     `tokens_checked`; `long_prompts` says what becomes of them. The limit is None where the model's is not known.
+    `parameters` holds the defaults; for those of `row_parameters` the rows decide, for those of `axes` the sweep.
+    `duplicate_ids` counts rows whose id an earlier one has, among the first `ids_compared`. `notes` are worth a look.
     """
 
     plan_hash: str
@@ -56,6 +62,7 @@ class PlanSummary:
     threads_per_actor: int
     parameters: dict[str, Value]
     axes: dict[str, list[Value]]
+    row_parameters: tuple[str, ...]
     rows: int
     rejected_rows: int
     first_rejects: tuple[RejectNote, ...]
@@ -78,10 +85,47 @@ class PlanSummary:
     watermark: str
     watermark_policy: str
     carried_columns: tuple[str, ...]
+    duplicate_ids: int
+    ids_compared: int
+    notes: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
         """For `--json`."""
         return asdict(self)
+
+
+def suspect_note(suspect: Suspect) -> str:
+    """What is odd about a carried column, and what to do."""
+    likeness = "stands for" if suspect.is_alias else "is close to"
+    if suspect.beside:
+        likeness, remedy = (
+            f"{likeness} {suspect.parameter}, which the file has too;",
+            "drop it, or give it another name",
+        )
+    elif suspect.is_alias:
+        likeness, remedy = f"{likeness} {suspect.parameter};", "say --accept-aliases, or rename it"
+    else:
+        likeness, remedy = f"{likeness} {suspect.parameter};", "rename it if you meant that"
+    column = f"column {shorten(suspect.column)} of {suspect.source}"
+    return f"{column} {likeness} it is carried and changes no picture: {remedy}"
+
+
+def manifest_notes(manifest: Manifest, duplicate_ids: int, ids_compared: int, n_rows: int) -> tuple[str, ...]:
+    """What a user should know of a manifest that is accepted all the same, a line each."""
+    suspects = manifest.suspects
+    notes = [suspect_note(suspect) for suspect in suspects[:MAX_SUSPECTS_SHOWN]]
+    if len(suspects) > MAX_SUSPECTS_SHOWN:
+        notes.append(
+            f"{len(suspects) - MAX_SUSPECTS_SHOWN:,} more columns are carried, though they look like parameters"
+        )
+    if duplicate_ids:
+        among = f" of the first {ids_compared:,}" if ids_compared < n_rows else f" of {n_rows:,}"
+        notes.append(
+            f"duplicate ids: {duplicate_ids:,}{among} rows have the id of an earlier one; each is made all the same"
+        )
+    if [source.path for source in manifest.sources] == [str(SAMPLE_MANIFEST)]:
+        notes.append(f"these are the sample prompts, {SAMPLE_MANIFEST}; name a file of your own to draw others")
+    return tuple(notes)
 
 
 def describe_group(group: Group, chunk_size: int, batch_size: int) -> GroupNote:

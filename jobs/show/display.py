@@ -135,6 +135,7 @@ class ProgressView(Protocol):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None: ...
     def update(self, progress: Step) -> None: ...
+    def stage(self, text: str) -> None: ...
     def note(self, text: str) -> None: ...
 
 
@@ -152,15 +153,22 @@ def verify_detail(progress: VerifyProgress) -> str:
 
 
 @contextmanager
-def progress_view(first: str = "planning", detail: Callable[[Any], str] = progress_detail) -> Iterator[ProgressView]:
+def progress_view(
+    first: str = "planning", detail: Callable[[Any], str] = progress_detail, *, quiet: bool = False
+) -> Iterator[ProgressView]:
     """A live bar if standard error is a terminal, plain lines if not; `first` is the phase before the first step.
 
-    It writes to a descriptor of its own, so that it goes on while the executor holds back what libraries write.
+    It writes to a descriptor of its own, so that it goes on while the executor holds back what libraries write. If
+    `quiet`, it shows notes alone.
     """
     with os.fdopen(os.dup(2), "w", buffering=1, errors="backslashreplace") as stream:
-        view: ProgressView = (
-            BarView(Console(file=stream), first, detail) if stream.isatty() else LineView(stream, first, detail)
-        )
+        view: ProgressView
+        if quiet:
+            view = QuietView(stream)
+        elif stream.isatty():
+            view = BarView(Console(file=stream), first, detail)
+        else:
+            view = LineView(stream, first, detail)
         with view:
             yield view
 
@@ -202,6 +210,7 @@ class BarView:
         self, console: Console, first: str = "planning", detail: Callable[[Any], str] = progress_detail
     ) -> None:
         self._detail = detail
+        self._phase, self._stage = first, ""
         self._bar = _BarWithDetail(
             SpinnerColumn(),
             TextColumn("{task.description}", markup=False),
@@ -225,12 +234,47 @@ class BarView:
 
     def update(self, progress: Step) -> None:
         """Draw this state."""
+        if progress.phase != self._phase:
+            self._phase, self._stage = progress.phase, ""
         self._bar.detail = self._detail(progress)
-        self._bar.update(self._task, description=progress.phase, completed=progress.done, total=progress.total)
+        self._bar.update(self._task, description=self._label(), completed=progress.done, total=progress.total)
+
+    def stage(self, text: str) -> None:
+        """Say what this phase waits for, until the next phase."""
+        self._stage = text
+        self._bar.update(self._task, description=self._label())
+
+    def _label(self) -> str:
+        return safe(f"{self._phase}: {self._stage}" if self._stage else self._phase)
 
     def note(self, text: str) -> None:
         """One line above the bar."""
         self._bar.console.print(Text(safe(text)))
+
+
+class QuietView:
+    """No progress at all; only notes are shown."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        pass
+
+    def update(self, progress: Step) -> None:
+        """Nothing."""
+
+    def stage(self, text: str) -> None:
+        """Nothing."""
+
+    def note(self, text: str) -> None:
+        """One line now."""
+        self._stream.write(f"latentmill: {safe(text)}\n")
 
 
 class LineView:
@@ -248,6 +292,7 @@ class LineView:
         self._detail = detail
         self._every = every
         self._latest: Step | None = None
+        self._stage = ""
         self._started = time.monotonic()
         self._lock = threading.Lock()
         self._left = threading.Event()
@@ -270,8 +315,14 @@ class LineView:
         with self._lock:
             before = self._first if self._latest is None else self._latest.phase
             changed, self._latest = before != progress.phase, progress
+            self._stage = "" if changed else self._stage
         if changed:
             self._show()
+
+    def stage(self, text: str) -> None:
+        """What this phase waits for, until the next phase: for the lines to come."""
+        with self._lock:
+            self._stage = text
 
     def note(self, text: str) -> None:
         """One line now."""
@@ -284,9 +335,9 @@ class LineView:
 
     def _show(self) -> None:
         with self._lock:
-            progress = self._latest
+            progress, stage = self._latest, f" ({self._stage})" if self._stage else ""
         elapsed = duration(time.monotonic() - self._started)
         if progress is None:
-            self.note(f"{self._first} [{elapsed}]")
+            self.note(f"{self._first}{stage} [{elapsed}]")
         else:
-            self.note(f"{progress.phase} {progress.done}/{progress.total} [{elapsed}] {self._detail(progress)}")
+            self.note(f"{progress.phase}{stage} {progress.done}/{progress.total} [{elapsed}] {self._detail(progress)}")

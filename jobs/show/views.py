@@ -12,7 +12,7 @@ from latentmill.jobs.show.display import duration, print_facts, print_line, prin
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from latentmill.jobs.marks import MarkReading
+    from latentmill.jobs.marks import MarkReading, Unread
     from latentmill.jobs.models.presets import ModelPreset
     from latentmill.jobs.outputs.clean import CleanReport
     from latentmill.jobs.outputs.repair import RepairReport
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 _DEFECTS_SHOWN = 20
 _VALUES_SHOWN = 8
+_COLUMNS_SHOWN = 20
+_COLUMN_SHOWN = 60
 _MESSAGE_SHOWN = 2000
 _PROMPT_SHOWN = 100
 _ERROR_SHOWN = 300
@@ -40,14 +42,32 @@ _LONG_PROMPTS = {
 }
 
 
-def show_plan(plan: PlanSummary) -> None:
-    """What a run would do, and the first rows that it would leave out."""
+def show_plan(plan: PlanSummary, *, quiet: bool = False) -> None:
+    """What a run would do, and the first rows that it would leave out; if `quiet`, only what is odd."""
+    for note in plan.notes if quiet else ():
+        print_line(f"note: {safe(note)}", error=True)
+    if quiet:
+        return
     facts: dict[str, object] = {
         "manifest": ", ".join(plan.sources),
         "rows": f"{plan.rows:,} valid, {plan.rejected_rows:,} rejected",
         "model": f"{plan.model} ({plan.model_family}, {plan.dtype} on {plan.device})",
-        "parameters": ", ".join(f"{name} {value}" for name, value in plan.parameters.items() if value != ""),
+        "parameters": ", ".join(
+            f"{name} {value}"
+            for name, value in plan.parameters.items()
+            if value != "" and name not in plan.axes and name not in plan.row_parameters
+        ),
     }
+    if plan.row_parameters:
+        defaults = {name: plan.parameters[name] for name in plan.row_parameters}
+        facts["from rows"] = ", ".join(
+            f"{name} (where empty: {value}{' and on' if name == 'seed' else ''})" if value != "" else name
+            for name, value in defaults.items()
+        )
+    if plan.carried_columns:
+        facts["carried"] = ", ".join(safe(name, _COLUMN_SHOWN) for name in plan.carried_columns[:_COLUMNS_SHOWN]) + (
+            f", ... ({len(plan.carried_columns):,} columns)" if len(plan.carried_columns) > _COLUMNS_SHOWN else ""
+        )
     for name, values in plan.axes.items():
         more = f", ... ({len(values):,} values)" if len(values) > _VALUES_SHOWN else ""
         facts[f"sweep {name}"] = ", ".join(map(str, values[:_VALUES_SHOWN])) + more
@@ -67,6 +87,8 @@ def show_plan(plan: PlanSummary) -> None:
         "output": f"{plan.out} (nothing was written)",
     }
     print_facts("plan", facts, style="cyan")
+    for note in plan.notes:
+        print_line(f"note: {safe(note)}")
     if plan.first_rejects:
         rows = [[note.source, note.source_row, note.reason, note.excerpt] for note in plan.first_rejects]
         print_table(
@@ -290,9 +312,14 @@ def show_models(presets: Mapping[str, ModelPreset]) -> None:
     )
 
 
-def show_marks(readings: Sequence[MarkReading]) -> None:
+def show_marks(readings: Sequence[MarkReading | Unread]) -> None:
     """One line per file, as grep would print it."""
+    from latentmill.jobs.marks import Unread
+
     for reading in readings:
+        if isinstance(reading, Unread):
+            print_line(f"error: {safe(reading.error)}", error=True)
+            continue
         verdict = "found" if reading.found else "not found"
         print_line(
             f"{safe(reading.file)}: {verdict}, {reading.method}, {reading.bits_matching} of {reading.bits} bits "

@@ -291,7 +291,8 @@ def _uploaded_prompts(spec: JobSpec, storage: Storage) -> list[str]:
         if not _is_local(pattern):
             urls.append(pattern)
             continue
-        for source in open_manifest([pattern], spec.manifest_format).sources:
+        manifest = open_manifest([pattern], spec.manifest_format, accept_aliases=spec.accept_aliases)
+        for source in manifest.sources:
             if source.fs.size(source.path) > MAX_MANIFEST_BYTES:
                 raise UsageError(
                     f"manifest {source.name} has more than {MAX_MANIFEST_BYTES:,} bytes; copy it to a bucket and name "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import logging.handlers
 import shutil
 from pathlib import Path
 
@@ -100,3 +101,19 @@ def test_a_pipeline_of_diffusers_is_fetched_with_all_its_parts(cache, tmp_path, 
     patterns = asked[-1]["allow_patterns"]
     for name in found.files:
         assert any(fnmatch.fnmatch(name, pattern) for pattern in patterns), name
+
+
+def test_what_the_client_says_of_every_try_is_not_shown_beside_the_error(cache, monkeypatch):
+    said = logging.handlers.BufferingHandler(100)
+    monkeypatch.setattr(logging.getLogger("huggingface_hub"), "handlers", [said])
+
+    def unreachable(*_args, **_options):
+        logging.getLogger("huggingface_hub.utils._http").warning("Retrying in 1s [Retry 1/5].")
+        raise OSError("no route")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
+    before = logging.getLogger("huggingface_hub").level
+    with pytest.raises(EngineError, match="The hub's client said: no route"):
+        describe_model(ModelSpec(model="someone/a-model", revision=COMMIT))
+    assert said.buffer == []
+    assert logging.getLogger("huggingface_hub").level == before

@@ -190,3 +190,14 @@ def test_a_model_that_cannot_be_loaded_is_one_line(manifest: Manifest, tiny_mode
 
     with pytest.raises(JobError, match=r"conv_in\.weight is missing"):
         run(job_spec(tiny_model, manifest(2), tmp_path / "out"), engine_factory=broken)
+
+
+def test_what_takes_time_before_the_first_picture_is_named(tiny_model, manifest, tmp_path):
+    stages: list[str] = []
+    run_job(job_spec(tiny_model, manifest(2), tmp_path / "out"), on_stage=stages.append)
+    assert stages == [
+        "finding and hashing the model",
+        "reading the manifest",
+        "opening the output",
+        "loading the model",
+    ]

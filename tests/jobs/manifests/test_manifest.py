@@ -250,7 +250,7 @@ def bad_files(tmp_path):
         "suffix": (put("m.docx", b"x"), ["unknown kind", ".parquet"]),
         "parquet.gz": (put("m.parquet.gz", b"x"), ["unknown kind"]),
         "utf16": (put("u.txt", "prompt".encode("utf-16")), ["UTF-16", "UTF-8"]),
-        "csv column": (put("c.csv", b"Prompt,tag\na,b\n"), ["no column 'prompt', did you mean 'Prompt'", "rename"]),
+        "csv column": (put("c.csv", b"Prompt,tag\na,b\n"), ["no column 'prompt', did you mean 'Prompt'", "Rename"]),
         "jsonl column": (put("j.jsonl", b'{"text":"a"}\n'), ["no column 'prompt'", "'text'"]),
         "parquet column": (put("p.parquet", table_bytes(pa.table({"x": [1]}))), ["no column 'prompt'", "'x'"]),
         "twice": (put("t.csv", b"prompt,a,a\nx,y,z\n"), ["'a' twice"]),

@@ -109,6 +109,29 @@ def test_plain_lines_come_at_once_on_a_new_phase_and_every_so_often():
     assert stream.getvalue().endswith("latentmill: evil \\x1b[2J\n")
 
 
+def test_a_phase_that_waits_says_for_what_until_the_next_phase():
+    stream = io.StringIO()
+    with LineView(stream, every=0.05) as view:
+        view.stage("hashing \x1b the model")
+        time.sleep(0.2)
+        view.update(progress(phase="starting", done=0))
+        view.stage("starting Ray")
+        view.update(progress(phase="starting", done=0))
+        time.sleep(0.2)
+        view.update(progress())
+    shown = stream.getvalue()
+    assert "planning (hashing \\x1b the model) [0:00]" in shown
+    assert "starting (starting Ray) 0/24" in shown
+    assert "starting 0/24" in shown
+    assert "generating 8/24" in shown
+    console = Console(file=io.StringIO(), force_terminal=True, width=80, legacy_windows=False)
+    with BarView(console) as bar:
+        bar.stage("hashing the model")
+        assert bar._bar.tasks[0].description == "planning: hashing the model"
+        bar.update(progress(phase="starting"))
+        assert bar._bar.tasks[0].description == "starting"
+
+
 def test_bar_shows_every_figure_on_a_terminal_of_eighty_columns():
     stream = io.StringIO()
     console = Console(file=stream, force_terminal=True, width=80, legacy_windows=False)
