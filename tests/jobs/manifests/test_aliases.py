@@ -13,7 +13,7 @@ from latentmill.jobs.errors import UsageError
 from latentmill.jobs.manifests.aliases import ALIASES, alias_of, flag_meant_by, meant_by, one_edit
 from latentmill.jobs.manifests.fields import FIELDS
 from latentmill.jobs.manifests.manifest import open_manifest
-from latentmill.jobs.spec import KEYS
+from latentmill.jobs.spec import SETTINGS
 
 ROWS = [{"caption": "a", "steps": 3, "CFG scale": 4.5, "W": 64, "tag": "x"}]
 
@@ -35,8 +35,8 @@ def write(tmp_path, rows, suffix="csv"):
 
 
 def test_every_alias_stands_for_a_setting_and_is_none_itself():
-    assert set(ALIASES.values()) <= KEYS | set(FIELDS)
-    assert set(ALIASES) & (KEYS | set(FIELDS)) == {"prompts"}  # a key of job files, and a column elsewhere
+    assert set(ALIASES.values()) <= SETTINGS | set(FIELDS)
+    assert set(ALIASES) & (SETTINGS | set(FIELDS)) == {"prompts"}  # a key of job files, and a column elsewhere
 
 
 @pytest.mark.parametrize(
