@@ -26,6 +26,7 @@ from latentmill.engine.types import (
     GenerationRequest,
     GenerationResult,
     ModelSpec,
+    OriginalModelSpec,
     SafetyVerdict,
 )
 
@@ -63,6 +64,7 @@ __all__ = [
     "ModelDescription",
     "ModelSpec",
     "NoiseStream",
+    "OriginalModelSpec",
     "SafetyVerdict",
     "check_steps",
     "describe_model",

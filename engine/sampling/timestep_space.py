@@ -42,23 +42,26 @@ def plms(
 ) -> Tensor:
     """Pseudo linear multistep (arXiv:2202.09778, eq. 12), started by one pseudo improved Euler step as in LDM's code.
 
-    For any model. Runs the model once more than there are steps. The history is of predicted noise whatever the model
-    predicts, as the paper has it: second order. (diffusers combines velocities, which is of first order only, and
-    refuses models that predict data.)
+    For any model. Runs the model once more than there are steps; where there is but one, by `original` spacing only, as
+    that command's code did and diffusers does not. The history is of predicted noise whatever the model predicts, as
+    the paper has it: second order. (diffusers combines velocities, which is of first order only, and refuses models
+    that predict data.)
     """
     refuse_eta("PLMS", eta)
     pairs = schedule.steps(steps)
+    originals = schedule.config.timestep_spacing == "original"
     history: list[Tensor] = []
     for timestep, lower_timestep in pairs:
         here, lower = schedule.level(timestep), schedule.level(lower_timestep)
         prediction = denoise(latents, here)
         noise = combined = prediction.noise
-        if not history and len(pairs) > 1 and here.power > 0:
-            following = pairs[1][0]
+        if not history and here.power > 0 and (len(pairs) > 1 or originals):
+            following = pairs[min(1, len(pairs) - 1)][0]
             ahead = _transfer(latents, noise, here, lower)
             combined = (noise + denoise(ahead, schedule.level(following)).noise) / 2
-            # As in diffusers: one stride that ends at the next timestep, wherever rounding has put that.
-            here, lower = schedule.level(following + timestep - lower_timestep), schedule.level(following)
+            if not originals:
+                # As in diffusers: one stride that ends at the next timestep, wherever rounding has put that.
+                here, lower = schedule.level(following + timestep - lower_timestep), schedule.level(following)
         elif len(history) == 1:
             combined = (3 * noise - history[-1]) / 2
         elif len(history) == 2:
