@@ -16,7 +16,10 @@ import torch
 import yaml
 from diffusers import StableDiffusionPipeline
 
-from latentmill.engine import EngineError, describe_model
+from latentmill.engine import EngineError, ModelDescription, describe_model
+from latentmill.engine.loading.describe import describe_layout
+from latentmill.engine.loading.layout import ModelLayout
+from latentmill.engine.loading.single_file import recognise
 from latentmill.jobs.errors import UsageError
 from latentmill.jobs.txt2img.config import CompVisConfig, find_config
 from latentmill.jobs.txt2img.config_keys import SECTIONS
@@ -24,6 +27,7 @@ from latentmill.jobs.txt2img.drawing import Txt2ImgPlan, load_engine
 from latentmill.jobs.txt2img.options import DEFAULT_CONFIG, LAION_CONFIG
 from tests.engine.families import write_ldm
 from tests.engine.originals import original_weights, write_ckpt
+from tests.engine.test_original_names import PUBLISHED, Listing, original_shapes
 from tests.original_script import (
     SCHEDULE,
     SMALL,
@@ -301,6 +305,34 @@ def test_every_fact_that_is_compared_is_a_key_of_a_section(sd1, tmp_path):
     for section in SECTIONS:
         assert not section.read & section.inert
         assert not section.only.keys() & (section.read | section.inert)
+
+
+def published(name: str) -> ModelDescription:
+    """A published checkpoint, of which only names and shapes are there."""
+    model = PUBLISHED[name]
+    listing = Listing({**original_shapes(model.blueprint), **model.ignored})
+    blueprint = recognise(listing, model.prediction_type)
+    return describe_layout(
+        ModelLayout(path=listing.path, blueprint=blueprint, single_file=True, weights={}, tokenizers=(), files={})
+    )
+
+
+@pytest.mark.parametrize(("name", "checkpoint"), [(DEFAULT_CONFIG, "sd1"), (LAION_CONFIG, "ldm-kl")])
+def test_the_shipped_configs_fit_the_published_checkpoints(name, checkpoint):
+    CompVisConfig.read(find_config(name)).check(published(checkpoint))
+
+
+def test_open_clip_is_read_at_its_penultimate_layer_or_not_at_all():
+    """The original's default is the last layer, which the published models were not trained on."""
+    unet = {"params": {"channel_mult": [1, 2, 4, 4], "use_linear_in_transformer": True}}
+    first = {"params": {"ddconfig": {"ch_mult": [1, 2, 4, 4]}}}
+    text = {"target": "ldm.modules.encoders.modules.FrozenOpenCLIPEmbedder", "params": {"layer": "penultimate"}}
+    params = {"unet_config": unet, "first_stage_config": first, "cond_stage_config": text}
+    config = CompVisConfig(Path("v2.yaml"), {"model": {"params": params}})
+    config.check(published("sd2"))
+    text["params"] = {}
+    with pytest.raises(UsageError, match=r"layer: 'last' .the original's default.*has 'penultimate'"):
+        config.check(published("sd2"))
 
 
 # As a file

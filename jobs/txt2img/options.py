@@ -31,10 +31,11 @@ where this differs from the original, on purpose:
   - Numbers of steps at which the original crashed, and pictures too small for the watermark, are refused at the start.
   - A key of --config that changes the picture is honoured, or refused by name; what the config says of the checkpoint
     is held against it. The original passed over what did not fit, and drew with random weights in its place.
-  - parameterization: x0 is sampled as what it is, and so is v by --plms; the original took either for noise.
+  - parameterization: x0 is sampled as what it is; the original took it for noise, and so did its later version with v
+    by --plms.
   - --ddim_eta above 1 is clamped where more noise is asked for than a step has; the original's pictures were NaN there.
-  - A velocity model's float16 checkpoint is sampled by its alphas_cumprod alone; the original used the rounded square
-    roots beside it as well.
+  - A float16 checkpoint of a model with v is sampled by its alphas_cumprod alone; that later version used the rounded
+    square roots beside it as well.
   - autocast means float16 weights on a GPU, and float32 on a CPU, where the original could not use it.
   - The checker is the one beside the checkpoint (a folder safety_checker/), else open-nsfw.
   - Seeds: legacy noise is that of torch's generator, freshly seeded, of the device that draws. On a CPU the original
