@@ -34,6 +34,7 @@ if TYPE_CHECKING:
         GenerationRequest,
         GenerationResult,
         ModelSpec,
+        OriginalModelSpec,
         SafetyVerdict,
     )
 
@@ -79,6 +80,7 @@ __all__ = [
     "ModelDescription",
     "ModelSpec",
     "NoiseStream",
+    "OriginalModelSpec",
     "SafetyVerdict",
     "check_steps",
     "describe_model",

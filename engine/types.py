@@ -116,3 +116,21 @@ class ModelSpec:
     safety_threshold: float = 0.8
     prompt_syntax: str = "plain"
     long_prompts: str = "truncate"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OriginalModelSpec(ModelSpec):
+    """A single file as the original command loads it: with what only that command's config tells, by its names.
+
+    The defaults are those of the original's constructors. `use_ema` samples with the running average of the U-Net's
+    weights (`model_ema.*`), which the file must hold then. The schedule counts only where the file has no
+    `alphas_cumprod` of its own; its names are the original's (see `engine/loading/original.py`).
+    """
+
+    use_ema: bool = True
+    scale_factor: float = 1.0
+    timesteps: int = 1000
+    beta_schedule: str = "linear"
+    linear_start: float = 1e-4
+    linear_end: float = 2e-2
+    cosine_s: float = 8e-3

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from diffusers import StableDiffusionPipeline
 from PIL import Image
 
 from latentmill import cli
@@ -27,8 +26,7 @@ from latentmill.engine import (
     watermark_bit_accuracy,
 )
 from latentmill.jobs.errors import UsageError
-from latentmill.jobs.txt2img.config import CompVisConfig, find_config
-from latentmill.jobs.txt2img.drawing import Txt2ImgPlan, generate_batches, load_engine, mark, plan_txt2img, run_txt2img
+from latentmill.jobs.txt2img.drawing import Txt2ImgPlan, generate_batches, load_engine, mark, run_txt2img
 from latentmill.jobs.txt2img.files import OutputFolder, draw_grid, grid_size
 from latentmill.jobs.txt2img.options import (
     DEFAULT_CKPT,
@@ -39,10 +37,19 @@ from latentmill.jobs.txt2img.options import (
     build_parser,
     parse_options,
 )
-from tests.engine.families import write_ldm, write_sd1
+from tests.engine.families import write_ldm
 from tests.engine.originals import write_ckpt
-
-ROOT = Path(__file__).parents[1]
+from tests.original_script import (
+    ROOT,
+    SMALL,
+    assert_the_originals,
+    originals_pictures,
+    our_pictures,
+    own_schedule,
+    plan,
+    small_config,
+    write_small_sd1,
+)
 
 ARTICLE: dict[str, Any] = {
     "prompt": "a painting of a virus monster playing guitar",
@@ -87,28 +94,7 @@ def embedded() -> Engine:
 
 @pytest.fixture(scope="module")
 def sd1(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small Stable Diffusion 1: `folder` of diffusers, `model.ckpt` of the original key names, `config.yaml`."""
-    root = tmp_path_factory.mktemp("sd1")
-    write_ckpt(write_sd1(root / "folder"), root / "model.ckpt")
-    config = yaml.safe_load((ROOT / DEFAULT_CONFIG).read_text())
-    params = config["model"]["params"]
-    params["unet_config"]["params"] |= {
-        "model_channels": 32,
-        "channel_mult": [1, 2, 2, 2],
-        "context_dim": 64,
-        "num_res_blocks": 1,
-    }
-    params["first_stage_config"]["params"]["ddconfig"] |= {"ch": 32, "ch_mult": [1, 1, 2]}
-    params["cond_stage_config"] = {
-        "target": "ldm.modules.encoders.modules.FrozenCLIPEmbedder",
-        "params": {"version": str(root / "folder")},
-    }
-    (root / "config.yaml").write_text(yaml.safe_dump(config))
-    return root
-
-
-def plan(*arguments: object) -> Txt2ImgPlan:
-    return plan_txt2img(parse_options([str(argument) for argument in arguments]))
+    return write_small_sd1(tmp_path_factory.mktemp("sd1"))
 
 
 def checkpoint(sd1: Path, *arguments: object) -> Txt2ImgPlan:
@@ -180,7 +166,7 @@ def test_the_command_line_is_read_as_the_originals(arguments, name, value):
         (["--ddim_steps", "1001", "--dpm_solver"], "this model takes 1 to 1000"),
         (["--C", "4"], "--C is 4, but the model embedded has 8 latent channels; give --C 8"),
         (["--f", "8"], "--f is 8, but the model embedded has 16 pixels per cell; give --f 16"),
-        (["--W", "300"], "--W is 300, but sizes of this model are multiples of 16; try 304"),
+        (["--W", "15"], "--W is 15; it must be 16 or more, the pixels of one latent cell"),
         (["--H", "240"], "a picture of 256x240 is too small for the watermark"),
         (["--H", "64", "--W", "64", "--skip_save"], "the grid of 200x134 is too small"),
         (["--from-file", "nowhere.txt"], "--from-file nowhere.txt cannot be read"),
@@ -195,6 +181,13 @@ def test_what_cannot_be_done_is_refused_before_anything_is_loaded(arguments, mes
         plan(*arguments)
     assert refused.value.exit_code == 2
     assert "\n" not in str(refused.value)
+
+
+def test_sizes_are_cut_to_whole_latent_cells_as_in_the_original(sd1):
+    assert (plan("--H", 271, "--W", 300).height, plan("--H", 271, "--W", 300).width) == (256, 288)
+    drawing = checkpoint(sd1, *SMALL, "--H", 67, "--W", 65, "--ddim_steps", 1)
+    assert drawing.latent_shape == (2, 4, 67 // 4, 65 // 4)
+    assert_the_originals(our_pictures(drawing), originals_pictures(sd1 / "folder", steps=1))
 
 
 def test_nothing_is_too_small_for_a_mark_that_is_not_made():
@@ -359,56 +352,6 @@ def test_per_sample_noise_is_that_of_the_job_runner(embedded):
     assert [[request.seed for request in requests] for requests, _ in recorder.calls] == [[7, 8], [7, 8]]
 
 
-@torch.inference_mode()
-def originals_pictures(
-    folder: Path, prompt: str, *, plms: bool, steps: int, eta: float, scale: float, fixed: bool, batches: int
-) -> Iterator[np.ndarray]:
-    """The original's script, written from its description, around the reference library's networks."""
-    pipeline = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None, requires_safety_checker=False)
-    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
-    signal = torch.cumprod(1 - betas, 0)
-    times = [number + 1 for number in range(0, 1000, 1000 // steps)]
-    levels = [float(signal[time]) for time in times]
-    lower = [float(signal[0]), *levels[:-1]]
-
-    def encode(text: str) -> torch.Tensor:
-        ids = pipeline.tokenizer([text] * 2, padding="max_length", max_length=77, truncation=True, return_tensors="pt")
-        return pipeline.text_encoder(ids.input_ids)[0]
-
-    def predict(x: torch.Tensor, index: int) -> torch.Tensor:
-        if scale == 1:
-            return pipeline.unet(x, times[index], encode(prompt)).sample
-        empty, full = (pipeline.unet(x, times[index], encode(text)).sample for text in ("", prompt))
-        return empty + scale * (full - empty)
-
-    def step(x: torch.Tensor, noise: torch.Tensor, index: int) -> torch.Tensor:
-        here, there = levels[index], lower[index]
-        sigma = eta * ((1 - there) / (1 - here) * (1 - here / there)) ** 0.5
-        data = (x - (1 - here) ** 0.5 * noise) / here**0.5
-        return there**0.5 * data + (1 - there - sigma**2) ** 0.5 * noise + sigma * torch.randn(x.shape)
-
-    torch.manual_seed(42)
-    shape = (2, 4, 16, 16)
-    code = torch.randn(shape) if fixed else None
-    for _ in range(batches):
-        x = torch.randn(shape) if code is None else code
-        history: list[torch.Tensor] = []
-        for index in reversed(range(len(times))):
-            noise = predict(x, index)
-            combined = noise
-            if plms and not history:
-                combined = (noise + predict(step(x, noise, index), index - 1)) / 2
-            elif plms:
-                weights = {1: (3, -1, 2), 2: (23, -16, 5, 12), 3: (55, -59, 37, -9, 24)}[len(history)]
-                terms = zip(weights[:-1], [noise, *reversed(history)], strict=True)
-                combined = sum(weight * term for weight, term in terms) / weights[-1]
-            history = [*history, noise][-3:]
-            x = step(x, combined, index)
-        decoded = pipeline.vae.decode(x / 0.18215).sample
-        pixels = torch.clamp((decoded + 1) / 2, 0, 1).permute(0, 2, 3, 1).numpy()
-        yield from (255.0 * pixels).astype(np.uint8)
-
-
 @pytest.mark.parametrize(
     ("flags", "settings"),
     [
@@ -419,16 +362,8 @@ def originals_pictures(
     ],
 )
 def test_pixels_are_the_originals_truncation_included(sd1, flags, settings):
-    size = ["--H", 64, "--W", 64, "--n_samples", 2, "--prompt", "a cat", "--skip_save", "--skip_grid"]
-    drawing = checkpoint(sd1, *size, "--ddim_steps", 4, *flags)
-    found = [result.pixels for batch in generate_batches(drawing, load_engine(drawing)) for result in batch]
-    usual = {"plms": False, "steps": 4, "eta": 0.0, "scale": 7.5, "fixed": False}
-    expected = list(originals_pictures(sd1 / "folder", "a cat", **(usual | settings), batches=2))
-    difference = np.abs(np.stack(found).astype(int) - np.stack(expected))
-    assert difference.max() <= 1
-    # Rounded pixels would differ in half of the places.
-    assert (difference > 0).mean() < 0.01
-    assert np.stack(found).std() > 5
+    drawing = checkpoint(sd1, *SMALL, "--ddim_steps", 4, *flags)
+    assert_the_originals(our_pictures(drawing), originals_pictures(sd1 / "folder", **settings))
 
 
 # Safety
@@ -539,6 +474,7 @@ def test_the_command_draws_with_the_embedded_model_and_says_what_it_can(tmp_path
     first, *rest = done.stdout.splitlines()
     assert "embedded, 256x256" in first
     assert "cannot draw photographs" in first
+    assert f"there is no {DEFAULT_CKPT} here" in first
     assert rest[-1] == "no cluster"
     out = tmp_path / "outputs" / "txt2img-samples"
     samples = sorted((out / "samples").iterdir())
@@ -567,17 +503,34 @@ def test_the_command_draws_with_a_checkpoint_and_its_config(sd1, tmp_path, monke
     assert np.array_equal(read(tmp_path / "out/samples/00000.png"), read(tmp_path / "out/grid-0000.png"))
 
 
+def test_the_canonical_command_draws_with_the_originals_checkpoint_where_it_is_there(
+    sd1, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    assert plan().embedded
+    config = small_config()
+    config["model"]["params"]["cond_stage_config"]["params"]["tokenizer"] = str(sd1 / "folder")
+    for name in (DEFAULT_CONFIG, DEFAULT_CKPT):
+        (tmp_path / name).parent.mkdir(parents=True)
+    (tmp_path / DEFAULT_CONFIG).write_text(yaml.safe_dump(config))
+    (tmp_path / DEFAULT_CKPT).symlink_to(sd1 / "model.ckpt")
+    few = ("--H", 256, "--W", 256, "--n_samples", 1, "--n_iter", 1, "--ddim_steps", 1, "--plms", "--f", 4)
+    code, out, err = call(monkeypatch, capsys, "--prompt", "a photograph of an astronaut riding a horse", *few)
+    assert code == 0, err
+    assert out.startswith(f"model: {DEFAULT_CKPT} (stable-diffusion), 256x256\n")
+
+
 def test_laion400m_draws_with_the_files_at_the_originals_places(tmp_path, monkeypatch, capsys):
     """The checkpoint has the published key names and small widths; a config in the working folder is taken first."""
     config = yaml.safe_load((ROOT / LAION_CONFIG).read_text())
     params = config["model"]["params"]
     params["unet_config"]["params"] = {"model_channels": 32, "channel_mult": [1, 2, 2], "context_dim": 64}
     params["first_stage_config"]["params"]["ddconfig"] |= {"ch": 32, "ch_mult": [1, 1, 1, 2]}
-    params["cond_stage_config"]["params"]["tokenizer"] = str(tmp_path / "folder")
+    params["cond_stage_config"]["params"] = {"n_embed": 64, "n_layer": 2, "tokenizer": str(tmp_path / "folder")}
     for name in (LAION_CONFIG, LAION_CKPT):
         (tmp_path / name).parent.mkdir(parents=True)
     (tmp_path / LAION_CONFIG).write_text(yaml.safe_dump(config))
-    write_ckpt(write_ldm(tmp_path / "folder"), tmp_path / LAION_CKPT)
+    write_ckpt(write_ldm(tmp_path / "folder"), tmp_path / LAION_CKPT, changes={"alphas_cumprod": own_schedule()})
     monkeypatch.chdir(tmp_path)
     few = ("--H", 256, "--W", 256, "--n_samples", 1, "--n_iter", 1, "--ddim_steps", 2, "--scale", 5, "--plms")
     code, out, err = call(monkeypatch, capsys, "--laion400m", *few)
@@ -591,6 +544,7 @@ def test_help_lists_every_option_and_the_differences(monkeypatch, capsys):
     assert code == 0
     assert all(f"--{name}" in out for name in (*ARTICLE, "dpm_solver", "rng"))
     assert all(words in out for words in ("differs from the original", "the original crashed", "black one"))
+    assert all(words in out for words in ("parameterization: x0", "--ddim_eta above 1", "refused by name"))
 
 
 def test_an_option_at_fault_is_one_line_and_exit_code_2(monkeypatch, capsys, tmp_path):
@@ -609,65 +563,6 @@ def test_an_interrupt_says_where_what_was_saved_is(monkeypatch, capsys, tmp_path
     code, _, err = call(monkeypatch, capsys, "--outdir", tmp_path / "out")
     assert code == 130
     assert f"interrupted; what was saved stays in {tmp_path / 'out'}" in err
-
-
-# Configs
-
-
-def test_a_config_that_belongs_to_another_checkpoint_is_refused(sd1):
-    config = yaml.safe_load((sd1 / "config.yaml").read_text())
-    config["model"]["params"]["unet_config"]["params"]["model_channels"] = 320
-    (sd1 / "other.yaml").write_text(yaml.safe_dump(config))
-    with pytest.raises(UsageError, match=r"model_channels: 320, but .*model.ckpt has 32: they are not of one model"):
-        plan("--ckpt", sd1 / "model.ckpt", "--config", sd1 / "other.yaml", "--f", 4)
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("model: {target: os.system, params: {unet_config: {params: {}}}}", "model.target: 'os.system'; known are"),
-        (
-            "model: {params: {parameterization: w, unet_config: {params: {}}}}",
-            "parameterization is 'w'; it must be eps",
-        ),
-        ("model: [", "cannot be read as YAML"),
-        ("!!python/object/apply:os.system [ls]", "cannot be read as YAML"),
-        ("data: {}", "it is no config of a model"),
-    ],
-)
-def test_a_config_is_read_and_never_run(tmp_path, text, message):
-    (tmp_path / "config.yaml").write_text(text)
-    with pytest.raises(UsageError, match=message):
-        CompVisConfig.read(tmp_path / "config.yaml").model_spec("model.ckpt")
-
-
-@pytest.mark.parametrize(("name", "context", "image_size"), [(DEFAULT_CONFIG, 768, 64), (LAION_CONFIG, 1280, 32)])
-def test_the_shipped_configs_hold_the_published_numbers(name, context, image_size, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)  # they are found in the package, too
-    config = CompVisConfig.read(find_config(name))
-    expected = {
-        "image_size": image_size,
-        "timesteps": 1000,
-        "linear_start": 0.00085,
-        "linear_end": 0.012,
-        "scale_factor": 0.18215,
-        "unet_config.params.model_channels": 320,
-        "unet_config.params.channel_mult": [1, 2, 4, 4],
-        "unet_config.params.attention_resolutions": [4, 2, 1],
-        "unet_config.params.num_heads": 8,
-        "unet_config.params.context_dim": context,
-        "first_stage_config.params.ddconfig.ch": 128,
-        "first_stage_config.params.ddconfig.ch_mult": [1, 2, 4, 4],
-    }
-    assert {path: config.get(f"model.params.{path}") for path in expected} == expected
-
-
-def test_a_velocity_config_is_one(sd1):
-    config = CompVisConfig.read(sd1 / "config.yaml")
-    config.content["model"]["params"]["parameterization"] = "v"
-    spec = config.model_spec("model.ckpt")
-    assert (spec.prediction_type, spec.timestep_spacing) == ("v_prediction", "original")
-    assert spec.tokenizer == str(sd1 / "folder")
 
 
 def test_the_embedded_model_is_the_shipped_one():

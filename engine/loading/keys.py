@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -67,7 +68,7 @@ _UNET = "model.diffusion_model."
 _FIRST_STAGE = "first_stage_model."
 
 _IGNORED = (
-    re.compile(r"model_ema\."),  # the running average of the weights; the original script samples without it
+    re.compile(r"model_ema\."),  # the running average of the U-Net's weights; who samples with it asks by name
     re.compile(r"(betas|alphas_cumprod(_prev)?|sqrt_.*|log_one_minus_alphas_cumprod|posterior_.*|lvlb_weights)$"),
     re.compile(
         r"(logvar|ddim_.*|v_pred|ztsnr|denoiser\.(log_)?sigmas)$"
@@ -120,6 +121,12 @@ def original_names(blueprint: Blueprint, component: str, ours: Iterable[str]) ->
     if is_open_clip(tower):
         return {key: _open_clip_origin(f"{prefix}model.", key) for key in ours}
     return {key: Origin(f"{prefix}transformer.text_model.{key}") for key in ours}
+
+
+def averaged_name(origin: Origin) -> Origin:
+    """Where the running average of a U-Net's weight lies: no dot stands in the name of a buffer of the original's."""
+    name = origin.key.removeprefix("model.").replace(".", "")
+    return dataclasses.replace(origin, key=f"model_ema.{name}")
 
 
 def _within_block(key: str, blocks: Mapping[str, str], inner: Mapping[str, str]) -> str:

@@ -13,8 +13,9 @@ from latentmill.engine.loading.checkpoint import open_weights
 from latentmill.engine.loading.config import SchedulerConfig
 from latentmill.engine.loading.folder import checker_files, pixel_files, read_blueprint, tokenizer_files, weights_file
 from latentmill.engine.loading.hub import fetch_model, fetch_tokenizer, is_hub_id
+from latentmill.engine.loading.original import as_configured
 from latentmill.engine.loading.single_file import default_tokenizer, recognise
-from latentmill.engine.types import EngineError, ModelSpec
+from latentmill.engine.types import EngineError, ModelSpec, OriginalModelSpec
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -22,7 +23,8 @@ class ModelLayout:
     """A model at rest, whole as far as names go.
 
     `weights` gives each component's file (in a single file, the same for all), `tokenizers` a folder per text encoder,
-    `files` everything that can change a pixel, by a name that does not depend on this machine.
+    `files` everything that can change a pixel, by a name that does not depend on this machine. `averaged` takes the
+    running average of the U-Net's weights in place of themselves.
     """
 
     path: Path
@@ -31,6 +33,7 @@ class ModelLayout:
     weights: Mapping[str, Path]
     tokenizers: tuple[Path, ...]
     files: Mapping[str, Path]
+    averaged: bool = False
 
     @property
     def folder(self) -> Path:
@@ -71,7 +74,11 @@ def _folder(path: Path, spec: ModelSpec) -> ModelLayout:
 
 
 def _single_file(path: Path, spec: ModelSpec) -> ModelLayout:
-    blueprint = recognise(open_weights(path), spec.prediction_type)
+    weights = open_weights(path)
+    blueprint = recognise(weights, spec.prediction_type)
+    averaged = isinstance(spec, OriginalModelSpec) and spec.use_ema
+    if isinstance(spec, OriginalModelSpec):
+        blueprint = as_configured(blueprint, weights, spec)
     name = spec.tokenizer or default_tokenizer(blueprint)
     tokenizer = Path(name) if Path(name).is_dir() else fetch_tokenizer(name)
     # Most users know a model's own folder; its tokenizer lies inside.
@@ -87,6 +94,7 @@ def _single_file(path: Path, spec: ModelSpec) -> ModelLayout:
         weights=dict.fromkeys(blueprint.components, path),
         tokenizers=(tokenizer,) * len(blueprint.towers),
         files=files,
+        averaged=averaged,
     )
 
 

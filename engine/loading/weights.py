@@ -12,7 +12,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from latentmill.engine.loading.blueprint import Blueprint, Tower
 from latentmill.engine.loading.checkpoint import Shape, WeightsFile, open_weights
-from latentmill.engine.loading.keys import Origin, folder_name, is_ignored, original_names
+from latentmill.engine.loading.keys import Origin, averaged_name, folder_name, is_ignored, original_names
 from latentmill.engine.loading.layout import ModelLayout
 from latentmill.engine.networks.autoencoder import Autoencoder, build_autoencoder
 from latentmill.engine.networks.bert import LdmBert
@@ -54,8 +54,13 @@ def build_tower(tower: Tower) -> nn.Module:
 
 def check_claims(layout: ModelLayout) -> None:
     """Look over a single file as a whole, before its parts are loaded. Raises EngineError as `claim_single_file`."""
-    if layout.single_file:
-        claim_single_file(layout.blueprint, open_weights(layout.path).shapes, layout.path)
+    if not layout.single_file:
+        return
+    shapes = open_weights(layout.path).shapes
+    claims = claim_single_file(layout.blueprint, shapes, layout.path)
+    if layout.averaged:
+        names = {averaged_name(origin).key for origin in claims["unet"].values()}
+        _refuse(sorted(names - shapes.keys()), [], f"{layout.path} has no whole running average of its weights")
 
 
 def claim_single_file(blueprint: Blueprint, shapes: Mapping[str, Shape], where: object) -> dict[str, dict[str, Origin]]:
@@ -90,6 +95,8 @@ def _fill(module: Module, layout: ModelLayout, component: str, dtype: torch.dtyp
     names = _our_keys(module)
     if layout.single_file:
         origins = original_names(layout.blueprint, component, names)
+        if layout.averaged and component == "unet":
+            origins = {key: averaged_name(origin) for key, origin in origins.items()}
     else:
         origins = _claim_folder_file(file, component, names)
     expected = module.state_dict()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from latentmill.jobs.show.display import print_line, safe
@@ -42,10 +41,10 @@ def run_command(arguments: Sequence[str]) -> int:
 def _model(plan: Txt2ImgPlan) -> str:
     if not plan.embedded:
         return f"model: {safe(plan.model.path)} ({plan.model.family}), {plan.width}x{plan.height}"
-    checkpoint = DEFAULT_CKPT if Path(DEFAULT_CKPT).is_file() else "FILE"
     return (
         f"model: embedded, {plan.width}x{plan.height}: it draws one coloured shape on a plain background or the icon "
-        f"of one thing, and cannot draw photographs, people, scenery or text; --ckpt {checkpoint} takes another model"
+        f"of one thing, and cannot draw photographs, people, scenery or text; --ckpt FILE takes another model "
+        f"(there is no {DEFAULT_CKPT} here)"
     )
 
 

@@ -14,17 +14,23 @@ from typing import Any
 
 import yaml
 
-from latentmill.engine import ModelDescription, ModelSpec
+from latentmill.engine import ModelDescription, OriginalModelSpec
 from latentmill.jobs.errors import UsageError
+from latentmill.jobs.txt2img.config_keys import DDCONFIG, FIRST, MODEL, SECTIONS, TEXT, UNET
 
 _PREDICTIONS = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
 _KNOWN_TARGETS = {
     "model": ("LatentDiffusion",),
     "model.params.unet_config": ("UNetModel",),
-    "model.params.first_stage_config": ("AutoencoderKL", "VQModelInterface", "VQModel"),
-    "model.params.cond_stage_config": ("FrozenCLIPEmbedder", "FrozenOpenCLIPEmbedder", "BERTEmbedder"),
+    # Not VQModel, which decodes without its codebook: no latent diffusion model can be trained on it.
+    FIRST: ("AutoencoderKL", "VQModelInterface"),
+    TEXT: ("FrozenCLIPEmbedder", "FrozenOpenCLIPEmbedder", "BERTEmbedder"),
 }
-_UNET, _FIRST = "model.params.unet_config.params", "model.params.first_stage_config.params"
+_NAMED: dict[str, tuple[Any, ...]] = {
+    "parameterization": tuple(_PREDICTIONS),
+    "use_ema": (True, False),
+    "beta_schedule": ("linear", "cosine", "sqrt_linear", "sqrt"),
+}
 _SHIPPED = "configs/"
 
 
@@ -58,9 +64,10 @@ class CompVisConfig:
             reason = " ".join(str(error).split())
             raise UsageError(f"--config {path} cannot be read as YAML: {reason}") from None
         config = cls(path, content if isinstance(content, dict) else {})
-        if not isinstance(config.get("model.params.unet_config.params"), dict):
-            raise UsageError(f"--config {path} has no model.params.unet_config.params; it is no config of a model")
+        if not isinstance(config.get(UNET), dict):
+            raise UsageError(f"--config {path} has no {UNET}; it is no config of a model")
         config._refuse_unknown_targets()
+        config._refuse_what_is_not_built()
         return config
 
     def get(self, path: str, default: Any = None) -> Any:
@@ -70,81 +77,164 @@ class CompVisConfig:
             value = value.get(key) if isinstance(value, dict) else None
         return default if value is None else value
 
-    def model_spec(self, checkpoint: str) -> ModelSpec:
-        """The checkpoint, with what only the config tells: what is predicted, and where the vocabulary is."""
-        kind = self.get("model.params.parameterization", "eps")
-        if kind not in _PREDICTIONS:
-            raise UsageError(
-                f"--config {self.path}: model.params.parameterization is {kind!r}; it must be {', '.join(_PREDICTIONS)}"
-            )
-        return ModelSpec(
+    def model_spec(self, checkpoint: str) -> OriginalModelSpec:
+        """The checkpoint, with what only the config tells of it. What the config leaves out is as in the original."""
+        told: dict[str, Any] = {
+            name: self._number(name, whole=name == "timesteps")
+            for name in ("scale_factor", "timesteps", "linear_start", "linear_end", "cosine_s")
+            if self._has(name)
+        }
+        told |= {name: self._one_of(name, known) for name, known in _NAMED.items() if self._has(name)}
+        return OriginalModelSpec(
             model=checkpoint,
-            prediction_type=_PREDICTIONS[kind],
+            prediction_type=_PREDICTIONS[told.pop("parameterization", "eps")],
             tokenizer=self._tokenizer(),
             timestep_spacing="original",
+            **told,
         )
 
     def check(self, model: ModelDescription) -> None:
-        """Raises UsageError that names the first number in which config and checkpoint differ."""
-        for path, expected in self._facts(model):
-            said = self.get(path)
+        """Raises UsageError that names the first fact in which config and checkpoint differ."""
+        for path, expected, default in self._facts(model):
+            said = self.get(path, default)
             if said is not None and not _same(said, expected):
+                left_out = "" if self.get(path) is not None else " (the original's default, as it has no such line)"
                 raise UsageError(
-                    f"--config {self.path} says {path}: {said!r}, but {model.path} has {expected!r}: they are not of "
-                    "one model; give the config that belongs to the checkpoint"
+                    f"--config {self.path} says {path}: {said!r}{left_out}, but {model.path} has {expected!r}: they "
+                    "are not of one model; give the config that belongs to the checkpoint"
                 )
+
+    def _has(self, name: str) -> bool:
+        return name in self.get(MODEL)
+
+    def _number(self, name: str, *, whole: bool) -> float:
+        value = self.get(f"{MODEL}.{name}")
+        try:
+            # PyYAML takes numbers such as 1e-4 for words.
+            number = float("" if isinstance(value, bool) else value)
+        except (TypeError, ValueError, OverflowError):
+            number = math.nan
+        if not math.isfinite(number) or (whole and number != int(number)):
+            kind = "a whole number" if whole else "a number"
+            raise UsageError(f"--config {self.path} has {MODEL}.{name}: {value!r}; it must be {kind}")
+        return int(number) if whole else number
+
+    def _one_of(self, name: str, known: tuple[Any, ...]) -> Any:
+        value = self.get(f"{MODEL}.{name}")
+        if not any(value is entry or (isinstance(value, str) and value == entry) for entry in known):
+            choices = ", ".join(str(entry).lower() if isinstance(entry, bool) else entry for entry in known)
+            raise UsageError(f"--config {self.path}: {MODEL}.{name} is {value!r}; it must be {choices}")
+        return value
 
     def _tokenizer(self) -> str | None:
         """Our own key, or what the original's CLIP embedder takes; OpenCLIP's `version` means its weights."""
-        stage = "model.params.cond_stage_config"
-        is_clip = str(self.get(f"{stage}.target", "")).endswith(".FrozenCLIPEmbedder")
-        name = self.get(f"{stage}.params.tokenizer") or (self.get(f"{stage}.params.version") if is_clip else None)
+        is_clip = _class_of(self.get(f"{TEXT}.target", "")) == "FrozenCLIPEmbedder"
+        name = self.get(f"{TEXT}.params.tokenizer") or (self.get(f"{TEXT}.params.version") if is_clip else None)
         return None if name is None else str(name)
 
     def _refuse_unknown_targets(self) -> None:
         for path, known in _KNOWN_TARGETS.items():
-            target = self.get(f"{path}.target")
-            if target is not None and str(target).rpartition(".")[2] not in known:
+            part, target = self.get(path), self.get(f"{path}.target")
+            if part is not None and not isinstance(part, dict):
+                raise UsageError(f"--config {self.path} has {path}: {part!r}; it must be a mapping with target, params")
+            if target is not None and _class_of(target) not in known:
                 raise UsageError(f"--config {self.path} has {path}.target: {target!r}; known are {', '.join(known)}")
 
-    def _facts(self, model: ModelDescription) -> Iterator[tuple[str, Any]]:
-        """Every path that is compared, and what the checkpoint has there in the config's own terms."""
+    def _refuse_what_is_not_built(self) -> None:
+        """A key that is passed over in silence could change the picture: each is in a section, or refused by name."""
+        for section in SECTIONS:
+            content = self.get(section.path, {})
+            if not isinstance(content, dict):
+                raise UsageError(f"--config {self.path} has {section.path}: {content!r}; it must be a mapping")
+            for key, value in content.items():
+                where = f"--config {self.path} has {section.path}.{key}"
+                if key in section.only:
+                    allowed = section.only[key]
+                    if value is not None and not any(value == entry for entry in allowed):
+                        built = " or ".join(map(repr, allowed)) or "none"
+                        raise UsageError(f"{where}: {value!r}, which this version does not draw with; built is {built}")
+                elif not section.open and key not in section.read | section.inert:
+                    raise UsageError(f"{where}, which is no key of the original's that is known here; leave it out")
+
+    def _facts(self, model: ModelDescription) -> Iterator[tuple[str, Any, Any]]:
+        """What is compared: the path, what the checkpoint has there in the config's terms, the original's default."""
         blueprint = model.layout.blueprint
-        unet, vae, scheduler = blueprint.unet, blueprint.vae, blueprint.scheduler
-        yield "model.params.timesteps", scheduler.num_train_timesteps
-        yield "model.params.linear_start", scheduler.beta_start
-        yield "model.params.linear_end", scheduler.beta_end
-        yield "model.params.channels", vae.unet_channels
-        yield "model.params.scale_factor", vae.scaling_factor
-        yield f"{_UNET}.in_channels", unet.in_channels
-        yield f"{_UNET}.out_channels", unet.out_channels
-        yield f"{_UNET}.model_channels", unet.channels[0]
-        yield f"{_UNET}.channel_mult", _multiples(unet.channels)
-        yield f"{_UNET}.num_res_blocks", unet.layers_per_block
+        unet, vae = blueprint.unet, blueprint.vae
+        yield f"{MODEL}.channels", vae.unet_channels, None
+        yield f"{UNET}.in_channels", unet.in_channels, None
+        yield f"{UNET}.out_channels", unet.out_channels, None
+        yield f"{UNET}.model_channels", unet.channels[0], None
+        yield f"{UNET}.channel_mult", _multiples(unet.channels), [1, 2, 4, 8]
+        yield f"{UNET}.num_res_blocks", unet.layers_per_block, None
         yield (
-            f"{_UNET}.attention_resolutions",
-            sorted((2**level for level, attends in enumerate(unet.cross_attention) if attends), reverse=True),
+            f"{UNET}.attention_resolutions",
+            {2**level for level, attends in enumerate(unet.cross_attention) if attends},
+            None,
         )
-        if self.get(f"{_UNET}.num_heads", -1) != -1:
-            yield f"{_UNET}.num_heads", unet.heads[0] if len(set(unet.heads)) == 1 else list(unet.heads)
-        if self.get(f"{_UNET}.num_head_channels", -1) != -1:
+        # Heads of a given width overrule their number.
+        if self.get(f"{UNET}.num_head_channels", -1) != -1:
             widths = sorted({width // heads for width, heads in zip(unet.channels, unet.heads, strict=True)})
-            yield f"{_UNET}.num_head_channels", widths[0] if len(widths) == 1 else widths
-        yield f"{_UNET}.context_dim", unet.context_dim
-        yield f"{_UNET}.use_linear_in_transformer", unet.linear_projection
-        yield f"{_FIRST}.embed_dim", vae.unet_channels
-        yield f"{_FIRST}.n_embed", vae.codebook_size
-        yield f"{_FIRST}.ddconfig.z_channels", vae.latent_channels
-        yield f"{_FIRST}.ddconfig.ch", vae.channels[0]
-        yield f"{_FIRST}.ddconfig.ch_mult", _multiples(vae.channels)
-        yield f"{_FIRST}.ddconfig.num_res_blocks", vae.layers_per_block
+            yield f"{UNET}.num_head_channels", _one_or_all(widths), None
+        elif self.get(f"{UNET}.num_heads", -1) != -1:
+            yield f"{UNET}.num_heads", _one_or_all(sorted(set(unet.heads))), None
+        attending = [*unet.cross_attention[:-1], True]
+        depths = {depth for depth, attends in zip(unet.transformer_layers, attending, strict=True) if attends}
+        yield f"{UNET}.transformer_depth", _one_or_all(sorted(depths)), 1
+        yield f"{UNET}.context_dim", unet.context_dim, None
+        yield f"{UNET}.use_linear_in_transformer", unet.linear_projection, False
+        yield f"{FIRST}.params.embed_dim", vae.unet_channels, None
+        yield f"{FIRST}.params.n_embed", vae.codebook_size, None
+        yield f"{DDCONFIG}.z_channels", vae.latent_channels, None
+        yield f"{DDCONFIG}.ch", vae.channels[0], None
+        yield f"{DDCONFIG}.ch_mult", _multiples(vae.channels), [1, 2, 4, 8]
+        yield f"{DDCONFIG}.num_res_blocks", vae.layers_per_block, None
+        yield from self._attention_of_the_first_stage(vae.attention)
+        yield from self._class_fact(FIRST, "AutoencoderKL" if vae.codebook_size is None else "VQModelInterface")
+        yield from self._text_facts(model)
+
+    def _attention_of_the_first_stage(self, attention: tuple[bool, ...]) -> Iterator[tuple[str, Any, Any]]:
+        path, resolution = f"{DDCONFIG}.attn_resolutions", self.get(f"{DDCONFIG}.resolution")
+        if isinstance(resolution, int) and isinstance(self.get(path), list):
+            sides = [resolution // 2**level for level in range(len(attention))]
+            # A side that no level has is without effect.
+            idle = {side for side in self.get(path) if side not in sides}
+            yield path, idle | {side for side, attends in zip(sides, attention, strict=True) if attends}, None
+
+    def _class_fact(self, path: str, name: str) -> Iterator[tuple[str, Any, Any]]:
+        if _class_of(self.get(f"{path}.target", name)) != name:
+            yield f"{path}.target", name, None
+
+    def _text_facts(self, model: ModelDescription) -> Iterator[tuple[str, Any, Any]]:
+        tower, params = model.layout.blueprint.towers[0], f"{TEXT}.params"
+        if tower.kind == "ldm-bert":
+            yield from self._class_fact(TEXT, "BERTEmbedder")
+            yield f"{params}.n_embed", tower.width, None
+            yield f"{params}.n_layer", tower.config["encoder_layers"], None
+            yield f"{params}.max_seq_len", tower.max_tokens, 77
+        elif tower.config["hidden_act"] == "gelu":
+            yield from self._class_fact(TEXT, "FrozenOpenCLIPEmbedder")
+            yield f"{params}.layer", "penultimate", "last"
+        else:
+            yield from self._class_fact(TEXT, "FrozenCLIPEmbedder")
+            yield f"{params}.layer", "last", "last"
+            yield f"{params}.max_length", tower.max_tokens, 77
 
 
 def _multiples(widths: tuple[int, ...]) -> list[float]:
     return [width // widths[0] if width % widths[0] == 0 else width / widths[0] for width in widths]
 
 
+def _one_or_all(values: list[int]) -> int | list[int]:
+    return values[0] if len(values) == 1 else values
+
+
+def _class_of(target: object) -> str:
+    return str(target).rpartition(".")[2]
+
+
 def _same(said: Any, expected: Any) -> bool:
+    if isinstance(expected, set):
+        return isinstance(said, list) and set(map(str, said)) == set(map(str, expected))
     if isinstance(said, list) and isinstance(expected, list):
         return len(said) == len(expected) and all(map(_same, said, expected))
     if isinstance(expected, int | float) and not isinstance(said, list | dict):

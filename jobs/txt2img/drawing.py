@@ -98,7 +98,8 @@ class Txt2ImgSummary:
 
 def plan_txt2img(options: Txt2ImgOptions) -> Txt2ImgPlan:
     """Decide everything and load nothing. Raises UsageError for what cannot be drawn or written."""
-    embedded = options.config is None and options.ckpt is None
+    # The original's own place is looked at first, so that its users' commands draw with their model.
+    embedded = options.config is None and options.ckpt is None and not Path(DEFAULT_CKPT).is_file()
     spec, model = _embedded_model() if embedded else _checkpoint(options)
     width, height = _size(options, model, embedded=embedded)
     try:
@@ -143,7 +144,7 @@ def _checkpoint(options: Txt2ImgOptions) -> tuple[ModelSpec, ModelDescription]:
 
 
 def _size(options: Txt2ImgOptions, model: ModelDescription, *, embedded: bool) -> tuple[int, int]:
-    """(width, height): what was given, else the original's 512, but the embedded model's own."""
+    """(width, height): what was given, else the original's 512, but the embedded model's own; whole latent cells."""
     for name, own, what in (("C", model.latent_channels, "latent channels"), ("f", model.factor, "pixels per cell")):
         given = getattr(options, name)
         value = given if given is not None or embedded else {"C": 4, "f": 8}[name]
@@ -153,10 +154,9 @@ def _size(options: Txt2ImgOptions, model: ModelDescription, *, embedded: bool) -
     default = model.default_size if embedded else (512, 512)
     width, height = options.W or default[0], options.H or default[1]
     for name, side in (("W", width), ("H", height)):
-        if side % model.factor:
-            near = max(1, round(side / model.factor)) * model.factor
-            raise UsageError(f"--{name} is {side}, but sizes of this model are multiples of {model.factor}; try {near}")
-    return width, height
+        if side < model.factor:
+            raise UsageError(f"--{name} is {side}; it must be {model.factor} or more, the pixels of one latent cell")
+    return width // model.factor * model.factor, height // model.factor * model.factor
 
 
 def _batches(options: Txt2ImgOptions) -> tuple[tuple[str, ...], ...]:

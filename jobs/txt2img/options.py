@@ -19,7 +19,8 @@ LAION_OUTDIR = "outputs/txt2img-samples-laion400m"
 
 _ABOUT = """\
 Draw pictures for a prompt, as the original scripts/txt2img.py of Stable Diffusion does: the same options, files and
-numbers. Without --config and --ckpt, the small model that ships with latentmill draws."""
+numbers. Without --config and --ckpt, the original's models/ldm/stable-diffusion-v1/model.ckpt draws if it is there, and
+else the small model that ships with latentmill."""
 
 _DIFFERENCES = """\
 where this differs from the original, on purpose:
@@ -28,6 +29,13 @@ where this differs from the original, on purpose:
   - A last batch of --from-file with fewer prompts than --n_samples works; the original crashed.
   - A number that is taken is passed over; the original overwrote the file after one before it had been deleted.
   - Numbers of steps at which the original crashed, and pictures too small for the watermark, are refused at the start.
+  - A key of --config that changes the picture is honoured, or refused by name; what the config says of the checkpoint
+    is held against it. The original passed over what did not fit, and drew with random weights in its place.
+  - parameterization: x0 is sampled as what it is; the original took it for noise, and so did its later version with v
+    by --plms.
+  - --ddim_eta above 1 is clamped where more noise is asked for than a step has; the original's pictures were NaN there.
+  - A float16 checkpoint of a model with v is sampled by its alphas_cumprod alone; that later version used the rounded
+    square roots beside it as well.
   - autocast means float16 weights on a GPU, and float32 on a CPU, where the original could not use it.
   - The checker is the one beside the checkpoint (a folder safety_checker/), else open-nsfw.
   - Seeds: legacy noise is that of torch's generator, freshly seeded, of the device that draws. On a CPU the original
@@ -146,7 +154,11 @@ def _add_what(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument("--n_samples", type=int, default=3, metavar="N", help="pictures per batch (default: 3)")
     group.add_argument("--n_iter", type=int, default=2, metavar="N", help="do everything this often (default: 2)")
-    _whole(group, "--H", "height in pixels (default: 512 with a checkpoint, else the model's own)")
+    _whole(
+        group,
+        "--H",
+        "height in pixels, cut to whole latent cells (default: 512 with a checkpoint, else the model's own)",
+    )
     _whole(group, "--W", "width in pixels (default: as for --H)")
 
 
@@ -199,7 +211,7 @@ def _add_files(group: argparse._ArgumentGroup) -> None:
 
 
 def _add_model(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--ckpt", metavar="FILE", help=f"checkpoint; with --config alone: {DEFAULT_CKPT}")
+    group.add_argument("--ckpt", metavar="FILE", help=f"checkpoint (default: {DEFAULT_CKPT} if it is there)")
     group.add_argument(
         "--config",
         metavar="FILE",

@@ -7,6 +7,7 @@ these files with a table of its own, and the digests of the original modules' na
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -98,10 +99,14 @@ class Callback:
         self.paths = {"last": Path("/somewhere")}
 
 
-def write_ckpt(folder: Path, path: Path, dtype: torch.dtype = torch.float32) -> Path:
+def write_ckpt(
+    folder: Path, path: Path, dtype: torch.dtype = torch.float32, changes: Mapping[str, Tensor | None] | None = None
+) -> Path:
+    """`changes` replaces tensors by name, adds some, or leaves out those that are None."""
     weights = {
         key: tensor.to(dtype) if tensor.is_floating_point() else tensor
-        for key, tensor in original_weights(folder).items()
+        for key, tensor in (original_weights(folder) | dict(changes or {})).items()
+        if tensor is not None
     }
     content = {"state_dict": weights, "global_step": 470000, "epoch": 3, "callbacks": {Callback: Callback()}}
     torch.save(content, path)

@@ -51,7 +51,7 @@ def test_there_is_an_example_for_each_use():
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        ({"prompts": []}, ["no manifest is named", "configs/prompts/sample.txt"]),
+        ({"prompts": []}, ["no manifest is named", "give a file"]),
         ({"num_inference_stps": 3}, ["num_inference_stps", "did you mean 'num_inference_steps'"]),
         ({"chunk_size": 0}, ["chunk_size 0 is outside 1..4096"]),
         ({"batch_size": 100_000}, ["batch_size 100000 is outside 1..4096"]),

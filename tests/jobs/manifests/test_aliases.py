@@ -35,8 +35,8 @@ def write(tmp_path, rows, suffix="csv"):
 
 
 def test_every_alias_stands_for_a_setting_and_is_none_itself():
-    assert set(ALIASES.values()) <= SETTINGS | set(FIELDS)
-    assert set(ALIASES) & (SETTINGS | set(FIELDS)) == {"prompts"}  # a key of job files, and a column elsewhere
+    assert set(ALIASES.values()) <= SETTINGS.keys() | FIELDS.keys()
+    assert set(ALIASES) & (SETTINGS.keys() | FIELDS.keys()) == {"prompts"}  # a key of job files, and a column elsewhere
 
 
 @pytest.mark.parametrize(
