@@ -98,10 +98,9 @@ class Roster:
         if worker in self._workers:
             self._workers[worker].ready = True
 
-    def unfit(self, worker: str, reason: str) -> None:
-        """The model cannot be loaded there: no chunk should go there again."""
-        if worker in self._workers:
-            self._nodes.setdefault(self._workers[worker].node, _Node()).unfit = reason
+    def unfit(self, node: str, reason: str) -> None:
+        """Nothing can work there: no chunk should go there again."""
+        self._nodes.setdefault(node, _Node()).unfit = reason
 
     def begin(self, worker: str, chunk: int, group: int, samples: int) -> float | None:
         """The seconds that the worker may take for a chunk; None if it must not begin it.

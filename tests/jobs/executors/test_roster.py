@@ -101,7 +101,7 @@ def test_a_node_that_only_fails_is_left_out_and_one_success_clears_it(roster: Ro
 
 
 def test_a_node_without_the_model_is_left_out_at_once(roster: Roster):
-    roster.unfit("a", "corrupt")
+    roster.unfit("north", "corrupt")
     assert roster.overview(30).unfit == {"north": "corrupt"}
 
 

@@ -257,6 +257,56 @@ def test_a_redirect_does_not_take_the_token_along(monkeypatch: pytest.MonkeyPatc
     assert [bool(token) for _, token in seen] == [False, True]
 
 
+@contextmanager
+def jobs_api(token: str | None, seen: list[str]) -> Iterator[str]:
+    """The URL of a stub of the jobs API that wants this token, or serves anyone; `seen` are the tokens it was shown."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            shown = self.headers.get("Authorization") or ""
+            seen.append(shown)
+            self.send_response(200 if token is None or shown == f"Bearer {token}" else 401)
+            self.end_headers()
+            self.wfile.write(b"{}")
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+@pytest.fixture
+def mine(monkeypatch: pytest.MonkeyPatch) -> str:
+    """The token that this process has for clusters."""
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "mine")
+    return "mine"
+
+
+def test_a_jobs_api_that_serves_a_stranger_is_refused_and_shown_no_token(mine: str):
+    seen: list[str] = []
+    with jobs_api(None, seen) as url, pytest.raises(UsageError, match=r"for anyone who can reach it.*--insecure-ray"):
+        JobsClient(url).require_token()
+    assert seen == [""]
+
+
+def test_a_jobs_api_that_does_not_take_the_token_here_is_told(mine: str):
+    seen: list[str] = []
+    with jobs_api("theirs", seen) as url, pytest.raises(UsageError, match=r"asks for a token, and does not take"):
+        JobsClient(url).require_token()
+    assert seen == ["", "Bearer mine"]
+
+
+def test_a_jobs_api_that_takes_the_token_here_lets_in(mine: str):
+    seen: list[str] = []
+    with jobs_api(mine, seen) as url:
+        JobsClient(url).require_token()
+    assert seen == ["", "Bearer mine"]
+
+
 def test_the_code_that_is_sent_is_all_that_a_job_needs_and_nothing_else(tmp_path: Path):
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
