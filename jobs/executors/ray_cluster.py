@@ -28,6 +28,7 @@ _QUIET = {
     "RAY_DATA_LOG_LEVEL": "ERROR",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_prestart_worker_first_driver": "0",  # they would not be in the empty folder of `_nowhere`, and never be used
 }
 _MIB = 2**20
 _ASK_SECONDS = 10.0
