@@ -46,9 +46,8 @@ def start(command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize("package", ["latentmill.py", "latentmill/__init__.py"])
-def test_workers_import_nothing_from_where_the_command_is_started(decoys, tiny_model, manifest, tmp_path, package):
-    folder = decoys(*OURS, *OTHERS, package)
+def test_workers_import_nothing_from_where_the_command_is_started(decoys, tiny_model, manifest, tmp_path):
+    folder = decoys(*OURS, *OTHERS, "latentmill/__init__.py", "latentmill/jobs/__init__.py", "latentmill.py")
     job = ["run", str(manifest(4)), "--out", str(tmp_path / "out"), "--model", str(tiny_model), *SMALL]
     done = start([str(COMMAND), *job, "--executor", "ray"], folder)
     assert (done.returncode, done.stderr.count("Traceback")) == (0, 0), done.stderr
