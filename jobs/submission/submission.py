@@ -230,7 +230,7 @@ def cancel_job(target: str, *, address: str | None = None) -> JobInfo:
     storage = _output(place.out or info.out)
     if storage is not None:
         with contextlib.suppress(StorageError):  # to be read from here, but not to be written
-            storage.create(_cancel_path(place.job_id), b"")
+            storage.create(_cancel_path(place.job_id), json.dumps({"cancelled": _now()}).encode())
     return replace(info, state="stopping")
 
 
@@ -369,8 +369,11 @@ def _cancel_path(job_id: str) -> str:
 
 
 def _record(storage: Storage, job_id: str, address: str) -> None:
-    submitted = datetime.now(UTC).isoformat(timespec="microseconds")
-    storage.create(_record_path(job_id), json.dumps({"address": address, "submitted": submitted}).encode())
+    storage.create(_record_path(job_id), json.dumps({"address": address, "submitted": _now()}).encode())
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="microseconds")
 
 
 def _newest_record(out: str) -> tuple[str, str] | None:

@@ -261,10 +261,10 @@ def test_a_node_with_other_code_or_without_a_package_is_named_and_left_out(
     with cluster(head_cpus=1) as nodes:
         for name, value in nodes.client_environment.items():
             monkeypatch.setenv(name, value)
-        for folder in (other, bare):
+        for number, folder in enumerate((other, bare), start=2):
             nodes.environment["PYTHONPATH"] = f"{folder}{os.pathsep}{ROOT}"
             nodes.add_worker(cpus=1)
-        wait_for_nodes(nodes, 3)
+            wait_for_nodes(nodes, number)
         spec = job_spec(tiny_model, manifest(40), tmp_path / "out", executor="ray", address=nodes.address)
         summary = run(spec, engine_factory=copied_engine)
     assert (summary.exit_code, summary.counts) == (0, {"ok": 40, "flagged": 0, "failed": 0})
@@ -278,7 +278,7 @@ def test_a_node_with_other_code_or_without_a_package_is_named_and_left_out(
 def wait_for_nodes(nodes: Nodes, number: int) -> None:
     connection = connect(nodes.address)
     try:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 240  # some seconds where nothing else runs
         while sum(node["Alive"] for node in connection.nodes()) < number:
             assert time.monotonic() < deadline
             time.sleep(0.3)
