@@ -144,11 +144,12 @@ def status(
     address: Address = None,
     json: Json = False,
 ) -> None:
-    """Say how far a job is, and how it fares on its cluster if it was submitted to one."""
+    """Say how far a job is, and how it fares on its cluster if it was submitted to one: exit code 1 if it failed."""
     from latentmill.jobs.submission.submission import job_status
 
     answer = job_status(target, deep=deep, address=address)
     _answer(answer.to_dict(), json, lambda views: views.show_job_status(answer))
+    raise typer.Exit(answer.exit_code)
 
 
 @app.command(rich_help_panel=_LOOK, epilog="Example: [bold]latentmill logs s3://bucket/birds --follow[/bold]")

@@ -13,6 +13,7 @@ from functools import lru_cache
 from typing import Any, Literal, Protocol
 
 from latentmill.engine import GenerationRequest, GenerationResult
+from latentmill.jobs.code import own_code
 from latentmill.jobs.errors import JobError, OutputConflictError
 from latentmill.jobs.finishing import FinishedSample, finish_sample
 from latentmill.jobs.job import Job, open_job
@@ -316,4 +317,4 @@ def _store_pictures(
 
 @lru_cache(maxsize=1)
 def _versions() -> dict[str, str]:
-    return tool_versions()
+    return tool_versions() | {"code": own_code().digest}

@@ -6,6 +6,7 @@ twice; commit records are create-only and the runner plans `all - committed` aga
 
 from __future__ import annotations
 
+import pickle
 import threading
 import warnings
 from collections.abc import Generator, Iterator, Mapping, Sequence
@@ -14,12 +15,13 @@ from typing import Any
 
 import pyarrow as pa
 
+from latentmill.jobs.code import own_code
 from latentmill.jobs.errors import JobError, UsageError
 from latentmill.jobs.executors.isolation import isolate_chunk
 from latentmill.jobs.executors.pool import size_pool
 from latentmill.jobs.executors.ray_cell import RayCell
 from latentmill.jobs.executors.ray_cluster import connect
-from latentmill.jobs.executors.ray_stages import Generate, finish, unpacked
+from latentmill.jobs.executors.ray_entry import Generate, finish, send_by_value
 from latentmill.jobs.executors.ray_watch import Watch, open_roster
 from latentmill.jobs.job import open_job
 from latentmill.jobs.plans.plan import Plan
@@ -49,6 +51,7 @@ class RayExecutor:
         self._plan = plan
         self._threads = plan.threads_per_actor or 1
         self._connection = connect(runtime.address, insecure=runtime.insecure_ray)
+        send_by_value()
         try:
             self._pool = size_pool(plan, runtime, self._connection.nodes(), growing=self._connection.joined)
             self._roster = open_roster(runtime.chunk_timeout)
@@ -149,6 +152,7 @@ class RayExecutor:
             max_tasks_in_flight_per_actor=2,
         )
         finishers = None if self._pool.finishers is None else min(self._pool.finishers, len(blocks))
+        arguments = pickle.dumps((out_url, self._plan.device, self._engine_factory, repair))
         with warnings.catch_warnings():
             # Ray 2.60 has no other name for max_restarts and max_task_retries, and calls every loose keyword deprecated
             warnings.simplefilter("ignore")
@@ -156,7 +160,7 @@ class RayExecutor:
                 ray.data.from_arrow(blocks)
                 .map_batches(
                     Generate,
-                    fn_constructor_args=(out_url, self._plan.device, self._engine_factory, self._roster, repair),
+                    fn_constructor_args=(own_code(), self._roster, arguments),
                     batch_size=1,
                     batch_format="pyarrow",
                     compute=pool,
@@ -166,24 +170,27 @@ class RayExecutor:
                 )
                 .map_batches(
                     finish,
-                    fn_args=(out_url, self._roster),
+                    fn_args=(own_code(), self._roster, out_url),
                     batch_size=1,
                     batch_format="pyarrow",
                     num_cpus=self._pool.finisher_cpus,
+                    label_selector=self._fit_nodes(),
                     compute=ray.data.TaskPoolStrategy(size=finishers),
                 )
             )
 
     def _worker_options(self) -> dict[str, Any]:
         """What a process with a model asks of Ray."""
-        fit = {"ray.io/node-id": f"!in({','.join(sorted(self._unfit))})"} if self._unfit else {}
         return {
             "num_cpus": self._pool.cpus,
             "num_gpus": self._pool.gpus or None,
             "resources": dict(self._pool.resources),
-            "label_selector": {**self._pool.label_selector, **fit},
+            "label_selector": {**self._pool.label_selector, **self._fit_nodes()},
             "runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(self._threads)}},
         }
+
+    def _fit_nodes(self) -> dict[str, str]:
+        return {"ray.io/node-id": f"!in({','.join(sorted(self._unfit))})"} if self._unfit else {}
 
     def _run_alone(self, out_url: str, chunks: Sequence[int], *, repair: bool) -> Iterator[Receipt]:
         """One chunk after the other in a process of its own, with nothing else of the job at work."""
@@ -195,6 +202,7 @@ class RayExecutor:
             return allowed
 
         cell = RayCell(
+            own_code(),
             out_url,
             self._plan.device,
             self._engine_factory,
@@ -240,10 +248,11 @@ def _receipts(dataset: Any) -> Generator[Receipt]:
     batches = iter(dataset.iter_batches(batch_size=None, prefetch_batches=0, batch_format="pyarrow"))
     try:
         for batch in batches:
-            for cell in batch["payload"]:
-                receipt = unpacked(cell)
-                assert isinstance(receipt, Receipt)  # noqa: S101 - the last stage returns nothing else
-                yield receipt
+            for chunk, payload in zip(batch["chunk"].to_pylist(), batch["payload"], strict=True):
+                if payload.is_valid:
+                    yield pickle.loads(payload.as_buffer())  # noqa: S301 - from our own tasks
+                else:
+                    yield Receipt(chunk=chunk, outcome="skipped")
     finally:
         batches.close()
 

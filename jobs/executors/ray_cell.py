@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import pickle
+import socket
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from latentmill.jobs.code import Code, own_code
 from latentmill.jobs.errors import JobError
 from latentmill.jobs.executors.deadline import deadline
 from latentmill.jobs.executors.isolation import DIED, OVERRAN, TroubleError
@@ -37,6 +39,7 @@ class RayCell:
 
     def __init__(
         self,
+        code: Code,
         out_url: str,
         device: str,
         engine_factory: EngineFactory,
@@ -45,7 +48,7 @@ class RayCell:
         options: dict[str, Any],
         seconds: Callable[[int], float],
     ) -> None:
-        self._arguments = (out_url, device, engine_factory, repair)
+        self._arguments = (code, out_url, device, engine_factory, repair)
         self._options = options
         self._seconds = seconds
         self._actor: Any = None
@@ -123,7 +126,9 @@ class RayCell:
 class LoneWorker:
     """The process behind a RayCell. Every call comes back as `(kind, value)`, for an exception would lose its words."""
 
-    def __init__(self, out_url: str, device: str, engine_factory: EngineFactory, repair: bool) -> None:
+    def __init__(self, code: Code, out_url: str, device: str, engine_factory: EngineFactory, repair: bool) -> None:
+        if own_code().digest != code.digest:
+            raise JobError(f"{socket.gethostname()} has {own_code()}, but this command runs {code}")
         self._out_url = out_url
         self._repair = repair
         self._generator = ChunkGenerator(out_url, device=device, engine_factory=engine_factory)

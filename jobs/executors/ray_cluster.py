@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import logging
 import os
 import secrets
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from latentmill.jobs.code import package_root
 from latentmill.jobs.errors import UsageError
 from latentmill.jobs.scratch import CLUSTER_PREFIX, scratch_folder, short_base
 from latentmill.jobs.show.display import held_back_stderr
@@ -26,6 +28,7 @@ _QUIET = {
     "RAY_DATA_LOG_LEVEL": "ERROR",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_prestart_worker_first_driver": "0",  # they would not be in the empty folder of `_nowhere`, and never be used
 }
 _MIB = 2**20
 _ASK_SECONDS = 10.0
@@ -75,7 +78,8 @@ def connect(address: str | None, *, insecure: bool = False) -> Connection:
         head = None
         if address and address != "local":
             where = f"cluster at {display_url(address)}"
-            head = _join_cluster(address, insecure=insecure)
+            folder = undo.enter_context(scratch_folder(short_base(), CLUSTER_PREFIX))
+            head = _join_cluster(address, folder, insecure=insecure)
         else:
             where = f"this machine, {_cores()} cores"
             folder = undo.enter_context(scratch_folder(short_base(), CLUSTER_PREFIX))
@@ -88,7 +92,7 @@ def connect(address: str | None, *, insecure: bool = False) -> Connection:
         return Connection(where=where, ending=undo.pop_all(), head=head)
 
 
-def _join_cluster(address: str, *, insecure: bool) -> str:
+def _join_cluster(address: str, folder: Path, *, insecure: bool) -> str:
     """The HOST:PORT of the cluster that this process has joined."""
     import ray
 
@@ -101,7 +105,12 @@ def _join_cluster(address: str, *, insecure: bool) -> str:
                 raise UsageError(open_cluster_text(where))
             if guarded and _refuses(endpoint, own_token()):  # Ray would try for twenty seconds, and not say why
                 raise UsageError(locked_out_text(where))
-            ray.init(address=endpoint, log_to_driver=False, logging_level=logging.ERROR)
+            ray.init(
+                address=endpoint,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                runtime_env=_nowhere(folder),
+            )
         except (OSError, RuntimeError, ValueError) as error:
             reason = " ".join(str(error).split())[:200]
             raise UsageError(f"no Ray cluster answers at {where}: {reason}; check --address or RAY_ADDRESS") from error
@@ -216,7 +225,7 @@ def _read_tokens_again() -> None:
 def _start_cluster(folder: Path) -> None:
     import ray
 
-    with _importable_by_children(), held_back_stderr():
+    with _importable_by_children(folder), held_back_stderr():
         ray.init(
             address="local",
             num_cpus=_cores(),
@@ -224,16 +233,35 @@ def _start_cluster(folder: Path) -> None:
             log_to_driver=False,
             logging_level=logging.ERROR,
             object_store_memory=_object_store_bytes(),
+            runtime_env=_nowhere(folder),
             _temp_dir=str(folder / "r"),  # Ray opens it to everyone: the folder above does not let them in
         )
 
 
+def _nowhere(folder: Path) -> dict[str, str]:
+    """A runtime environment whose workers run in an empty folder.
+
+    Without it Ray puts the driver's script's folder and its current one first on the workers' path, where a file of the
+    user's, such as a torch.py, would be imported in place of the module of that name. A job of the jobs API has
+    its own working folder, and Ray takes no second one.
+    """
+    given = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")).get("runtime_env") or {}
+    if "working_dir" in given:
+        return {}
+    empty = folder / "empty"
+    empty.mkdir()
+    return {"working_dir": str(empty)}
+
+
 @contextmanager
-def _importable_by_children() -> Iterator[None]:
-    """Within, processes that are started find this package, installed or not, whatever their working folder."""
+def _importable_by_children(folder: Path) -> Iterator[None]:
+    """Within, processes that are started find this very package, installed or not, and no current folder's."""
     before = os.environ.get("PYTHONPATH")
-    here = str(Path(__file__).parents[2])
-    os.environ["PYTHONPATH"] = f"{here}{os.pathsep}{before}" if before else here
+    code = folder / "code"
+    code.mkdir()
+    (code / "latentmill").symlink_to(package_root())
+    named = [place for place in (before or "").split(os.pathsep) if place]  # an empty one is the current folder
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(code), *map(os.path.abspath, named)])
     try:
         yield
     finally:

@@ -1,14 +1,10 @@
-"""The two stages of a pass on the cluster: actors that generate chunks, tasks that finish and commit them."""
+"""The two stages of a pass on the cluster, as they are in a worker: generating a chunk, and finishing it."""
 
 from __future__ import annotations
 
 import os
 import pickle
-import socket
-import time
 from typing import Any
-
-import pyarrow as pa
 
 from latentmill.engine import EngineError
 from latentmill.jobs.errors import JobError
@@ -25,37 +21,29 @@ from latentmill.jobs.worker import (
 )
 
 
-class Generate:
-    """An actor: one model, loaded once. No exception leaves it, for Ray would drop the whole block in silence."""
+class Generator:
+    """What is inside an actor, with its model loaded; the actor itself is in ray_entry.py."""
 
-    def __init__(self, out_url: str, device: str, engine_factory: EngineFactory, roster: Any, repair: bool) -> None:
-        import ray
-
-        context = ray.get_runtime_context()
-        self._name: str = context.get_actor_id()
+    def __init__(
+        self, worker: str, roster: Any, out_url: str, device: str, engine_factory: EngineFactory, repair: bool
+    ) -> None:
+        self._name = worker
         self._roster = roster
         self._repair = repair
-        self._generator: ChunkGenerator | None = None
-        if not ray.get(roster.enter.remote(self._name, context.get_node_id(), context.current_actor)):
-            return
         try:
             self._generator = ChunkGenerator(out_url, device=device, engine_factory=engine_factory)
-        except Exception as error:  # noqa: BLE001 - an actor that dies in its constructor is restarted for ever
+        except Exception as error:
             reason = str(error) if isinstance(error, JobError | EngineError) else describe_fault(error)
-            roster.unfit.remote(self._name, f"on {socket.gethostname()} the model could not be loaded: {reason}")
-        else:
-            roster.ready.remote(self._name)
+            raise JobError(f"the model could not be loaded: {reason}") from error
 
-    def __call__(self, batch: pa.Table) -> pa.Table:
-        return _packed(self._generate(int(batch["chunk"][0].as_py())))
+    def generate(self, chunk: int) -> bytes:
+        """A generated chunk for `finish`, or a receipt. No exception leaves it: Ray would drop the block in silence."""
+        return pickle.dumps(self._generate(chunk), protocol=5)
 
     def _generate(self, chunk: int) -> GeneratedChunk | Receipt:
         import ray
 
         generator = self._generator
-        if generator is None:
-            time.sleep(1.0)  # so that a broken node does not swallow the chunks of the sound ones
-            return Receipt(chunk=chunk, outcome="skipped")
         try:
             group, samples = generator.cut(chunk)
             try:
@@ -66,7 +54,7 @@ class Generate:
                 return Receipt(chunk=chunk, outcome="skipped", actor=generator.actor)
             with deadline(seconds):
                 made = generator.generate(chunk, repair=self._repair)
-        except Exception as error:  # noqa: BLE001 - see the class
+        except Exception as error:  # noqa: BLE001 - see `generate`
             if "CUDA error" in str(error):
                 os._exit(1)  # after one such error every call fails; Ray starts a fresh process and tries again
             receipt = fault_receipt(chunk, error, generator.actor)
@@ -77,26 +65,18 @@ class Generate:
         return made
 
 
-def finish(batch: pa.Table, out_url: str, roster: Any) -> pa.Table:
-    """Watermark, encode, write and commit one chunk; a receipt passes through."""
-    generated = unpacked(batch["payload"][0])
-    if isinstance(generated, Receipt):
-        return _packed(generated)
+def finish(payload: Any, roster: Any, out_url: str) -> bytes:
+    """Watermark, encode, write and commit one chunk; its receipt, or the one that came in its place."""
+    generated: GeneratedChunk | Receipt = pickle.loads(payload)  # noqa: S301 - from our own actors
+    receipt = generated if isinstance(generated, Receipt) else _finish(generated, roster, out_url)
+    return pickle.dumps(receipt, protocol=5)
+
+
+def _finish(generated: GeneratedChunk, roster: Any, out_url: str) -> Receipt:
     try:
-        return _packed(finish_chunk(out_url, generated))
+        return finish_chunk(out_url, generated)
     except Exception as error:  # noqa: BLE001 - Ray would drop the block in silence; the receipt says what happened
         receipt = fault_receipt(generated.chunk, error, generated.actor)
         if receipt.blame == "chunk":
             roster.blame.remote(generated.chunk)
-        return _packed(receipt)
-
-
-def _packed(item: GeneratedChunk | Receipt) -> pa.Table:
-    """One row with one binary cell, so that no block boundary can ever run through a chunk."""
-    return pa.table({"payload": pa.array([pickle.dumps(item, protocol=5)], pa.large_binary())})
-
-
-def unpacked(cell: Any) -> GeneratedChunk | Receipt:
-    """What `_packed` put into a cell."""
-    item: GeneratedChunk | Receipt = pickle.loads(cell.as_buffer())  # noqa: S301 - from our own actors and tasks
-    return item
+        return receipt

@@ -10,22 +10,37 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any
 
+from latentmill.jobs.errors import JobError
 from latentmill.jobs.executors.ray_cell import GRACE_SECONDS
 from latentmill.jobs.executors.roster import Overview, Roster
 from latentmill.jobs.show.display import print_line
+from latentmill.jobs.worker import describe_fault
 
 _WATCH_SECONDS = 1.0
 _HEAD_SECONDS = 5.0
+_START_SECONDS = 120.0
+"""What the start of the first process may take, a second or two where nothing else runs."""
 
 
 def open_roster(chunk_timeout: float | None) -> Any:
-    """The job's roster, on the driver's own node: where that goes, the driver goes too."""
+    """The job's roster, on the driver's own node: where that goes, the driver goes too.
+
+    Raises JobError if no process can be started there, for which Ray itself would try for ever.
+    """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
     options = {"num_cpus": 0, "scheduling_strategy": here, "max_restarts": -1, "max_task_retries": -1}
-    return ray.remote(Roster).options(**options).remote(chunk_timeout)
+    roster = ray.remote(Roster).options(**options).remote(chunk_timeout)
+    try:
+        ray.get(roster.start_pass.remote(), timeout=_START_SECONDS)
+    except ray.exceptions.RayError as error:
+        raise JobError(
+            f"Ray could not start a process on {socket.gethostname()} within {_START_SECONDS:g} s "
+            f"({describe_fault(error)}); see python-core-worker-*.log and raylet.err in its session's logs"
+        ) from error
+    return roster
 
 
 class Watch:

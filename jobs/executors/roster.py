@@ -18,6 +18,9 @@ COMPANY_TRIES = 2
 NODE_TROUBLES = 12
 """Deaths and failures in a row on one node, with no chunk done in between, before the node is left out."""
 
+START_TRIES = 3
+"""Deaths of one worker in a row before its model is loaded, on a node where none is, before the node is left out."""
+
 UNKNOWN_SECONDS = 600.0
 """What one sample may take while no chunk of its group is done yet: a large model on a slow CPU stays below."""
 
@@ -46,6 +49,8 @@ class _Worker:
     handle: Any
     node: str
     ready: bool = False
+    unborn: int = 0
+    """Deaths in a row, on this node, while the model was loaded."""
     chunk: int | None = None
     since: float = 0.0
     deadline: float = 0.0
@@ -88,9 +93,12 @@ class Roster:
         One that was at work under the same name has died: its chunk and its node are in trouble.
         """
         before = self._workers.get(worker)
+        entry = self._workers[worker] = _Worker(handle=handle, node=node)
         if before is not None:
             self._note_trouble(before, "its worker processes die one after the other")
-        self._workers[worker] = _Worker(handle=handle, node=node)
+            if before.node == node and not before.ready:
+                entry.unborn = before.unborn + 1
+                self._note_unborn(entry)
         return self._nodes.setdefault(node, _Node()).unfit is None
 
     def ready(self, worker: str) -> None:
@@ -98,10 +106,9 @@ class Roster:
         if worker in self._workers:
             self._workers[worker].ready = True
 
-    def unfit(self, worker: str, reason: str) -> None:
-        """The model cannot be loaded there: no chunk should go there again."""
-        if worker in self._workers:
-            self._nodes.setdefault(self._workers[worker].node, _Node()).unfit = reason
+    def unfit(self, node: str, reason: str) -> None:
+        """Nothing can work there: no chunk should go there again."""
+        self._nodes.setdefault(node, _Node()).unfit = reason
 
     def begin(self, worker: str, chunk: int, group: int, samples: int) -> float | None:
         """The seconds that the worker may take for a chunk; None if it must not begin it.
@@ -167,6 +174,12 @@ class Roster:
             ),
             unfit={name: node.unfit for name, node in self._nodes.items() if node.unfit is not None},
         )
+
+    def _note_unborn(self, worker: _Worker) -> None:
+        others = any(other.ready for other in self._workers.values() if other.node == worker.node)
+        node = self._nodes.setdefault(worker.node, _Node())
+        if worker.unborn >= START_TRIES and not others and node.unfit is None:
+            node.unfit = f"a worker process died {worker.unborn} times in a row while it loaded the model"
 
     def _note_trouble(self, worker: _Worker, reason: str) -> None:
         node = self._nodes.setdefault(worker.node, _Node())

@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from latentmill.engine import SEED_LIMIT, WATERMARK_MIN_PIXELS, EngineError, ModelDescription, load_tokenizer
+from latentmill.jobs.code import own_code
 from latentmill.jobs.errors import UsageError
 from latentmill.jobs.manifests.manifest import Manifest, open_manifest
 from latentmill.jobs.manifests.tokens import TokenCounter
@@ -111,7 +112,11 @@ class DraftPlan:
                 "classes": [decode_class(class_fields(self.grid.axes), numbers) for numbers in self.grid.classes],
                 "images": self.grid.images.tolist(),
             },
-            "versions": {"python": platform.python_version(), **{name: _version(name) for name in _VERSIONED}},
+            "versions": {
+                "python": platform.python_version(),
+                **{name: _version(name) for name in _VERSIONED},
+                "code": own_code().digest,
+            },
             "created_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         }
         return {**content, "checksum": fingerprint(content)}

@@ -7,7 +7,7 @@ import sys
 from collections import Counter
 from typing import TYPE_CHECKING
 
-from latentmill.jobs.show.display import duration, print_facts, print_line, print_table, safe, size
+from latentmill.jobs.show.display import duration, print_facts, print_line, print_table, print_untrusted, safe, size
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -27,7 +27,8 @@ _DEFECTS_SHOWN = 20
 _VALUES_SHOWN = 8
 _COLUMNS_SHOWN = 20
 _COLUMN_SHOWN = 60
-_MESSAGE_SHOWN = 2000
+_MESSAGE_LINES = 30
+"""Of the words with which a job failed, the last: its error is at their end, and `logs` has all."""
 _PROMPT_SHOWN = 100
 _ERROR_SHOWN = 300
 _UNREADABLE = {
@@ -192,17 +193,19 @@ def show_submission(submission: Submission) -> None:
 def show_cancelled(job: JobInfo) -> None:
     """What becomes of a job that was told to stop."""
     going = "it stops once the chunks in flight are done; the same `latentmill submit` resumes it"
-    _show_job(job, {"next": going if job.state in {"pending", "running", "stopped"} else "it had ended before"})
+    _show_job(job, {"next": going if job.state in {"stopping", "stopped"} else "it had ended before"})
 
 
 def _show_job(job: JobInfo, more: Mapping[str, object]) -> None:
     facts: dict[str, object] = {"cluster": job.address, "state": job.state}
     if job.exit_code:
         facts["exit code"] = job.exit_code
-    if job.message and job.state in {"failed", "unknown"}:
-        facts["message"] = job.message[-_MESSAGE_SHOWN:]
+    if job.message and job.state == "unknown":
+        facts["message"] = job.message
     good = job.state in {"pending", "running", "succeeded"}
     print_facts(f"job {job.job_id}", facts | dict(more), style="green" if good else "yellow")
+    if job.message and job.state == "failed":
+        print_untrusted("\n".join(job.message.splitlines()[-_MESSAGE_LINES:]))
 
 
 def show_verify(report: VerifyReport) -> None:

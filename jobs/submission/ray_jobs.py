@@ -16,6 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+from latentmill.jobs.code import code_files, package_root
 from latentmill.jobs.errors import JobError, UsageError
 from latentmill.jobs.executors.ray_cluster import locked_out_text, open_cluster_text, own_token
 from latentmill.jobs.ledger.records import tool_versions
@@ -32,8 +33,6 @@ _STATES: dict[str, JobState] = {
     "SUCCEEDED": "succeeded",
     "FAILED": "failed",
 }
-_CODE = ("__init__.py", "__main__.py", "cli.py", "engine", "jobs", "configs")
-_LEFT_OUT = {"__pycache__", ".mypy_cache"}
 
 
 class JobsClient:
@@ -180,22 +179,15 @@ def pack_code(folder: Path) -> Path:
 
     The same code gives the same bytes, which a cluster then keeps once. Tests and the training recipe stay behind.
     """
-    root = Path(__file__).parents[2]
+    root = package_root()
     version = tool_versions()["latentmill"]
     target = folder / "latentmill.zip"
     with zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
-        for path in sorted(_code_files(root)):
+        for path in sorted(code_files(root)):
             _add(archive, f"latentmill/{path.relative_to(root).as_posix()}", path.read_bytes())
         about = f"Metadata-Version: 2.1\nName: latentmill\nVersion: {version}\n"
         _add(archive, f"latentmill-{version}.dist-info/METADATA", about.encode())
     return target
-
-
-def _code_files(root: Path) -> Iterator[Path]:
-    for name in _CODE:
-        place = root / name
-        files = [place] if place.is_file() else place.rglob("*")
-        yield from (path for path in files if path.is_file() and not _LEFT_OUT.intersection(path.parts))
 
 
 def _add(archive: zipfile.ZipFile, name: str, data: bytes) -> None:

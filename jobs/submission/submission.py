@@ -21,8 +21,12 @@ from latentmill.jobs.manifests.manifest import open_manifest
 from latentmill.jobs.outputs.status import StatusReport
 from latentmill.jobs.outputs.status import status as output_status
 from latentmill.jobs.spec import JobSpec, given_settings
+from latentmill.jobs.store.errors import StorageError
 from latentmill.jobs.store.storage import Storage
 from latentmill.jobs.store.urls import display_url
+
+START = "latentmill/jobs/submission/start.sh"
+"""Within the code that is sent, which is the driver's working folder."""
 
 SUBMITTED, SUBMISSIONS = "_job/submitted", "_job/submissions"
 MAX_MANIFEST_BYTES = 2 * 2**30
@@ -30,7 +34,7 @@ MAX_SUBMISSIONS = 10_000
 STATUS_SECONDS = 3.0
 """How long a look at an output waits for a cluster that does not answer."""
 
-JobState = Literal["pending", "running", "stopped", "succeeded", "failed", "unknown"]
+JobState = Literal["pending", "running", "stopping", "stopped", "succeeded", "failed", "unknown"]
 ENDED: frozenset[JobState] = frozenset({"stopped", "succeeded", "failed"})
 _JOB_ID = re.compile(r"latentmill-[0-9a-f]{16}(-[0-9]{1,5})?")
 _SAFE_NAME = re.compile(r"[^A-Za-z0-9._-]+")
@@ -83,6 +87,11 @@ class JobStatus:
     report: StatusReport | None
     job: JobInfo | None
 
+    @property
+    def exit_code(self) -> int:
+        """1 if the job failed on its cluster, whatever it had done by then."""
+        return int(self.job is not None and self.job.state == "failed")
+
     def to_dict(self) -> dict[str, Any]:
         """For `--json`: the report's keys as they are without a cluster, and `job` where there is one."""
         from dataclasses import asdict
@@ -122,9 +131,7 @@ def submit_job(
     digest = _digest(job_file)
     place = f"{SUBMITTED}/{digest}/job.yaml"
     storage.create(place, job_file)
-    entrypoint = shlex.join(
-        ["exec", "python", "-m", "latentmill", "run", "--config", f"{spec.out.rstrip('/')}/{place}"]
-    )
+    entrypoint = shlex.join(["exec", "sh", START, "run", "--config", f"{spec.out.rstrip('/')}/{place}"])
     base = f"latentmill-{_digest(job_file + spec.out.encode())}"
     metadata = {"out": display_url(spec.out)}
     for number in range(1, MAX_SUBMISSIONS):
@@ -136,6 +143,7 @@ def submit_job(
                 continue  # it ran on a cluster, or a head, that is no more
             started = api.submit(job_id, entrypoint=entrypoint, variables=variables, metadata=metadata)
             info = api.info(job_id)
+        info = info and _with_cancel(info, storage)
         if info is not None and (started or info.state not in ENDED):
             _record(storage, job_id, api.address)
             _remember_cluster(api.address)
@@ -173,6 +181,7 @@ def job_status(
     ask = api or _api
     if _JOB_ID.fullmatch(target):
         info = _info(find_job(target, address), ask)
+        info = _with_cancel(info, _output(info.out))
         out = info.out
         report = None
         if out is not None:
@@ -187,8 +196,9 @@ def job_status(
         info = _info(find_job(target, address), lambda place: ask(place, seconds=STATUS_SECONDS))
     except JobError as error:
         info = JobInfo(job_id=job_id, address=recorded, state="unknown", message=str(error))
+    info = _with_cancel(info, _output(target))
     report = None
-    if info.state not in {"pending", "running", "failed"}:
+    if info.state not in {"pending", "running", "stopping", "failed"}:
         return JobStatus(report=output_status(target, deep=deep), job=info)
     with contextlib.suppress(UsageError):  # the driver has not planned yet, or could not
         report = output_status(target, deep=deep)
@@ -207,11 +217,38 @@ def job_logs(target: str, write: Callable[[str], None], *, follow: bool = False,
 
 
 def cancel_job(target: str, *, address: str | None = None) -> JobInfo:
-    """Afterwards the driver has been told to stop: chunks in flight finish, no more begin, and the job can resume."""
+    """Afterwards the driver has been told to stop: chunks in flight finish, no more begin, and the job can resume.
+
+    The output keeps that in mind, since to the cluster such a job is merely running until its driver has ended.
+    """
     place = find_job(target, address)
     api = _api(place.address)
     api.stop(place.job_id)
-    return _info(place, lambda _: api)
+    info = _info(place, lambda _: api)
+    if info.state in ENDED:
+        return info
+    storage = _output(place.out or info.out)
+    if storage is not None:
+        with contextlib.suppress(StorageError):  # to be read from here, but not to be written
+            storage.create(_cancel_path(place.job_id), json.dumps({"cancelled": _now()}).encode())
+    return replace(info, state="stopping")
+
+
+def _with_cancel(info: JobInfo, storage: Storage | None) -> JobInfo:
+    """A job that goes on and was told to stop is `stopping`, by what the output says, if it can be read from here."""
+    if storage is None or info.state not in {"pending", "running"}:
+        return info
+    with contextlib.suppress(StorageError):
+        if storage.exists(_cancel_path(info.job_id)):
+            return replace(info, state="stopping")
+    return info
+
+
+def _output(out: str | None) -> Storage | None:
+    """The output, if it can be opened from here: a job's may be one that only its cluster sees."""
+    with contextlib.suppress(JobError):
+        return None if out is None else Storage.of_output(out)
+    return None
 
 
 def _info(place: JobPlace, ask: Callable[[str], JobsApi]) -> JobInfo:
@@ -326,9 +363,16 @@ def _record_path(job_id: str) -> str:
     return f"{SUBMISSIONS}/{job_id}.json"
 
 
+def _cancel_path(job_id: str) -> str:
+    return f"{SUBMISSIONS}/{job_id}.cancelled"
+
+
 def _record(storage: Storage, job_id: str, address: str) -> None:
-    submitted = datetime.now(UTC).isoformat(timespec="microseconds")
-    storage.create(_record_path(job_id), json.dumps({"address": address, "submitted": submitted}).encode())
+    storage.create(_record_path(job_id), json.dumps({"address": address, "submitted": _now()}).encode())
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="microseconds")
 
 
 def _newest_record(out: str) -> tuple[str, str] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -27,7 +28,12 @@ def ray_cluster(shared_cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> Clu
 
 
 @pytest.fixture(scope="session")
-def guarded(s3_environment: dict[str, str]) -> Iterator[Cluster]:
-    """A head that asks for a token, with a dashboard, whose nodes reach the S3 server and have none of our code."""
-    with cluster(head_cpus=3, dashboard=True, environment={**s3_environment, "PYTHONPATH": ""}) as nodes:
+def guarded(s3_environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """A head that asks for a token, with a dashboard; its nodes reach the S3 server, have none of our code, and a bad
+    `python` on their PATH."""
+    bad = tmp_path_factory.mktemp("bin") / "python"
+    bad.write_text("#!/bin/sh\necho this is not the Python of Ray; exit 9")
+    bad.chmod(0o755)
+    environment = {**s3_environment, "PYTHONPATH": "", "PATH": f"{bad.parent}{os.pathsep}{os.environ['PATH']}"}
+    with cluster(head_cpus=3, dashboard=True, environment=environment) as nodes:
         yield nodes

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import os
 import secrets
+import signal
+import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,9 +24,10 @@ from latentmill.jobs.outputs.verify import verify
 from latentmill.jobs.plans.plan import Plan
 from latentmill.jobs.progress import Progress
 from latentmill.jobs.runner import run_job
+from latentmill.jobs.spec import JobSpec
 from latentmill.jobs.store.backends import LocalFolder
 from latentmill.jobs.store.storage import Storage
-from tests.jobs.driver import job_spec, read_dataset, run
+from tests.jobs.driver import PROCESSES, job_spec, read_dataset, run
 from tests.jobs.fakes import FakeEngine, fake_engine
 
 Manifest = Callable[..., Path]
@@ -201,3 +207,42 @@ def test_what_takes_time_before_the_first_picture_is_named(tiny_model, manifest,
         "opening the output",
         "loading the model",
     ]
+
+
+def slow_chunk_engine(plan: Plan, device: str) -> FakeEngine:
+    return FakeEngine(batch_size=plan.batch_size, pause=20.0)
+
+
+def _run_and_note(spec: JobSpec, folder: Path) -> None:
+    with (folder / "log").open("w") as log, contextlib.redirect_stdout(log):
+        summary = run(spec, engine_factory=slow_chunk_engine, on_stop=(folder / "stopping").touch)
+    sys.exit(summary.exit_code)
+
+
+def test_a_second_signal_ends_the_run_before_its_chunk_is_committed_and_it_resumes(
+    manifest: Manifest, tiny_model: Path, tmp_path: Path
+) -> None:
+    spec = job_spec(tiny_model, manifest(3), tmp_path / "out")
+    process = PROCESSES.Process(target=_run_and_note, args=(spec, tmp_path))
+    process.start()
+    assert process.pid is not None
+    _wait_for(lambda: "begin" in _text(tmp_path / "log"))
+    os.kill(process.pid, signal.SIGINT)
+    _wait_for((tmp_path / "stopping").exists)
+    os.kill(process.pid, signal.SIGINT)
+    process.join(60)
+    assert process.exitcode == 130
+    assert not list(Storage.open(spec.out).list("ledger"))
+    summary = run(spec)
+    assert (summary.exit_code, summary.generated) == (0, 3)
+
+
+def _text(path: Path) -> str:
+    return path.read_text() if path.exists() else ""
+
+
+def _wait_for(true: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)

@@ -16,13 +16,14 @@ from pathlib import Path
 
 import pytest
 
+from latentmill.jobs.code import code_files, own_code, package_root, read_code
 from latentmill.jobs.errors import UsageError
 from latentmill.jobs.executors.ray_cluster import asks_for_a_token, connect
 from latentmill.jobs.ledger.records import decode_record
 from latentmill.jobs.models.place import place_model
 from latentmill.jobs.plans.plan import Plan
 from latentmill.jobs.store.storage import Storage
-from tests.harness.cluster import Cluster, Node, cluster
+from tests.harness.cluster import ROOT, Cluster, Node, cluster
 from tests.harness.processes import below
 from tests.jobs.driver import job_spec, read_dataset, run
 from tests.jobs.fakes import FakeEngine
@@ -253,10 +254,40 @@ def test_a_node_with_corrupt_weights_is_named_and_left_out(
     assert "unet/diffusion_pytorch_model.safetensors" in summary.left_out[0]
 
 
+@pytest.mark.timeout(600)
+def test_a_node_with_other_code_or_without_a_package_is_named_and_left_out(
+    stranger, monkeypatch, tiny_model: Path, manifest, tmp_path: Path
+):
+    other, bare = tmp_path / "other", tmp_path / "bare"
+    for path in code_files(package_root()):
+        if path.suffix == ".py":
+            copy = other / "latentmill" / path.relative_to(package_root())
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, copy)
+    (other / "latentmill/jobs/worker.py").write_text("raise RuntimeError('the wrong code ran')")
+    bare.mkdir()
+    (bare / "PIL.py").write_text("raise ModuleNotFoundError('No module named PIL')")
+    with cluster(head_cpus=1) as nodes:
+        for name, value in nodes.client_environment.items():
+            monkeypatch.setenv(name, value)
+        for number, folder in enumerate((other, bare), start=2):
+            nodes.environment["PYTHONPATH"] = f"{folder}{os.pathsep}{ROOT}"
+            nodes.add_worker(cpus=1)
+            wait_for_nodes(nodes, number)
+        spec = job_spec(tiny_model, manifest(40), tmp_path / "out", executor="ray", address=nodes.address)
+        summary = run(spec, engine_factory=copied_engine)
+    assert (summary.exit_code, summary.counts) == (0, {"ok": 40, "flagged": 0, "failed": 0})
+    refused, missing = sorted(summary.left_out, key=lambda text: "cannot start" in text)
+    assert str(read_code(other / "latentmill")) in refused
+    assert f"this command runs {own_code()}" in refused
+    assert "latentmill submit" in refused
+    assert "latentmill cannot start: ModuleNotFoundError: No module named PIL" in missing
+
+
 def wait_for_nodes(nodes: Cluster, number: int) -> None:
     connection = connect(nodes.address)
     try:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 240  # some seconds where nothing else runs
         while sum(node["Alive"] for node in connection.nodes()) < number:
             assert time.monotonic() < deadline
             time.sleep(0.3)

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import os
+import pickle
 import signal
 import time
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 
+from latentmill.jobs.code import own_code
 from latentmill.jobs.executors.isolation import DIED, OVERRAN
+from latentmill.jobs.executors.ray_cell import LoneWorker
+from latentmill.jobs.executors.ray_entry import Generate, send_by_value
+from latentmill.jobs.executors.ray_watch import open_roster
 from latentmill.jobs.outputs.verify import verify
+from latentmill.jobs.plans.plan import adopt, draft_plan
 from latentmill.jobs.progress import Progress
 from latentmill.jobs.store.storage import Storage
 from tests.harness.cluster import Cluster
 from tests.jobs.driver import job_spec, pictures, read_dataset, run
-from tests.jobs.fakes import FakeEngine
+from tests.jobs.fakes import FakeEngine, fake_engine
 
 pytestmark = [
     pytest.mark.cluster,
@@ -39,6 +46,45 @@ def test_prompts_that_kill_hang_or_raise_fail_alone(ray_cluster: Cluster, manife
         if row["prompt"] != "calm":
             assert rows[row["prompt"]] == row
     assert verify(str(tmp_path / "out")).defects == ()
+
+
+@pytest.fixture
+def hanging(manifest, tiny_model: Path, tmp_path: Path) -> str:
+    """An output with a plan whose one chunk hangs, with Python's lock held."""
+    spec = job_spec(tiny_model, manifest(["hang"]), tmp_path / "out")
+    with draft_plan(spec) as draft:
+        adopt(draft, Storage.open(spec.out))
+    return spec.out
+
+
+def ends_itself(actor, call) -> bool:
+    """Whether the process of an actor ends in a call, with nobody there to end it."""
+    import ray
+
+    ray.get(actor.__ray_ready__.remote())
+    try:
+        ray.get(call(), timeout=60)
+    except ray.exceptions.ActorDiedError:
+        return True
+    except ray.exceptions.GetTimeoutError:
+        ray.kill(actor)
+    return False
+
+
+def test_in_company_a_process_past_its_deadline_ends_itself(hanging: str):
+    import ray
+
+    send_by_value()
+    arguments = pickle.dumps((hanging, "cpu", fake_engine, False))
+    actor = ray.remote(Generate).options(num_cpus=0).remote(own_code(), open_roster(1.0), arguments)
+    assert ends_itself(actor, lambda: actor.__call__.remote(pa.table({"chunk": [0]})))
+
+
+def test_alone_a_process_past_its_deadline_ends_itself(hanging: str):
+    import ray
+
+    actor = ray.remote(LoneWorker).options(num_cpus=0).remote(own_code(), hanging, "cpu", fake_engine, repair=False)
+    assert ends_itself(actor, lambda: actor.call.remote("chunk", 1.0, 0))
 
 
 def dawdling_engine(plan, device) -> FakeEngine:

@@ -9,6 +9,7 @@ from latentmill.jobs.executors.roster import (
     LEAST_SECONDS,
     NODE_TROUBLES,
     PATIENCE,
+    START_TRIES,
     UNKNOWN_SECONDS,
     Roster,
 )
@@ -101,8 +102,27 @@ def test_a_node_that_only_fails_is_left_out_and_one_success_clears_it(roster: Ro
 
 
 def test_a_node_without_the_model_is_left_out_at_once(roster: Roster):
-    roster.unfit("a", "corrupt")
+    roster.unfit("north", "corrupt")
     assert roster.overview(30).unfit == {"north": "corrupt"}
+
+
+def test_a_node_where_a_worker_never_gets_ready_is_left_out_unless_others_do(roster: Roster):
+    for node in ("south", "north"):
+        for _ in range(START_TRIES):
+            assert roster.enter(f"b in the {node}", node, None)
+    assert roster.overview(30).unfit == {}
+    roster.enter("b in the north", "north", None)  # a is ready there: something may be wrong with b alone
+    assert not roster.enter("b in the south", "south", None)
+    died = f"a worker process died {START_TRIES} times in a row while it loaded the model"
+    assert roster.overview(30).unfit == {"south": died}
+
+
+def test_a_start_that_succeeds_is_the_end_of_a_row_of_deaths(roster: Roster):
+    for _ in range(2 * START_TRIES):
+        roster.enter("b", "south", None)
+        roster.enter("b", "south", None)
+        roster.ready("b")
+    assert roster.overview(30).unfit == {}
 
 
 def test_a_stop_names_what_is_under_way_and_nothing_begins_until_the_next_pass(roster: Roster):

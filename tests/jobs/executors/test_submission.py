@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.server
 import json
 import os
+import re
 import stat
 import subprocess
 import sys
@@ -18,6 +19,8 @@ from pathlib import Path
 
 import pytest
 
+from latentmill import cli
+from latentmill.jobs.code import package_root
 from latentmill.jobs.errors import JobError, UsageError
 from latentmill.jobs.spec import JobSpec, resolve
 from latentmill.jobs.store.storage import Storage
@@ -57,8 +60,11 @@ class FakeApi:
     def info(self, job_id: str) -> JobInfo | None:
         return self.jobs.get(job_id)
 
-    def set(self, job_id: str, state: submission.JobState) -> None:
-        self.jobs[job_id] = JobInfo(job_id=job_id, address=self.address, state=state)
+    def stop(self, job_id: str) -> bool:
+        return self.jobs[job_id].state in {"pending", "running"}  # and the driver goes on for a while
+
+    def set(self, job_id: str, state: submission.JobState, message: str = "", out: str | None = None) -> None:
+        self.jobs[job_id] = JobInfo(job_id=job_id, address=self.address, state=state, message=message, out=out)
 
 
 @pytest.fixture(autouse=True)
@@ -125,8 +131,8 @@ def test_the_driver_gets_the_same_job_with_the_manifest_where_it_can_see_it(spec
     job = spec(sweep=["guidance_scale=1,7.5"], negative_prompt="it's: [not] {yaml}", num_actors=3, strict=True)
     submit(job, api)
     words = str(api.sent[0]["entrypoint"]).split()
-    assert words[:6] == ["exec", "python", "-m", "latentmill", "run", "--config"]
-    sent = resolve(words[6], {})
+    assert words[:5] == ["exec", "sh", submission.START, "run", "--config"]
+    sent = resolve(words[5], {})
     assert Path(sent.prompts[0]).read_bytes() == Path(job.prompts[0]).read_bytes()
     assert Path(sent.prompts[0]).is_relative_to(tmp_path / "out/_job/submitted")
     told = {"address": None}
@@ -256,6 +262,122 @@ def test_a_redirect_does_not_take_the_token_along(monkeypatch: pytest.MonkeyPatc
         server.shutdown()
     assert [path for path, _ in seen] == ["/api/version", "/api/jobs/latentmill-0000000000000000"]
     assert [bool(token) for _, token in seen] == [False, True]
+
+
+@pytest.fixture
+def api(monkeypatch: pytest.MonkeyPatch) -> FakeApi:
+    """A cluster that every call finds at its address."""
+    api = FakeApi()
+    monkeypatch.setattr(submission, "_api", lambda *_, **__: api)
+    return api
+
+
+@pytest.mark.parametrize("by_id", [True, False])
+def test_a_cancelled_job_is_stopping_until_its_driver_has_ended(spec, api: FakeApi, by_id: bool):
+    out = spec().out
+    job_id = submit(spec(), api).job_id
+    api.set(job_id, "running", out=out)
+    target = job_id if by_id else out
+    address = HEAD if by_id else None
+    assert cancel_job(target, address=address).state == "stopping"
+    for asked in (job_id, out):
+        told = job_status(asked, address=HEAD).job
+        assert told is not None
+        assert (told.state, told.cli_exit_code) == ("stopping", 0)
+    again = submit(spec(), api)
+    assert (again.job_id, again.started, again.state) == (job_id, False, "stopping")
+    api.set(job_id, "stopped", out=out)
+    assert find_job(out).job_id == job_id
+    assert cancel_job(target, address=address).state == "stopped"
+    resumed = submit(spec(), api)
+    api.set(resumed.job_id, "running", out=out)
+    told = job_status(out).job
+    assert told is not None
+    assert (told.job_id, told.state) == (f"{job_id}-2", "running")
+
+
+def test_a_job_that_failed_makes_status_fail_and_shows_its_words_as_lines(spec, api: FakeApi, capsys, monkeypatch):
+    job_id = submit(spec(), api).job_id
+    message = "Job entrypoint command failed with exit code 2, last available logs:\nerror: no \x1b[31msuch file\r\nend"
+    api.set(job_id, "failed", message=message)
+    monkeypatch.setattr(sys, "argv", ["latentmill", "status", spec().out])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 1
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[-3:] == [
+        "Job entrypoint command failed with exit code 2, last available logs:",
+        "error: no \\x1b[31msuch file",
+        "end",
+    ]
+
+
+def test_the_driver_is_started_by_the_python_of_ray_whatever_path_says(tmp_path: Path):
+    """The script that starts it, below a process whose command line is a raylet's."""
+    script = str(package_root() / "jobs/submission/start.sh")
+    python = tmp_path / "a venv" / "python"
+    python.parent.mkdir()
+    python.write_text('#!/bin/sh\necho "$@"')
+    python.chmod(0o755)
+    supervisor = f"import subprocess; subprocess.run(['sh', {script!r}, 'run', 'a b'], check=True)"
+    for place in (python, Path("/bin/echo")):
+        worker = subprocess.list2cmdline([str(place), "/x/setup_worker.py", "--session=a b"])
+        raylet = [sys.executable, "-c", supervisor, f"--python_worker_command={worker}", "--java_worker_command="]
+        told = subprocess.run(raylet, capture_output=True, text=True, check=True)
+        assert told.stdout == "-m latentmill run a b\n"
+    lost = subprocess.run(["sh", script, "run"], capture_output=True, text=True, check=False)
+    assert lost.returncode == 1
+    assert re.fullmatch(r"error: no raylet on \S+ says by which Python Ray runs here; .*\n", lost.stderr)
+
+
+@contextmanager
+def jobs_api(token: str | None, seen: list[str]) -> Iterator[str]:
+    """The URL of a stub of the jobs API that wants this token, or serves anyone; `seen` are the tokens it was shown."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            shown = self.headers.get("Authorization") or ""
+            seen.append(shown)
+            self.send_response(200 if token is None or shown == f"Bearer {token}" else 401)
+            self.end_headers()
+            self.wfile.write(b"{}")
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+@pytest.fixture
+def mine(monkeypatch: pytest.MonkeyPatch) -> str:
+    """The token that this process has for clusters."""
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "mine")
+    return "mine"
+
+
+def test_a_jobs_api_that_serves_a_stranger_is_refused_and_shown_no_token(mine: str):
+    seen: list[str] = []
+    with jobs_api(None, seen) as url, pytest.raises(UsageError, match=r"for anyone who can reach it.*--insecure-ray"):
+        JobsClient(url).require_token()
+    assert seen == [""]
+
+
+def test_a_jobs_api_that_does_not_take_the_token_here_is_told(mine: str):
+    seen: list[str] = []
+    with jobs_api("theirs", seen) as url, pytest.raises(UsageError, match=r"asks for a token, and does not take"):
+        JobsClient(url).require_token()
+    assert seen == ["", "Bearer mine"]
+
+
+def test_a_jobs_api_that_takes_the_token_here_lets_in(mine: str):
+    seen: list[str] = []
+    with jobs_api(mine, seen) as url:
+        JobsClient(url).require_token()
+    assert seen == ["", "Bearer mine"]
 
 
 def test_the_code_that_is_sent_is_all_that_a_job_needs_and_nothing_else(tmp_path: Path):
