@@ -121,13 +121,14 @@ class _Healer:
         wanted = {defect.path: defect for defect in self._defects if defect.kind in _PICTURES}
         if not wanted:
             return
+        total, fault = len(wanted), "no commit record refers to it any more"
+        on_picture(0, total)
         try:
             generator = ChunkGenerator(self._out_url, device=self._job.plan.device, engine_factory=self._engine_factory)
         except (JobError, EngineError) as error:
             for defect in wanted.values():
                 self._leave(defect, f"the model is not at hand: {error}")
             return
-        total, fault = len(wanted), "no commit record refers to it any more"
         for chunk in sorted({int(place[1]) for path in wanted if (place := _PLACE.fullmatch(path))}):
             try:
                 for path, reason in self._chunk(generator, chunk, wanted):

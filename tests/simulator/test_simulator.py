@@ -107,7 +107,7 @@ def test_trusting_a_refusal_without_reading_back_is_caught(monkeypatch: pytest.M
 
 
 def test_publishing_from_a_listing_of_images_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fetch_listed(job: Job, repairs: Mapping[int, int]) -> Callable[[int], CommitRecord]:
+    def fetch_listed(job: Job, repairs: Mapping[int, int], *, present: bool) -> Callable[[int], CommitRecord]:
         def fetch(chunk: int) -> CommitRecord:
             record = job.ledger.effective(chunk, repairs.get(chunk, 0))
             assert record is not None
@@ -121,7 +121,7 @@ def test_publishing_from_a_listing_of_images_is_caught(monkeypatch: pytest.Monke
 
         return fetch
 
-    monkeypatch.setattr(publish_module, "_fetch_present", fetch_listed)
+    monkeypatch.setattr(publish_module, "_fetch", fetch_listed)
     assert_caught("I1", within=200)
 
 
