@@ -257,6 +257,7 @@ def test_a_redirect_does_not_take_the_token_along(monkeypatch: pytest.MonkeyPatc
     assert [bool(token) for _, token in seen] == [False, True]
 
 
+@pytest.mark.slow
 def test_the_code_that_is_sent_is_all_that_a_job_needs_and_nothing_else(tmp_path: Path):
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
