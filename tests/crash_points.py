@@ -16,8 +16,7 @@ from rich.table import Table
 from tests.harness.cluster import cluster
 from tests.harness.models import write_tiny_model
 from tests.harness.s3 import credentials, seaweedfs
-from tests.jobs.conftest import CPUS
-from tests.jobs.crash_points import AT_ONCE, INLINE, RAY, S3, CrashPoint, Outcome, Stage, play
+from tests.jobs.crash_points import AT_ONCE, CLUSTER_CPUS, INLINE, RAY, S3, CrashPoint, Outcome, Stage, play
 
 
 def main() -> int:
@@ -29,7 +28,7 @@ def main() -> int:
         (folder / "s3").mkdir()
         s3 = credentials(stack.enter_context(seaweedfs(folder / "s3")))
         os.environ.update(s3)
-        nodes = stack.enter_context(cluster(head_cpus=CPUS))
+        nodes = stack.enter_context(cluster(head_cpus=CLUSTER_CPUS))
         stage = Stage(folder=folder, model=write_tiny_model(folder / "model"), s3=s3, cluster=nodes)
         points = (*INLINE, *S3, *RAY)
         with ThreadPoolExecutor(AT_ONCE) as pool:

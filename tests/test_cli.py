@@ -396,12 +396,15 @@ def test_marks_are_read_back_from_pictures(call: Call, tmp_path: Path):
 
 @pytest.mark.parametrize(
     ("executor", "number"),
-    [("inline", signal.SIGINT), pytest.param("ray", signal.SIGTERM, marks=pytest.mark.cluster)],
+    [
+        pytest.param("inline", signal.SIGINT, marks=pytest.mark.slow),
+        pytest.param("ray", signal.SIGTERM, marks=pytest.mark.cluster),
+    ],
 )
 def test_one_signal_ends_in_order_and_the_same_command_resumes(
     call: Call, job: list[object], tmp_path: Path, executor: str, number: signal.Signals
 ):
-    slow = [*job, "--num-inference-steps", 60, "--num-images", 8]
+    slow = [*job, "--num-inference-steps", 60, "--num-images", 4]
     process = start("run", *slow, "--executor", executor)
     deadline = time.monotonic() + 60
     while not list(tmp_path.glob("out/ledger/*/*.parquet")):
@@ -417,7 +420,7 @@ def test_one_signal_ends_in_order_and_the_same_command_resumes(
     committed = len(list(tmp_path.glob("out/ledger/*/*.parquet")))
     code, out, _ = call("run", *slow, "--json")
     assert code == 0
-    assert json.loads(out)["generated"] == 48 - 2 * committed
+    assert json.loads(out)["generated"] == 24 - 2 * committed
 
 
 @pytest.mark.cluster

@@ -175,6 +175,7 @@ def test_the_rayjob_runs_a_command_of_ours_and_holds_no_secret():
     assert not re.search(r"(KEY|TOKEN|SECRET)[A-Z_]*\s*[:=]\s*['\"]?(?!\.\.\.)[A-Za-z0-9]", text)
 
 
+@pytest.mark.slow
 def test_the_line_of_cron_runs_and_names_tonights_output(tmp_path: Path):
     [line] = [
         line for line in (FOLDER / "nightly.cron").read_text().splitlines() if line.strip() and not line.startswith("#")

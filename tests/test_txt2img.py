@@ -337,6 +337,7 @@ def test_a_short_last_batch_takes_as_much_noise_as_a_full_one(tmp_path):
         assert torch.equal(torch.stack(noise)[:, 0], start[: len(requests)])
 
 
+@pytest.mark.slow
 def test_per_sample_noise_is_that_of_the_job_runner(embedded):
     arguments = ("--n_samples", 2, "--ddim_steps", 2, "--ddim_eta", 1, "--rng", "per-sample", "--seed", 7)
     found = [result.pixels for batch in generate_batches(plan(*arguments), embedded) for result in batch]
@@ -361,6 +362,7 @@ def test_per_sample_noise_is_that_of_the_job_runner(embedded):
         (["--scale", "0.5"], {"scale": 0.5}),
     ],
 )
+@pytest.mark.slow
 def test_pixels_are_the_originals_truncation_included(sd1, flags, settings):
     drawing = checkpoint(sd1, *SMALL, "--ddim_steps", 4, *flags)
     assert_the_originals(our_pictures(drawing), originals_pictures(sd1 / "folder", **settings))
@@ -431,6 +433,7 @@ def test_the_checker_is_open_nsfw_unless_the_model_has_its_own(embedded):
 # The whole command
 
 
+@pytest.mark.slow
 def test_samples_and_grid_are_the_marked_pictures(embedded, tmp_path):
     arguments = ("--n_samples", 2, "--ddim_steps", 2, "--n_rows", 3, "--outdir", tmp_path / "out")
     done: list[int] = []
@@ -453,6 +456,7 @@ def test_what_is_skipped_is_not_written(embedded, tmp_path, skipped):
     assert found == (["grid-0000.png"] if skipped == "--skip_save" else ["samples/00000.png", "samples/00001.png"])
 
 
+@pytest.mark.slow
 def test_the_command_draws_with_the_embedded_model_and_says_what_it_can(tmp_path):
     """In a process of its own, as a user would start it, and without Ray."""
     script = (
@@ -493,6 +497,7 @@ def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *a
     return int(stopped.value.code or 0), out, err
 
 
+@pytest.mark.slow
 def test_the_command_draws_with_a_checkpoint_and_its_config(sd1, tmp_path, monkeypatch, capsys):
     model = ("--ckpt", sd1 / "model.ckpt", "--config", sd1 / "config.yaml", "--f", 4, "--H", 256, "--W", 256)
     few = ("--n_samples", 1, "--n_iter", 1, "--dpm_solver", "--prompt", "long " * 30)
@@ -520,6 +525,7 @@ def test_the_canonical_command_draws_with_the_originals_checkpoint_where_it_is_t
     assert out.startswith(f"model: {DEFAULT_CKPT} (stable-diffusion), 256x256\n")
 
 
+@pytest.mark.slow
 def test_laion400m_draws_with_the_files_at_the_originals_places(tmp_path, monkeypatch, capsys):
     """The checkpoint has the published key names and small widths; a config in the working folder is taken first."""
     config = yaml.safe_load((ROOT / LAION_CONFIG).read_text())

@@ -37,6 +37,7 @@ def measure(name: str, *calls: dict[str, object]) -> list[dict]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_planning_more_rows_takes_no_more_memory(tmp_path: Path) -> None:
     counts = (100_000, 400_000)
     calls = [
@@ -48,6 +49,7 @@ def test_planning_more_rows_takes_no_more_memory(tmp_path: Path) -> None:
     assert (many["peak_mib"] - few["peak_mib"] - SLACK_MIB) * 2**20 < BYTES_PER_ROW * (counts[1] - counts[0])
 
 
+@pytest.mark.slow
 def test_resuming_more_chunks_takes_no_more_memory(tmp_path: Path) -> None:
     counts = (2_000, 20_000)
     calls = []

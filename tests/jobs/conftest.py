@@ -9,13 +9,11 @@ import pytest
 
 from tests.harness.cluster import Cluster, cluster
 
-CPUS = 8  # so many in name, that several small jobs run on it at once
-
 
 @pytest.fixture(scope="session")
 def shared_cluster(s3_environment: dict[str, str]) -> Iterator[Cluster]:
-    """A head that asks for a token, whose workers import from this folder and reach the S3 server."""
-    with cluster(head_cpus=CPUS, environment=s3_environment) as nodes:
+    """A head with two CPUs that asks for a token, whose workers import from this folder and reach the S3 server."""
+    with cluster(head_cpus=2, environment=s3_environment) as nodes:
         yield nodes
 
 

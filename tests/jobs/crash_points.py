@@ -30,6 +30,7 @@ REAL_SETTINGS = {"chunk_size": 2, "num_inference_steps": 4, "width": 256, "heigh
 REAL_SETTINGS |= {"watermark": "dwtDct", "threads_per_actor": 1}
 SECONDS = 400
 AT_ONCE = 3
+CLUSTER_CPUS = 8  # so many in name, that several small jobs run on it at once
 
 Victim = Literal["driver", "actor", "finisher"]
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.harness.cluster import Cluster
-from tests.jobs.crash_points import AT_ONCE, INLINE, RAY, S3, CrashPoint, Outcome, Stage, play
+from tests.harness.cluster import cluster
+from tests.jobs.crash_points import AT_ONCE, CLUSTER_CPUS, INLINE, RAY, S3, CrashPoint, Outcome, Stage, play
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]  # the first test waits for a share of all the others
 
@@ -21,12 +21,16 @@ Outcomes = Mapping[CrashPoint, Future[Outcome]]
 
 @pytest.fixture(scope="module")
 def outcomes(
-    shared_cluster: Cluster, tiny_model: Path, s3_environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+    tiny_model: Path, s3_environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Outcomes]:
     """All crash points, several at once: each test waits for its own."""
     folder = tmp_path_factory.mktemp("crash")
-    with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(AT_ONCE) as pool:
-        stage = Stage(folder=folder, model=tiny_model, s3=s3_environment, cluster=shared_cluster)
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        cluster(head_cpus=CLUSTER_CPUS) as nodes,
+        ThreadPoolExecutor(AT_ONCE) as pool,
+    ):
+        stage = Stage(folder=folder, model=tiny_model, s3=s3_environment, cluster=nodes)
         for name, value in s3_environment.items():
             patch.setenv(name, value)
         assert stage.undisturbed

@@ -300,6 +300,7 @@ def test_errors_let_nothing_through_that_a_terminal_obeys(
             assert not OBEYED.search(captured.out + captured.err), arguments
 
 
+@pytest.mark.slow
 def test_nothing_gets_through_on_a_real_terminal_either(
     hostile_manifest: Path, tiny_model: Path, tmp_path: Path
 ) -> None:
@@ -341,6 +342,7 @@ cli.main()
 """
 
 
+@pytest.mark.slow
 def test_rows_fetch_nothing(tiny_model: Path, tmp_path: Path) -> None:
     contacts: list[bytes] = []
 

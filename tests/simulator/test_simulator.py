@@ -24,6 +24,7 @@ from tests.simulator.schedule import Outcome, first_violation, run_schedule
 SCHEDULES = 300
 
 
+@pytest.mark.slow
 def test_the_invariants_hold_in_every_schedule() -> None:
     first = int(os.environ.get("LATENTMILL_TEST_SEED", random.randrange(2**32)))
     print(f"LATENTMILL_TEST_SEED={first}")

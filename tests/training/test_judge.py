@@ -25,6 +25,7 @@ def seen():
 
 
 @pytest.mark.parametrize("word", ["background", "colour", "shape", "position", "size"])
+@pytest.mark.slow
 def test_true_renders_are_recognised(seen, word):
     drawn, sightings = seen
     right = [sighting.agrees(scene)[word] for scene, sighting in zip(drawn, sightings, strict=True)]

@@ -380,6 +380,7 @@ def test_a_jobs_api_that_takes_the_token_here_lets_in(mine: str):
     assert seen == ["", "Bearer mine"]
 
 
+@pytest.mark.slow
 def test_the_code_that_is_sent_is_all_that_a_job_needs_and_nothing_else(tmp_path: Path):
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()

@@ -224,6 +224,7 @@ def test_a_lock_is_waited_for_and_not_for_ever(node_cache):
         assert again
 
 
+@pytest.mark.slow
 def test_four_processes_at_once_download_once(s3, node_cache):
     put(f"{s3}/model", FILES)
     holders = [start_holder(f"{s3}/model", DIGESTS, node_cache) for _ in range(4)]

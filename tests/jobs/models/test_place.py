@@ -96,6 +96,7 @@ def test_a_single_file_in_a_bucket_with_its_vocabulary_in_another_place(node_cac
     assert node_cache in Path(spec.tokenizer or "").parents
 
 
+@pytest.mark.slow
 def test_a_flipped_byte_on_one_node_is_named_there_and_harmless_elsewhere(
     manifest: Manifest, node_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -121,6 +122,7 @@ def test_a_flipped_byte_on_one_node_is_named_there_and_harmless_elsewhere(
     assert on_sound.stdout.strip() == str(sound / "models--someone--tiny/snapshots" / COMMIT), on_sound.stderr
 
 
+@pytest.mark.slow
 def test_a_flipped_byte_in_a_nodes_download_is_fetched_again(
     s3: str, tiny_model: Path, manifest: Manifest, node_cache: Path, tmp_path: Path
 ) -> None:

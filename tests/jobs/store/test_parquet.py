@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 
 from latentmill.jobs.store.parquet import read_parquet
 
@@ -31,6 +32,7 @@ def test_the_whole_table_or_some_columns_with_the_metadata() -> None:
     assert read_parquet(parquet(table), ["text"]).column_names == ["text"]
 
 
+@pytest.mark.slow
 def test_a_process_that_reads_and_ends_is_not_aborted() -> None:
     data = parquet(pa.table({"number": list(range(100)), "text": ["x"] * 100}))
     for _ in range(12):  # the scanner of pyarrow aborts about every third

@@ -98,6 +98,7 @@ def _race(url: str, name: int, rounds: int, start: multiprocessing.Barrier, wins
 
 
 @pytest.mark.parametrize("place", ["local", "s3"])
+@pytest.mark.slow
 def test_create_has_one_winner_among_processes(place: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     url, rounds, processes = (str(tmp_path), 60, 4) if place == "local" else (request.getfixturevalue("s3"), 5, 2)
     context = multiprocessing.get_context("spawn")
