@@ -108,5 +108,5 @@ def _with_overrides(blueprint: Blueprint, spec: ModelSpec) -> Blueprint:
         )
         if value is not None
     }
-    SchedulerConfig.from_dict(changes)  # refuses a name that there is not
+    SchedulerConfig.from_dict(changes)  # refuses an unknown name
     return dataclasses.replace(blueprint, scheduler=dataclasses.replace(blueprint.scheduler, **changes))

@@ -117,7 +117,7 @@ def _corrected_strides(schedule: NoiseSchedule, steps: int) -> Levels:
     """As `_strides`, with a correction of the first step.
 
     As in diffusers, that is one stride which ends at the next timestep, wherever rounding has put it; a single step is
-    not corrected. By `original` spacing a single step is: the model is told its own timestep twice. A step from a level
+    not corrected. By `original` spacing a single step is corrected too, at its own timestep. A step from a level
     without signal cannot be corrected.
     """
     strides = _strides(schedule, steps).steps
