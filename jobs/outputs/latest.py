@@ -11,9 +11,11 @@ import json
 from dataclasses import asdict, dataclass
 
 from latentmill.jobs.night import Night
-from latentmill.jobs.outputs.publish import MANIFEST_PATH, Publication
+from latentmill.jobs.outputs.publish import MANIFEST_PATH, MAX_MANIFEST_BYTES, Publication
 from latentmill.jobs.store.storage import Storage
 from latentmill.jobs.store.urls import allowed_filesystem, display_url
+
+_POINTER_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,7 +64,7 @@ def _published(night: Night) -> Latest | None:
     """What the pointer should say of a night; None if it has no dataset, or one with failed samples."""
     storage = Storage.open(night.out)
     try:
-        publication = Publication.from_json(storage.read(MANIFEST_PATH))
+        publication = Publication.from_json(storage.read(MANIFEST_PATH, MAX_MANIFEST_BYTES))
         published = datetime.datetime.fromtimestamp(storage.modified(MANIFEST_PATH), datetime.UTC)
     except (FileNotFoundError, ValueError):
         return None
@@ -81,12 +83,12 @@ def _published(night: Night) -> Latest | None:
 def _read(storage: Storage, night: Night) -> Latest | None:
     """What the pointer says; None if there is none, or something else in its place."""
     try:
-        fields = json.loads(storage.read(night.pointer))
+        fields = json.loads(storage.read(night.pointer, _POINTER_BYTES))
         if fields.pop("format") != 1:
             return None
         datetime.date.fromisoformat(fields["date"])
         return Latest(pointer=_pointer_url(night), **fields)
-    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
 
 

@@ -11,6 +11,8 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import math
+import re
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -28,9 +30,15 @@ from latentmill.jobs.job import Job
 from latentmill.jobs.ledger.ledger import LedgerListing
 from latentmill.jobs.ledger.records import STATUSES, CommitRecord, count_statuses
 from latentmill.jobs.plans.planned import PLAN_PATH
+from latentmill.jobs.store.parquet import OversizeError, read_parquet
 
 MANIFEST_PATH = "dataset/manifest.json"
+PART_NAME = re.compile(r"dataset/part-\d{5,}-([0-9a-f]{16})\.parquet", re.ASCII)
+"""The names of parts; in the middle the first digits of their SHA-256. A manifest with any other name is forged."""
 ROWS_PER_PART = 50_000
+MAX_PART_BYTES = 2 << 30
+"""The largest part, packed or unpacked."""
+MAX_MANIFEST_BYTES = 64 << 20
 _ROUNDS = 10
 _READ_AHEAD = 32
 _READ_THREADS = 16
@@ -46,6 +54,13 @@ class Part:
     rows: int
     bytes: int
     sha256: str
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for what no publisher writes: whoever reads or removes parts goes by their names."""
+        if not (isinstance(self.path, str) and PART_NAME.fullmatch(self.path) and isinstance(self.sha256, str)):
+            raise ValueError("it names a part that is none")
+        if not (_is_count(self.rows, 1, ROWS_PER_PART) and _is_count(self.bytes, 1, MAX_PART_BYTES)):
+            raise ValueError("it has a part of an impossible size")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,18 +94,38 @@ class Publication:
             fields["parts"] = tuple(Part(**part) for part in fields["parts"])
             fields["schema"] = tuple((name, kind) for name, kind in fields["schema"])
             fields["execution_classes"] = tuple(fields["execution_classes"])
-            return cls(**fields)
-        except (KeyError, TypeError, AttributeError) as error:
+            made = cls(**fields)
+            counts = [made.rows, made.images, made.image_bytes, made.repairs, made.rejected_rows]
+            counts += [made.counts[status] for status in STATUSES]
+            if not all(_is_count(count) for count in counts):
+                raise ValueError("one of its totals is no whole number")
+        except (KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"it is not a dataset manifest: {error}") from error
+        return made
+
+
+def _is_count(value: Any, least: int = 0, most: float = math.inf) -> bool:
+    return type(value) is int and least <= value <= most
 
 
 def load_publication(job: Job) -> Publication | None:
     """The published manifest; None if the dataset is not published or its manifest is damaged."""
     try:
-        publication = Publication.from_json(job.storage.read(MANIFEST_PATH))
+        publication = Publication.from_json(job.storage.read(MANIFEST_PATH, MAX_MANIFEST_BYTES))
     except (FileNotFoundError, ValueError):
         return None
     return publication if publication.plan_hash == job.plan.plan_hash else None
+
+
+def read_columns(job: Job, part: Part, columns: Sequence[str]) -> pa.Table:
+    """Some columns of a part. Raises FileNotFoundError if it is gone, JobError if it is not as it was published."""
+    try:
+        data = job.storage.read(part.path, part.bytes)
+        return read_parquet(data, columns, max_rows=part.rows, max_bytes=MAX_PART_BYTES)
+    except (pa.ArrowException, KeyError, OversizeError) as error:
+        raise JobError(
+            f"{part.path} in {job.storage.url} is damaged: {error}; run `latentmill verify {job.storage.url}`"
+        ) from error
 
 
 def standing_publication(job: Job) -> Publication | None:

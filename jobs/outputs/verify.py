@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import random
-import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
@@ -17,23 +16,25 @@ from latentmill.jobs.job import Job, open_job
 from latentmill.jobs.ledger.ledger import chunk_of_path, record_path, repair_of_path, repair_path
 from latentmill.jobs.ledger.pictures import decode_png, pixel_sha256
 from latentmill.jobs.ledger.records import CommitRecord, WrongRepairError
-from latentmill.jobs.outputs.defects import Defect, row_defects, status_defects
+from latentmill.jobs.outputs.defects import Defect, is_own_picture, row_defects, status_defects
 from latentmill.jobs.outputs.publish import (
     MANIFEST_PATH,
+    MAX_PART_BYTES,
+    PART_NAME,
     ROWS_PER_PART,
     Part,
     Publication,
     load_publication,
     merged_tables,
 )
-from latentmill.jobs.store.parquet import read_parquet
+from latentmill.jobs.store.parquet import OversizeError, read_parquet
 
 Phase = Literal["checking", "comparing"]
 _THREADS = 8
 _MAX_DEFECTS = 10_000
+_SLACK_BYTES = 64 << 20
 _UNSOUND = frozenset(["chunk-missing", "record-damaged", "repair-wrong", "row-wrong"])
 """Defects of the ledger: with one of them, it does not say what the dataset should be."""
-_PART = re.compile(r"dataset/part-\d{5,}-([0-9a-f]{16})\.parquet")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -179,7 +180,12 @@ class _Checker:
         defects.extend(row_defects(path, rows, self._job.plan.samples_of_chunk(chunk)))
         for row in rows:
             defects.extend(status_defects(path, row, self._job.plan))
-            if row["image"] is not None and self._is_chosen(row["sample_id"]):
+            if row["image"] is None:
+                continue
+            if not is_own_picture(row, record):
+                detail = f"sample {row['sample_id']}: its image is {row['image']!r}, which no attempt at it wrote"
+                defects.append(Defect(kind="row-wrong", path=path, detail=detail))
+            elif self._is_chosen(row["sample_id"]):
                 defects.extend(self._picture_defects(row, findings))
         findings.defects = tuple(defects)
         return findings
@@ -207,7 +213,7 @@ class _Checker:
     def _picture_defects(self, row: dict[str, Any], findings: _ChunkFindings) -> Iterator[Defect]:
         path = row["image"]
         try:
-            data = self._job.sink.read(path)
+            data = self._job.sink.read(path, row["bytes"] or 0)
         except FileNotFoundError:
             yield Defect(kind="image-missing", path=path, detail=f"sample {row['sample_id']} refers to it")
             return
@@ -221,11 +227,11 @@ class _Checker:
             yield Defect(kind="image-damaged", path=path, detail=detail)
             return
         try:
-            pixels = decode_png(data)
+            pixels = decode_png(data, (row["width"], row["height"]))
         except ValueError as error:
             yield Defect(kind="pixels-changed", path=path, detail=str(error))
             return
-        if pixel_sha256(pixels) != row["pixel_sha256"] or pixels.shape[:2] != (row["height"], row["width"]):
+        if pixel_sha256(pixels) != row["pixel_sha256"]:
             yield Defect(kind="pixels-changed", path=path, detail="its pixels do not match those committed")
 
     def check_strays(self) -> None:
@@ -276,10 +282,10 @@ class _Checker:
 
     def _check_unnamed(self, path: str, publication: Publication) -> None:
         """A part that no manifest names: where there are repairs, it may be of the publication before or to come."""
-        place = _PART.fullmatch(path)
+        place = PART_NAME.fullmatch(path)
         if place is not None and (publication.repairs or self._listing.repairs):
             try:
-                if hashlib.sha256(self._job.storage.read(path)).hexdigest().startswith(place[1]):
+                if hashlib.sha256(self._job.storage.read(path, MAX_PART_BYTES)).hexdigest().startswith(place[1]):
                     self._superseded += 1
                     return
             except FileNotFoundError:
@@ -291,17 +297,17 @@ class _Checker:
         tables = merged_tables(self._job, self._fetch, rows_per_part)
         for number, (part, expected) in enumerate(zip(publication.parts, tables, strict=False)):
             self._show("comparing", number, len(publication.parts))
-            table = self._read_part(part)
-            if table is not None and not table.equals(expected):
+            data = self._read_part(part)
+            if data is not None and not _holds(data, expected):
                 self._wrong(part.path, "its rows are not those of the ledger")
         self._show("comparing", len(publication.parts), len(publication.parts))
         total = sum(part.rows for part in publication.parts)
         if total != self._job.plan.n_samples or publication.rows != total or sum(publication.counts.values()) != total:
             self._wrong(MANIFEST_PATH, f"its totals do not add up to {self._job.plan.n_samples} samples")
 
-    def _read_part(self, part: Part) -> pa.Table | None:
+    def _read_part(self, part: Part) -> bytes | None:
         try:
-            data = self._job.storage.read(part.path)
+            data = self._job.storage.read(part.path, part.bytes)
         except (FileNotFoundError, JobError) as error:
             self._defects.append(Defect(kind="part-damaged", path=part.path, detail=f"not readable: {error}"))
             return None
@@ -311,7 +317,7 @@ class _Checker:
             detail = f"{len(data)} bytes that do not match the digest in {MANIFEST_PATH}"
             self._defects.append(Defect(kind="part-damaged", path=part.path, detail=detail))
             return None
-        return read_parquet(data)
+        return data
 
     def _fetch(self, chunk: int) -> CommitRecord:
         record = self._job.ledger.effective(chunk, self._listing.repairs.get(chunk, 0))
@@ -321,3 +327,12 @@ class _Checker:
 
     def _wrong(self, path: str, detail: str) -> None:
         self._defects.append(Defect(kind="dataset-wrong", path=path, detail=detail))
+
+
+def _holds(data: bytes, expected: pa.Table) -> bool:
+    """Whether a part has these rows. One that would unpack to far more than they take has not."""
+    try:
+        table = read_parquet(data, max_rows=expected.num_rows, max_bytes=2 * expected.nbytes + _SLACK_BYTES)
+    except (pa.ArrowException, OSError, OversizeError):
+        return False
+    return bool(table.equals(expected))
