@@ -36,6 +36,10 @@ def open_job(out_url: str) -> Job:
     except StorageError as error:
         raise UsageError(str(error)) from error
     ledger = Ledger(
-        storage=storage, plan_hash=plan.plan_hash, n_chunks=plan.n_chunks, schema=plan.record_schema.remove_metadata()
+        storage=storage,
+        plan_hash=plan.plan_hash,
+        n_chunks=plan.n_chunks,
+        schema=plan.record_schema.remove_metadata(),
+        chunk_size=plan.chunk_size,
     )
     return Job(storage=storage, plan=plan, ledger=ledger, sink=open_sink(plan.format, storage))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +16,11 @@ from latentmill.jobs.errors import UsageError
 from latentmill.jobs.manifests.fields import nearest, shorten
 from latentmill.jobs.mark_bits import bits_needed, matching_bits
 from latentmill.jobs.store.urls import allowed_filesystem, display_url
+
+MAX_PIXELS = 1 << 25
+"""Twice the largest picture that a job can make; reading a mark takes 20 bytes a pixel."""
+
+MAX_FILE_BYTES = 256 << 20
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -105,9 +109,15 @@ def _read_file(file: str, text: str, methods: Sequence[str]) -> MarkReading:
 def _load(file: str) -> Pixels:
     fs, inside = allowed_filesystem(file)
     try:
-        if "file" in fs.protocol and not Path(inside).is_file():  # a pipe would be waited for, and a device has no end
-            raise FileNotFoundError(inside)
+        info = fs.info(inside)
+        if info["type"] != "file" or info["size"] > MAX_FILE_BYTES:
+            raise ValueError(f"it is no regular file, or has more than {MAX_FILE_BYTES:,} bytes")
         with Image.open(io.BytesIO(fs.cat_file(inside))) as image:
+            if image.width * image.height > MAX_PIXELS:  # as the header says, before anything is unpacked
+                raise UsageError(
+                    f"{display_url(file)} has {image.width}x{image.height} pixels, the limit is {MAX_PIXELS:,} in all; "
+                    f"give the picture as it was generated"
+                )
             pixels: Pixels = np.asarray(image.convert("RGB"))
     except (FileNotFoundError, IsADirectoryError):
         raise UsageError(f"{display_url(file)} does not exist or is no regular file; give picture files") from None

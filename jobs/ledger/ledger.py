@@ -22,7 +22,14 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from latentmill.jobs.errors import OutputConflictError
-from latentmill.jobs.ledger.records import CommitRecord, DamagedRecordError, WrongRepairError, decode_record
+from latentmill.jobs.ledger.records import (
+    MAX_BYTES,
+    MAX_ROWS,
+    CommitRecord,
+    DamagedRecordError,
+    WrongRepairError,
+    decode_record,
+)
 from latentmill.jobs.store.errors import StorageError
 from latentmill.jobs.store.storage import Storage
 
@@ -85,6 +92,8 @@ class Ledger:
     plan_hash: str
     n_chunks: int
     schema: pa.Schema
+    chunk_size: int = MAX_ROWS
+    """The most rows of a record."""
 
     def commit(self, chunk: int, attempt: str, data: bytes) -> Outcome:
         """Create the chunk's record. `mine` if this attempt's record stands, `lost` if another attempt's does.
@@ -204,7 +213,7 @@ class Ledger:
             if record is None:
                 raise
         else:
-            record = self._read_after_failure(chunk, number)
+            record = self._read(chunk, number)  # a refusal to show it is not its absence, and goes on as it is
             if record is None:
                 raise StorageError(
                     f"{path} in {self.storage.url} refuses a create and does not exist either; "
@@ -216,11 +225,11 @@ class Ledger:
         path = _path(chunk, number)
         name = f"{'repair' if number else 'commit'} record {path} in {self.storage.url}"
         try:
-            data = self.storage.read(path)
+            data = self.storage.read(path, MAX_BYTES)
         except FileNotFoundError:
             return None
         try:
-            record = decode_record(data)
+            record = decode_record(data, max_rows=self.chunk_size)
         except DamagedRecordError as error:
             raise DamagedRecordError(
                 f"{name} is damaged: {error}; restore it from a copy, or make the dataset again in a new --out"

@@ -10,6 +10,9 @@ from PIL import Image, PngImagePlugin
 
 from latentmill.engine.types import Pixels
 
+MAX_PIXELS = 4096 * 4096
+"""The largest picture that a job can make."""
+
 _COMPRESSION = 6
 
 
@@ -23,10 +26,17 @@ def encode_png(pixels: Pixels, parameters: str | None = None) -> bytes:
     return buffer.getvalue()
 
 
-def decode_png(data: bytes) -> Pixels:
-    """The pixels of a PNG as `(h, w, 3) uint8` RGB. Raises ValueError for anything else."""
+def decode_png(data: bytes, size: tuple[int, int] | None = None) -> Pixels:
+    """The pixels of a PNG as `(h, w, 3) uint8` RGB. Raises ValueError for anything else.
+
+    `size` is the width and the height that it must have. The header says so, and is believed before the rest is
+    unpacked: 500 kB of it may be 3 GB of black.
+    """
     try:
         with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
+            if image.width * image.height > MAX_PIXELS or (size is not None and image.size != size):
+                expected = f"at most {MAX_PIXELS:,} pixels" if size is None else "{}x{}".format(*size)
+                raise ValueError(f"its size is {image.width}x{image.height}, not {expected}")
             if image.mode != "RGB":
                 raise ValueError(f"its mode is {image.mode}, not RGB")
             return np.asarray(image)

@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from latentmill.jobs.errors import JobError
-from latentmill.jobs.store.parquet import read_parquet
+from latentmill.jobs.store.parquet import OversizeError, read_parquet
 
 OWN_FIELDS: tuple[pa.Field, ...] = (
     pa.field("sample_id", pa.string()),
@@ -75,6 +75,15 @@ OWN_FIELDS_BY_FORMAT: Mapping[int, tuple[pa.Field, ...]] = {2: OWN_FIELDS[:_FIEL
 """The same by the plan's format: an output keeps the columns that it began with."""
 
 STATUSES = ("ok", "flagged", "failed")
+
+MAX_ROWS = 4096
+"""The largest chunk that a job can have."""
+
+MAX_BYTES = 1 << 30
+"""The largest record, packed or unpacked."""
+
+_ROW_BYTES = 2 << 20
+"""The most that a row unpacks to: a mebibyte of carried columns, and the project's own."""
 
 _SEAL_KEY = b"latentmill.seal"
 _SEAL_PREFIX = b"sha256="
@@ -175,6 +184,10 @@ def encode_record(
     `repair` is the number of the repair record that it is to be: then the rows are only those repaired.
     """
     table = pa.Table.from_pylist([dict(row) for row in rows], schema=schema)
+    if table.nbytes > MAX_BYTES:
+        raise JobError(
+            f"chunk {chunk} has {table.nbytes:,} bytes of rows, the limit is {MAX_BYTES:,}; use a smaller --chunk-size"
+        )
     metadata = {
         "plan_hash": plan_hash,
         "attempt": attempt,
@@ -193,12 +206,15 @@ def encode_record(
     return _seal(buffer.getvalue())
 
 
-def decode_record(data: bytes) -> CommitRecord:
-    """The record, once its seal has been checked; `DamagedRecordError` says what is wrong otherwise."""
+def decode_record(data: bytes, *, max_rows: int = MAX_ROWS) -> CommitRecord:
+    """The record, once its seal has been checked; `DamagedRecordError` says what is wrong otherwise.
+
+    Anybody can seal a file, so it is not unpacked if it has more rows or bytes than a record may have.
+    """
     _check_seal(data)
     try:
-        table = read_parquet(data)
-    except (pa.ArrowException, OSError) as error:
+        table = read_parquet(data, max_rows=max_rows, max_bytes=min(max_rows * _ROW_BYTES, MAX_BYTES))
+    except (pa.ArrowException, OSError, OversizeError) as error:
         raise DamagedRecordError(f"not readable as Parquet: {error}") from error
     metadata = {
         key.decode().removeprefix("latentmill."): value.decode()

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
 
 from latentmill.jobs.errors import UsageError
+from latentmill.jobs.store.errors import FOREIGN_REMEDY, ForeignObjectError
 from latentmill.jobs.store.storage import Storage
 
+MAX_PICTURE_BYTES = 64 << 20
+"""The largest picture file: more than 4096 x 4096 pixels and their text take unpacked."""
+
 _THREADS = 8
+_PICTURE = re.compile(r"images/\d{5,}/(\d{8,})-(?:r[1-9]\d*-)?[0-9a-f]{16}/\d{8,}\.png", re.ASCII)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,8 +40,11 @@ class Sink(Protocol):
         `repair` is the number of the repair that the attempt is one at, 0 if it is one at the chunk itself.
         """
 
-    def read(self, path: str) -> bytes:
-        """The file bytes of one picture. Raises FileNotFoundError if it is gone."""
+    def read(self, path: str, limit: int = MAX_PICTURE_BYTES) -> bytes:
+        """The file bytes of one picture. Raises FileNotFoundError if it is gone.
+
+        Raises ForeignObjectError if the path is not one that `write` gives, or the picture has more than `limit` bytes.
+        """
 
     def sizes(self, chunk: int, attempt: str, repair: int = 0) -> Mapping[str, int]:
         """Size by path of everything that lies under one attempt, with as few requests as the store allows."""
@@ -51,20 +60,22 @@ class FilesSink:
         self, chunk: int, attempt: str, images: Sequence[tuple[str, bytes]], repair: int = 0
     ) -> dict[str, StoredImage]:
         """Store the pictures, several at a time."""
-        folder = attempt_folder(chunk, attempt, repair)
 
         def store(item: tuple[str, bytes]) -> tuple[str, StoredImage]:
             sample_id, data = item
-            path = f"{folder}/{sample_id}.png"
+            path = picture_path(chunk, attempt, sample_id, repair)
             self._storage.write(path, data)
             return sample_id, StoredImage(path=path, size=len(data), sha256=hashlib.sha256(data).hexdigest())
 
         with ThreadPoolExecutor(_THREADS) as pool:
             return dict(pool.map(store, images))
 
-    def read(self, path: str) -> bytes:
+    def read(self, path: str, limit: int = MAX_PICTURE_BYTES) -> bytes:
         """The PNG."""
-        return self._storage.read(path)
+        place = _PICTURE.fullmatch(path)
+        if place is None or not path.startswith(f"images/{int(place[1]) // 1000:05d}/"):
+            raise ForeignObjectError(f"{path!r} is no name of a picture; {FOREIGN_REMEDY}")
+        return self._storage.read(path, min(limit, MAX_PICTURE_BYTES))
 
     def sizes(self, chunk: int, attempt: str, repair: int = 0) -> Mapping[str, int]:
         """One listing of the attempt's folder."""
@@ -75,6 +86,11 @@ def attempt_folder(chunk: int, attempt: str, repair: int = 0) -> str:
     """The folder that belongs to one attempt at one chunk, or at one repair of it, alone."""
     number = f"r{repair}-" if repair else ""
     return f"images/{chunk // 1000:05d}/{chunk:08d}-{number}{attempt}"
+
+
+def picture_path(chunk: int, attempt: str, sample_id: str, repair: int = 0) -> str:
+    """Where the picture of one sample lies."""
+    return f"{attempt_folder(chunk, attempt, repair)}/{sample_id}.png"
 
 
 SINKS: Mapping[str, type[FilesSink]] = {"files": FilesSink}

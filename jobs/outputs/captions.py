@@ -8,6 +8,7 @@ sheets. Both follow from the ledger alone and are published with the dataset.
 from __future__ import annotations
 
 import io
+import re
 import threading
 from collections.abc import Callable, Mapping
 
@@ -18,6 +19,7 @@ import pyarrow.parquet as pq
 from latentmill.jobs.ledger.ledger import PER_FOLDER
 from latentmill.jobs.ledger.records import CommitRecord
 
+CAPTIONS_NAME = re.compile(r"images/\d{5,}/metadata\.parquet", re.ASCII)
 CARD_PATH = "README.md"
 CARD = b"""---
 configs:

@@ -20,7 +20,7 @@ from latentmill.jobs.job import Job, open_job
 from latentmill.jobs.ledger.ledger import PER_FOLDER
 from latentmill.jobs.ledger.records import DamagedRecordError
 from latentmill.jobs.ledger.sinks import attempt_folder
-from latentmill.jobs.outputs.publish import standing_publication
+from latentmill.jobs.outputs.publish import PART_NAME, standing_publication
 from latentmill.jobs.store.storage import Storage
 
 GRACE_SECONDS = 86_400.0
@@ -33,7 +33,6 @@ _Attempts = dict[tuple[int, str], list[_Entry]]
 _ATTEMPT = re.compile(r"images/\d{5,}/(\d{8,})-(?:r([1-9]\d*)-)?([0-9a-f]{16})/[^/]+", re.ASCII)
 _TEMPORARY = re.compile(r"(?:_job|images|ledger|dataset|report)/(?:.+/)?\.[^/]+\.[0-9a-f]{12}\.tmp")
 _PROBE = re.compile(r"_job/\.probe-[0-9a-f]{16}")
-_PART = re.compile(r"dataset/part-\d{5,}-[0-9a-f]{16}\.parquet")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -118,7 +117,7 @@ class _Sweep:
         """Temporary files, probes, and parts that the standing manifest does not name, once they are old enough."""
         storage = self._job.storage
         suspects: dict[str, list[_Entry]] = {"parts": [], "temporary_files": [], "probes": []}
-        parts = [entry for entry in storage.list("dataset") if _PART.fullmatch(entry[0])]
+        parts = [entry for entry in storage.list("dataset") if PART_NAME.fullmatch(entry[0])]
         publication = standing_publication(self._job)
         if publication is not None:
             named = {part.path for part in publication.parts}

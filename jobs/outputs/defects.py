@@ -8,7 +8,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from latentmill.jobs.ledger.records import STATUSES
+from latentmill.jobs.ledger.records import STATUSES, CommitRecord
+from latentmill.jobs.ledger.sinks import picture_path
 from latentmill.jobs.plans.plan import Plan, PlannedSample
 
 Kind = Literal[
@@ -76,6 +77,14 @@ def _expected(sample: PlannedSample) -> dict[str, Any]:
 def _stored(values: dict[str, Any]) -> dict[str, Any]:
     """The values as a row's types store them."""
     return {name: float(np.float32(value)) if isinstance(value, float) else value for name, value in values.items()}
+
+
+def is_own_picture(row: dict[str, Any], record: CommitRecord) -> bool:
+    """Whether the row's picture lies where one of the attempts whose rows these are has put it."""
+    return any(
+        row["image"] == picture_path(record.chunk, attempt, row["sample_id"], repair)
+        for repair, attempt in enumerate(record.attempts)
+    )
 
 
 def status_defects(path: str, row: dict[str, Any], plan: Plan) -> Iterator[Defect]:

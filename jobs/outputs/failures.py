@@ -8,8 +8,7 @@ from dataclasses import dataclass
 import pyarrow.compute as pc
 
 from latentmill.jobs.job import Job
-from latentmill.jobs.outputs.publish import Publication
-from latentmill.jobs.store.parquet import read_parquet
+from latentmill.jobs.outputs.publish import Publication, read_columns
 
 FAILURES_SHOWN = 20
 _COLUMNS = ("sample_id", "row_id", "prompt", "error", "status")
@@ -41,9 +40,8 @@ def failed_rows(job: Job, publication: Publication, limit: int = FAILURES_SHOWN)
 def _failed(job: Job, publication: Publication) -> Iterator[FailedRow]:
     for part in publication.parts:
         try:
-            data = job.storage.read(part.path)
+            table = read_columns(job, part, _COLUMNS)
         except FileNotFoundError:
             return  # a repair was published, and these parts were swept: they are no longer what failed
-        table = read_parquet(data, _COLUMNS)
         rows = table.filter(pc.equal(table["status"], "failed"))
         yield from (FailedRow(**row) for row in rows.drop_columns(["status"]).to_pylist())

@@ -11,9 +11,11 @@ import json
 from dataclasses import asdict, dataclass
 
 from latentmill.jobs.night import Night
-from latentmill.jobs.outputs.publish import Publication, find_manifest
+from latentmill.jobs.outputs.publish import MAX_MANIFEST_BYTES, Publication, find_manifest
 from latentmill.jobs.store.storage import Storage
 from latentmill.jobs.store.urls import allowed_filesystem, display_url
+
+_POINTER_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,7 +65,7 @@ def _published(night: Night) -> Latest | None:
     storage = Storage.open(night.out)
     try:
         manifest = find_manifest(storage)
-        publication = Publication.from_json(storage.read(manifest))
+        publication = Publication.from_json(storage.read(manifest, MAX_MANIFEST_BYTES))
         published = datetime.datetime.fromtimestamp(storage.modified(manifest), datetime.UTC)
     except (FileNotFoundError, ValueError):
         return None
@@ -82,12 +84,12 @@ def _published(night: Night) -> Latest | None:
 def _read(storage: Storage, night: Night) -> Latest | None:
     """What the pointer says; None if there is none, or something else in its place."""
     try:
-        fields = json.loads(storage.read(night.pointer))
+        fields = json.loads(storage.read(night.pointer, _POINTER_BYTES))
         if fields.pop("format") != 1:
             return None
         datetime.date.fromisoformat(fields["date"])
         return Latest(pointer=_pointer_url(night), **fields)
-    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
 
 

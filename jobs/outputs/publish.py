@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import math
 import re
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,17 +28,23 @@ from numpy.typing import NDArray
 
 from latentmill.jobs.errors import JobError
 from latentmill.jobs.job import Job
-from latentmill.jobs.ledger.ledger import LedgerListing
-from latentmill.jobs.ledger.records import STATUSES, CommitRecord, count_statuses
-from latentmill.jobs.outputs.captions import CARD, CARD_PATH, CaptionShelf, Fetch, encode_captions
+from latentmill.jobs.ledger.ledger import PER_FOLDER, LedgerListing
+from latentmill.jobs.ledger.records import MAX_ROWS, STATUSES, CommitRecord, count_statuses
+from latentmill.jobs.outputs.captions import CAPTIONS_NAME, CARD, CARD_PATH, CaptionShelf, Fetch, encode_captions
 from latentmill.jobs.plans.planned import PLAN_PATH, Plan
+from latentmill.jobs.store.parquet import OversizeError, read_parquet
 from latentmill.jobs.store.storage import Storage
 
 MANIFEST_PATH = "_job/dataset.json"
 OLD_MANIFEST_PATH = "dataset/manifest.json"
 """Where outputs of format 2 have it."""
 PART_NAME = re.compile(r"dataset/part-\d{5,}-([0-9a-f]{16})\.parquet", re.ASCII)
+"""The names of parts; in the middle the first digits of their SHA-256. A manifest with any other name is forged."""
 ROWS_PER_PART = 50_000
+MAX_PART_BYTES = 2 << 30
+"""The largest part, packed or unpacked."""
+MAX_MANIFEST_BYTES = 64 << 20
+_MOST_ROWS = {PART_NAME: ROWS_PER_PART, CAPTIONS_NAME: PER_FOLDER * MAX_ROWS}
 _ROUNDS = 10
 _READ_AHEAD = 32
 _READ_THREADS = 16
@@ -51,6 +58,14 @@ class Part:
     rows: int
     bytes: int
     sha256: str
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for what no publisher writes: whoever reads or removes parts goes by their names."""
+        most = next((rows for name, rows in _MOST_ROWS.items() if name.fullmatch(str(self.path))), 0)
+        if not most or not isinstance(self.sha256, str):
+            raise ValueError("it names a part that is none")
+        if not (_is_count(self.rows, 1, most) and _is_count(self.bytes, 1, MAX_PART_BYTES)):
+            raise ValueError("it has a part of an impossible size")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -88,9 +103,21 @@ class Publication:
             fields["captions"] = tuple(Part(**part) for part in fields.get("captions", ()))
             fields["schema"] = tuple((name, kind) for name, kind in fields["schema"])
             fields["execution_classes"] = tuple(fields["execution_classes"])
-            return cls(**fields)
-        except (KeyError, TypeError, AttributeError) as error:
+            made = cls(**fields)
+            names = ((PART_NAME, made.parts), (CAPTIONS_NAME, made.captions))
+            if not all(name.fullmatch(part.path) for name, parts in names for part in parts):
+                raise ValueError("it names a part that is none")
+            counts = [made.rows, made.images, made.image_bytes, made.repairs, made.rejected_rows]
+            counts += [made.counts[status] for status in STATUSES]
+            if not all(_is_count(count) for count in counts):
+                raise ValueError("one of its totals is no whole number")
+        except (KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"it is not a dataset manifest: {error}") from error
+        return made
+
+
+def _is_count(value: Any, least: int = 0, most: float = math.inf) -> bool:
+    return type(value) is int and least <= value <= most
 
 
 def manifest_path(plan: Plan) -> str:
@@ -106,10 +133,21 @@ def find_manifest(storage: Storage) -> str:
 def load_publication(job: Job) -> Publication | None:
     """The published manifest; None if the dataset is not published or its manifest is damaged."""
     try:
-        publication = Publication.from_json(job.storage.read(manifest_path(job.plan)))
+        publication = Publication.from_json(job.storage.read(manifest_path(job.plan), MAX_MANIFEST_BYTES))
     except (FileNotFoundError, ValueError):
         return None
     return publication if publication.plan_hash == job.plan.plan_hash else None
+
+
+def read_columns(job: Job, part: Part, columns: Sequence[str]) -> pa.Table:
+    """Some columns of a part. Raises FileNotFoundError if it is gone, JobError if it is not as it was published."""
+    try:
+        data = job.storage.read(part.path, part.bytes)
+        return read_parquet(data, columns, max_rows=part.rows, max_bytes=MAX_PART_BYTES)
+    except (pa.ArrowException, KeyError, OversizeError) as error:
+        raise JobError(
+            f"{part.path} in {job.storage.url} is damaged: {error}; heal it by: latentmill repair {job.storage.url}"
+        ) from error
 
 
 def standing_publication(job: Job) -> Publication | None:

@@ -17,9 +17,10 @@ from latentmill.jobs.ledger.ledger import chunk_of_path, record_path, repair_of_
 from latentmill.jobs.ledger.pictures import decode_png, pixel_sha256
 from latentmill.jobs.ledger.records import CommitRecord, WrongRepairError
 from latentmill.jobs.outputs.captions import CaptionShelf, Fetch
-from latentmill.jobs.outputs.defects import Defect, Kind, row_defects, status_defects
+from latentmill.jobs.outputs.defects import Defect, Kind, is_own_picture, row_defects, status_defects
 from latentmill.jobs.outputs.publish import (
     MANIFEST_PATH,
+    MAX_PART_BYTES,
     PART_NAME,
     ROWS_PER_PART,
     Part,
@@ -28,11 +29,12 @@ from latentmill.jobs.outputs.publish import (
     manifest_path,
     merged_tables,
 )
-from latentmill.jobs.store.parquet import read_parquet
+from latentmill.jobs.store.parquet import OversizeError, read_parquet
 
 Phase = Literal["checking", "comparing", "healing"]
 _THREADS = 8
 _MAX_DEFECTS = 10_000
+_SLACK_BYTES = 64 << 20
 UNSOUND: frozenset[Kind] = frozenset(["chunk-missing", "record-damaged", "repair-wrong", "row-wrong"])
 """Defects of the ledger: with one of them, it does not say what the dataset should be."""
 
@@ -184,7 +186,12 @@ class _Checker:
         defects.extend(row_defects(path, rows, self._job.plan.samples_of_chunk(chunk), self._job.plan))
         for row in rows:
             defects.extend(status_defects(path, row, self._job.plan))
-            if row["image"] is not None and self._is_chosen(row["sample_id"]):
+            if row["image"] is None:
+                continue
+            if not is_own_picture(row, record):
+                detail = f"sample {row['sample_id']}: its image is {row['image']!r}, which no attempt at it wrote"
+                defects.append(Defect(kind="row-wrong", path=path, detail=detail))
+            elif self._is_chosen(row["sample_id"]):
                 defects.extend(self._picture_defects(row, findings))
         findings.defects = tuple(defects)
         return findings
@@ -212,7 +219,7 @@ class _Checker:
     def _picture_defects(self, row: dict[str, Any], findings: _ChunkFindings) -> Iterator[Defect]:
         path = row["image"]
         try:
-            data = self._job.sink.read(path)
+            data = self._job.sink.read(path, row["bytes"] or 0)
         except FileNotFoundError:
             yield Defect(kind="image-missing", path=path, detail=f"sample {row['sample_id']} refers to it")
             return
@@ -226,11 +233,11 @@ class _Checker:
             yield Defect(kind="image-damaged", path=path, detail=detail)
             return
         try:
-            pixels = decode_png(data)
+            pixels = decode_png(data, (row["width"], row["height"]))
         except ValueError as error:
             yield Defect(kind="pixels-changed", path=path, detail=str(error))
             return
-        if pixel_sha256(pixels) != row["pixel_sha256"] or pixels.shape[:2] != (row["height"], row["width"]):
+        if pixel_sha256(pixels) != row["pixel_sha256"]:
             yield Defect(kind="pixels-changed", path=path, detail="its pixels do not match those committed")
 
     def check_strays(self) -> None:
@@ -284,7 +291,7 @@ class _Checker:
         place = PART_NAME.fullmatch(path)
         if place is not None and (publication.repairs or self._listing.repairs):
             try:
-                if hashlib.sha256(self._job.storage.read(path)).hexdigest().startswith(place[1]):
+                if hashlib.sha256(self._job.storage.read(path, MAX_PART_BYTES)).hexdigest().startswith(place[1]):
                     self._superseded += 1
                     return
             except FileNotFoundError:
@@ -304,8 +311,8 @@ class _Checker:
         tables = merged_tables(self._job, fetch, rows_per_part)
         for number, (part, expected) in enumerate(zip(publication.parts, tables, strict=False)):
             self._show("comparing", number, len(publication.parts))
-            table = self._read_part(part)
-            if table is not None and not table.equals(expected):
+            data = self._read_part(part)
+            if data is not None and not _holds(data, expected):
                 self._wrong(part.path, "its rows are not those of the ledger")
         self._show("comparing", len(publication.parts), len(publication.parts))
         for path in named:
@@ -318,18 +325,18 @@ class _Checker:
         if named is None:
             self._wrong(self._manifest, f"it does not name {path}")
             return
-        table = self._read_named(named, "captions-damaged")
-        if table is not None and not table.equals(expected):
+        data = self._read_named(named, "captions-damaged")
+        if data is not None and not _holds(data, expected):
             self._wrong(path, "its rows are not those of the ledger")
 
-    def _read_part(self, part: Part) -> pa.Table | None:
+    def _read_part(self, part: Part) -> bytes | None:
         self._parts += 1
         return self._read_named(part, "part-damaged")
 
-    def _read_named(self, part: Part, kind: Kind) -> pa.Table | None:
-        """The table of a file whose digest the manifest has; None, and a defect of that kind, if it is not it."""
+    def _read_named(self, part: Part, kind: Kind) -> bytes | None:
+        """The bytes of a file whose digest the manifest has; None, and a defect of that kind, if it is not it."""
         try:
-            data = self._job.storage.read(part.path)
+            data = self._job.storage.read(part.path, part.bytes)
         except (FileNotFoundError, JobError) as error:
             self._defects.append(Defect(kind=kind, path=part.path, detail=f"not readable: {error}"))
             return None
@@ -338,7 +345,7 @@ class _Checker:
             detail = f"{len(data)} bytes that do not match the digest in {self._manifest}"
             self._defects.append(Defect(kind=kind, path=part.path, detail=detail))
             return None
-        return read_parquet(data)
+        return data
 
     def _fetch(self, chunk: int) -> CommitRecord:
         record = self._job.ledger.effective(chunk, self._listing.repairs.get(chunk, 0))
@@ -348,3 +355,12 @@ class _Checker:
 
     def _wrong(self, path: str, detail: str) -> None:
         self._defects.append(Defect(kind="dataset-wrong", path=path, detail=detail))
+
+
+def _holds(data: bytes, expected: pa.Table) -> bool:
+    """Whether a part has these rows. One that would unpack to far more than they take has not."""
+    try:
+        table = read_parquet(data, max_rows=expected.num_rows, max_bytes=2 * expected.nbytes + _SLACK_BYTES)
+    except (pa.ArrowException, OSError, OversizeError):
+        return False
+    return bool(table.equals(expected))

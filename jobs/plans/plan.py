@@ -10,6 +10,7 @@ from latentmill.jobs.manifests.fields import shorten
 from latentmill.jobs.plans.draft import DraftPlan, draft_plan
 from latentmill.jobs.plans.planned import (
     FORMAT_VERSION,
+    MAX_PLAN_BYTES,
     PLAN_PATH,
     REJECTED_PATH,
     Plan,
@@ -55,7 +56,7 @@ def load_plan(storage: Storage) -> Plan:
 
 def _read_plan(storage: Storage) -> Plan | None:
     try:
-        data = storage.read(PLAN_PATH)
+        data = storage.read(PLAN_PATH, MAX_PLAN_BYTES)
     except FileNotFoundError:
         return None
     return parse_plan(data, storage)

@@ -14,12 +14,12 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from latentmill.engine import GenerationRequest
-from latentmill.jobs.errors import JobError
-from latentmill.jobs.ledger.records import OWN_FIELDS_BY_FORMAT
-from latentmill.jobs.manifests.fields import Value
+from latentmill.jobs.errors import JobError, UsageError
+from latentmill.jobs.ledger.records import MAX_ROWS, OWN_FIELDS_BY_FORMAT
+from latentmill.jobs.manifests.fields import Value, shorten
 from latentmill.jobs.manifests.validate import CARRIED_PREFIX, snapshot_schema
 from latentmill.jobs.models.presets import ResolvedModel
-from latentmill.jobs.plans.grid import Grid, Group, Place, class_fields, encode_class
+from latentmill.jobs.plans.grid import MAX_SAMPLES, Grid, Group, Place, class_fields, encode_class
 from latentmill.jobs.plans.snapshot import PartInfo, SnapshotReader
 from latentmill.jobs.plans.sweep import Axis
 
@@ -31,7 +31,11 @@ REJECTED_PATH = "_job/rejected.parquet"
 FORMAT_VERSION = 3
 """Of what is planned now. Outputs of the formats before it are read and healed, but not gone on with."""
 
+MAX_PLAN_BYTES = 64 << 20
+
 _MIN_ID_DIGITS = 8
+_FAULTS = (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError, RecursionError)
+"""What reading a document raises that is not one of ours."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -270,13 +274,27 @@ def parse_plan(data: bytes, storage: Storage) -> Plan:
         document = json.loads(data)
         checksum = document.pop("checksum")
         version = document["format_version"]
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise JobError(f"{PLAN_PATH} cannot be read: {error}; restore it from a copy, or use another output") from error
+    except _FAULTS as error:
+        raise JobError(
+            f"{PLAN_PATH} cannot be read: {shorten(error)}; restore it from a copy, or use another output"
+        ) from error
     if version not in OWN_FIELDS_BY_FORMAT:
         raise JobError(
             f"{PLAN_PATH} has format {version}, this version reads {', '.join(map(str, OWN_FIELDS_BY_FORMAT))}; "
             f"use the version that made it"
         )
-    if checksum != fingerprint(document) or document["plan_hash"] != fingerprint(document["identity"]):
-        raise JobError(f"{PLAN_PATH} was changed after it was written; restore it from a copy, or use another output")
-    return Plan(document, storage)
+    try:
+        if checksum != fingerprint(document) or document["plan_hash"] != fingerprint(document["identity"]):
+            raise ValueError("its checksum is not that of what it says")
+        plan = Plan(document, storage)
+        if ((plan.grid.images < 0) | (plan.grid.images > MAX_SAMPLES)).any():
+            raise ValueError("its counts of images are impossible")
+        plan.grid.check_limits()
+        if not 1 <= plan.chunk_size <= MAX_ROWS or not plan.n_samples:
+            raise ValueError(f"its chunks have {plan.chunk_size} samples")
+    except (*_FAULTS, pa.ArrowException, UsageError) as error:
+        raise JobError(
+            f"{PLAN_PATH} was changed after it was written ({shorten(error)}); restore it from a copy, or use another "
+            f"output"
+        ) from error
+    return plan

@@ -18,12 +18,14 @@ from latentmill.jobs.manifests.columns import row_bytes, schema_digest, update_d
 from latentmill.jobs.manifests.fields import Value
 from latentmill.jobs.manifests.validate import Reject
 from latentmill.jobs.plans.grid import MAX_GROUPS, PartRows, RowClass, images_per_row, row_classes
-from latentmill.jobs.store.parquet import read_parquet
+from latentmill.jobs.store.parquet import OversizeError, read_parquet
 
 PART_ROWS = 50_000
 PART_BYTES = 64 << 20
 MAX_RECORDED_REJECTS = 100_000
 _CACHED_PARTS = 3
+_MAX_PART_BYTES = 4 * PART_BYTES
+"""In memory, with the row that filled the part and what Arrow needs beside the values."""
 
 REJECT_SCHEMA = pa.schema(
     [
@@ -205,8 +207,9 @@ class SnapshotReader:
 
     def _load(self, index: int) -> tuple[pa.Table, PartRows]:
         try:
-            table = read_parquet(self._read(index)).replace_schema_metadata(None)
-        except (pa.ArrowException, OSError) as error:
+            table = read_parquet(self._read(index), max_rows=PART_ROWS, max_bytes=_MAX_PART_BYTES)
+            table = table.replace_schema_metadata(None)
+        except (pa.ArrowException, OSError, OversizeError) as error:
             raise JobError(
                 f"manifest part {index} of the plan cannot be read: {error}; restore _job/ or start anew"
             ) from error

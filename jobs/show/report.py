@@ -4,30 +4,30 @@ from __future__ import annotations
 
 import io
 import itertools
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
-
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from latentmill.engine.types import Pixels
 from latentmill.jobs.errors import JobError, UsageError
 from latentmill.jobs.job import Job, open_job
 from latentmill.jobs.ledger.pictures import decode_png
-from latentmill.jobs.outputs.publish import Publication, load_publication
+from latentmill.jobs.outputs.publish import Publication, load_publication, read_columns
 from latentmill.jobs.plans.sweep import Axis
 from latentmill.jobs.show.sheets import CAPTION_SIZE, TILE, TITLE_SIZE, Cell, Sheet, draw_sheet, wrap
-from latentmill.jobs.store.errors import StorageError
+from latentmill.jobs.store.errors import ForeignObjectError, StorageError
 
 REPORT_PREFIX = "report"
+_SHEET = re.compile(rf"{REPORT_PREFIX}/sheet-\d{{4,}}\.png", re.ASCII)
 MAX_SHEETS = 20
 _COLUMNS = 8
 _GRID_ROWS = 8
 _PLAIN_COLUMNS, _PLAIN_ROWS = 6, 5
 _PLAIN_CAPTION = 2
 _TEXT_LIMIT = 400
-_FIELDS = ["sample_id", "prompt", "seed", "status", "error", "nsfw_score", "image"]
+_BATCH_ROWS = 2048
+_FIELDS = ["sample_id", "prompt", "seed", "width", "height", "status", "error", "nsfw_score", "image"]
 _NAMES = {"guidance_scale": "guidance", "num_inference_steps": "steps", "negative_prompt": "negative"}
 
 
@@ -70,8 +70,8 @@ def report(
     paths = tuple(f"{REPORT_PREFIX}/sheet-{number:04d}.png" for number in range(1, len(sheets) + 1))
     unreadable: set[str] = set()
 
-    def read_pixels(image: str) -> Pixels | None:
-        pixels = _pixels(job, image)
+    def read_pixels(image: str, size: tuple[int, int] | None) -> Pixels | None:
+        pixels = _pixels(job, image, size)
         if pixels is None:
             unreadable.add(image)
         return pixels
@@ -82,7 +82,7 @@ def report(
         job.storage.write(path, buffer.getvalue())
         on_sheet(number, len(sheets))
     for path, _ in list(job.storage.list(REPORT_PREFIX)):
-        if path.startswith(f"{REPORT_PREFIX}/sheet-") and path not in paths:
+        if _SHEET.fullmatch(path) and path not in paths:
             job.storage.delete(path)
     shown = sum(len(sheet.cells) for sheet in sheets)
     return ReportSummary(
@@ -233,6 +233,7 @@ def _cell(row: Mapping[str, Any], axes: Sequence[Axis], caption: tuple[str, ...]
         status=row["status"],
         detail=str(detail)[:_TEXT_LIMIT],
         caption=(*caption, f"#{number}{seed}"),
+        size=(row["width"], row["height"]),
     )
 
 
@@ -253,20 +254,19 @@ def _rows(job: Job, publication: Publication) -> Iterator[dict[str, Any]]:
     """The published rows in order of sample_id, a few thousand in memory at a time."""
     for part in publication.parts:
         try:
-            with job.storage.open_input(part.path) as file, pq.ParquetFile(file) as parquet:
-                for batch in parquet.iter_batches(batch_size=2048, columns=_FIELDS):
-                    yield from batch.to_pylist()
-        except (FileNotFoundError, pa.ArrowException, OSError) as error:
+            rows = read_columns(job, part, _FIELDS)
+        except FileNotFoundError as error:
             raise JobError(
-                f"{part.path} in {job.storage.url} cannot be read: {' '.join(str(error).split())}; "
-                f"heal it by: latentmill repair {job.storage.url}"
+                f"{part.path} in {job.storage.url} is gone; heal it by: latentmill repair {job.storage.url}"
             ) from error
+        for batch in rows.to_batches(_BATCH_ROWS):
+            yield from batch.to_pylist()
 
 
-def _pixels(job: Job, image: str) -> Pixels | None:
+def _pixels(job: Job, image: str, size: tuple[int, int] | None) -> Pixels | None:
     try:
-        return decode_png(job.sink.read(image))
-    except (FileNotFoundError, ValueError):
+        return decode_png(job.sink.read(image), size)
+    except (FileNotFoundError, ForeignObjectError, ValueError):
         return None
     except StorageError as error:
         if error.transient:

@@ -27,6 +27,10 @@ _TILES = {"flagged": ((254, 243, 199), (146, 64, 14)), "failed": ((254, 226, 226
 """Background and text of the tile that stands for a picture that is not shown."""
 
 
+ReadPixels = Callable[[str, tuple[int, int] | None], "Pixels | None"]
+"""The pixels of a picture of that name and size."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Cell:
     """One sample: the picture at `image`, or a tile that says `status` and `detail`. `caption` lines go below."""
@@ -35,6 +39,8 @@ class Cell:
     status: str
     detail: str
     caption: tuple[str, ...]
+    size: tuple[int, int] | None = None
+    """Width and height that the picture must have, where they are known."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -63,7 +69,7 @@ class _Layout:
         return self.left + column * (self.tile + _GAP), self.top + row * self.row_height
 
 
-def draw_sheet(sheet: Sheet, read_pixels: Callable[[str], Pixels | None], *, tile: int = TILE) -> Image.Image:
+def draw_sheet(sheet: Sheet, read_pixels: ReadPixels, *, tile: int = TILE) -> Image.Image:
     """The page as a picture. `read_pixels` gives None for a picture that cannot be read; its place then says so."""
     layout = _measure(sheet, tile)
     page = Image.new("RGB", (layout.width, layout.height), _PAPER)
@@ -134,12 +140,12 @@ def _measure(sheet: Sheet, tile: int) -> _Layout:
 
 
 def _thumbnails(
-    sheet: Sheet, read_pixels: Callable[[str], Pixels | None], tile: int
+    sheet: Sheet, read_pixels: ReadPixels, tile: int
 ) -> Iterator[tuple[tuple[int, int], Image.Image | None]]:
     """Each place with its picture, read several at a time; None where a tile belongs."""
 
-    def load(image: str | None) -> Image.Image | None:
-        pixels = None if image is None else read_pixels(image)
+    def load(cell: Cell) -> Image.Image | None:
+        pixels = None if cell.image is None else read_pixels(cell.image, cell.size)
         if pixels is None:
             return None
         picture = Image.fromarray(pixels)
@@ -147,7 +153,7 @@ def _thumbnails(
         return picture
 
     with ThreadPoolExecutor(_READERS) as pool:
-        yield from zip(sheet.cells, pool.map(load, [cell.image for cell in sheet.cells.values()]), strict=True)
+        yield from zip(sheet.cells, pool.map(load, sheet.cells.values()), strict=True)
 
 
 def _draw_tile(draw: ImageDraw.ImageDraw, place: tuple[int, int], cell: Cell, tile: int) -> None:

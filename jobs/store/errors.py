@@ -19,6 +19,22 @@ class StorageError(JobError):
         self.transient = transient
 
 
+class ForeignObjectError(StorageError):
+    """What no job puts into an output: a name that leads out of it, a link, a pipe, a device, too large a file."""
+
+
+FOREIGN_REMEDY = "no job puts that there: remove it, or restore the output from a copy"
+
+
+class NotShownError(ConnectionError):
+    """A store that does not show yet what it has just taken: it may do so in a moment."""
+
+
+def is_inside(path: str) -> bool:
+    """Whether a path names something below the root that it is joined to, and in one spelling."""
+    return not {"", ".", ".."} & set(path.split("/")) and "\0" not in path
+
+
 _TRANSIENT_CODES = frozenset(
     {
         "BadDigest",
@@ -88,7 +104,7 @@ def knows_no_create(error: BaseException) -> bool:
 
 def is_transient(error: BaseException) -> bool:
     """Whether the same call may well succeed in a moment."""
-    code = store_code(error)
+    code = "" if isinstance(error, NotShownError) else store_code(error)  # which would be that of its cause
     if code in _FULL_CODES | _NO_CREATE_CODES:
         return False
     if code:
@@ -118,6 +134,10 @@ def remedy(error: BaseException) -> str:
     code, number = store_code(error), error.errno if isinstance(error, OSError) else None
     resume = "then run the same command again: it resumes"
     answers = (
+        (
+            isinstance(error, NotShownError),
+            "use a store whose reads and listings are consistent: a local disk, S3, GCS, Azure, SeaweedFS, MinIO",
+        ),
         (
             code in {"NoSuchBucket", "404"} or isinstance(error, FileNotFoundError),
             "create the bucket or correct its name in --out",

@@ -13,18 +13,23 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import IO, TypeVar
+from typing import TypeVar
 
 from latentmill.jobs.errors import UsageError
-from latentmill.jobs.store.backends import Backend, CheckThenWrite, LocalFolder, ObjectStore
+from latentmill.jobs.store.backends import Backend, CheckThenWrite, ObjectStore
 from latentmill.jobs.store.errors import (
+    FOREIGN_REMEDY,
+    ForeignObjectError,
+    NotShownError,
     StorageError,
     describe,
+    is_inside,
     is_transient,
     knows_no_create,
     remedy,
     store_code,
 )
+from latentmill.jobs.store.local import LocalFolder
 from latentmill.jobs.store.urls import allowed_filesystem, display_url
 
 T = TypeVar("T")
@@ -35,6 +40,9 @@ PATIENCE_SECONDS = 90.0
 TRIES = 24
 """At most so many tries. With a quarter of all answers faulty, a call then fails once in 10^14."""
 
+LARGEST = 2 << 30
+"""Bytes of the largest object that a job writes; readers that know better say so."""
+
 SINGLE_WRITER_PATH = "_job/single-writer.txt"
 """Says that the store of this output has no create-only writes: every process that opens the output must know."""
 
@@ -42,8 +50,8 @@ _SINGLE_WRITER_TEXT = (
     b"The store of this dataset ignores create-only writes (If-None-Match), so its commit records are looked for and "
     b"then written. That is safe for one driver at a time; --single-writer promised that there is never a second.\n"
 )
+_NOTE_BYTES = 10_000
 _FIRST, _SECOND = b"first", b"second"
-_PROBE_SECONDS = 5.0
 _SILENCE_SECONDS = 5.0
 _LONGEST_PAUSE = 5.0
 
@@ -58,8 +66,10 @@ _memory_lock = threading.Lock()
 class Storage:
     """One output root. Paths are relative and '/'-separated; picklable; safe to share between threads.
 
-    Every call retries what is transient, with growing, jittered pauses, and says so when it takes long. What remains
-    is a FileNotFoundError for a missing key, or a StorageError of one line without credentials.
+    No call leaves the root: a path that would, a symbolic link below it, or anything but a regular file in an object's
+    place is a ForeignObjectError. Every call retries what is transient, with growing, jittered pauses, and says so when
+    it takes long. What remains is a FileNotFoundError for a missing key, or a StorageError of one line without
+    credentials.
     """
 
     def __init__(self, url: str, *, single_writer: bool = False) -> None:
@@ -86,7 +96,7 @@ class Storage:
         """The storage of an output that a job has begun: it knows whether its creates must look before they write."""
         storage = cls.open(url)
         try:
-            storage.read(SINGLE_WRITER_PATH)  # not looked up: S3 answers a refused HEAD without saying why
+            storage.read(SINGLE_WRITER_PATH, _NOTE_BYTES)  # not looked up: S3 answers a refused HEAD without saying why
         except FileNotFoundError:
             return storage
         return cls(url, single_writer=True)
@@ -97,9 +107,9 @@ class Storage:
     def __repr__(self) -> str:
         return f"Storage({self.url!r})"
 
-    def read(self, path: str) -> bytes:
-        """The whole object."""
-        return self._patiently("read", path, lambda: self._backend.read(path))
+    def read(self, path: str, limit: int = LARGEST) -> bytes:
+        """The whole object. Raises ForeignObjectError if it has more than `limit` bytes; a disk then reads none."""
+        return self._patiently("read", path, lambda: self._backend.read(path, limit))
 
     def write(self, path: str, data: bytes) -> None:
         """Afterwards the object holds `data`, durably; a reader sees the old bytes or the new ones, never a mixture."""
@@ -140,10 +150,6 @@ class Storage:
         """Afterwards there is no such object."""
         self._patiently("delete", path, lambda: self._backend.delete(path))
 
-    def open_input(self, path: str) -> IO[bytes]:
-        """The object as a seekable binary file, for readers of Parquet."""
-        return self._patiently("open", path, lambda: self._backend.open_input(path))
-
     def probe(self, *, allow_single_writer: bool = False) -> Storage:
         """The storage that a job may write to: this user can write, read and list, and a key is created only once.
 
@@ -151,21 +157,29 @@ class Storage:
         writes. Raises UsageError otherwise, and leaves nothing behind.
         """
         path = f"_job/.probe-{secrets.token_hex(8)}"
+
+        def read_back() -> bytes:
+            try:
+                return self._backend.read(path, _NOTE_BYTES)
+            except FileNotFoundError as error:
+                if store_code(error) == "NoSuchBucket":
+                    raise
+                raise NotShownError("it does not show what was written to it") from error
+
+        def list_back() -> None:
+            if path not in dict(self._backend.list_hidden("_job")):
+                raise NotShownError("it does not show what was written to it")
+
         try:
             self._create_twice(path)
-            back = self._probing("read from", path, lambda: self._backend.read(path))
-            listed = self._probing("list", "_job", lambda: dict(self._backend.list_hidden("_job")))
+            back = self._patiently("read from", path, read_back)
+            self._patiently("list", "_job", list_back)
         except FileNotFoundError as error:
             raise UsageError(f"cannot write to {self.url}: {describe(error)}; {remedy(error)}") from error
         except StorageError as error:
             raise UsageError(str(error)) from error
         with contextlib.suppress(StorageError):  # a store that forbids deletion keeps the probe, which no reader sees
-            self._probing("delete", path, lambda: self._backend.delete(path))
-        if back not in {_FIRST, _SECOND} or path not in listed:
-            raise UsageError(
-                f"{self.url} does not show at once what was written; use a store whose reads and listings are "
-                "consistent: a local disk, S3, GCS, Azure, SeaweedFS, MinIO"
-            )
+            self._patiently("delete", path, lambda: self._backend.delete(path))
         if back == _FIRST:  # what stands decides: an answer may have been lost
             return self
         if not allow_single_writer:
@@ -181,22 +195,20 @@ class Storage:
         """Afterwards the object holds `_FIRST` if the store refuses a second create, `_SECOND` if it does not."""
         for content in (_FIRST, _SECOND):
             try:
-                self._probing("write to", path, partial(self._backend.create, path, content))
+                self._patiently("write to", path, partial(self._backend.create, path, content))
             except StorageError as error:
                 if error.__cause__ is None or not knows_no_create(error.__cause__):
                     raise
-                self._probing("write to", path, partial(self._backend.write, path, content))
-
-    def _probing(self, verb: str, path: str, call: Callable[[], T]) -> T:
-        return self._patiently(verb, path, call, patience=_PROBE_SECONDS)
+                self._patiently("write to", path, partial(self._backend.write, path, content))
 
     def mark_single_writer(self) -> None:
         """Afterwards every process that opens this output knows how it must create, if the store needs that."""
         if self.single_writer and not self.exists(SINGLE_WRITER_PATH):
             self.write(SINGLE_WRITER_PATH, _SINGLE_WRITER_TEXT)
 
-    def _patiently(self, verb: str, path: str, call: Callable[[], T], *, patience: float | None = None) -> T:
-        patience = PATIENCE_SECONDS if patience is None else patience
+    def _patiently(self, verb: str, path: str, call: Callable[[], T]) -> T:
+        if not is_inside(path) and not (verb == "list" and path == ""):
+            raise ForeignObjectError(f"{path!r} is no name of an object in {self.url}; {FOREIGN_REMEDY}")
         started, told = _clock(), False
         for failures in range(1, TRIES + 1):
             try:
@@ -206,15 +218,20 @@ class Storage:
                     raise  # an object that is not there; what cannot be written lacks its bucket
                 raise self._error(verb, path, error) from error
             except Exception as error:  # fsspec's backends share no base class; anything not transient is re-raised
-                if isinstance(error, ValueError | TypeError | AttributeError):
+                if isinstance(error, ValueError | TypeError | AttributeError | ForeignObjectError):
                     raise
                 waited = _clock() - started
-                if not is_transient(error) or failures == TRIES or waited >= patience:
+                if not is_transient(error) or failures == TRIES or waited >= PATIENCE_SECONDS:
                     raise self._error(verb, path, error) from error
                 if waited >= _SILENCE_SECONDS and not told:
                     told = True
                     _log.warning(
-                        "cannot %s %s in %s: %s; trying on for %.0f s", verb, path, self.url, describe(error), patience
+                        "cannot %s %s in %s: %s; trying on for %.0f s",
+                        verb,
+                        path,
+                        self.url,
+                        describe(error),
+                        PATIENCE_SECONDS,
                     )
             _sleep(min(_LONGEST_PAUSE, 0.2 * 2 ** (failures - 1)) * random.uniform(0.5, 1.5))  # noqa: S311
         raise AssertionError("unreachable")

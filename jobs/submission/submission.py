@@ -383,7 +383,7 @@ def _newest_record(out: str) -> tuple[str, str] | None:
         job_id = path.rpartition("/")[2].removesuffix(".json")
         if not _JOB_ID.fullmatch(job_id):
             continue
-        with contextlib.suppress(ValueError, KeyError, TypeError, FileNotFoundError):
+        with contextlib.suppress(ValueError, KeyError, TypeError, FileNotFoundError, RecursionError):
             content = json.loads(storage.read(path))
             found.append((str(content["submitted"]), job_id, display_url(str(content["address"]))))
     return None if not found else max(found)[1:]

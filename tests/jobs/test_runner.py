@@ -25,7 +25,7 @@ from latentmill.jobs.plans.plan import Plan
 from latentmill.jobs.progress import Progress
 from latentmill.jobs.runner import run_job
 from latentmill.jobs.spec import JobSpec
-from latentmill.jobs.store.backends import LocalFolder
+from latentmill.jobs.store.local import LocalFolder
 from latentmill.jobs.store.storage import Storage
 from tests.jobs.driver import PROCESSES, job_spec, read_dataset, run
 from tests.jobs.fakes import FakeEngine, fake_engine

@@ -12,9 +12,19 @@ Secrets: tests/security/test_threats.py::test_no_secret_is_in_the_words_of_a_run
 Secrets: tests/jobs/store/test_urls.py::test_a_shown_url_has_no_user_no_password_no_query
 Secrets: tests/jobs/store/test_storage.py::test_wrong_credentials_are_one_line_without_the_secret
 Path traversal: tests/security/test_threats.py::test_ids_are_data_and_never_names
+Path traversal: tests/security/test_hostile_outputs.py::test_run_deletes_nothing_that_a_forged_dataset_manifest_names
+Path traversal: tests/security/test_hostile_outputs.py::test_clean_follows_no_symbolic_link
+Path traversal: tests/security/test_hostile_outputs.py::test_report_writes_and_deletes_nothing_through_a_symbolic_link
+Path traversal: tests/security/test_hostile_outputs.py::test_forged_names_of_pictures_open_nothing
+Path traversal: tests/jobs/store/test_local.py::test_no_call_follows_a_symbolic_link_below_the_root
+Path traversal: tests/jobs/store/test_local.py::test_no_call_takes_a_name_that_leads_out_of_the_root
 Path traversal: tests/jobs/store/test_urls.py::test_other_places_are_refused_in_one_line_without_secrets
 Bombs: tests/jobs/manifests/test_manifest.py::test_a_tiny_parquet_file_that_decodes_to_a_gigabyte_is_read_in_little_memory
 Bombs: tests/jobs/manifests/test_manifest.py::test_a_parquet_page_that_expands_beyond_reason_is_refused
+Bombs: tests/security/test_hostile_outputs.py::test_a_record_that_unfolds_to_gigabytes_is_damaged
+Bombs: tests/security/test_hostile_outputs.py::test_a_part_that_unfolds_to_gigabytes_is_damaged
+Bombs: tests/security/test_hostile_outputs.py::test_a_picture_that_unfolds_to_gigabytes_is_told_by_its_header
+Bombs: tests/security/test_hostile_outputs.py::test_the_mark_of_a_picture_that_unfolds_to_gigabytes_is_not_read
 PNG text: tests/jobs/test_worker.py::test_parameters_text_is_read_back_whole_by_pillow
 PNG text: tests/security/test_threats.py::test_the_longest_prompt_is_cut_in_the_picture_and_whole_in_its_row
 Control characters: tests/security/test_threats.py::test_no_verb_lets_anything_through_that_a_terminal_obeys
@@ -183,6 +193,7 @@ def test_no_secret_is_in_the_words_of_a_run_that_fails(
         prompts = f"s3://key:{canary}@test/prompts.csv?token={canary}"
     elif failure == "password in the endpoint":
         environment = {"AWS_ENDPOINT_URL": f"http://user:{canary}@127.0.0.1:9/?token={canary}"}
+        wrapper = "from latentmill.jobs.store import storage; storage.PATIENCE_SECONDS = 1; " + wrapper
     else:
         wrapper = "from latentmill import cli; from latentmill.jobs import runner; runner.publish = None; cli.main()"
     arguments = ["run", prompts, "--out", out, "--model", tiny_model, *SMALL, "--executor", "inline"]

@@ -45,7 +45,7 @@ class SimulatedPlan:
     n_chunks = len(CHUNKS)
     format = "files"
     device = "cpu"
-    batch_size = 2
+    batch_size = chunk_size = 2
     on_flagged = "blank"
     watermark, watermark_policy, watermark_text = "none", "record", ""
     model = SimpleNamespace(name="simulated", weights_digest="0" * 64)

@@ -7,11 +7,10 @@ often after the call takes effect; there it may be delayed, frozen for days (a z
 from __future__ import annotations
 
 import hashlib
-import io
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import IO, Any
+from typing import Any
 
 import greenlet
 
@@ -254,7 +253,7 @@ class Backend:
     def __init__(self, world: World) -> None:
         self._world = world
 
-    def read(self, path: str) -> bytes:
+    def read(self, path: str, limit: int) -> bytes:
         return self._call("read", path, lambda: self._there(path))
 
     def write(self, path: str, data: bytes) -> None:
@@ -291,9 +290,6 @@ class Backend:
                 self._world.store.change(path, None)
 
         self._call("delete", path, remove)
-
-    def open_input(self, path: str) -> IO[bytes]:
-        return io.BytesIO(self.read(path))
 
     def _call(self, verb: str, path: str, effect: Callable[[], Any]) -> Any:
         world = self._world

@@ -36,7 +36,7 @@ def test_the_first_failed_rows_of_all_parts(out: str, monkeypatch: pytest.Monkey
     assert [row.prompt for row in found] == ["poison two", "poison four", "poison \x1b[31mfive"]
     reads: list[str] = []
     read = job.storage._backend.read
-    monkeypatch.setattr(job.storage._backend, "read", lambda path: reads.append(path) or read(path))
+    monkeypatch.setattr(job.storage._backend, "read", lambda path, limit: reads.append(path) or read(path, limit))
     assert failed_rows(job, publication, limit=1) == (first,)
     assert reads == [publication.parts[0].path]
 
@@ -46,7 +46,7 @@ def test_what_is_repaired_has_not_failed(out: str, monkeypatch: pytest.MonkeyPat
         repair(out, chunk)
     job = open_job(out)
     publication = publish(job)
-    monkeypatch.setattr(job.storage._backend, "read", lambda path: pytest.fail(f"{path} was read"))
+    monkeypatch.setattr(job.storage._backend, "read", lambda path, _: pytest.fail(f"{path} was read"))
     assert failed_rows(job, publication) == ()
 
 

@@ -300,7 +300,9 @@ def test_requests_for_repairs_are_spared_where_a_listing_knows(
 ) -> None:
     reads: list[str] = []
     read = damaged_chunk.storage._backend.read
-    monkeypatch.setattr(damaged_chunk.storage._backend, "read", lambda path: reads.append(path) or read(path))
+    monkeypatch.setattr(
+        damaged_chunk.storage._backend, "read", lambda path, limit: reads.append(path) or read(path, limit)
+    )
     damaged_chunk.effective(7, 0)
     assert reads == [record_path(7)]
     reads.clear()

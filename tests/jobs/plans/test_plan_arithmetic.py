@@ -118,7 +118,7 @@ def test_a_chunk_reads_only_the_parts_it_needs(tmp_path, tiny_model, monkeypatch
         adopt(draft, storage)
     asked = []
     read = Storage.read
-    monkeypatch.setattr(Storage, "read", lambda self, name: (asked.append(name), read(self, name))[1])
+    monkeypatch.setattr(Storage, "read", lambda self, name, *most: (asked.append(name), read(self, name, *most))[1])
     plan = load_plan(storage)
     assert [sample.request.prompt for sample in plan.samples_of_chunk(13)] == [f"prompt {n}" for n in range(65, 70)]
     plan.samples_of_chunk(12)

@@ -41,6 +41,8 @@ def rows(prompts: list[str], axes: tuple[Axis, ...] = (), num_images: int = 1) -
                         "error": None,
                         "nsfw_score": 0.01,
                         "image": f"images/{len(made)}.png",
+                        "width": 64,
+                        "height": 64,
                     }
                 )
     return made

@@ -7,10 +7,12 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 import s3fs
 
 from latentmill.jobs.errors import JobError, UsageError
+from latentmill.jobs.ledger.ledger import Ledger, record_path
 from latentmill.jobs.outputs.verify import verify
 from latentmill.jobs.store import clients
 from latentmill.jobs.store import storage as storage_module
@@ -304,3 +306,47 @@ def test_a_listing_that_is_not_allowed_is_refused_before_anything_is_made(
     proxy.rule = always("403 AccessDenied", method="GET", target="ledger")
     with pytest.raises(JobError, match=r"cannot list ledger.*AccessDenied"):
         run(job_spec(tiny_model, manifest(PROMPTS), s3))
+
+
+def test_one_stalled_request_does_not_end_the_first_probe(
+    s3: str, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A client waits longer for one answer than the probe once did for all of them."""
+    monkeypatch.setattr(clients, "ANSWER_SECONDS", 6)
+    s3fs.S3FileSystem.clear_instance_cache()
+    store = Storage.open(s3)
+    proxy.rule = once("stall", method="PUT")
+    assert store.probe() is store
+    assert proxy.made
+
+
+@pytest.mark.usefixtures("_without_pauses")
+@pytest.mark.parametrize("verb", ["list_hidden", "read"])
+def test_a_store_that_shows_late_what_it_took_is_waited_for(
+    verb: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, late = Storage.open(str(tmp_path)), [3]
+    prompt = getattr(store._backend, verb)
+
+    def answer(*arguments: object) -> object:
+        late[0] -= 1
+        if late[0] < 0:
+            return prompt(*arguments)
+        if verb == "read":
+            raise FileNotFoundError("not yet")
+        return iter([])
+
+    monkeypatch.setattr(store._backend, verb, answer)
+    assert store.probe() is store
+    late[0] = 10**6
+    with pytest.raises(UsageError, match=r"does not show what was written.*use a store whose reads and listings are"):
+        store.probe()
+
+
+def test_a_read_back_that_is_refused_says_so(s3: str, proxy: Proxy) -> None:
+    """The create is refused and nobody may look: that does not make the record one that does not exist."""
+    ledger = Ledger(storage=Storage.open(s3), plan_hash="a" * 64, n_chunks=9, schema=pa.schema([]))
+    ledger.storage.write(record_path(7), b"somebody's")
+    proxy.rule = always("403 AccessDenied", method="GET")
+    with pytest.raises(StorageError, match=r"cannot read ledger/00000/00000007.parquet.*AccessDenied.*grant read"):
+        ledger.commit(7, "mine", b"mine")

@@ -45,9 +45,6 @@ def test_objects_round_trip_and_list(store: Storage) -> None:
     assert not store.exists("a/three.bin")
     store.write("a/two.bin", b"other")
     assert store.read("a/two.bin") == b"other"
-    with store.open_input("ab/three.bin") as file:
-        file.seek(2)
-        assert file.read() == b"44"
     store.delete("a/two.bin")
     store.delete("a/two.bin")
     assert not store.exists("a/two.bin")
@@ -175,7 +172,7 @@ def test_transient_errors_are_retried_and_others_are_not(tmp_path: Path, monkeyp
     store = Storage.open(str(tmp_path))
     calls: list[int] = []
 
-    def flaky(path: str) -> bytes:
+    def flaky(path: str, limit: int) -> bytes:
         calls.append(1)
         if len(calls) < 4:
             raise ConnectionResetError("reset by peer")
@@ -187,7 +184,7 @@ def test_transient_errors_are_retried_and_others_are_not(tmp_path: Path, monkeyp
     assert len(pauses) == 3
     assert pauses[2] > pauses[0] > 0
 
-    def broken(path: str) -> bytes:
+    def broken(path: str, limit: int) -> bytes:
         calls.append(1)
         raise OSError(28, "No space left on device")
 
@@ -197,7 +194,7 @@ def test_transient_errors_are_retried_and_others_are_not(tmp_path: Path, monkeyp
         store.read("x")
     assert len(calls) == 1
 
-    def down(path: str) -> bytes:
+    def down(path: str, limit: int) -> bytes:
         calls.append(1)
         raise TimeoutError("timed out")
 

@@ -1,0 +1,203 @@
+"""A folder on a POSIX disk, and nothing but that folder, whatever lies in it.
+
+Each part of a path is opened by itself below the one before it, and never through a symbolic link (`openat` with
+O_NOFOLLOW): nobody who may write into an output can lead a call out of it, not even between a check and the call. Only
+the root may be a link, for the user chose it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import secrets
+import stat
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from latentmill.jobs.store.errors import FOREIGN_REMEDY, ForeignObjectError
+
+_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+_BELOW = _FOLDER | os.O_NOFOLLOW
+_INPUT = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC  # nobody waits for the writer of a pipe
+_OUTPUT = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+
+Publish = Callable[[int, str, str], object]
+"""Gives a file its name: the folder's handle, the temporary name, the name."""
+
+
+class LocalFolder:
+    """What a call returns from has been flushed to the disk, names included. Paths are as `check_name` lets them be."""
+
+    def __init__(self, root: str) -> None:
+        self._root = Path(root)
+
+    def read(self, path: str, limit: int) -> bytes:
+        with self._folder_of(path) as (folder, name):
+            handle = self._open(folder, name, _INPUT, path)
+        try:
+            size = self._regular(path, os.fstat(handle)).st_size
+            if size > limit:
+                raise self._foreign(path, f"has {size:,} bytes, and at most {limit:,} belong there")
+            parts = []
+            while size and (part := os.read(handle, size)):
+                parts.append(part)
+                size -= len(part)
+            return b"".join(parts)
+        finally:
+            os.close(handle)
+
+    def write(self, path: str, data: bytes) -> None:
+        self._place(path, data, lambda folder, old, new: os.replace(old, new, src_dir_fd=folder, dst_dir_fd=folder))
+
+    def create(self, path: str, data: bytes) -> bool:
+        try:
+            # a hard link is the only portable create that is both exclusive and all-or-nothing
+            self._place(
+                path,
+                data,
+                lambda folder, old, new: os.link(old, new, src_dir_fd=folder, dst_dir_fd=folder, follow_symlinks=False),
+            )
+        except FileExistsError:
+            self._regular(path, self._look_up(path))
+            return False
+        return True
+
+    def size(self, path: str) -> int:
+        status = self._look_up(path)
+        if stat.S_ISDIR(status.st_mode):
+            raise FileNotFoundError(path)
+        return self._regular(path, status).st_size
+
+    def list(self, prefix: str) -> Iterator[tuple[str, int]]:
+        return self._walk(prefix, hidden=False)
+
+    def list_hidden(self, prefix: str) -> Iterator[tuple[str, int]]:
+        return self._walk(prefix, hidden=True)
+
+    def modified(self, path: str) -> float:
+        return self._look_up(path).st_mtime
+
+    def delete(self, path: str) -> None:
+        try:
+            with self._folder_of(path) as (folder, name):
+                os.unlink(name, dir_fd=folder)  # of a link: the link itself
+        except FileNotFoundError:
+            return
+
+    def _walk(self, prefix: str, *, hidden: bool) -> Iterator[tuple[str, int]]:
+        """Everything below a folder that is no folder, links and pipes too: it has a name there, whatever it is."""
+        folders = [prefix]
+        while folders:
+            folder = folders.pop()
+            found = []
+            try:
+                with self._folder(folder.split("/") if folder else []) as handle, os.scandir(handle) as entries:
+                    for entry in sorted(entries, key=lambda entry: entry.name):
+                        path = f"{folder}/{entry.name}" if folder else entry.name
+                        dotted = entry.name.startswith(".")
+                        if entry.is_dir(follow_symlinks=False):
+                            if hidden or not dotted:
+                                folders.append(path)
+                        elif dotted == hidden:
+                            with contextlib.suppress(FileNotFoundError):  # a temporary file of somebody just ready
+                                found.append((path, entry.stat(follow_symlinks=False).st_size))
+            except FileNotFoundError:
+                continue
+            yield from found
+
+    def _place(self, path: str, data: bytes, publish: Publish) -> None:
+        with self._folder_of(path, make=True) as (folder, name):
+            temporary = f".{name}.{secrets.token_hex(6)}.tmp"
+            try:
+                with os.fdopen(os.open(temporary, _OUTPUT, 0o666, dir_fd=folder), "wb") as file:
+                    file.write(data)
+                    file.flush()
+                    os.fsync(file.fileno())
+                publish(folder, temporary, name)
+                os.fsync(folder)
+            finally:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(temporary, dir_fd=folder)
+
+    def _look_up(self, path: str) -> os.stat_result:
+        with self._folder_of(path) as (folder, name):
+            return os.stat(name, dir_fd=folder, follow_symlinks=False)
+
+    @contextmanager
+    def _folder_of(self, path: str, *, make: bool = False) -> Iterator[tuple[int, str]]:
+        *folders, name = path.split("/")
+        with self._folder(folders, make=make) as folder:
+            yield folder, name
+
+    @contextmanager
+    def _folder(self, names: Sequence[str], *, make: bool = False) -> Iterator[int]:
+        """A handle of the folder below the root; with `make` it is there afterwards, durably."""
+        handle = self._open_root(make=make)
+        try:
+            for depth, name in enumerate(names, start=1):
+                below = self._step(handle, name, "/".join(names[:depth]), make=make)
+                os.close(handle)
+                handle = below
+            yield handle
+        finally:
+            os.close(handle)
+
+    def _step(self, folder: int, name: str, path: str, *, make: bool) -> int:
+        try:
+            return self._open(folder, name, _BELOW, path)
+        except FileNotFoundError:
+            if not make:
+                raise
+        with contextlib.suppress(FileExistsError):  # somebody else has just made it
+            os.mkdir(name, dir_fd=folder)
+            os.fsync(folder)
+        return self._open(folder, name, _BELOW, path)
+
+    def _open(self, folder: int, name: str, flags: int, path: str) -> int:
+        try:
+            return os.open(name, flags, dir_fd=folder)
+        except OSError as error:
+            if error.errno in {errno.ELOOP, errno.ENOTDIR, errno.ENXIO}:  # a link, a link to a folder, a socket
+                status = os.stat(name, dir_fd=folder, follow_symlinks=False)
+                if not (flags & os.O_DIRECTORY and stat.S_ISREG(status.st_mode)):
+                    self._regular(path, status)
+            raise
+
+    def _open_root(self, *, make: bool) -> int:
+        try:
+            return os.open(self._root, _FOLDER)
+        except FileNotFoundError:
+            if not make:
+                raise
+        missing, folder = [], self._root
+        while not folder.is_dir():
+            missing.append(folder)
+            folder = folder.parent
+        for new in reversed(missing):
+            new.mkdir(exist_ok=True)
+            _sync_folder(new.parent)
+        return os.open(self._root, _FOLDER)
+
+    def _regular(self, path: str, status: os.stat_result) -> os.stat_result:
+        """The same status. Raises ForeignObjectError if it is not that of a regular file."""
+        if not stat.S_ISREG(status.st_mode):
+            kind = _KINDS.get(stat.S_IFMT(status.st_mode), "no regular file")
+            raise self._foreign(path, f"is {kind}")
+        return status
+
+    def _foreign(self, path: str, fault: str) -> ForeignObjectError:
+        return ForeignObjectError(f"{self._root / path} {fault}; {FOREIGN_REMEDY}")
+
+
+_KINDS = {stat.S_IFLNK: "a symbolic link", stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe"}
+
+
+def _sync_folder(folder: Path) -> None:
+    """Afterwards the names in the folder are on the disk."""
+    handle = os.open(folder, _FOLDER)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
