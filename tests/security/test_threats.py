@@ -219,8 +219,9 @@ def test_ids_are_data_and_never_names(tiny_model: Path, tmp_path: Path) -> None:
     made = set(tmp_path.rglob("*")) - before - {out}
     assert all(path.is_relative_to(out) for path in made), "something was written outside the output"
     names = {path.relative_to(out).as_posix() for path in made if path.is_file()}
-    shape = r"(_job/(plan\.json|manifest-[0-9a-f]+-\d+\.parquet|rejected\.parquet)|ledger/\d+/\d+\.parquet"
-    shape += r"|images/\d+/\d+-[0-9a-f]+/\d+\.png|dataset/(manifest\.json|part-\d+-[0-9a-f]+\.parquet))"
+    shape = r"(README\.md|_job/(plan\.json|dataset\.json|manifest-[0-9a-f]+-\d+\.parquet|rejected\.parquet)"
+    shape += r"|ledger/\d+/\d+\.parquet|images/\d+/(\d+-[0-9a-f]+/\d+\.png|metadata\.parquet)"
+    shape += r"|dataset/part-\d+-[0-9a-f]+\.parquet)"
     assert [name for name in names if not re.fullmatch(shape, name)] == []
     rows = read_dataset(str(out)).rows
     assert rows.column("path").to_pylist() == IDS
