@@ -19,6 +19,7 @@ ROOT = Path(__file__).parents[1]
 GENERATE = runpy.run_path(str(ROOT / "docs" / "generate.py"))
 PAGES = {str(page.relative_to(ROOT)): page.read_text(encoding="utf-8") for page in GENERATE["PAGES"]}
 README_BYTES = 14_000
+COMMAND = typer.main.get_command(cli.app)
 
 every_page = pytest.mark.parametrize("page", PAGES)
 
@@ -37,7 +38,7 @@ def commands(text: str) -> Iterator[list[str]]:
 
 def flags_of(words: list[str]) -> tuple[set[str], int]:
     """The flags that the verb of a `latentmill ...` line takes, and how many of the words name it."""
-    command, depth = typer.main.get_command(cli.app), 1
+    command, depth = COMMAND, 1
     while hasattr(command, "commands"):
         assert words[depth] in command.commands, " ".join(words)
         command, depth = command.commands[words[depth]], depth + 1
@@ -111,7 +112,7 @@ def test_every_verb_and_flag_of_the_examples_exists():
 @every_page
 def test_every_verb_and_flag_that_the_text_names_exists(page: str):
     prose = re.sub(r"```.*?```", "", PAGES[page], flags=re.DOTALL)
-    verbs = typer.main.get_command(cli.app).commands
+    verbs = COMMAND.commands
     theirs = {"--steps"}  # another program's, as an example of what is refused
     ours = {"--help", "--version"}.union(*(flags_of(["latentmill", verb])[0] for verb in verbs if verb != "watermark"))
     for quoted in re.findall(r"`([^`]+)`", prose):
