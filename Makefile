@@ -9,7 +9,7 @@ SEED ?= 7
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help install dev run test test-quick test-cluster test-gpu test-stores soak lint typecheck bench train evaluate
+.PHONY: help install dev run test test-quick test-cluster test-gpu test-stores soak lint typecheck docs bench train evaluate
 
 help: ## this list
 	@echo "latentmill: prompts in, a verified image dataset out"
@@ -52,6 +52,9 @@ lint: dev ## check style and format
 
 typecheck: dev ## check types
 	$(BIN)/mypy
+
+docs: dev ## write the generated parts of README and docs/ again, after any change of modules, settings or columns
+	$(BIN)/python docs/generate.py
 
 bench: dev ## measure how far it scales; prints a table, writes out/bench/scale.json, fails if a bar is not met
 	$(BIN)/python -m bench.scale --json out/bench/scale.json

@@ -25,7 +25,8 @@ RUNNING = "Where it runs (never changes a picture)"
 class Setting:
     """One setting. `parse` gives the value its type, from a flag's text or a job file's value, or raises FieldError.
 
-    `planned`: it can change a pixel or a row, so two plans that differ in it are two plans.
+    `planned`: it can change a pixel or a row, so two plans that differ in it are two plans. `allowed` says in words
+    which values it takes, where that is more than its kind says.
     """
 
     panel: str
@@ -33,6 +34,7 @@ class Setting:
     kind: type
     parse: Callable[[str, Any], Any]
     planned: bool = False
+    allowed: str = ""
     several: bool = False
     metavar: str | None = None
 
@@ -44,8 +46,10 @@ def settings_of(spec: type) -> Mapping[str, Setting]:
 
 def parameter(name: str, text: str, default: Any = None) -> Any:
     """A parameter of a sample, which rows and axes may give as well: its type and limits are those of the column."""
+    field = FIELDS[name]
+    kind, allowed = _KINDS[field.kind], field.allowed
     return _declare(
-        default, Setting(panel=PICTURES, help=text, kind=_KINDS[FIELDS[name].kind], parse=_parameter, planned=True)
+        default, Setting(panel=PICTURES, help=text, kind=kind, parse=_parameter, planned=True, allowed=allowed)
     )
 
 
@@ -68,7 +72,8 @@ def choice(default: str | None, panel: str, text: str, choices: Sequence[str], *
             raise FieldError(f"{name} {shorten(value)} does not exist{near}; there is {', '.join(choices)}")
         return value
 
-    return _declare(default, Setting(panel=panel, help=text, kind=str, parse=parse, planned=planned))
+    allowed = ", ".join(choices)
+    return _declare(default, Setting(panel=panel, help=text, kind=str, parse=parse, planned=planned, allowed=allowed))
 
 
 def text(default: str | None, panel: str, help_text: str, *, pattern: str = "", planned: bool = False) -> Any:
@@ -130,7 +135,11 @@ def _parameter(name: str, value: Any) -> Any:
 
 
 def _number(default: float | None, panel: str, text: str, low: float, high: float, *, planned: bool, kind: type) -> Any:
-    def parse(name: str, value: Any) -> int | float | str:
-        return Field(name=name, kind="int" if kind is int else "float", low=low, high=high).parse(value)
+    def limits(name: str) -> Field:
+        return Field(name=name, kind="int" if kind is int else "float", low=low, high=high)
 
-    return _declare(default, Setting(panel=panel, help=text, kind=kind, parse=parse, planned=planned))
+    def parse(name: str, value: Any) -> int | float | str:
+        return limits(name).parse(value)
+
+    allowed = limits("").allowed
+    return _declare(default, Setting(panel=panel, help=text, kind=kind, parse=parse, planned=planned, allowed=allowed))

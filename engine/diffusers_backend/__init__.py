@@ -1,0 +1,1 @@
+"""Every other text-to-image pipeline, run by the optional library diffusers."""

@@ -1,0 +1,1 @@
+"""What every picture passes: the safety checker, and the invisible watermark."""

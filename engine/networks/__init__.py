@@ -1,0 +1,1 @@
+"""The networks, and nothing but networks: tensors in, tensors out."""

@@ -1,0 +1,1 @@
+"""Commit records and pictures: what is written once, and trusted."""

@@ -1,0 +1,1 @@
+"""Prompt files of every kind as one stream of checked rows."""

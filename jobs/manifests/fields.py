@@ -49,6 +49,15 @@ class Field:
             raise FieldError(f"{self.name} {fault}")
         return value
 
+    @property
+    def allowed(self) -> str:
+        """Its values in words."""
+        if self.kind == "sampler":
+            return ", ".join(SAMPLER_CHOICES)
+        if self.kind == "text":
+            return f"up to {MAX_TEXT_BYTES:,} bytes of UTF-8"
+        return f"{self.low:.10g} to {self.high:.10g}"
+
     def range_fault(self, value: float) -> str:
         """The reason for refusing a number outside the limits."""
         return f"{self.name} {shorten(value)} is outside {self.low:.10g}..{self.high:.10g}; choose a value inside"

@@ -1,0 +1,1 @@
+"""From rows and axes to chunks of samples, by arithmetic."""

@@ -1,0 +1,1 @@
+"""Disks and object stores behind one door."""

@@ -1,0 +1,1 @@
+"""Jobs that a cluster runs by itself: submit, status, logs, cancel."""

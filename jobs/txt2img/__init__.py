@@ -1,0 +1,1 @@
+"""The original script's command, option for option."""

@@ -128,7 +128,7 @@ def forge_rows(out: Path, change: Change) -> None:
         forge_record(out, chunk, changed)
     document = json.loads((out / MANIFEST_PATH).read_text())
     (part,) = document["parts"]
-    data = encode_part(changed(read_parquet((out / part["path"]).read_bytes())))
+    data = encode_part(changed(read_parquet((out / part["path"]).read_bytes())), {})
     digest = hashlib.sha256(data).hexdigest()
     part |= {"path": f"dataset/part-00000-{digest[:16]}.parquet", "bytes": len(data), "sha256": digest}
     (out / part["path"]).write_bytes(data)

@@ -1,0 +1,198 @@
+"""The generated parts of the documentation, made from the code: `python docs/generate.py` writes them again.
+
+A part stands between `<!-- generated: NAME -->` and `<!-- end -->`. A test holds each page to what this would write.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import re
+import textwrap
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from latentmill.engine.sampling.table import SAMPLER_TABLE
+from latentmill.jobs.ledger.records import OWN_FIELDS
+from latentmill.jobs.manifests.aliases import ALIASES
+from latentmill.jobs.manifests.fields import AXES, FIELDS
+from latentmill.jobs.models.presets import list_presets
+from latentmill.jobs.settings import Setting
+from latentmill.jobs.spec import SETTINGS, JobSpec, Runtime
+from latentmill.jobs.txt2img.options import build_parser
+
+ROOT = Path(__file__).parents[1]
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+SOURCES = ("engine", "jobs", "docs", "training", "bench")
+
+_PART = re.compile(r"(?P<begin><!-- generated: (?P<name>[a-z]+) -->\n).*?(?P<end><!-- end -->)", re.DOTALL)
+_KINDS = {bool: "switch", int: "whole number", float: "number", str: "text"}
+_COLUMN_TEXTS = {
+    "sample_id": "Number of the sample in the plan, padded with zeros; the name of its picture.",
+    "row_id": "The manifest's `id`, else the row's number.",
+    "prompt": "As it was drawn.",
+    "negative_prompt": "As it was drawn; empty for none.",
+    "seed": "Of all noise of this sample.",
+    "width": "Pixels.",
+    "height": "Pixels.",
+    "num_inference_steps": "Denoising steps.",
+    "guidance_scale": "Weight of the prompt.",
+    "sampler": "Name from the table of samplers.",
+    "eta": "Noise added by DDIM.",
+    "status": "`ok`, `flagged` or `failed`.",
+    "error": "Why it failed; null otherwise.",
+    "nsfw_score": "The safety checker's highest score; null without a checker.",
+    "nsfw_checker": "Which checker judged: `open-nsfw`, `clip-concepts` or `none`.",
+    "watermark": "How it was marked: `dwtDctSvd`, `dwtDct` or `none`.",
+    "watermark_bit_accuracy": "Share of the mark's bits that were read back.",
+    "image": "Path of the picture, relative to the output; null if none was written.",
+    "bytes": "Size of the picture's file.",
+    "sha256": "Digest of the picture's file.",
+    "pixel_sha256": "Digest of the pixels as they were encoded, after the watermark.",
+    "prompt_tokens": "Length of the prompt, before truncation.",
+    "precision": "`fp16`, `fp32`, or `fp32-retry` where half precision overflowed.",
+    "batch_size": "Rows of the batch it was drawn in.",
+    "batch_slot": "Its place in that batch.",
+    "execution_class": "Device, dtype, torch version, threads, batch size: what bitwise equality depends on.",
+    "model": "Preset, path, URL or hub id, as it was named.",
+    "model_sha256": "One digest of all the model's files.",
+    "revision": "The commit of a hub id.",
+    "tokenizer": "The vocabulary's place, where it was named.",
+    "prediction_type": "What the U-Net predicts.",
+    "timestep_spacing": "How timesteps were placed.",
+    "prompt_syntax": "How brackets in prompts were read.",
+    "long_prompts": "What happened to prompts that are too long.",
+    "safety_threshold": "Score that flags a picture.",
+    "on_flagged": "What was stored in place of a flagged picture.",
+    "watermark_text": "The mark's text.",
+    "version": "Of latentmill.",
+}
+
+
+def modules() -> str:
+    """Every module with the first line of its docstring, folder by folder."""
+    folders: dict[Path, list[Path]] = defaultdict(list)
+    for path in (*ROOT.glob("*.py"), *(path for top in SOURCES for path in (ROOT / top).rglob("*.py"))):
+        folders[path.parent.relative_to(ROOT)].append(path)
+    lines = ["```"]
+    for folder, paths in sorted(folders.items(), key=lambda item: _reading_order(item[0])):
+        named = {path.name: _first_line(path) for path in sorted(paths)}
+        about = named.pop("__init__.py", "")
+        lines.append(f"{'latentmill' if folder == Path() else folder}/".ljust(34) + about)
+        lines += [f"  {name:<32}{text}" for name, text in named.items()]
+    return "\n".join(line.rstrip() for line in [*lines, "```"])
+
+
+def settings() -> str:
+    """Every setting, by panel of the help: how it is written, what it takes, and whether it is part of the plan."""
+    defaults = {field.name: field.default for spec in (JobSpec, Runtime) for field in dataclasses.fields(spec)}
+    panels: dict[str, list[Sequence[str]]] = defaultdict(list)
+    for name, setting in SETTINGS.items():
+        flag = setting.metavar or f"--{name.replace('_', '-')}"
+        default = _default(defaults[name])
+        help_text = setting.help.removesuffix(f" Default: {defaults[name]}.")
+        row = (f"`{flag}`", _kind(setting), setting.allowed, default, "yes" if setting.planned else "", help_text)
+        panels[setting.panel].append(row)
+    head = ("flag", "type", "allowed", "default", "planned", "what it does")
+    return "\n\n".join(f"### {panel}\n\n{_table(head, rows)}" for panel, rows in panels.items())
+
+
+def parameters() -> str:
+    """The manifest's own columns, their limits, and other programs' names for them."""
+    others = defaultdict(list)
+    for alias, name in ALIASES.items():
+        others[name].append(f"`{alias}`")
+    rows = [
+        (f"`{name}`", field.allowed, "yes" if name in AXES else "", ", ".join(others[name]))
+        for name, field in FIELDS.items()
+    ]
+    return _table(("column", "allowed", "sweep axis", "read with `--accept-aliases`"), rows)
+
+
+def columns() -> str:
+    """The columns of a published row."""
+    return _table(
+        ("column", "type", "what it says"),
+        [(f"`{field.name}`", str(field.type), _COLUMN_TEXTS[field.name]) for field in OWN_FIELDS],
+    )
+
+
+def samplers() -> str:
+    """The table of samplers."""
+    rows = [
+        (
+            f"`{name}`",
+            sampler.label,
+            sampler.solver,
+            sampler.levels,
+            "by `--eta`" if sampler.takes_eta else "each step" if sampler.stochastic else "",
+        )
+        for name, sampler in SAMPLER_TABLE.items()
+    ]
+    return _table(("sampler", "name in web UIs", "solver", "levels", "adds noise"), rows)
+
+
+def presets() -> str:
+    """The presets of configs/models."""
+    rows = [
+        (
+            f"`{name}`",
+            preset.description,
+            f"{preset.sampler}, {preset.num_inference_steps} steps, guidance {preset.guidance_scale:g}",
+            preset.license or "",
+        )
+        for name, preset in list_presets().items()
+    ]
+    return _table(("preset", "what it is", "defaults", "license of the weights"), rows)
+
+
+def differences() -> str:
+    """Where `txt2img` differs from the original script: the list that its help ends with."""
+    ending = build_parser("latentmill txt2img").epilog or ""
+    return textwrap.dedent(ending.partition("\n")[2].partition("\n\n")[0])
+
+
+PARTS: Mapping[str, Callable[[], str]] = {
+    part.__name__: part for part in (modules, settings, parameters, columns, samplers, presets, differences)
+}
+
+
+def regenerated(text: str) -> str:
+    """The page with its generated parts as they should be."""
+    return _PART.sub(lambda found: f"{found['begin']}{PARTS[found['name']]()}\n{found['end']}", text)
+
+
+def main() -> None:
+    """Write every page whose generated parts have changed."""
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        page.write_text(regenerated(text), encoding="utf-8")
+
+
+def _reading_order(folder: Path) -> tuple[int, Path]:
+    """The root first, then the trees in the order of SOURCES."""
+    return (SOURCES.index(folder.parts[0]) if folder.parts else -1, folder)
+
+
+def _first_line(path: Path) -> str:
+    docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+    return docstring.partition("\n")[0].removesuffix(".")
+
+
+def _kind(setting: Setting) -> str:
+    return ("several: " if setting.several else "") + _KINDS[setting.kind]
+
+
+def _default(value: Any) -> str:
+    return f"`{value}`" if isinstance(value, str | int | float) and not isinstance(value, bool) else ""
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    cells = [[cell.replace("|", r"\|") for cell in line] for line in (head, ["---"] * len(head), *rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in cells)
+
+
+if __name__ == "__main__":
+    main()
