@@ -9,7 +9,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from latentmill.engine.loading.folder import pipeline_parts, read_json
+from latentmill.engine.loading.files import read_json
+from latentmill.engine.loading.folder import pipeline_parts
 from latentmill.engine.types import EngineError, ModelSpec
 
 _DENOISERS = ("transformer", "unet", "prior", "decoder")

@@ -80,7 +80,8 @@ class SafetensorsFile:
                 raise ValueError(f"its header claims {length} bytes, the limit is {_HEADER_LIMIT}")
             with safe_open(path, framework="np") as opened:
                 self.metadata: dict[str, str] = opened.metadata() or {}
-                self.shapes: dict[str, Shape] = {key: tuple(opened.get_slice(key).get_shape()) for key in opened.keys()}
+                keys = opened.keys()
+                self.shapes: dict[str, Shape] = {key: tuple(opened.get_slice(key).get_shape()) for key in keys}
         except (SafetensorError, OSError, ValueError) as error:
             _unreadable(path, error)
         self._open: Any = None

@@ -5,26 +5,23 @@ A field that is absent or null has its default.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
 from latentmill.engine.loading.files import shown
 from latentmill.engine.types import EngineError
 
-Json = Mapping[str, Any]
-
 
 class Fields:
     """A JSON object, and the file that errors name."""
 
-    def __init__(self, config: Json, where: str) -> None:
+    def __init__(self, config: Mapping[str, Any], where: str) -> None:
         self._config = config
         self._where = where
 
     def whole(self, name: str, default: int | None, most: int, *, least: int = 1) -> int:
         """A whole number from `least` to `most`. Without a default the field must be there."""
-        value = self._config.get(name)
+        value: Any = self._config.get(name)
         value = default if value is None else value
         if not _is_whole(value) or not least <= value <= most:
             raise self.refusal(name, f"a whole number from {least} to {most}")
@@ -33,25 +30,17 @@ class Fields:
     def wholes(self, name: str, default: tuple[int, ...], most: int, *, length: int) -> tuple[int, ...]:
         """1 to `length` whole numbers from 1 to `most`."""
         value = self._config.get(name)
-        value = default if value is None else value
-        if (
-            not isinstance(value, list | tuple)
-            or not 1 <= len(value) <= length
-            or not all(_is_whole(entry) and 1 <= entry <= most for entry in value)
-        ):
+        values = default if value is None else value
+        if not _are_wholes(values, most) or not 1 <= len(values) <= length:
             raise self.refusal(name, f"1 to {length} whole numbers from 1 to {most}")
-        return tuple(value)
+        return tuple(values)
 
     def per_level(self, name: str, default: int, most: int, *, levels: int) -> tuple[int, ...]:
         """One whole number from 1 to `most` per level: a list of them, or one for all."""
         value = self._config.get(name)
         value = default if value is None else value
-        values = [value] * levels if _is_whole(value) else value
-        if (
-            not isinstance(values, list | tuple)
-            or len(values) != levels
-            or not all(_is_whole(entry) and 1 <= entry <= most for entry in values)
-        ):
+        values: Any = [value] * levels if _is_whole(value) else value
+        if not _are_wholes(values, most) or len(values) != levels:
             raise self.refusal(name, f"one whole number per level ({levels} levels), from 1 to {most}")
         return tuple(values)
 
@@ -59,22 +48,20 @@ class Fields:
         """A number from `least` to `most`."""
         value = self._config.get(name)
         value = default if value is None else value
-        if not isinstance(value, int | float) or isinstance(value, bool) or not least <= value <= most:
+        if not _is_number(value) or not least <= value <= most:
             raise self.refusal(name, f"a number from {least:g} to {most:g}")
-        return value
+        return float(value)
 
     def numbers(self, name: str, most: float, *, length: int) -> tuple[float, ...] | None:
         """1 to `length` numbers from 0 to `most`; None where there are none."""
-        value = self._config.get(name)
-        if value is None:
+        values = self._config.get(name)
+        if values is None:
             return None
-        if (
-            not isinstance(value, list | tuple)
-            or not 1 <= len(value) <= length
-            or not all(isinstance(entry, int | float) and math.isfinite(entry) and 0 <= entry <= most for entry in value)
-        ):
+        if not isinstance(values, list | tuple) or not 1 <= len(values) <= length:
             raise self.refusal(name, f"1 to {length} numbers from 0 to {most:g}")
-        return tuple(value)
+        if not all(_is_number(value) and 0 <= value <= most for value in values):
+            raise self.refusal(name, f"numbers from 0 to {most:g}")
+        return tuple(map(float, values))
 
     def flag(self, name: str, *, default: bool) -> bool:
         """True or false; null counts as false, as it does in the library that writes these files."""
@@ -93,3 +80,11 @@ class Fields:
 
 def _is_whole(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _are_wholes(values: object, most: int) -> bool:
+    return isinstance(values, list | tuple) and all(_is_whole(value) and 1 <= value <= most for value in values)

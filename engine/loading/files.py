@@ -29,7 +29,7 @@ def check_regular(path: Path) -> None:
     A file that is missing raises FileNotFoundError.
     """
     if not stat.S_ISREG(path.stat().st_mode):
-        raise EngineError(f"{path} is a folder, a pipe or a device, and no regular file; put the model's own file there")
+        raise EngineError(f"{path} is a folder, a pipe or a device; put the model's own file there")
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pickletools import genops
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Final
 
 PICKLE_LIMIT = 16 * 2**20
 """Bytes of a checkpoint's pickle, its tensors' numbers not counted; published ones take below 1 MB."""
@@ -65,16 +65,19 @@ class _Mark:
     """The stack machine's mark: where the items of a container begin."""
 
 
-_INERT = object()
+_INERT: Final = object()
 """Stands for whatever is no container, text, number or tensor, and for all that is done to it."""
 
-_MARK = _Mark()
-_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
+_MARK: Final = _Mark()
+_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "MARK": _MARK, "EMPTY_SET": _INERT}
 _EMPTY = {"EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_TUPLE": tuple}
 _TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
-_PUTS = ("PUT", "BINPUT", "LONG_BINPUT")
+_PUTS = ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE")
 _GETS = ("GET", "BINGET", "LONG_BINGET")
-_IGNORED = ("PROTO", "FRAME")
+_FILLS = {"SETITEM": 2, "APPEND": 1, "SETITEMS": 0, "APPENDS": 0, "ADDITEMS": 0}
+"""Opcodes that fill a container, and how many items they take: 0 for all since the mark."""
+
+_DROPS = {"POP": 1, "BUILD": 1, "NEWOBJ": 2, "NEWOBJ_EX": 3}
 _REFUSED = ("INST", "PERSID", "EXT1", "EXT2", "EXT4")
 _REBUILDERS = ("torch._utils _rebuild_tensor", "torch._utils _rebuild_tensor_v2")
 
@@ -95,7 +98,7 @@ def read_pickle(file: BinaryIO) -> tuple[Any, dict[str, Storage]]:
 
 
 class _Machine:
-    """The stack machine: what stands on its stack, what the pickle has it remember, and the storages that were named."""
+    """The stack machine: its stack, what it is told to remember, and the storages that were named."""
 
     def __init__(self) -> None:
         self.stack: list[Any] = []
@@ -106,63 +109,50 @@ class _Machine:
         """One step of the program. Opcodes that no checkpoint has are refused."""
         stack = self.stack
         if name in _PUTS:
-            self.memo[argument] = stack[-1]
-        elif name == "MEMOIZE":
-            self.memo[len(self.memo)] = stack[-1]
+            self.memo[len(self.memo) if name == "MEMOIZE" else argument] = stack[-1]
         elif name in _GETS:
             stack.append(self.memo[argument])
-        elif name == "MARK":
-            stack.append(_MARK)
         elif name in _CONSTANTS:
             stack.append(_CONSTANTS[name])
         elif name in _EMPTY:
             stack.append(_EMPTY[name]())
-        elif name == "GLOBAL":
-            stack.append(_Name(argument))
-        elif name == "STACK_GLOBAL":
-            module, qualified = self._pop(2)
-            stack.append(_Name(f"{module} {qualified}") if isinstance(module, str) else _INERT)
         elif name in _TUPLES:
             stack.append(tuple(self._pop(_TUPLES[name])))
         elif name == "TUPLE":
             stack.append(tuple(self._pop_to_mark()))
-        elif name in _IGNORED:
+        elif name == "GLOBAL":
+            stack.append(_Name(argument))
+        elif name in ("PROTO", "FRAME"):
             pass
         elif argument is not None and name not in _REFUSED:
             stack.append(argument)  # a text, a number or bytes
         else:
-            self._build(name)
+            self._run_in_earnest(name)
 
-    def _build(self, name: str) -> None:
-        """Steps that, in earnest, call something or fill a container."""
+    def _run_in_earnest(self, name: str) -> None:
+        """The steps that, elsewhere, would look something up, call it or fill it."""
         stack = self.stack
-        if name == "BINPERSID":
-            storage = _storage(stack.pop())
-            self.storages[storage.name] = storage
-            stack.append(storage)
+        if name in _FILLS:
+            items = self._pop(_FILLS[name]) if _FILLS[name] else self._pop_to_mark()
+            _fill(stack[-1], items)
+        elif name in _DROPS:
+            self._pop(_DROPS[name])
+            if name in ("NEWOBJ", "NEWOBJ_EX"):
+                stack.append(_INERT)
         elif name == "REDUCE":
             function, arguments = self._pop(2)
             stack.append(_result(function, arguments))
-        elif name in ("NEWOBJ", "NEWOBJ_EX"):
-            self._pop(2 if name == "NEWOBJ" else 3)
-            stack.append(_INERT)
-        elif name == "SETITEM":
-            _set_items(stack, self._pop(2))
-        elif name == "SETITEMS":
-            _set_items(stack, self._pop_to_mark())
-        elif name == "APPEND":
-            _append(stack, self._pop(1))
-        elif name in ("APPENDS", "ADDITEMS"):
-            _append(stack, self._pop_to_mark())
-        elif name in ("BUILD", "POP"):
-            stack.pop()
-        elif name == "POP_MARK":
+        elif name == "BINPERSID":
+            storage = _storage(stack.pop())
+            self.storages[storage.name] = storage
+            stack.append(storage)
+        elif name == "STACK_GLOBAL":
+            module, qualified = self._pop(2)
+            stack.append(_Name(f"{module} {qualified}") if isinstance(module, str) else _INERT)
+        elif name in ("POP_MARK", "FROZENSET"):
             self._pop_to_mark()
-        elif name == "EMPTY_SET":
-            stack.append(_INERT)
-        elif name == "FROZENSET":
-            self._pop_to_mark()
-            stack.append(_INERT)
+            if name == "FROZENSET":
+                stack.append(_INERT)
         else:
             raise pickle.UnpicklingError(f"its pickle has the opcode {name}, which no checkpoint has")
 
@@ -180,16 +170,13 @@ class _Machine:
         return items[::-1]
 
 
-def _set_items(stack: Sequence[Any], items: Sequence[Any]) -> None:
-    if type(stack[-1]) is dict:
+def _fill(container: object, items: Sequence[Any]) -> None:
+    if type(container) is list:
+        container.extend(items)
+    elif type(container) is dict:
         pairs = zip(items[::2], items[1::2], strict=True)
         # Other keys are never asked for, and to hash them would be to trust them.
-        stack[-1].update((key, value) for key, value in pairs if type(key) is str)
-
-
-def _append(stack: Sequence[Any], items: Sequence[Any]) -> None:
-    if type(stack[-1]) is list:
-        stack[-1].extend(items)
+        container.update((key, value) for key, value in pairs if type(key) is str)
 
 
 def _result(function: object, arguments: Any) -> Any:

@@ -12,6 +12,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from latentmill.engine.loading.blueprint import Blueprint, Tower
 from latentmill.engine.loading.checkpoint import Shape, WeightsFile, open_weights
+from latentmill.engine.loading.files import shown
 from latentmill.engine.loading.keys import Origin, folder_name, is_ignored, original_names
 from latentmill.engine.loading.layout import ModelLayout
 from latentmill.engine.networks.autoencoder import FirstStage, build_first_stage
@@ -121,8 +122,8 @@ def _claim_folder_file(file: WeightsFile, component: str, ours: Mapping[str, str
 def _refuse(missing: list[str], unexpected: list[str], problem: str) -> None:
     if missing or unexpected:
         raise EngineError(
-            f"{problem}: {len(missing)} keys missing (first: {missing[:1]}), "
-            f"{len(unexpected)} unexpected (first: {unexpected[:1]})"
+            f"{problem}: {len(missing)} keys missing (first: {shown(missing[:1])}), "
+            f"{len(unexpected)} unexpected (first: {shown(unexpected[:1])})"
         )
 
 
