@@ -22,7 +22,7 @@ GROUPS_LIMIT = 2**10
 CELLS_LIMIT = 2**13
 CODES_LIMIT = 2**20
 TIMESTEPS_LIMIT = 100_000
-BLOCKS_LIMIT = 1024
+BLOCKS_LIMIT = 256
 """What a network may have at most: levels, layers of one block, features of one layer, groups of a norm, cells along a
 side, codes, timesteps of training, and transformer layers of a U-Net's way down. Each is far above what was published.
 """

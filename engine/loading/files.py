@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import math
 import reprlib
 import stat
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from latentmill.engine.types import EngineError
 
@@ -33,14 +32,17 @@ def check_regular(path: Path) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a model folder. Raises EngineError if it is missing, broken, or not finite and small."""
+    """A JSON object from a model folder. Raises EngineError if it is missing or broken.
+
+    Infinities and NaN come through: published schedules hold them in fields that nothing here reads.
+    """
     try:
         check_regular(path)
         with path.open("rb") as file:
             data = file.read(JSON_LIMIT + 1)
         if len(data) > JSON_LIMIT:
             raise EngineError(f"{path} is larger than {JSON_LIMIT} bytes, which no model's JSON is; copy it again")
-        content = json.loads(data.decode(), parse_constant=_refuse_constant, parse_float=_finite)
+        content = json.loads(data.decode())
     except EngineError:
         raise
     except FileNotFoundError:
@@ -52,14 +54,3 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise EngineError(f"{path} holds {type(content).__name__}, expected a JSON object")
     return content
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"it holds {name}, which is no number in JSON")
-
-
-def _finite(digits: str) -> float:
-    value = float(digits)
-    if not math.isfinite(value):
-        raise ValueError(f"it holds the number {shown(digits)}, which is beyond the range of floating point")
-    return value

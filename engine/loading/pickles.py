@@ -16,7 +16,7 @@ from typing import Any, BinaryIO, Final
 PICKLE_LIMIT = 16 * 2**20
 """Bytes of a checkpoint's pickle, its tensors' numbers not counted; published ones take below 1 MB."""
 
-STEPS_LIMIT = 1_000_000
+STEPS_LIMIT = 400_000
 """Steps of one pickle. A tensor takes about 30 of them: published files, averages and all, stay below 100,000."""
 
 _DIMENSIONS_LIMIT = 16

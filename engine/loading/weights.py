@@ -99,9 +99,7 @@ def _fill(module: Module, layout: ModelLayout, component: str, dtype: torch.dtyp
         for key, origin in origins.items()
     }
     module.load_state_dict(state, assign=True)
-    for name, buffer in module.named_buffers():
-        if buffer.is_meta:
-            _place_constant(module, name, buffer, device)
+    place_constants(module, device)
     return module.eval().requires_grad_(requires_grad=False)
 
 
@@ -143,10 +141,13 @@ def _read(file: WeightsFile, origin: Origin, expected: Shape) -> Tensor:
     return tensor.contiguous()
 
 
-def _place_constant(module: nn.Module, name: str, buffer: Tensor, device: torch.device) -> None:
-    """Buffers that no checkpoint holds: CLIP's positions, 0 to the last."""
-    path, _, leaf = name.rpartition(".")
-    if leaf != "position_ids":
-        raise EngineError(f"{type(module).__name__} has a buffer {name!r} that no checkpoint holds")
-    positions = torch.arange(buffer.shape[-1], device=device)
-    setattr(module.get_submodule(path), leaf, rearrange(positions, "l -> 1 l"))
+def place_constants(module: nn.Module, device: torch.device) -> None:
+    """Give a module on the meta device the buffers that no checkpoint holds: CLIP's positions, 0 to the last."""
+    for name, buffer in list(module.named_buffers()):
+        if not buffer.is_meta:
+            continue
+        path, _, leaf = name.rpartition(".")
+        if leaf != "position_ids":
+            raise EngineError(f"{type(module).__name__} has a buffer {name!r} that no checkpoint holds")
+        positions = torch.arange(buffer.shape[-1], device=device)
+        setattr(module.get_submodule(path), leaf, rearrange(positions, "l -> 1 l"))
