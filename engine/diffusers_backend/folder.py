@@ -9,12 +9,23 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from latentmill.engine.loading.folder import pipeline_parts, read_json
+from latentmill.engine.loading.config import LEVELS_LIMIT, WIDTH_LIMIT
+from latentmill.engine.loading.fields import Fields
+from latentmill.engine.loading.files import read_json
+from latentmill.engine.loading.folder import checker_files, pipeline_parts
+from latentmill.engine.loading.vocabulary import check_tokenizer_config
 from latentmill.engine.types import EngineError, ModelSpec
 
 _DENOISERS = ("transformer", "unet", "prior", "decoder")
 _FIRST_STAGES = ("vae", "vqvae", "movq", "vqgan")
 _USUAL_SIDE = 1024
+_NUMBERS = ("latent_channels", "z_dim", "in_channels", "spatial_compression_ratio", "scale_factor_spatial")
+_SIZES = ("sample_size", "patch_size", "all_patch_size")
+_LEVELS = ("block_out_channels", "encoder_block_out_channels", "dim_mult")
+_COUNTS = ("layers", "blocks", "depth")
+COUNT_LIMIT = 1024
+"""Layers or blocks that a part's config may ask for, under whatever name: the library builds them before it reads."""
+
 OPTIONAL = ("safety_checker", "feature_extractor")
 """Parts that no picture is made with."""
 
@@ -38,8 +49,11 @@ class DiffusersFolder:
             files = [path for path in sorted((self.path / name).rglob("*")) if _counts(path)]
             if name not in OPTIONAL:
                 _check_whole(self.path / name, kind, files)
+            check_tokenizer_config(self.path / name / "tokenizer_config.json")
             found += files
-        return {path.relative_to(self.path).as_posix(): path for path in sorted(found)}
+        files_of_parts = {path.relative_to(self.path).as_posix(): path for path in found}
+        # The engine's own checker judges by these, whether or not the pipeline's index names them.
+        return dict(sorted((files_of_parts | checker_files(self.path)).items()))
 
     @property
     def scheduler(self) -> dict[str, Any]:
@@ -127,7 +141,30 @@ def find_pipeline(spec: ModelSpec) -> DiffusersFolder | None:
         if getattr(spec, option) is not None:
             raise EngineError(f"{option} is {getattr(spec, option)!r}, but {folder} is a {name}: leave it out")
     components = {part: (str(index[part][0]), str(index[part][1])) for part in parts}
+    for config in (folder / part / "config.json" for part in parts):
+        if config.is_file():
+            _check_config(config)
     return DiffusersFolder(path=folder, class_name=name, components=components)
+
+
+def _check_config(path: Path) -> None:
+    """Raises EngineError for numbers that are none, or by which a part would be built without end."""
+    config = read_json(path)
+    fields = Fields(config, str(path))
+    for name in _NUMBERS:
+        fields.whole(name, 0, WIDTH_LIMIT, least=0)
+    for name in _SIZES:
+        if isinstance(config.get(name), list):
+            fields.wholes(name, (), WIDTH_LIMIT, length=3)
+        else:
+            fields.whole(name, 1, WIDTH_LIMIT)
+    for name in _LEVELS:
+        if isinstance(config.get(name), list) and len(config[name]) > LEVELS_LIMIT:
+            raise fields.refusal(name, f"at most {LEVELS_LIMIT} levels")
+    for name, value in config.items():
+        counts = value if isinstance(value, list) else [value]
+        if any(word in name for word in _COUNTS) and any(isinstance(n, int) and n > COUNT_LIMIT for n in counts):
+            raise fields.refusal(name, f"at most {COUNT_LIMIT}")
 
 
 def load_first_tokenizer(pipeline: DiffusersFolder) -> PlainTokenizer:
@@ -156,8 +193,10 @@ def _check_whole(folder: Path, kind: str, files: Sequence[Path]) -> None:
     if not files:
         raise EngineError(f"{folder} is missing or empty: the folder is not a whole diffusers model folder")
     for index in (path for path in files if path.name.endswith(".safetensors.index.json")):
-        shards = {str(name) for name in read_json(index).get("weight_map", {}).values()}
-        missing = sorted(name for name in shards if not (folder / name).is_file())
+        weights = read_json(index).get("weight_map")
+        shards = {str(name) for name in weights.values()} if isinstance(weights, dict) else set()
+        # A name that leads elsewhere is no file of this folder, and so would be in no digest.
+        missing = sorted(shards - {path.relative_to(folder).as_posix() for path in files})
         if missing:
             raise EngineError(f"{folder} lacks {', '.join(missing)}, which {index.name} names")
     if has_weights(kind) and not any(path.suffix == ".safetensors" for path in files):

@@ -14,13 +14,17 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPVisionModel
+from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModel
 
-from latentmill.engine.loading.describe import read_json
+from latentmill.engine.loading.checkpoint import open_weights
+from latentmill.engine.loading.config import WIDTH_LIMIT
+from latentmill.engine.loading.encoder_config import SIDE_LIMIT, clip_vision_config
+from latentmill.engine.loading.fields import Fields
+from latentmill.engine.loading.files import read_json, shown
+from latentmill.engine.loading.folder import PROCESSOR_FILE
+from latentmill.engine.loading.weights import place_constants
 from latentmill.engine.types import EngineError, Pixels, SafetyVerdict
 
 _CONCEPTS, _SPECIAL = 17, 3
@@ -30,11 +34,10 @@ _SPECIAL_ADJUSTMENT = 0.01
 class _ConceptModel(nn.Module):
     """CLIP's vision tower with the concepts beside it; attribute names are the checkpoint's keys."""
 
-    def __init__(self, config: CLIPConfig) -> None:
+    def __init__(self, config: CLIPVisionConfig, width: int) -> None:
         super().__init__()
-        width = config.projection_dim
-        self.vision_model = CLIPVisionModel(config.vision_config)
-        self.visual_projection = nn.Linear(config.vision_config.hidden_size, width, bias=False)
+        self.vision_model = CLIPVisionModel(config)
+        self.visual_projection = nn.Linear(config.hidden_size, width, bias=False)
         self.concept_embeds = nn.Parameter(torch.ones(_CONCEPTS, width))
         self.special_care_embeds = nn.Parameter(torch.ones(_SPECIAL, width))
         self.concept_embeds_weights = nn.Parameter(torch.ones(_CONCEPTS))
@@ -97,33 +100,62 @@ def concept_score(
 
 def _processor_settings(model_folder: Path) -> dict[str, object]:
     """The image processor's own settings; without the file, those of CLIP ViT-L/14, which every published one has."""
-    path = model_folder / "feature_extractor" / "preprocessor_config.json"
+    path = model_folder / PROCESSOR_FILE
     if not path.is_file():
         return {}
     settings = read_json(path)
-    return {
-        key: settings[key] for key in ("size", "crop_size", "resample", "image_mean", "image_std") if key in settings
+    fields = Fields(settings, str(path))
+    found: dict[str, object] = {
+        name: _sides(settings[name], name, path) for name in ("size", "crop_size") if name in settings
     }
+    if "resample" in settings:
+        found["resample"] = fields.whole("resample", 3, max(Image.Resampling), least=0)
+    for name in ("image_mean", "image_std"):
+        if name in settings:
+            numbers = fields.numbers(name, 1.0, length=3)
+            if numbers is None or len(numbers) != 3 or (name == "image_std" and 0 in numbers):
+                raise fields.refusal(name, "three numbers, by which pixels of three channels can be scaled")
+            found[name] = list(numbers)
+    return found
+
+
+def _sides(value: object, name: str, path: Path) -> dict[str, int] | int:
+    """A size in pixels: one number, or a mapping of sides to numbers."""
+    sides = value if isinstance(value, dict) else {name: value}
+    fields = Fields(sides, f"{path}, {name}")
+    checked = {side: fields.whole(side, None, SIDE_LIMIT) for side in sides}
+    return checked if isinstance(value, dict) else checked[name]
 
 
 def _load(folder: Path) -> _ConceptModel:
-    model = _ConceptModel(CLIPConfig.from_dict(read_json(folder / "config.json")))
     path = folder / "model.safetensors"
-    try:
-        tensors = load_file(path)
-        # The published file nests the tower twice and stores position numbers; later versions do neither.
-        model.load_state_dict(
-            {
-                key.replace("vision_model.vision_model.", "vision_model."): tensor.float()
-                for key, tensor in tensors.items()
-                if not key.endswith("position_ids")
-            }
+    config = read_json(folder / "config.json")
+    vision = config.get("vision_config")
+    where = str(folder / "config.json")
+    with torch.device("meta"):
+        model = _ConceptModel(
+            CLIPVisionConfig(**clip_vision_config(vision if isinstance(vision, dict) else {}, where)),
+            Fields(config, where).whole("projection_dim", 512, WIDTH_LIMIT),
         )
-    except FileNotFoundError:
+    if not path.exists():
         raise EngineError(
             f"{path} is missing: the model names a safety checker without weights; add the file, or choose open-nsfw"
-        ) from None
-    except (SafetensorError, OSError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
-        raise EngineError(f"{path} does not fit its config.json or cannot be read: {reason}") from error
+        )
+    file = open_weights(path)
+    # The published file nests the tower twice and stores position numbers; later versions do neither.
+    keys = {
+        key.replace("vision_model.vision_model.", "vision_model."): key
+        for key in file.shapes
+        if not key.endswith("position_ids")
+    }
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    found = {name: file.shapes[key] for name, key in keys.items()}
+    wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+    if wrong:
+        raise EngineError(
+            f"{path} does not fit its config.json: {len(wrong)} weights are missing, unexpected or of another shape "
+            f"(first: {shown(wrong[0])}); copy both files again"
+        )
+    model.load_state_dict({name: file.read(key).float() for name, key in keys.items()}, assign=True)
+    place_constants(model, torch.device("cpu"))
     return model

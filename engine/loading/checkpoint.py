@@ -1,23 +1,21 @@
 """Reading weights from a file: what is in it, without torch, and then one tensor at a time.
 
-A pickled checkpoint (`.ckpt`, `.bin`) is a program that builds objects. Here it builds tensors' places in the file and
-plain containers; every other name in it becomes an inert stub, so nothing of it is imported, called or executed,
-whatever torch's own switches say.
+A pickled checkpoint (`.ckpt`, `.bin`) is a program that builds objects. Here only what it says of tensors is read (see
+pickles.py): nothing of it is imported, called or executed, whatever torch's own switches say.
 """
 
 from __future__ import annotations
 
-import json
+import io
 import math
-import pickle
 import struct
 import zipfile
-from collections import OrderedDict
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn, Protocol
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
+from latentmill.engine.loading.files import check_regular, shown
+from latentmill.engine.loading.pickles import PICKLE_LIMIT, View, read_pickle
 from latentmill.engine.types import EngineError
 
 if TYPE_CHECKING:
@@ -25,24 +23,14 @@ if TYPE_CHECKING:
 
 Shape = tuple[int, ...]
 _PICKLE_SUFFIXES = (".ckpt", ".bin", ".pt", ".pth")
-_HEADER_LIMIT = 100 * 2**20
-
-_STORAGE_DTYPES = {
-    "DoubleStorage": ("float64", 8),
-    "FloatStorage": ("float32", 4),
-    "HalfStorage": ("float16", 2),
-    "BFloat16Storage": ("bfloat16", 2),
-    "LongStorage": ("int64", 8),
-    "IntStorage": ("int32", 4),
-    "ShortStorage": ("int16", 2),
-    "CharStorage": ("int8", 1),
-    "ByteStorage": ("uint8", 1),
-    "BoolStorage": ("bool", 1),
-}
-"""torch's storage classes: dtype and bytes per element."""
+_HEADER_LIMIT = 16 * 2**20
+"""Bytes of a safetensors header; the largest published ones take below 1 MB."""
 
 _LOCAL_HEADER = struct.Struct("<4s5H3L2H")
 """What stands before each member of a zip archive."""
+
+_LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
+"""What torch wrote first before 1.6."""
 
 
 class WeightsFile(Protocol):
@@ -63,10 +51,14 @@ class WeightsFile(Protocol):
 
 def open_weights(path: Path) -> WeightsFile:
     """Open a safetensors or pickled file. Raises EngineError that names what is wrong with it."""
+    try:
+        check_regular(path)
+    except OSError as error:
+        _unreadable(path, error)
     if path.suffix == ".safetensors":
         return SafetensorsFile(path)
     if path.suffix in _PICKLE_SUFFIXES:
-        return PickledFile(path) if zipfile.is_zipfile(path) else LegacyPickledFile(path)
+        return PickledFile(path)
     raise EngineError(f"{path}: weights are read from .safetensors, {', '.join(_PICKLE_SUFFIXES)}; convert the file")
 
 
@@ -75,21 +67,23 @@ def _unreadable(path: Path, error: object) -> NoReturn:
 
 
 class SafetensorsFile:
-    """A `.safetensors` file."""
+    """A `.safetensors` file. The library holds its header to the format: no gap, overlap or end beyond the file."""
 
     def __init__(self, path: Path) -> None:
+        from safetensors import SafetensorError, safe_open
+
         self.path = path
         try:
             with path.open("rb") as file:
-                header = _safetensors_header(file)
-                size = path.stat().st_size
-            self.metadata: dict[str, str] = header.pop("__metadata__", {})
-            self.shapes: dict[str, Shape] = {key: tuple(entry["shape"]) for key, entry in header.items()}
-            end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
-        except (OSError, ValueError, KeyError, TypeError, struct.error) as error:
+                length = int.from_bytes(file.read(8), "little")
+            if length > _HEADER_LIMIT:
+                raise ValueError(f"its header claims {length} bytes, the limit is {_HEADER_LIMIT}")
+            with safe_open(path, framework="np") as opened:
+                self.metadata: dict[str, str] = opened.metadata() or {}
+                keys = opened.keys()
+                self.shapes: dict[str, Shape] = {key: tuple(opened.get_slice(key).get_shape()) for key in keys}
+        except (SafetensorError, OSError, ValueError) as error:
             _unreadable(path, error)
-        if size < end:
-            _unreadable(path, f"it ends after {size} bytes, before its tensors do")
         self._open: Any = None
 
     def read(self, key: str) -> Tensor:
@@ -105,127 +99,28 @@ class SafetensorsFile:
         return tensor
 
 
-def _safetensors_header(file: BinaryIO) -> dict[str, Any]:
-    (length,) = struct.unpack("<Q", file.read(8))
-    if length > _HEADER_LIMIT:
-        raise ValueError(f"its header claims {length} bytes")
-    header = json.loads(file.read(length))
-    if not isinstance(header, dict):
-        raise TypeError("its header is not a JSON object")
-    return header
-
-
-@dataclass(frozen=True, slots=True)
-class _Storage:
-    """A run of elements in the archive."""
-
-    name: str
-    dtype: str
-    itemsize: int
-
-
-@dataclass(frozen=True, slots=True)
-class _View:
-    """Where a tensor lies in a storage, in elements."""
-
-    storage: _Storage
-    offset: int
-    shape: Shape
-    stride: Shape
-
-
-class _Stub:
-    """Stands for any object but tensors and containers: takes whatever a pickle does to it, and does nothing."""
-
-    def __init__(self, *_args: object, **_kwargs: object) -> None:
-        pass
-
-    def __call__(self, *_args: object, **_kwargs: object) -> _Stub:
-        return self
-
-    def __setstate__(self, state: object) -> None:
-        pass
-
-    def __setitem__(self, key: object, value: object) -> None:
-        pass
-
-    def append(self, item: object) -> None:
-        pass
-
-    def extend(self, items: object) -> None:
-        pass
-
-    def add(self, item: object) -> None:
-        pass
-
-
-def _rebuild_tensor(storage: _Storage, offset: int, shape: Shape, stride: Shape, *_rest: object) -> _View:
-    numbers = (offset, *shape, *stride)
-    if not isinstance(storage, _Storage) or not all(type(number) is int and number >= 0 for number in numbers):
-        raise pickle.UnpicklingError("a tensor of it is malformed")
-    return _View(storage, offset, tuple(shape), tuple(stride))
-
-
-def _rebuild_parameter(data: _View, *_rest: object) -> _View:
-    return data
-
-
-_KNOWN_NAMES: dict[tuple[str, str], Callable[..., Any]] = {
-    ("collections", "OrderedDict"): OrderedDict,
-    ("torch._utils", "_rebuild_tensor"): _rebuild_tensor,
-    ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
-    ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
-    ("builtins", "set"): set,
-    ("builtins", "frozenset"): frozenset,
-    ("builtins", "bytearray"): bytearray,
-    ("builtins", "complex"): complex,
-    ("builtins", "slice"): slice,
-}
-"""All that a pickle may name and get: functions of this module and constructors of containers."""
-
-
-class _RestrictedUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        if module == "torch" and name in _STORAGE_DTYPES:
-            return _STORAGE_DTYPES[name]
-        return _KNOWN_NAMES.get((module, name), _Stub)
-
-    def persistent_load(self, pid: Any) -> _Storage:
-        kind, (dtype, itemsize), name, *_ = pid
-        if kind != "storage":
-            raise pickle.UnpicklingError(f"unknown persistent object {kind!r}")
-        return _Storage(str(name), dtype, itemsize)
-
-
 class PickledFile:
-    """A checkpoint as torch.save writes it since 1.6: a zip archive of one pickle and the raw storages.
+    """A checkpoint as torch.save writes it: a pickle of what is where, and the raw storages.
 
-    Tensors of the top level, or of its `state_dict`, are the file's weights. Anything else beside them is ignored.
+    Since torch 1.6 they are members of a zip archive, before they follow one another. Tensors of the top level, or of
+    its `state_dict`, are the file's weights. Anything else beside them is ignored.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.metadata: dict[str, str] = {}
         try:
-            with zipfile.ZipFile(path) as archive:
-                pickles = [name for name in archive.namelist() if name == "data.pkl" or name.endswith("/data.pkl")]
-                if len(pickles) != 1:
-                    raise ValueError("it is a zip archive, but not of a checkpoint: no data.pkl in it")
-                root = pickles[0].removesuffix("data.pkl")
-                self._members = {
-                    info.filename.removeprefix(f"{root}data/"): info
-                    for info in archive.infolist()
-                    if info.filename.startswith(f"{root}data/")
-                }
-                if f"{root}byteorder" in archive.namelist() and archive.read(f"{root}byteorder") != b"little":
-                    raise ValueError("its numbers are big-endian")
-                with archive.open(pickles[0]) as file:
-                    content = _RestrictedUnpickler(file).load()
+            size = path.stat().st_size
+            content, self._places = (_read_archive if zipfile.is_zipfile(path) else _read_legacy)(path)
         # A pickle that is broken, or made to break its reader, can raise nearly anything while it is taken apart.
         except Exception as error:  # noqa: BLE001
             _unreadable(path, f"{type(error).__name__}: {error}")
-        self._views = _tensors_of(content, _View)
+        self._views = _views_of(content)
         self.shapes: dict[str, Shape] = {key: view.shape for key, view in self._views.items()}
+        # Two names may share a storage, but many would take up memory that the file itself does not.
+        claimed = sum(math.prod(view.shape) * view.storage.itemsize for view in self._views.values())
+        if claimed > 2 * size:
+            _unreadable(path, f"its tensors claim {claimed} bytes, it has {size}")
 
     def read(self, key: str) -> Tensor:
         """One tensor, on the CPU, as it was saved."""
@@ -233,51 +128,80 @@ class PickledFile:
 
         view = self._views[key]
         dtype, itemsize = getattr(torch, view.storage.dtype), view.storage.itemsize
-        if math.prod(view.shape) == 0:
+        count = math.prod(view.shape)
+        if count == 0:
             return torch.empty(view.shape, dtype=dtype)
-        member = self._members.get(view.storage.name)
+        place, length = self._places.get(view.storage.name, (0, 0))
         reach = 1 + sum((side - 1) * step for side, step in zip(view.shape, view.stride, strict=True))
         start, end = view.offset * itemsize, (view.offset + reach) * itemsize
-        if member is None or member.compress_type != zipfile.ZIP_STORED or end > member.file_size:
-            _unreadable(self.path, f"the numbers of {key} are not in it")
+        if end > length or count * itemsize > length:
+            _unreadable(self.path, f"the numbers of {shown(key)} are not in it")
         try:
             with self.path.open("rb") as file:
-                file.seek(member.header_offset + _LOCAL_HEADER.size - 4)
-                # The archive's local header ends with the lengths of two fields that stand before the data.
-                name_length, extra_length = struct.unpack("<HH", file.read(4))
-                file.seek(name_length + extra_length + start, 1)
+                file.seek(place + start)
                 data = bytearray(file.read(end - start))
-        except (OSError, struct.error) as error:
-            _unreadable(self.path, f"{key}: {error}")
+        except OSError as error:
+            _unreadable(self.path, f"{shown(key)}: {error}")
         if len(data) < end - start:
-            _unreadable(self.path, f"it ends within {key}")
+            _unreadable(self.path, f"it ends within {shown(key)}")
         return torch.frombuffer(data, dtype=dtype).as_strided(view.shape, view.stride)
 
 
-class LegacyPickledFile:
-    """A checkpoint as torch wrote it before 1.6; read by torch, which refuses all but tensors and containers."""
-
-    def __init__(self, path: Path) -> None:
-        import torch
-
-        self.path = path
-        self.metadata: dict[str, str] = {}
-        try:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-        # As above: the file is foreign, and torch lets many kinds of error through.
-        except Exception as error:  # noqa: BLE001
-            _unreadable(path, f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
-        self._tensors = _tensors_of(content, torch.Tensor)
-        self.shapes: dict[str, Shape] = {key: tuple(tensor.shape) for key, tensor in self._tensors.items()}
-
-    def read(self, key: str) -> Tensor:
-        """One tensor, on the CPU, as it was saved."""
-        tensor: Tensor = self._tensors[key]
-        return tensor
+Places = Mapping[str, tuple[int, int]]
+"""Where each storage begins in the file, and its length, both in bytes."""
 
 
-def _tensors_of(content: Any, kind: type[Any]) -> dict[str, Any]:
+def _read_archive(path: Path) -> tuple[Any, Places]:
+    with zipfile.ZipFile(path) as archive, path.open("rb") as file:
+        pickles = [info for info in archive.infolist() if f"/{info.filename}".endswith("/data.pkl")]
+        if len(pickles) != 1:
+            raise ValueError("it is a zip archive, but not of a checkpoint: no data.pkl in it")
+        if pickles[0].file_size > PICKLE_LIMIT:
+            raise ValueError(f"its pickle takes {pickles[0].file_size} bytes, the limit is {PICKLE_LIMIT}")
+        root = pickles[0].filename.removesuffix("data.pkl")
+        if f"{root}byteorder" in archive.namelist():
+            with archive.open(f"{root}byteorder") as member:
+                if member.read(16) != b"little":
+                    raise ValueError("its numbers are big-endian")
+        content, _ = read_pickle(io.BytesIO(archive.read(pickles[0])))
+        places = {}
+        for info in archive.infolist():
+            if info.filename.startswith(f"{root}data/") and info.compress_type == zipfile.ZIP_STORED:
+                file.seek(info.header_offset + _LOCAL_HEADER.size - 4)
+                # The archive's local header ends with the lengths of two fields that stand before the data.
+                fields = struct.unpack("<HH", file.read(4))
+                begin = info.header_offset + _LOCAL_HEADER.size + sum(fields)
+                places[info.filename.removeprefix(f"{root}data/")] = _place(begin, info.file_size, path)
+    return content, places
+
+
+def _read_legacy(path: Path) -> tuple[Any, Places]:
+    """Five pickles (a mark, a version, the system, the content, the storages' names), then the storages."""
+    with path.open("rb") as file:
+        head = io.BytesIO(file.read(PICKLE_LIMIT))
+        magic, _, system, (content, storages), names = (read_pickle(head) for _ in range(5))
+        if magic[0] != _LEGACY_MAGIC:
+            raise ValueError("it is no checkpoint of torch")
+        if system[0]["little_endian"] is not True:
+            raise ValueError("its numbers are big-endian")
+        places, begin = {}, head.tell()
+        for name in names[0]:
+            file.seek(begin)
+            # Each storage stands behind the number of its elements.
+            length = int.from_bytes(file.read(8), "little") * storages[name].itemsize
+            places[name] = _place(begin + 8, length, path)
+            begin += 8 + length
+    return content, places
+
+
+def _place(begin: int, length: int, path: Path) -> tuple[int, int]:
+    if begin + length > path.stat().st_size:
+        raise ValueError("it ends before its tensors do")
+    return begin, length
+
+
+def _views_of(content: Any) -> dict[str, View]:
     state = content.get("state_dict", content) if isinstance(content, dict) else {}
     if not isinstance(state, dict):
         return {}
-    return {key: value for key, value in state.items() if isinstance(key, str) and isinstance(value, kind)}
+    return {key: value for key, value in state.items() if isinstance(value, View)}

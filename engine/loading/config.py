@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+from latentmill.engine.loading.fields import Fields
+from latentmill.engine.loading.files import shown
 from latentmill.engine.types import EngineError
 
 Json = Mapping[str, Any]
@@ -13,24 +15,27 @@ PredictionType = Literal["epsilon", "v_prediction", "sample"]
 TimestepSpacing = Literal["leading", "trailing", "linspace", "original"]
 
 
-def _refuse_other_than(config: Json, part: str, allowed: Mapping[str, tuple[Any, ...]]) -> None:
+LEVELS_LIMIT = 8
+LAYERS_LIMIT = 64
+WIDTH_LIMIT = 2**15
+GROUPS_LIMIT = 2**10
+CELLS_LIMIT = 2**13
+CODES_LIMIT = 2**20
+TIMESTEPS_LIMIT = 100_000
+BLOCKS_LIMIT = 256
+"""What a network may have at most: levels, layers of one block, features of one layer, groups of a norm, cells along a
+side, codes, timesteps of training, and transformer layers of a U-Net's way down. Each is far above what was published.
+"""
+
+
+def _refuse_other_than(config: Json, where: str, allowed: Mapping[str, tuple[Any, ...]]) -> None:
     """Refuse a switch whose effect is not built, instead of ignoring it and drawing wrong pictures."""
     for name, values in allowed.items():
         if name in config and config[name] not in values:
             raise EngineError(
-                f"{part}/config.json has {name}={config[name]!r}, which this engine does not build; "
+                f"{where} has {name}={shown(config[name])}, which this engine does not build; "
                 f"it supports {', '.join(map(repr, values))}"
             )
-
-
-def _per_level(value: Any, levels: int, name: str) -> tuple[int, ...]:
-    if isinstance(value, int):
-        return (value,) * levels
-    if len(value) != levels or not all(isinstance(entry, int) for entry in value):
-        raise EngineError(
-            f"unet/config.json has {name}={value!r}: expected one whole number per level ({levels} levels)"
-        )
-    return tuple(value)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,11 +65,11 @@ class UNetConfig:
     projection_input_dim: int | None
 
     @classmethod
-    def from_dict(cls, config: Json) -> UNetConfig:
+    def from_dict(cls, config: Json, where: str = "unet/config.json") -> UNetConfig:
         """Parse diffusers' `UNet2DConditionModel` config. Raises EngineError for a switch that is not supported."""
         _refuse_other_than(
             config,
-            "unet",
+            where,
             {
                 "act_fn": ("silu", "swish"),
                 "addition_embed_type": (None, "text_time"),
@@ -92,45 +97,41 @@ class UNetConfig:
                 "timestep_post_act": (None,),
             },
         )
-        channels = tuple(config.get("block_out_channels", (320, 640, 1280, 1280)))
+        fields = Fields(config, where)
+        channels = fields.wholes("block_out_channels", (320, 640, 1280, 1280), WIDTH_LIMIT, length=LEVELS_LIMIT)
         levels = len(channels)
         down = config.get("down_block_types", ("CrossAttnDownBlock2D",) * (levels - 1) + ("DownBlock2D",))
         up = config.get("up_block_types", ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * (levels - 1))
         kinds = {"CrossAttnDownBlock2D": True, "DownBlock2D": False, "CrossAttnUpBlock2D": True, "UpBlock2D": False}
-        unknown = [kind for kind in (*down, *up) if kind not in kinds]
-        if unknown or len(down) != levels or [kinds[kind] for kind in down] != [kinds[kind] for kind in reversed(up)]:
-            raise EngineError(
-                f"unet/config.json has down_block_types={list(down)!r} and up_block_types={list(up)!r}: "
-                f"expected {levels} mirrored levels out of {', '.join(kinds)}"
+        layers = fields.whole("layers_per_block", 2, LAYERS_LIMIT)
+        depths = fields.per_level("transformer_layers_per_block", 1, LAYERS_LIMIT, levels=levels)
+        if layers * sum(depths) > BLOCKS_LIMIT:
+            raise fields.refusal(
+                "transformer_layers_per_block", f"at most {BLOCKS_LIMIT} layers in all, of {layers} blocks a level"
             )
-        heads = config.get("num_attention_heads") or config.get("attention_head_dim", 8)
-        context_dim = config.get("cross_attention_dim", 1280)
-        if not isinstance(context_dim, int):
-            raise EngineError(f"unet/config.json has cross_attention_dim={context_dim!r}: expected one whole number")
+        # Early folders call the number of heads by the name of their dimension.
+        heads = "num_attention_heads" if config.get("num_attention_heads") else "attention_head_dim"
+        has_text_time = config.get("addition_embed_type") == "text_time"
         return cls(
-            in_channels=config.get("in_channels", 4),
-            out_channels=config.get("out_channels", 4),
+            in_channels=fields.whole("in_channels", 4, WIDTH_LIMIT),
+            out_channels=fields.whole("out_channels", 4, WIDTH_LIMIT),
             channels=channels,
-            layers_per_block=config.get("layers_per_block", 2),
-            heads=_per_level(heads, levels, "attention_head_dim"),
-            transformer_layers=_per_level(
-                config.get("transformer_layers_per_block", 1), levels, "transformer_layers_per_block"
-            ),
-            cross_attention=tuple(kinds[kind] for kind in down),
-            context_dim=context_dim,
-            sample_size=config.get("sample_size") or 64,
-            norm_groups=config.get("norm_num_groups", 32),
-            norm_eps=config.get("norm_eps", 1e-5),
-            linear_projection=bool(config.get("use_linear_projection", False)),
-            flip_sin_to_cos=config.get("flip_sin_to_cos", True),
-            freq_shift=config.get("freq_shift", 0),
+            layers_per_block=layers,
+            heads=fields.per_level(heads, 8, WIDTH_LIMIT, levels=levels),
+            transformer_layers=depths,
+            cross_attention=_mirrored_levels(down, up, kinds, levels, where),
+            context_dim=fields.whole("cross_attention_dim", 1280, WIDTH_LIMIT),
+            sample_size=fields.whole("sample_size", 64, CELLS_LIMIT),
+            norm_groups=_groups(fields, channels),
+            norm_eps=fields.number("norm_eps", 1e-5, 1.0),
+            linear_projection=fields.flag("use_linear_projection", default=False),
+            flip_sin_to_cos=fields.flag("flip_sin_to_cos", default=True),
+            freq_shift=fields.whole("freq_shift", 0, 1, least=0),
             addition_time_embed_dim=(
-                config.get("addition_time_embed_dim") if config.get("addition_embed_type") == "text_time" else None
+                fields.whole("addition_time_embed_dim", None, WIDTH_LIMIT) if has_text_time else None
             ),
             projection_input_dim=(
-                config.get("projection_class_embeddings_input_dim")
-                if config.get("addition_embed_type") == "text_time"
-                else None
+                fields.whole("projection_class_embeddings_input_dim", None, WIDTH_LIMIT) if has_text_time else None
             ),
         )
 
@@ -164,11 +165,11 @@ class VAEConfig:
         return int(2 ** (len(self.channels) - 1))
 
     @classmethod
-    def from_dict(cls, config: Json) -> VAEConfig:
+    def from_dict(cls, config: Json, where: str = "vae/config.json") -> VAEConfig:
         """Parse diffusers' `AutoencoderKL` or `VQModel` config. Raises EngineError for an unsupported switch."""
         _refuse_other_than(
             config,
-            "vae",
+            where,
             {
                 "act_fn": ("silu", "swish"),
                 "use_quant_conv": (True,),
@@ -179,44 +180,59 @@ class VAEConfig:
                 "lookup_from_codebook": (False,),
             },
         )
-        channels = tuple(config.get("block_out_channels", (64,)))
+        fields = Fields(config, where)
+        channels = fields.wholes("block_out_channels", (64,), WIDTH_LIMIT, length=LEVELS_LIMIT)
+        levels = len(channels)
+        down = config.get("down_block_types", ("DownEncoderBlock2D",) * levels)
+        up = config.get("up_block_types", ("UpDecoderBlock2D",) * levels)
+        kinds = {
+            "DownEncoderBlock2D": False,
+            "AttnDownEncoderBlock2D": True,
+            "UpDecoderBlock2D": False,
+            "AttnUpDecoderBlock2D": True,
+        }
         is_vq = config.get("_class_name") == "VQModel" or "num_vq_embeddings" in config
-        latent_channels = config.get("latent_channels", 3 if is_vq else 4)
+        latent_channels = fields.whole("latent_channels", 3 if is_vq else 4, WIDTH_LIMIT)
         return cls(
-            in_channels=config.get("in_channels", 3),
-            out_channels=config.get("out_channels", 3),
+            in_channels=fields.whole("in_channels", 3, WIDTH_LIMIT),
+            out_channels=fields.whole("out_channels", 3, WIDTH_LIMIT),
             channels=channels,
-            layers_per_block=config.get("layers_per_block", 1),
+            layers_per_block=fields.whole("layers_per_block", 1, LAYERS_LIMIT),
             latent_channels=latent_channels,
-            norm_groups=config.get("norm_num_groups", 32),
+            norm_groups=_groups(fields, channels),
             # Early folders leave the factor out; 0.18215 is the one that their pipelines multiplied by.
-            scaling_factor=config.get("scaling_factor", 0.18215),
-            shift_factor=config.get("shift_factor") or 0.0,
-            force_upcast=bool(config.get("force_upcast", False)),
-            mid_attention=config.get("mid_block_add_attention", True),
-            attention=_levels_with_attention(config, len(channels)),
-            codebook_size=config.get("num_vq_embeddings", 256) if is_vq else None,
-            codebook_dim=config.get("vq_embed_dim") or latent_channels,
+            scaling_factor=fields.number("scaling_factor", 0.18215, 1e6, least=1e-6),
+            shift_factor=fields.number("shift_factor", 0.0, 1e6, least=-1e6),
+            force_upcast=fields.flag("force_upcast", default=False),
+            mid_attention=fields.flag("mid_block_add_attention", default=True),
+            attention=_mirrored_levels(down, up, kinds, levels, where),
+            codebook_size=fields.whole("num_vq_embeddings", 256, CODES_LIMIT) if is_vq else None,
+            codebook_dim=fields.whole("vq_embed_dim", latent_channels, WIDTH_LIMIT),
         )
 
 
-def _levels_with_attention(config: Json, levels: int) -> tuple[bool, ...]:
-    """Which levels of the first stage have attention of their own, from the highest resolution to the lowest."""
-    down = config.get("down_block_types", ("DownEncoderBlock2D",) * levels)
-    up = config.get("up_block_types", ("UpDecoderBlock2D",) * levels)
-    kinds = {
-        "DownEncoderBlock2D": False,
-        "AttnDownEncoderBlock2D": True,
-        "UpDecoderBlock2D": False,
-        "AttnUpDecoderBlock2D": True,
-    }
-    found = [kinds.get(kind) for kind in down]
-    if None in found or len(down) != levels or found != [kinds.get(kind) for kind in reversed(up)]:
+def _groups(fields: Fields, channels: tuple[int, ...]) -> int:
+    """Groups of every norm, which must part each level's channels evenly."""
+    groups = fields.whole("norm_num_groups", 32, GROUPS_LIMIT)
+    if any(width % groups for width in channels):
+        raise fields.refusal("norm_num_groups", f"a number that divides each of the levels' channels {channels}")
+    return groups
+
+
+def _mirrored_levels(down: Any, up: Any, kinds: Mapping[str, bool], levels: int, where: str) -> tuple[bool, ...]:
+    """Which levels have attention, from the highest resolution to the lowest; the way up must be the way down."""
+    known = all(
+        isinstance(names, list | tuple)
+        and len(names) == levels
+        and all(isinstance(name, str) and name in kinds for name in names)
+        for names in (down, up)
+    )
+    if not known or [kinds[name] for name in down] != [kinds[name] for name in reversed(up)]:
         raise EngineError(
-            f"vae/config.json has down_block_types={list(down)!r} and up_block_types={list(up)!r}: "
+            f"{where} has down_block_types={shown(down)} and up_block_types={shown(up)}: "
             f"expected {levels} mirrored levels out of {', '.join(kinds)}"
         )
-    return tuple(map(bool, found))
+    return tuple(kinds[name] for name in down)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -243,14 +259,14 @@ class SchedulerConfig:
     timestep_scaling: float
 
     @classmethod
-    def from_dict(cls, config: Json) -> SchedulerConfig:
+    def from_dict(cls, config: Json, where: str = "scheduler/scheduler_config.json") -> SchedulerConfig:
         """Parse a diffusers scheduler config. Raises EngineError for a switch that is not supported.
 
         What only says how to sample (Karras sigmas, the solver's order) is not read: the sampler's name says that.
         """
         _refuse_other_than(
             config,
-            "scheduler",
+            where,
             {
                 "thresholding": (False,),
                 "prediction_type": ("epsilon", "v_prediction", "sample"),
@@ -263,23 +279,29 @@ class SchedulerConfig:
                 "use_flow_sigmas": (False,),
             },
         )
-        trained = config.get("trained_betas")
+        fields = Fields(config, where)
         kind = config.get("_class_name", "DDIMScheduler")
+        timesteps = fields.whole("num_train_timesteps", 1000, TIMESTEPS_LIMIT)
+        trained = fields.numbers("trained_betas", 1.0, length=TIMESTEPS_LIMIT)
+        if trained is not None and len(trained) != timesteps:
+            raise fields.refusal("trained_betas", f"{timesteps} numbers, as many as num_train_timesteps")
         return cls(
-            num_train_timesteps=config.get("num_train_timesteps", 1000),
-            beta_start=config.get("beta_start", 0.0001),
-            beta_end=config.get("beta_end", 0.02),
+            num_train_timesteps=timesteps,
+            beta_start=fields.number("beta_start", 0.0001, 1.0),
+            beta_end=fields.number("beta_end", 0.02, 1.0),
             beta_schedule=config.get("beta_schedule", "linear"),
-            trained_betas=None if trained is None else tuple(trained),
-            rescale_betas_zero_snr=config.get("rescale_betas_zero_snr", False),
+            trained_betas=trained,
+            rescale_betas_zero_snr=fields.flag("rescale_betas_zero_snr", default=False),
             prediction_type=config.get("prediction_type", "epsilon"),
-            timestep_spacing=config.get("timestep_spacing", _DEFAULT_SPACING.get(kind, "leading")),
-            steps_offset=config.get("steps_offset", 0),
-            set_alpha_to_one=config.get("set_alpha_to_one", kind == "DDIMScheduler"),
-            clip_sample=config.get("clip_sample", kind in ("DDIMScheduler", "DDPMScheduler")),
-            clip_sample_range=config.get("clip_sample_range", 1.0),
-            original_inference_steps=config.get("original_inference_steps", 50),
-            timestep_scaling=config.get("timestep_scaling", 10.0),
+            timestep_spacing=config.get(
+                "timestep_spacing", _DEFAULT_SPACING.get(kind, "leading") if isinstance(kind, str) else "leading"
+            ),
+            steps_offset=fields.whole("steps_offset", 0, timesteps - 1, least=0),
+            set_alpha_to_one=fields.flag("set_alpha_to_one", default=kind == "DDIMScheduler"),
+            clip_sample=fields.flag("clip_sample", default=kind in ("DDIMScheduler", "DDPMScheduler")),
+            clip_sample_range=fields.number("clip_sample_range", 1.0, 1e6),
+            original_inference_steps=fields.whole("original_inference_steps", 50, TIMESTEPS_LIMIT),
+            timestep_scaling=fields.number("timestep_scaling", 10.0, 1e6),
         )
 
 

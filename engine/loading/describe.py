@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Protocol
 
 from latentmill.engine.diffusers_backend.folder import DiffusersFolder, find_pipeline, load_first_tokenizer
-from latentmill.engine.loading.folder import read_json
+from latentmill.engine.loading.files import read_json
 from latentmill.engine.loading.hub import fetch_model, is_hub_id
 from latentmill.engine.loading.layout import ModelLayout, find_model
 from latentmill.engine.sampling.levels import check_steps

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from latentmill.engine.loading.blueprint import Blueprint, Family, Tower, check_fit
 from latentmill.engine.loading.config import SchedulerConfig, UNetConfig, VAEConfig
+from latentmill.engine.loading.encoder_config import clip_text_config, ldm_bert_config
+from latentmill.engine.loading.files import read_json
+from latentmill.engine.loading.vocabulary import tokenizer_files
 from latentmill.engine.types import EngineError
 
 _DIFFUSERS_WEIGHTS = (
@@ -17,14 +18,8 @@ _DIFFUSERS_WEIGHTS = (
     "diffusion_pytorch_model.bin",
 )
 _TRANSFORMERS_WEIGHTS = ("model.safetensors", "model.fp16.safetensors", "pytorch_model.bin")
-_TOKENIZER_FILES = (
-    "vocab.json",
-    "merges.txt",
-    "vocab.txt",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-)
+PROCESSOR_FILE = "feature_extractor/preprocessor_config.json"
+"""How a safety checker's pictures are prepared."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,19 +47,6 @@ OWN_PIPELINES = tuple(_PIPELINES)
 """The pipelines that the engine runs itself, by their class's name in model_index.json."""
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a model folder. Raises EngineError if it is missing or broken."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise EngineError(f"{path} is missing: the folder is not a whole diffusers model folder") from None
-    except (ValueError, OSError) as error:
-        raise EngineError(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise EngineError(f"{path} holds {type(content).__name__}, expected a JSON object")
-    return content
-
-
 def read_blueprint(folder: Path) -> Blueprint:
     """The architecture that a folder's JSON files describe. Raises EngineError that names what is not supported."""
     index = read_json(folder / "model_index.json")
@@ -74,11 +56,13 @@ def read_blueprint(folder: Path) -> Blueprint:
         raise EngineError(
             f"{folder}/model_index.json names the pipeline {name!r}; this version loads {', '.join(_PIPELINES)}"
         )
+    unet, vae = folder / "unet" / "config.json", folder / pipeline.vae_component / "config.json"
+    scheduler = folder / "scheduler" / "scheduler_config.json"
     blueprint = Blueprint(
         family=pipeline.family,
-        unet=UNetConfig.from_dict(read_json(folder / "unet" / "config.json")),
-        vae=VAEConfig.from_dict(read_json(folder / pipeline.vae_component / "config.json")),
-        scheduler=SchedulerConfig.from_dict(read_json(folder / "scheduler" / "scheduler_config.json")),
+        unet=UNetConfig.from_dict(read_json(unet), str(unet)),
+        vae=VAEConfig.from_dict(read_json(vae), str(vae)),
+        scheduler=SchedulerConfig.from_dict(read_json(scheduler), str(scheduler)),
         towers=tuple(_tower(folder, pipeline.family, *names) for names in pipeline.towers),
         vae_component=pipeline.vae_component,
         force_zeros_for_empty_prompt=(
@@ -108,14 +92,6 @@ def weights_file(folder: Path, component: str) -> Path:
     raise EngineError(f"{folder / component} has no weights: looked for {', '.join(names)}")
 
 
-def tokenizer_files(folder: Path) -> list[Path]:
-    """The files of a tokenizer's folder that can change a token. Raises EngineError where there is no vocabulary."""
-    files = [folder / name for name in _TOKENIZER_FILES if (folder / name).is_file()]
-    if not files:
-        raise EngineError(f"{folder} is missing or empty: looked for {', '.join(_TOKENIZER_FILES)}")
-    return files
-
-
 def pixel_files(folder: Path, blueprint: Blueprint) -> dict[str, Path]:
     """All files that can change a pixel or a verdict, by relative path, sorted. Raises EngineError for a gap."""
     paths = [folder / "model_index.json", folder / "scheduler" / "scheduler_config.json"]
@@ -128,22 +104,22 @@ def pixel_files(folder: Path, blueprint: Blueprint) -> dict[str, Path]:
 
 
 def checker_files(folder: Path) -> dict[str, Path]:
-    """The files of a folder's own safety checker, which can change a verdict, by relative path; none if it has none."""
-    paths = [path for path in sorted((folder / "safety_checker").glob("*")) if path.is_file()]
-    processor = folder / "feature_extractor" / "preprocessor_config.json"
-    if paths and processor.is_file():
-        paths.append(processor)
-    return {path.relative_to(folder).as_posix(): path for path in paths}
+    """The files of a folder's own safety checker that are read: they can change a verdict. By relative path."""
+    if not (folder / "safety_checker").is_dir():
+        return {}
+    names = ("safety_checker/config.json", "safety_checker/model.safetensors", PROCESSOR_FILE)
+    return {name: folder / name for name in names if (folder / name).is_file()}
 
 
 def _tower(folder: Path, family: Family, component: str, tokenizer: str) -> Tower:
-    config = read_json(folder / component / "config.json")
+    path = folder / component / "config.json"
     if family == "latent-diffusion":
+        config = ldm_bert_config(read_json(path), str(path))
         return Tower(kind="ldm-bert", config=config, component=component, tokenizer=tokenizer)
     is_xl = family == "stable-diffusion-xl"
     return Tower(
         kind="clip-projection" if is_xl and component == "text_encoder_2" else "clip",
-        config=config,
+        config=clip_text_config(read_json(path), str(path)),
         component=component,
         tokenizer=tokenizer,
         penultimate=is_xl,

@@ -6,26 +6,18 @@ import re
 from logging import ERROR
 from pathlib import Path
 
-from latentmill.engine.loading.folder import pipeline_parts
+from latentmill.engine.loading.folder import PROCESSOR_FILE, pipeline_parts
+from latentmill.engine.loading.vocabulary import TOKENIZER_FILES
 from latentmill.engine.types import EngineError
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_CONFIGS = ("model_index.json", "*/config.json", "scheduler/*.json", "feature_extractor/*.json")
-_TOKENIZERS = ("tokenizer/*", "tokenizer_2/*")
+_CONFIGS = ("model_index.json", "*/config.json", "scheduler/*.json", PROCESSOR_FILE)
+_TOKENIZERS = tuple(f"{folder}/{name}" for folder in ("tokenizer", "tokenizer_2") for name in TOKENIZER_FILES)
 _PARTS = ("unet", "vae", "vqvae", "text_encoder", "text_encoder_2", "bert", "safety_checker")
 _SAFETENSORS = tuple(f"{part}/{name}.safetensors" for part in _PARTS for name in ("diffusion_pytorch_model", "model"))
 _PICKLES = tuple(f"{part}/{name}.bin" for part in _PARTS for name in ("diffusion_pytorch_model", "pytorch_model"))
 _READ = ("json", "safetensors", "txt", "model", "jinja")
 """What is fetched of every part of a pipeline that runs by the library diffusers."""
-
-_VOCABULARY = (
-    "vocab.json",
-    "merges.txt",
-    "vocab.txt",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-)
 
 
 def is_hub_id(name: str) -> bool:
@@ -56,7 +48,7 @@ def fetch_model(repo: str, revision: str | None) -> Path:
 def fetch_tokenizer(repo: str) -> Path:
     """The local snapshot of a tokenizer's files. Raises EngineError as `fetch_model` does."""
     needed = "the tokenizer's vocab.json and merges.txt (CLIP) or vocab.txt (BERT)"
-    return _snapshot(repo, None, _VOCABULARY, needed, "folder, as tokenizer")
+    return _snapshot(repo, None, TOKENIZER_FILES, needed, "folder, as tokenizer")
 
 
 def _snapshot(repo: str, revision: str | None, patterns: tuple[str, ...], needed: str, local_form: str) -> Path:

@@ -11,10 +11,11 @@ from typing import Any
 from latentmill.engine.loading.blueprint import Blueprint
 from latentmill.engine.loading.checkpoint import open_weights
 from latentmill.engine.loading.config import SchedulerConfig
-from latentmill.engine.loading.folder import checker_files, pixel_files, read_blueprint, tokenizer_files, weights_file
+from latentmill.engine.loading.folder import checker_files, pixel_files, read_blueprint, weights_file
 from latentmill.engine.loading.hub import fetch_model, fetch_tokenizer, is_hub_id
 from latentmill.engine.loading.original import as_configured
 from latentmill.engine.loading.single_file import default_tokenizer, recognise
+from latentmill.engine.loading.vocabulary import tokenizer_files
 from latentmill.engine.types import EngineError, ModelSpec, OriginalModelSpec
 
 
@@ -48,6 +49,8 @@ def find_model(spec: ModelSpec) -> ModelLayout:
         layout = _single_file(path, spec)
     elif path.is_dir():
         layout = _folder(path, spec)
+    elif path.exists():
+        raise EngineError(f"model {path} is a pipe or a device; give a folder or a regular file")
     elif is_hub_id(spec.model):
         layout = _folder(fetch_model(spec.model, spec.revision), spec)
     else:

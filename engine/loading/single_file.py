@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from latentmill.engine.loading.blueprint import Blueprint, Family, Tower, check_fit
 from latentmill.engine.loading.checkpoint import Shape, WeightsFile
 from latentmill.engine.loading.config import PredictionType, SchedulerConfig, UNetConfig, VAEConfig
+from latentmill.engine.loading.encoder_config import clip_text_config, ldm_bert_config
+from latentmill.engine.loading.files import shown
 from latentmill.engine.types import EngineError
 
 CLIP_TOKENIZER = "openai/clip-vit-large-patch14"
@@ -88,8 +90,8 @@ def recognise(file: WeightsFile, prediction_type: str | None) -> Blueprint:
     try:
         blueprint = Blueprint(
             family=published.family,
-            unet=UNetConfig.from_dict(_unet_config(shapes, published)),
-            vae=VAEConfig.from_dict(_vae_config(shapes, published)),
+            unet=UNetConfig.from_dict(_unet_config(shapes, published), str(file.path)),
+            vae=VAEConfig.from_dict(_vae_config(shapes, published), str(file.path)),
             scheduler=SchedulerConfig.from_dict(
                 {
                     **_SCHEDULE,
@@ -100,11 +102,17 @@ def recognise(file: WeightsFile, prediction_type: str | None) -> Blueprint:
                     "prediction_type": prediction_type or _prediction_type(file, published),
                 }
             ),
-            towers=_towers(shapes, published),
+            towers=_towers(shapes, published, str(file.path)),
             force_zeros_for_empty_prompt=published is _SDXL,
         )
     except KeyError as error:
         raise EngineError(f"{file.path} looks like {published.name}, but has no key {error}") from None
+    except EngineError:
+        raise
+    except (IndexError, ValueError) as error:
+        raise EngineError(
+            f"{file.path} looks like {published.name}, but its tensors have not the shapes of one: {error}"
+        ) from None
     check_fit(blueprint, file.path)
     return blueprint
 
@@ -118,7 +126,7 @@ def _published(file: WeightsFile) -> _Published:
             return _LDM_VQ if published is _LDM_KL and _LDM_VQ.marker in file.shapes else published
     raise EngineError(
         f"{file.path} is not a checkpoint that this version knows ({len(file.shapes)} tensors, first "
-        f"{next(iter(file.shapes), None)!r}): looked for {_UNET}input_blocks.0.0.weight and one of "
+        f"{shown(next(iter(file.shapes), None))}): looked for {_UNET}input_blocks.0.0.weight and one of "
         f"{', '.join(published.marker for published in (_SD1, _SD2, _SDXL, _LDM_KL))}"
     )
 
@@ -136,7 +144,10 @@ def _prediction_type(file: WeightsFile, published: _Published) -> PredictionType
 
 
 def _count(shapes: Mapping[str, Shape], pattern: str) -> int:
-    """One more than the highest number that the pattern's group takes among the keys; 0 if it matches none."""
+    """One more than the highest number that the pattern's group takes among the keys; 0 if it matches none.
+
+    Patterns take three digits: a key with more is none of a known model, and is refused as unexpected.
+    """
     expression = re.compile(pattern)
     return 1 + max((int(match[1]) for match in map(expression.match, shapes) if match), default=-1)
 
@@ -144,14 +155,14 @@ def _count(shapes: Mapping[str, Shape], pattern: str) -> int:
 def _unet_config(shapes: Mapping[str, Shape], published: _Published) -> dict[str, Any]:
     """Walk the way down: a residual block starts a layer, `.0.op` ends a level."""
     levels: list[dict[str, int]] = [{"width": 0, "layers": 0, "depth": 0}]
-    for number in range(1, _count(shapes, re.escape(_UNET) + r"input_blocks\.(\d+)\.")):
+    for number in range(1, _count(shapes, re.escape(_UNET) + r"input_blocks\.(\d{1,3})\.")):
         block = f"{_UNET}input_blocks.{number}."
         if f"{block}0.op.weight" in shapes:
             levels.append({"width": 0, "layers": 0, "depth": 0})
             continue
         levels[-1]["width"] = shapes[f"{block}0.out_layers.3.weight"][0]
         levels[-1]["layers"] += 1
-        levels[-1]["depth"] = _count(shapes, re.escape(block) + r"1\.transformer_blocks\.(\d+)\.")
+        levels[-1]["depth"] = _count(shapes, re.escape(block) + r"1\.transformer_blocks\.(\d{1,3})\.")
     middle = f"{_UNET}middle_block.1."
     widths = [level["width"] for level in levels]
     depths = [level["depth"] for level in levels]
@@ -166,7 +177,7 @@ def _unet_config(shapes: Mapping[str, Shape], published: _Published) -> dict[str
         # A level without attention has no depth; the lowest level's counts for the middle block.
         "transformer_layers_per_block": [
             *(depth or 1 for depth in depths[:-1]),
-            _count(shapes, re.escape(middle) + r"transformer_blocks\.(\d+)\."),
+            _count(shapes, re.escape(middle) + r"transformer_blocks\.(\d{1,3})\."),
         ],
         "attention_head_dim": published.heads or [width // (published.head_dim or 1) for width in widths],
         "cross_attention_dim": shapes[f"{middle}transformer_blocks.0.attn2.to_k.weight"][1],
@@ -185,7 +196,7 @@ def _unet_config(shapes: Mapping[str, Shape], published: _Published) -> dict[str
 
 def _vae_config(shapes: Mapping[str, Shape], published: _Published) -> dict[str, Any]:
     down = r"first_stage_model\.encoder\.down\."
-    levels = _count(shapes, down + r"(\d+)\.block\.")
+    levels = _count(shapes, down + r"(\d{1,3})\.block\.")
     attends = [f"first_stage_model.encoder.down.{level}.attn.0.norm.weight" in shapes for level in range(levels)]
     codebook = shapes.get(_LDM_VQ.marker)
     config: dict[str, Any] = {
@@ -194,7 +205,7 @@ def _vae_config(shapes: Mapping[str, Shape], published: _Published) -> dict[str,
         ],
         "down_block_types": ["AttnDownEncoderBlock2D" if level else "DownEncoderBlock2D" for level in attends],
         "up_block_types": ["AttnUpDecoderBlock2D" if level else "UpDecoderBlock2D" for level in reversed(attends)],
-        "layers_per_block": _count(shapes, down + r"0\.block\.(\d+)\."),
+        "layers_per_block": _count(shapes, down + r"0\.block\.(\d{1,3})\."),
         "latent_channels": shapes["first_stage_model.decoder.conv_in.weight"][1],
         "mid_block_add_attention": "first_stage_model.decoder.mid.attn_1.norm.weight" in shapes,
         "scaling_factor": published.scaling_factor,
@@ -205,7 +216,14 @@ def _vae_config(shapes: Mapping[str, Shape], published: _Published) -> dict[str,
     return config
 
 
-def _towers(shapes: Mapping[str, Shape], published: _Published) -> tuple[Tower, ...]:
+def _towers(shapes: Mapping[str, Shape], published: _Published, where: str) -> tuple[Tower, ...]:
+    return tuple(
+        replace(tower, config=(ldm_bert_config if tower.kind == "ldm-bert" else clip_text_config)(tower.config, where))
+        for tower in _towers_by_shapes(shapes, published)
+    )
+
+
+def _towers_by_shapes(shapes: Mapping[str, Shape], published: _Published) -> tuple[Tower, ...]:
     if published is _SD1:
         return (_clip_tower(shapes, "cond_stage_model.transformer.text_model.", "text_encoder", penultimate=False),)
     if published is _SD2:
@@ -223,7 +241,7 @@ def _towers(shapes: Mapping[str, Shape], published: _Published) -> tuple[Tower, 
     config = {
         "vocab_size": shapes[f"{prefix}token_emb.weight"][0],
         "max_position_embeddings": shapes[f"{prefix}pos_emb.emb.weight"][0],
-        "encoder_layers": _count(shapes, re.escape(prefix) + r"attn_layers\.layers\.(\d+)\.") // 2,
+        "encoder_layers": _count(shapes, re.escape(prefix) + r"attn_layers\.layers\.(\d{1,3})\.") // 2,
         "encoder_ffn_dim": shapes[f"{prefix}attn_layers.layers.1.1.net.0.0.weight"][0],
         "encoder_attention_heads": inner // 64,
         "head_dim": 64,
@@ -238,10 +256,13 @@ def _clip_tower(shapes: Mapping[str, Shape], prefix: str, component: str, *, pen
         "vocab_size": vocabulary,
         "hidden_size": width,
         "intermediate_size": shapes[f"{prefix}encoder.layers.0.mlp.fc1.weight"][0],
-        "num_hidden_layers": _count(shapes, re.escape(prefix) + r"encoder\.layers\.(\d+)\."),
+        "num_hidden_layers": _count(shapes, re.escape(prefix) + r"encoder\.layers\.(\d{1,3})\."),
         "num_attention_heads": width // 64,
         "max_position_embeddings": shapes[f"{prefix}embeddings.position_embedding.weight"][0],
         "hidden_act": "quick_gelu",
+        # As published; the pooled state, which these two are about, is not asked for.
+        "projection_dim": width,
+        "eos_token_id": 2,
     }
     return Tower(kind="clip", config=config, component=component, tokenizer="tokenizer", penultimate=penultimate)
 
@@ -252,7 +273,7 @@ def _open_clip_tower(shapes: Mapping[str, Shape], prefix: str, component: str, *
         "vocab_size": vocabulary,
         "hidden_size": width,
         "intermediate_size": shapes[f"{prefix}transformer.resblocks.0.mlp.c_fc.weight"][0],
-        "num_hidden_layers": _count(shapes, re.escape(prefix) + r"transformer\.resblocks\.(\d+)\.") - unused_layers,
+        "num_hidden_layers": _count(shapes, re.escape(prefix) + r"transformer\.resblocks\.(\d{1,3})\.") - unused_layers,
         "num_attention_heads": width // 64,
         "max_position_embeddings": shapes[f"{prefix}positional_embedding"][0],
         "hidden_act": "gelu",

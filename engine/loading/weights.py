@@ -12,6 +12,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from latentmill.engine.loading.blueprint import Blueprint, Tower
 from latentmill.engine.loading.checkpoint import Shape, WeightsFile, open_weights
+from latentmill.engine.loading.files import shown
 from latentmill.engine.loading.keys import Origin, averaged_name, folder_name, is_ignored, original_names
 from latentmill.engine.loading.layout import ModelLayout
 from latentmill.engine.networks.autoencoder import Autoencoder, build_autoencoder
@@ -105,9 +106,7 @@ def _fill(module: Module, layout: ModelLayout, component: str, dtype: torch.dtyp
         for key, origin in origins.items()
     }
     module.load_state_dict(state, assign=True)
-    for name, buffer in module.named_buffers():
-        if buffer.is_meta:
-            _place_constant(module, name, buffer, device)
+    place_constants(module, device)
     return module.eval().requires_grad_(requires_grad=False)
 
 
@@ -128,8 +127,8 @@ def _claim_folder_file(file: WeightsFile, component: str, ours: Mapping[str, str
 def _refuse(missing: list[str], unexpected: list[str], problem: str) -> None:
     if missing or unexpected:
         raise EngineError(
-            f"{problem}: {len(missing)} keys missing (first: {missing[:1]}), "
-            f"{len(unexpected)} unexpected (first: {unexpected[:1]})"
+            f"{problem}: {len(missing)} keys missing (first: {shown(missing[:1])}), "
+            f"{len(unexpected)} unexpected (first: {shown(unexpected[:1])})"
         )
 
 
@@ -149,10 +148,13 @@ def _read(file: WeightsFile, origin: Origin, expected: Shape) -> Tensor:
     return tensor.contiguous()
 
 
-def _place_constant(module: nn.Module, name: str, buffer: Tensor, device: torch.device) -> None:
-    """Buffers that no checkpoint holds: CLIP's positions, 0 to the last."""
-    path, _, leaf = name.rpartition(".")
-    if leaf != "position_ids":
-        raise EngineError(f"{type(module).__name__} has a buffer {name!r} that no checkpoint holds")
-    positions = torch.arange(buffer.shape[-1], device=device)
-    setattr(module.get_submodule(path), leaf, rearrange(positions, "l -> 1 l"))
+def place_constants(module: nn.Module, device: torch.device) -> None:
+    """Give a module on the meta device the buffers that no checkpoint holds: CLIP's positions, 0 to the last."""
+    for name, buffer in list(module.named_buffers()):
+        if not buffer.is_meta:
+            continue
+        path, _, leaf = name.rpartition(".")
+        if leaf != "position_ids":
+            raise EngineError(f"{type(module).__name__} has a buffer {name!r} that no checkpoint holds")
+        positions = torch.arange(buffer.shape[-1], device=device)
+        setattr(module.get_submodule(path), leaf, rearrange(positions, "l -> 1 l"))

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from latentmill.engine.loading.blueprint import TowerKind
+from latentmill.engine.loading.vocabulary import tokenizer_files
 
 
 class PromptTokenizer:
@@ -47,8 +50,15 @@ class PromptTokenizer:
 
 
 def load_prompt_tokenizer(folder: Path, kind: TowerKind) -> PromptTokenizer:
-    """The tokenizer in a folder, of the kind that the text encoder was trained with."""
+    """The tokenizer in a folder, of the kind that the text encoder was trained with.
+
+    It is given a folder with the files that the model's digest covers, and no others: what else lies there, and what a
+    later version of transformers may look for, changes no token.
+    """
     from transformers import BertTokenizer, CLIPTokenizer
 
     tokenizer = BertTokenizer if kind == "ldm-bert" else CLIPTokenizer
-    return PromptTokenizer(tokenizer.from_pretrained(folder, local_files_only=True))
+    with tempfile.TemporaryDirectory() as listed:
+        for file in tokenizer_files(folder):
+            shutil.copyfile(file, Path(listed) / file.name)
+        return PromptTokenizer(tokenizer.from_pretrained(listed, local_files_only=True))

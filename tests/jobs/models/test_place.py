@@ -96,6 +96,24 @@ def test_a_single_file_in_a_bucket_with_its_vocabulary_in_another_place(node_cac
     assert node_cache in Path(spec.tokenizer or "").parents
 
 
+def test_a_model_at_a_url_is_the_same_set_of_files_as_the_folder(
+    tiny_model: Path, node_cache: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    counts = ("tokenizer/added_tokens.json", "safety_checker/config.json", "feature_extractor/preprocessor_config.json")
+    for name in (*counts, "tokenizer/README.txt", "safety_checker/README.json", "unet/other.json"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("{}")
+    (folder / "safety_checker/model.safetensors").write_bytes(b"weights")
+    local, _, _ = resolve_model(ModelChoice(source=str(folder)))
+    remote, _, _ = resolve_model(ModelChoice(source=upload(folder, "memory://weights-8/model")))
+    assert (remote.files, remote.digest) == (local.files, local.digest)
+    assert {*counts, "safety_checker/model.safetensors"} < remote.files.keys()
+    held = Path(place_model(remote).model)
+    placed = {path.relative_to(held).as_posix() for path in held.rglob("*") if path.is_file()}
+    assert placed == remote.files.keys() | {".complete"}
+
+
 @pytest.mark.slow
 def test_a_flipped_byte_on_one_node_is_named_there_and_harmless_elsewhere(
     manifest: Manifest, node_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
