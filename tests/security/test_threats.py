@@ -149,10 +149,11 @@ def scratch() -> Iterator[Path]:
     shutil.rmtree(folder, ignore_errors=True)
 
 
+@pytest.mark.cluster
 def test_no_secret_is_in_any_file_log_or_line_of_a_run_on_ray(
     s3: str, manifest: Manifest, tiny_model: Path, scratch: Path
 ) -> None:
-    keep = "import types, cli, jobs.scratch as scratch; "  # the cluster's logs stay
+    keep = "import types; from latentmill import cli; import latentmill.jobs.scratch as scratch; "  # the logs stay
     keep += "scratch.shutil = types.SimpleNamespace(rmtree=lambda *_, **__: None); cli.main()"
     arguments = ["run", manifest(4), "--out", s3, "--model", tiny_model, *SMALL, "--num-actors", 1]
     code, out, err = command(*arguments, wrapper=keep, TMPDIR=str(scratch))
