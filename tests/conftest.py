@@ -18,7 +18,7 @@ from tests.harness.s3 import credentials, seaweedfs
 # side must not fight for cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-_FIXTURES = {"s3_endpoint": "s3", "shared_cluster": "cluster", "guarded": "cluster"}
+_FIXTURES = {"s3_endpoint": "s3", "guarded": "cluster"}
 _PROGRAMS = {"weed": "s3", "ray": "cluster", "gcs_server": "cluster"}
 _running: pytest.Item | None = None
 

@@ -72,8 +72,8 @@ class Proxy:
                 elif not await self._answer(request, writer):
                     return
                 await writer.drain()
-        except (OSError, asyncio.IncompleteReadError, asyncio.LimitOverrunError):
-            pass  # the client has gone, or the store has: the client sees a closed connection
+        except (OSError, asyncio.IncompleteReadError, asyncio.LimitOverrunError, asyncio.CancelledError):
+            pass  # the client has gone, the store has, or the proxy ends: the client sees a closed connection
         finally:
             writer.close()
             with contextlib.suppress(OSError):

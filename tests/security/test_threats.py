@@ -159,6 +159,7 @@ def scratch() -> Iterator[Path]:
     shutil.rmtree(folder, ignore_errors=True)
 
 
+@pytest.mark.cluster
 def test_no_secret_is_in_any_file_log_or_line_of_a_run_on_ray(
     s3: str, manifest: Manifest, tiny_model: Path, scratch: Path
 ) -> None:

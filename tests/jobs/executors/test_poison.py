@@ -6,6 +6,7 @@ import os
 import pickle
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow as pa
@@ -14,13 +15,13 @@ import pytest
 from latentmill.jobs.code import own_code
 from latentmill.jobs.executors.isolation import DIED, OVERRAN
 from latentmill.jobs.executors.ray_cell import LoneWorker
+from latentmill.jobs.executors.ray_cluster import connect
 from latentmill.jobs.executors.ray_entry import Generate, send_by_value
 from latentmill.jobs.executors.ray_watch import open_roster
 from latentmill.jobs.outputs.verify import verify
 from latentmill.jobs.plans.plan import adopt, draft_plan
 from latentmill.jobs.progress import Progress
 from latentmill.jobs.store.storage import Storage
-from tests.harness.cluster import Cluster
 from tests.jobs.driver import job_spec, pictures, read_dataset, run
 from tests.jobs.fakes import FakeEngine, fake_engine
 
@@ -30,10 +31,17 @@ pytestmark = [
 ]
 
 
-def test_prompts_that_kill_hang_or_raise_fail_alone(ray_cluster: Cluster, manifest, tiny_model: Path, tmp_path: Path):
+@pytest.fixture(scope="module", autouse=True)
+def session() -> Iterator[None]:
+    """One Ray session for all tests of this file."""
+    connection = connect(None)
+    yield
+    connection.close()
+
+
+def test_prompts_that_kill_hang_or_raise_fail_alone(manifest, tiny_model: Path, tmp_path: Path):
     prompts = [f"picture {number}" for number in range(16)]
-    settings = {"chunk_size": 4, "batch_size": 2, "chunk_timeout": 2}
-    settings |= {"executor": "ray", "address": ray_cluster.address, "num_actors": 2}
+    settings = {"chunk_size": 4, "batch_size": 2, "executor": "ray", "chunk_timeout": 2}
     prompts[5], prompts[10], prompts[11] = "segfault", "hang", "crash"
     summary = run(job_spec(tiny_model, manifest(prompts), tmp_path / "out", **settings))
     assert (summary.exit_code, summary.counts) == (1, {"ok": 13, "flagged": 0, "failed": 3})
@@ -93,10 +101,10 @@ def dawdling_engine(plan, device) -> FakeEngine:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_one_signal_finishes_the_chunks_in_flight_and_starts_no_more(
-    number: signal.Signals, ray_cluster: Cluster, manifest, tiny_model: Path, tmp_path: Path
+    number: signal.Signals, manifest, tiny_model: Path, tmp_path: Path
 ):
     out = str(tmp_path / "out")
-    spec = job_spec(tiny_model, manifest(200), out, executor="ray", address=ray_cluster.address, num_actors=2)
+    spec = job_spec(tiny_model, manifest(200), out, executor="ray")
     told: list[float] = []
 
     def interrupt(progress: Progress) -> None:

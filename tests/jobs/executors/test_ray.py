@@ -1,4 +1,4 @@
-"""Real Ray: sessions of this process's own, and the cluster that the tests share."""
+"""Real Ray: a cluster of its own for the kill test, one shared by the others."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from latentmill.jobs.executors.ray_cluster import connect
 from latentmill.jobs.progress import Progress
 from latentmill.jobs.runner import run_job
 from latentmill.jobs.store.storage import Storage
-from tests.harness.cluster import Cluster
 from tests.jobs.driver import job_spec, read_dataset, run
 from tests.jobs.fakes import broken_engine
 
@@ -94,17 +93,15 @@ def actor_pids() -> list[int]:
     ]
 
 
-@pytest.fixture
-def session() -> Iterator[None]:
-    """A Ray session of this process, started by the executor's own code."""
-    connection = connect(None)
-    yield
-    connection.close()
-
-
-def on(nodes: Cluster) -> dict[str, object]:
-    """The settings of a job that joins a cluster with two models."""
-    return {"executor": "ray", "address": nodes.address, "num_actors": 2}
+@pytest.fixture(scope="module")
+def session(s3_environment: dict[str, str]) -> Iterator[None]:
+    """One Ray session for several tests, started by the executor's own code, with the S3 server's credentials."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in s3_environment.items():
+            patch.setenv(name, value)
+        connection = connect(None)
+        yield
+        connection.close()
 
 
 def test_poison_is_data_and_the_session_of_others_is_left_alone(session, tiny_model: Path, manifest, tmp_path: Path):
@@ -121,15 +118,15 @@ def test_poison_is_data_and_the_session_of_others_is_left_alone(session, tiny_mo
     assert read_dataset(str(tmp_path / "out")) == read_dataset(str(tmp_path / "inline"))
 
 
-def test_a_device_that_breaks_ends_the_pass_early_and_is_told(ray_cluster: Cluster, tiny_model, manifest, tmp_path):
-    spec = job_spec(tiny_model, manifest(80), tmp_path / "out", **on(ray_cluster))
+def test_a_device_that_breaks_ends_the_pass_early_and_is_told(session, tiny_model, manifest, tmp_path):
+    spec = job_spec(tiny_model, manifest(80), tmp_path / "out", executor="ray")
     with pytest.raises(JobError, match=r"no node can work: 12 failures in a row.*RuntimeError: the device is lost"):
         run(spec, engine_factory=broken_engine)
     assert not list(Storage.open(str(tmp_path / "out")).list("ledger"))
 
 
-def test_a_job_on_s3_resumes_and_generates_nothing_twice(ray_cluster: Cluster, s3: str, tiny_model: Path, manifest):
-    spec = job_spec(tiny_model, manifest(6), s3, **on(ray_cluster))
+def test_a_job_on_s3_resumes_and_generates_nothing_twice(session, s3: str, tiny_model: Path, manifest):
+    spec = job_spec(tiny_model, manifest(6), s3, executor="ray")
     first = run(spec)
     assert (first.exit_code, first.generated) == (0, 6)
     storage = Storage.open(s3)
@@ -140,11 +137,11 @@ def test_a_job_on_s3_resumes_and_generates_nothing_twice(ray_cluster: Cluster, s
     assert (again.exit_code, again.generated) == (0, 2)
 
 
-def test_leaving_early_stops_the_work(ray_cluster: Cluster, tiny_model: Path, manifest, tmp_path: Path):
+def test_leaving_early_stops_the_work(session, tiny_model: Path, manifest, tmp_path: Path):
     from latentmill.jobs.plans.plan import load_plan
 
     out = str(tmp_path / "out")
-    spec = job_spec(tiny_model, manifest(200), out, **on(ray_cluster))
+    spec = job_spec(tiny_model, manifest(200), out, executor="ray")
     seen: list[Progress] = []
 
     def interrupt(progress: Progress) -> None:
