@@ -54,7 +54,8 @@ class RayExecutor:
         send_by_value()
         try:
             self._pool = size_pool(plan, runtime, self._connection.nodes(), growing=self._connection.joined)
-            self._roster = open_roster(runtime.chunk_timeout)
+            with _ray_errors():
+                self._roster = open_roster(runtime.chunk_timeout)
         except BaseException:
             self._connection.close()
             raise

@@ -14,12 +14,11 @@ from latentmill.jobs.errors import JobError
 from latentmill.jobs.executors.ray_cell import GRACE_SECONDS
 from latentmill.jobs.executors.roster import Overview, Roster
 from latentmill.jobs.show.display import print_line
-from latentmill.jobs.worker import describe_fault
 
 _WATCH_SECONDS = 1.0
 _HEAD_SECONDS = 5.0
-_START_SECONDS = 120.0
-"""What the start of the first process may take, a second or two where nothing else runs."""
+START_SECONDS = 60.0
+"""What the start of the first process may take: a second or two, where nothing else runs."""
 
 
 def open_roster(chunk_timeout: float | None) -> Any:
@@ -34,12 +33,12 @@ def open_roster(chunk_timeout: float | None) -> Any:
     options = {"num_cpus": 0, "scheduling_strategy": here, "max_restarts": -1, "max_task_retries": -1}
     roster = ray.remote(Roster).options(**options).remote(chunk_timeout)
     try:
-        ray.get(roster.start_pass.remote(), timeout=_START_SECONDS)
-    except ray.exceptions.RayError as error:
+        ray.get(roster.start_pass.remote(), timeout=START_SECONDS)
+    except ray.exceptions.GetTimeoutError:
         raise JobError(
-            f"Ray could not start a process on {socket.gethostname()} within {_START_SECONDS:g} s "
-            f"({describe_fault(error)}); see python-core-worker-*.log and raylet.err in its session's logs"
-        ) from error
+            f"Ray could not start a process on {socket.gethostname()} within {START_SECONDS:g} s; look for files that "
+            f"hide Python modules of their name (PYTHONPATH), and for free memory and disk"
+        ) from None
     return roster
 
 
