@@ -308,8 +308,8 @@ def resolve(
 ) -> JobSpec:
     """The job: the file's keys, overridden by every flag that is not None.
 
-    `flags["sweep"]` is a list of `AXIS=VALUES`; an axis given by flag replaces the file's axis of that name and keeps
-    its place, and the file's other axes stay. `{date}` in `out` is replaced by the key `date`, else by `today`, by
+    `flags["sweep"]` is a list of `AXIS=VALUES`, or a mapping of axes to their values; an axis given by flag replaces
+    the file's axis of that name and keeps its place, and the file's other axes stay. `{date}` in `out` is replaced by the key `date`, else by `today`, by
     default the day in UTC. With `or_sample`, a job without a file and without prompts draws the package's sample.
     """
     merged = load_job_file(job_file) if job_file is not None else {}
@@ -328,8 +328,10 @@ def resolve(
     return dataclasses.replace(make_spec(merged), night=night)
 
 
-def _merge_axes(from_file: Any, flags: list[str]) -> dict[str, Any]:
-    axes = dict(from_file) if isinstance(from_file, Mapping) else {}
+def _merge_axes(from_file: Any, flags: Any) -> dict[str, Any]:
+    axes: dict[str, Any] = dict(from_file) if isinstance(from_file, Mapping) else {}
+    if isinstance(flags, Mapping):
+        return {**axes, **flags}
     seen: set[str] = set()
     for flag in flags:
         name, values = parse_axis(flag)
