@@ -309,8 +309,9 @@ def resolve(
     """The job: the file's keys, overridden by every flag that is not None.
 
     `flags["sweep"]` is a list of `AXIS=VALUES`, or a mapping of axes to their values; an axis given by flag replaces
-    the file's axis of that name and keeps its place, and the file's other axes stay. `{date}` in `out` is replaced by the key `date`, else by `today`, by
-    default the day in UTC. With `or_sample`, a job without a file and without prompts draws the package's sample.
+    the file's axis of that name and keeps its place, and the file's other axes stay. `{date}` in `out` is replaced by
+    the key `date`, else by `today`, by default the day in UTC. With `or_sample`, a job without a file and without
+    prompts draws the package's sample.
     """
     merged = load_job_file(job_file) if job_file is not None else {}
     given = {key: value for key, value in flags.items() if value is not None}
