@@ -20,7 +20,10 @@ OTHERS = ["torch.py", "numpy.py", "yaml.py", "typer.py", "pyarrow/__init__.py", 
 SMALL = ["--width", "64", "--height", "64", "--num-inference-steps", "2", "--chunk-size", "2", "--batch-size", "2"]
 SMALL += ["--watermark", "none", "--safety", "none"]
 
-pytestmark = pytest.mark.filterwarnings(r"ignore::DeprecationWarning:ray\..*")  # Ray 2.60 uses its own old settings
+pytestmark = [
+    pytest.mark.cluster,
+    pytest.mark.filterwarnings(r"ignore::DeprecationWarning:ray\..*"),  # Ray 2.60 uses its own old settings
+]
 
 
 @pytest.fixture

@@ -110,7 +110,10 @@ class Cast:
         name = f"driver{next(self.numbers)}"
         ready = [True]
         spec = SimpleNamespace(
-            out=URL, plan=plan, night=None, runtime=SimpleNamespace(single_writer=False, retry_failed=retry)
+            out=URL,
+            plan=plan,
+            night=None,
+            runtime=SimpleNamespace(executor="inline", single_writer=False, retry_failed=retry),
         )
 
         def restart() -> None:
@@ -267,7 +270,7 @@ def _truthful(cast: Cast, create: Callable[..., str]) -> Callable[..., str]:
 
 
 @contextmanager
-def _draft(spec: Any) -> Iterator[Draft]:
+def _draft(spec: Any, **_: Any) -> Iterator[Draft]:
     yield Draft(spec.plan)
 
 

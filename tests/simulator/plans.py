@@ -128,6 +128,7 @@ class Draft:
 
     def __init__(self, plan: SimulatedPlan) -> None:
         self.identity = plan.identity
+        self.notes: tuple[str, ...] = ()
         self.digest = str(plan.first_seed).ljust(64, "0")
         self.spec = SimpleNamespace(threads_per_actor=1, out=URL)
         self.snapshot = SimpleNamespace(parts=(0,), path=lambda _: _Bytes(b"the snapshot of a manifest"))

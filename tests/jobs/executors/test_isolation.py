@@ -136,7 +136,7 @@ def script(manifest, tiny_model, tmp_path) -> Script:
     from latentmill.jobs.runner import _adopt
 
     out = str(tmp_path / "out")
-    _adopt(job_spec(tiny_model, manifest(4), out, chunk_size=4))
+    _adopt(job_spec(tiny_model, manifest(4), out, chunk_size=4), lambda _: None, lambda _: None)
     return Script(ChunkGenerator(out, engine_factory=fake_engine), out, {})
 
 
