@@ -58,7 +58,6 @@ def report(
     """
     if max_sheets < 1:
         raise UsageError(f"max_sheets is {max_sheets}; give at least 1")
-    open_job.cache_clear()
     job = open_job(out_url)
     publication = load_publication(job)
     if publication is None:
