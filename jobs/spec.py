@@ -15,7 +15,6 @@ from latentmill.jobs.errors import UsageError
 from latentmill.jobs.executor_table import EXECUTORS
 from latentmill.jobs.manifests.fields import FieldError, nearest, shorten, text_fault
 from latentmill.jobs.manifests.parameters import MANIFEST_FORMATS
-from latentmill.jobs.plans.sweep import build_axes, parse_axis
 from latentmill.jobs.settings import (
     CUTTING,
     INPUT,
@@ -33,6 +32,7 @@ from latentmill.jobs.settings import (
     whole,
 )
 from latentmill.jobs.store.urls import allowed_filesystem, display_url
+from latentmill.jobs.sweep import build_axes, parse_axis
 
 if TYPE_CHECKING:
     import datetime

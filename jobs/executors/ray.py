@@ -55,7 +55,8 @@ class RayExecutor:
         send_by_value()
         try:
             self._pool = size_pool(job.plan, runtime, self._connection.nodes(), growing=self._connection.joined)
-            self._registry = open_registry(runtime.chunk_timeout)
+            with _ray_errors():
+                self._registry = open_registry(runtime.chunk_timeout)
         except BaseException:
             self._connection.close()
             raise

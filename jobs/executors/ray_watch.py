@@ -10,7 +10,6 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any
 
-from latentmill.jobs.chunk_result import describe_fault
 from latentmill.jobs.errors import JobError
 from latentmill.jobs.executors.ray_isolated import GRACE_SECONDS
 from latentmill.jobs.executors.worker_registry import Overview, WorkerRegistry
@@ -18,8 +17,8 @@ from latentmill.jobs.terminal import print_line
 
 _WATCH_SECONDS = 1.0
 _HEAD_SECONDS = 5.0
-_START_SECONDS = 120.0
-"""What the start of the first process may take, a second or two where nothing else runs."""
+START_SECONDS = 60.0
+"""What the start of the first process may take: a second or two, where nothing else runs."""
 
 
 def open_registry(chunk_timeout: float | None) -> Any:
@@ -34,12 +33,12 @@ def open_registry(chunk_timeout: float | None) -> Any:
     options = {"num_cpus": 0, "scheduling_strategy": here, "max_restarts": -1, "max_task_retries": -1}
     registry = ray.remote(WorkerRegistry).options(**options).remote(chunk_timeout)
     try:
-        ray.get(registry.start_pass.remote(), timeout=_START_SECONDS)
-    except ray.exceptions.RayError as error:
+        ray.get(registry.start_pass.remote(), timeout=START_SECONDS)
+    except ray.exceptions.GetTimeoutError:
         raise JobError(
-            f"Ray could not start a process on {socket.gethostname()} within {_START_SECONDS:g} s "
-            f"({describe_fault(error)}); see python-core-worker-*.log and raylet.err in its session's logs"
-        ) from error
+            f"Ray could not start a process on {socket.gethostname()} within {START_SECONDS:g} s; look for files that "
+            f"hide Python modules of their name (PYTHONPATH), and for free memory and disk"
+        ) from None
     return registry
 
 

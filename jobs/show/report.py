@@ -16,9 +16,9 @@ from latentmill.jobs.errors import JobError, UsageError
 from latentmill.jobs.job import Job, open_job
 from latentmill.jobs.ledger.pictures import decode_png
 from latentmill.jobs.outputs.publish import Publication, load_publication
-from latentmill.jobs.plans.sweep import Axis
 from latentmill.jobs.show.sheets import CAPTION_SIZE, TILE, TITLE_SIZE, Cell, Sheet, draw_sheet, wrap
 from latentmill.jobs.store.errors import StorageError
+from latentmill.jobs.sweep import Axis
 
 REPORT_PREFIX = "report"
 MAX_SHEETS = 20

@@ -23,7 +23,6 @@ from latentmill.jobs.outputs.verify import verify
 from latentmill.jobs.plans.plan import adopt, draft_plan
 from latentmill.jobs.progress import Progress
 from latentmill.jobs.store.storage import Storage
-from tests.harness.cluster import Cluster
 from tests.jobs.driver import job_spec, pictures, read_dataset, run
 from tests.jobs.fakes import FakeEngine, fake_engine
 
@@ -33,10 +32,17 @@ pytestmark = [
 ]
 
 
-def test_prompts_that_kill_hang_or_raise_fail_alone(ray_cluster: Cluster, manifest, tiny_model: Path, tmp_path: Path):
+@pytest.fixture(scope="module", autouse=True)
+def session() -> Iterator[None]:
+    """One Ray session for all tests of this file."""
+    connection = connect(None)
+    yield
+    connection.close()
+
+
+def test_prompts_that_kill_hang_or_raise_fail_alone(manifest, tiny_model: Path, tmp_path: Path):
     prompts = [f"picture {number}" for number in range(16)]
-    settings = {"chunk_size": 4, "batch_size": 2, "chunk_timeout": 2}
-    settings |= {"executor": "ray", "address": ray_cluster.address, "num_actors": 2}
+    settings = {"chunk_size": 4, "batch_size": 2, "executor": "ray", "chunk_timeout": 2}
     prompts[5], prompts[10], prompts[11] = "segfault", "hang", "crash"
     summary = run(job_spec(tiny_model, manifest(prompts), tmp_path / "out", **settings))
     assert (summary.exit_code, summary.counts) == (1, {"ok": 13, "flagged": 0, "failed": 3})
@@ -49,14 +55,6 @@ def test_prompts_that_kill_hang_or_raise_fail_alone(ray_cluster: Cluster, manife
         if row["prompt"] != "calm":
             assert rows[row["prompt"]] == row
     assert verify(str(tmp_path / "out")).defects == ()
-
-
-@pytest.fixture
-def session() -> Iterator[None]:
-    """A Ray session of this process, whatever clusters the tests before have joined."""
-    connection = connect(None)
-    yield
-    connection.close()
 
 
 @pytest.fixture
@@ -82,7 +80,7 @@ def ends_itself(actor, call) -> bool:
     return False
 
 
-def test_in_the_pool_a_process_past_its_deadline_ends_itself(session, hanging: tuple[str, str]):
+def test_in_the_pool_a_process_past_its_deadline_ends_itself(hanging: tuple[str, str]):
     import ray
 
     send_by_value()
@@ -91,7 +89,7 @@ def test_in_the_pool_a_process_past_its_deadline_ends_itself(session, hanging: t
     assert ends_itself(actor, lambda: actor.__call__.remote(pa.table({"chunk": [0]})))
 
 
-def test_isolated_a_process_past_its_deadline_ends_itself(session, hanging: tuple[str, str]):
+def test_isolated_a_process_past_its_deadline_ends_itself(hanging: tuple[str, str]):
     import ray
 
     actor = ray.remote(IsolatedProcess).options(num_cpus=0).remote(own_code(), hanging, fake_engine)
@@ -104,10 +102,10 @@ def dawdling_engine(plan, device) -> FakeEngine:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_one_signal_finishes_the_chunks_in_flight_and_starts_no_more(
-    number: signal.Signals, ray_cluster: Cluster, manifest, tiny_model: Path, tmp_path: Path
+    number: signal.Signals, manifest, tiny_model: Path, tmp_path: Path
 ):
     out = str(tmp_path / "out")
-    spec = job_spec(tiny_model, manifest(200), out, executor="ray", address=ray_cluster.address, num_actors=2)
+    spec = job_spec(tiny_model, manifest(200), out, executor="ray")
     told: list[float] = []
 
     def interrupt(progress: Progress) -> None:
