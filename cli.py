@@ -64,7 +64,8 @@ def plan(config: str | None, flags: dict[str, Any], say: Say) -> None:
     rich_help_panel=_MAKE,
     epilog="Example: [bold]latentmill run prompts.txt --out out/birds[/bold]\n\n"
     "Without PROMPTS it draws the sample prompts of the package. The same command again resumes where it stopped. "
-    "Exit codes: 0 complete, 1 failed samples, 2 usage, 3 the output belongs to another plan, 130 interrupted.",
+    "Exit codes: 0 complete, 1 failed samples, 2 usage, 3 the output belongs to another plan, 4 this shard is done and "
+    "others are not, 130 interrupted.",
 )
 @takes_a_job
 def run(config: str | None, flags: dict[str, Any], say: Say) -> None:
@@ -263,10 +264,10 @@ def read(
     json: Json = False,
 ) -> None:
     """Look for the mark in pictures; exit code 1 if one does not carry it."""
-    from latentmill.jobs.marks import read_marks
+    from latentmill.jobs.watermarks import read_watermarks
 
-    readings = read_marks(files, text=expect, method=watermark)
-    _answer([reading.to_dict() for reading in readings], json, lambda views: views.show_marks(readings))
+    readings = read_watermarks(files, text=expect, method=watermark)
+    _answer([reading.to_dict() for reading in readings], json, lambda views: views.show_watermarks(readings))
     raise typer.Exit(0 if all(reading.found for reading in readings) else 1)
 
 
@@ -342,7 +343,8 @@ def _say_what_was_meant(error: Any) -> None:
 
 
 def _complain(text: str, exit_code: int) -> NoReturn:
-    from latentmill.jobs.show.display import print_line, safe
+    from latentmill.jobs.show.display import safe
+    from latentmill.jobs.terminal import print_line
 
     line = " ".join(text.split())
     print_line(f"error: {safe(line)}", error=True)

@@ -46,7 +46,6 @@ def run(
 
 def open_dataset(out: str) -> Dataset:
     """A published dataset, to read. Raises JobError if the output at this path or URL has none, or not yet."""
-    open_job.cache_clear()
     job = open_job(out)
     publication = standing_publication(job)
     if publication is None:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, field
 
 from latentmill.jobs.errors import UsageError
 from latentmill.jobs.ledger.ledger import Ledger
@@ -15,21 +14,17 @@ from latentmill.jobs.store.storage import Storage
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Job:
-    """The four things that belong together for one output."""
+    """What belongs together for one output. `url` is the output as it was named, perhaps with credentials in it."""
 
+    url: str = field(repr=False)
     storage: Storage
     plan: Plan
     ledger: Ledger
     sink: Sink
 
 
-@lru_cache(maxsize=4)
 def open_job(out_url: str) -> Job:
-    """The job that lives in an output, read once per process. Raises UsageError if it has no plan or cannot be read.
-
-    A plan never changes once it is there, so a process may keep it; `open_job.cache_clear()` forgets it where an
-    output may have been deleted and made again.
-    """
+    """The job that lives in an output, read now. Raises UsageError if it has no plan or cannot be read."""
     try:
         storage = Storage.of_output(out_url)
         plan = load_plan(storage)
@@ -42,4 +37,4 @@ def open_job(out_url: str) -> Job:
         schema=plan.record_schema.remove_metadata(),
         chunk_size=plan.chunk_size,
     )
-    return Job(storage=storage, plan=plan, ledger=ledger, sink=open_sink(plan.format, storage))
+    return Job(url=out_url, storage=storage, plan=plan, ledger=ledger, sink=open_sink(plan.format, storage))

@@ -9,23 +9,29 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 
 import numpy as np
+from numpy.typing import NDArray
 
+from latentmill.jobs.chunk_result import ChunkResult
 from latentmill.jobs.errors import JobError, OutputConflictError
-from latentmill.jobs.executors.base import Executor
+from latentmill.jobs.executor_table import EXECUTORS
+from latentmill.jobs.executors.base import Executor, open_executor
 from latentmill.jobs.interrupt import Interrupt, graceful_interrupt
 from latentmill.jobs.job import Job, open_job
 from latentmill.jobs.outputs.failures import FailedRow, failed_rows
 from latentmill.jobs.outputs.latest import Latest, point_to_latest
 from latentmill.jobs.outputs.publish import Publication, publish, standing_publication
-from latentmill.jobs.plans.plan import Plan, adopt, draft_plan
+from latentmill.jobs.plans.plan import adopt, draft_plan
 from latentmill.jobs.progress import Progress, Tracker
 from latentmill.jobs.spec import JobSpec
 from latentmill.jobs.store.errors import StorageError
 from latentmill.jobs.store.storage import Storage
-from latentmill.jobs.worker import EngineFactory, Receipt, load_engine
+from latentmill.jobs.worker import EngineFactory, load_engine
 
 PASSES_WITHOUT_PROGRESS = 3
 """Passes over the open chunks that may end without one new commit before the job gives up."""
+
+SHARD_DONE = 4
+"""The exit code of a shard whose own chunks are committed while others' are not: nothing is published yet."""
 
 RESUME = "run the same command again: it resumes"
 
@@ -34,7 +40,7 @@ RESUME = "run the same command again: it resumes"
 class RunSummary:
     """How a run ended. `counts` are those of the published dataset, None if the run stopped before that.
 
-    `latest` is where the pointer of a nightly job is now. More than one of `execution_classes` means that a resume, or
+    `latest` is where the pointer of a dated job is now. More than one of `execution_classes` means that a resume, or
     another kind of GPU, took part: each row's bits are its own class's.
     """
 
@@ -56,6 +62,7 @@ class RunSummary:
     latest: Latest | None = None
     notes: tuple[str, ...] = ()
     """What is odd about the manifest that was accepted all the same."""
+    shard: str | None = None
 
 
 def run_job(
@@ -69,6 +76,8 @@ def run_job(
 ) -> RunSummary:
     """Afterwards the dataset is published (exit code 0, or 1 with failed samples), or the job can be resumed (130).
 
+    A shard that ends before the others are done publishes nothing (`SHARD_DONE`).
+
     The first SIGINT or SIGTERM calls `on_stop` and lets the chunks in flight finish, the second stops at once. Raises
     UsageError or OutputConflictError before anything is written or any model is loaded, JobError when open chunks keep
     failing. With `spec.runtime.retry_failed`, samples that failed are made once more. `on_stage` hears what a phase
@@ -77,32 +86,37 @@ def run_job(
     started = time.monotonic()
     with graceful_interrupt(on_stop) as interrupt:
         job, notes = _adopt(spec, on_stage, on_note)
-        tracker = Tracker(job.plan, on_progress)
+        mine = _chunks_of_shard(job.plan.n_chunks, spec.runtime.shard)
+        tracker = Tracker(job.plan, mine, on_progress)
         publication = standing_publication(job)
         where, left_out = "nothing to do", tuple[str, ...]()
+        committed = job.ledger.committed() if publication is None else np.ones(job.plan.n_chunks, dtype=np.bool_)
+        retrying = spec.runtime.retry_failed and (publication is None or publication.counts["failed"] > 0)
         try:
-            if publication is None or (spec.runtime.retry_failed and publication.counts["failed"]):
+            if retrying or not committed[mine].all():
                 tracker.show("starting")
-                if spec.runtime.executor == "ray":
-                    on_stage("starting Ray or joining it")
-                executor = _open_executor(spec, job.plan, engine_factory)
+                starting = EXECUTORS[spec.runtime.executor].starting
+                if starting is not None:
+                    on_stage(starting)
+                executor = open_executor(job, spec.runtime, engine_factory)
                 where = executor.describe()
                 on_stage("loading the model")
                 with closing(executor), interrupt.stopping(executor):
-                    _execute(job, spec.out, executor, tracker, interrupt)
-                    if spec.runtime.retry_failed:
-                        _repair(job, spec.out, executor, tracker, interrupt)
+                    committed = _execute(job, committed, mine, executor, tracker, interrupt)
+                    if retrying:
+                        _repair(job, mine, executor, tracker, interrupt)
                     left_out = tuple(executor.left_out())
-            tracker.show("publishing")
-            publication = publish(job)
+            if committed.all() or job.ledger.committed().all():  # by a last look: of all shards, one sees the end
+                tracker.show("publishing")
+                publication = publish(job)
         except KeyboardInterrupt:
             summary = _summary(job, tracker, None, where, time.monotonic() - started, exit_code=130)
             return replace(summary, notes=notes)
     tracker.show("done")
-    exit_code = 1 if publication.counts["failed"] else 0
-    latest = point_to_latest(spec.night) if spec.night is not None and exit_code == 0 else None
+    exit_code = SHARD_DONE if publication is None else 1 if publication.counts["failed"] else 0
+    latest = point_to_latest(spec.dated) if spec.dated is not None and exit_code == 0 else None
     summary = _summary(job, tracker, publication, where, time.monotonic() - started, exit_code=exit_code)
-    return replace(summary, latest=latest, left_out=left_out, notes=notes)
+    return replace(summary, latest=latest, left_out=left_out, notes=notes, shard=spec.runtime.shard)
 
 
 def _adopt(
@@ -116,49 +130,53 @@ def _adopt(
         storage = Storage.open(spec.out).probe(allow_single_writer=spec.runtime.single_writer)
         adopt(draft, storage)
         storage.mark_single_writer()  # after the plan: an output of another plan has been refused by now
-    open_job.cache_clear()  # an earlier run in this process may have known another plan here
     return open_job(spec.out), draft.notes
 
 
-def _open_executor(spec: JobSpec, plan: Plan, engine_factory: EngineFactory) -> Executor:
-    if spec.runtime.executor == "inline":
-        from latentmill.jobs.executors.inline import InlineExecutor
-
-        return InlineExecutor(device=plan.device, engine_factory=engine_factory)
-    from latentmill.jobs.executors.ray import RayExecutor
-
-    return RayExecutor(plan, spec.runtime, engine_factory=engine_factory)
+def _chunks_of_shard(n_chunks: int, shard: str | None) -> NDArray[np.bool_]:
+    """The chunks that are this run's: all, or for I/N every Nth from the Ith on, so that each size is spread evenly."""
+    number, count = (1, 1) if shard is None else map(int, shard.split("/"))
+    mine = np.zeros(n_chunks, dtype=np.bool_)
+    mine[number - 1 :: count] = True
+    return mine
 
 
-def _execute(job: Job, out_url: str, executor: Executor, tracker: Tracker, interrupt: Interrupt) -> None:
-    """Run passes over the open chunks until there is none. Raises KeyboardInterrupt if it was stopped before."""
+def _execute(
+    job: Job,
+    committed: NDArray[np.bool_],
+    mine: NDArray[np.bool_],
+    executor: Executor,
+    tracker: Tracker,
+    interrupt: Interrupt,
+) -> NDArray[np.bool_]:
+    """Run passes until all of `mine` are committed. Returns what is, by the last look; KeyboardInterrupt if stopped."""
     idle_passes = 0
-    committed = job.ledger.committed()
-    while not committed.all():
-        tracker.begin_pass(committed, executor)
-        pending: list[int] = np.flatnonzero(~committed).tolist()
-        with closing(_receipts(executor, out_url, pending, repair=False)) as receipts:
-            for receipt in receipts:
-                tracker.add(receipt)
+    while not committed[mine].all():
+        tracker.begin_pass(committed, executor.live_actors)
+        pending: list[int] = np.flatnonzero(mine & ~committed).tolist()
+        with closing(_results(executor, pending, repair=False)) as results:
+            for result in results:
+                tracker.add(result)
         before, committed = committed, job.ledger.committed()
-        if interrupt.asked and not committed.all():
+        if interrupt.asked and not committed[mine].all():
             raise KeyboardInterrupt
-        idle_passes = idle_passes + 1 if committed.sum() == before.sum() else 0
+        idle_passes = idle_passes + 1 if committed[mine].sum() == before[mine].sum() else 0
         _give_up_after(idle_passes, len(pending), tracker)
+    return committed
 
 
-def _repair(job: Job, out_url: str, executor: Executor, tracker: Tracker, interrupt: Interrupt) -> None:
+def _repair(job: Job, mine: NDArray[np.bool_], executor: Executor, tracker: Tracker, interrupt: Interrupt) -> None:
     """Make the samples that failed once more: each of their chunks comes to an end once, whatever the outcome."""
     idle_passes = 0
-    pending = set(job.ledger.failed_chunks())
+    pending = {chunk for chunk in job.ledger.failed_chunks() if mine[chunk]}
     while pending:
-        tracker.begin_repair(executor)
+        tracker.begin_repair(executor.live_actors)
         before = len(pending)
-        with closing(_receipts(executor, out_url, sorted(pending), repair=True)) as receipts:
-            for receipt in receipts:
-                tracker.add(receipt)
-                if receipt.done:
-                    pending.discard(receipt.chunk)
+        with closing(_results(executor, sorted(pending), repair=True)) as results:
+            for result in results:
+                tracker.add(result)
+                if result.done:
+                    pending.discard(result.chunk)
         if interrupt.asked and pending:
             raise KeyboardInterrupt
         idle_passes = idle_passes + 1 if len(pending) == before else 0
@@ -173,14 +191,20 @@ def _give_up_after(idle_passes: int, n_pending: int, tracker: Tracker) -> None:
         )
 
 
-def _receipts(executor: Executor, out_url: str, chunks: list[int], *, repair: bool) -> Generator[Receipt]:
-    """The executor's receipts, until one says that going on is useless: those in flight may still commit."""
-    for receipt in executor.run(out_url, chunks, repair=repair):
-        if receipt.blame == "conflict":
-            raise OutputConflictError(receipt.error)
-        if receipt.blame == "store":
-            raise StorageError(receipt.error or "")
-        yield receipt
+def _results(executor: Executor, chunks: list[int], *, repair: bool) -> Generator[ChunkResult]:
+    """The executor's results, until one says that going on is useless: those in flight may still commit."""
+    for result in executor.run(chunks, repair=repair):
+        if result.blame == "conflict":
+            raise OutputConflictError(result.error)
+        if result.blame == "store":
+            raise StorageError(result.error or "")
+        yield result
+
+
+def _next_command(out: str, exit_code: int) -> str:
+    if exit_code == 130:
+        return RESUME
+    return f"latentmill {'status' if exit_code == SHARD_DONE else 'report'} {shlex.quote(out)}"
 
 
 def _summary(
@@ -203,7 +227,7 @@ def _summary(
         generated=tracker.generated,
         seconds=seconds,
         images_per_second=tracker.generated / seconds if seconds > 0 else 0.0,
-        next_command=RESUME if publication is None else f"latentmill report {shlex.quote(out)}",
+        next_command=_next_command(out, exit_code),
         failures=() if publication is None else failed_rows(job, publication),
         execution_classes=() if publication is None else publication.execution_classes,
     )

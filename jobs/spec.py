@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from latentmill.engine import LONG_PROMPTS, PROMPT_SYNTAXES, SAFETY_CHECKERS, SAMPLER_CHOICES, WATERMARK_METHODS
+from latentmill.jobs.dated import PLACEHOLDER, DatedOutput, dated_output
 from latentmill.jobs.errors import UsageError
+from latentmill.jobs.executor_table import EXECUTORS
 from latentmill.jobs.manifests.fields import FieldError, nearest, shorten, text_fault
 from latentmill.jobs.manifests.parameters import MANIFEST_FORMATS
-from latentmill.jobs.night import PLACEHOLDER, Night, tonight
-from latentmill.jobs.plans.sweep import build_axes, parse_axis
 from latentmill.jobs.settings import (
     CUTTING,
     INPUT,
@@ -31,11 +32,11 @@ from latentmill.jobs.settings import (
     whole,
 )
 from latentmill.jobs.store.urls import allowed_filesystem, display_url
+from latentmill.jobs.sweep import build_axes, parse_axis
 
 if TYPE_CHECKING:
     import datetime
 
-EXECUTORS = ("ray", "inline")
 FORMATS = ("files",)
 ON_FLAGGED = ("blank", "drop", "keep")
 WATERMARKS = ("dwtDctSvd", "dwtDct", "none")
@@ -85,11 +86,18 @@ def _watermark_text(name: str, value: Any) -> str:
     return value
 
 
+def _shard(name: str, value: Any) -> str:
+    found = re.fullmatch(r"([1-9]\d{0,4})/([1-9]\d{0,4})", value) if isinstance(value, str) else None
+    if found is None or int(found[1]) > int(found[2]):
+        raise FieldError(f"{name} is {shorten(value)}, expected I/N, the Ith of N runs: 1/8 is the first of eight")
+    return found[0]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Runtime:
     """How the job is run. Nothing here can change a pixel or a row, so nothing here is part of the plan."""
 
-    executor: str = choice("ray", RUNNING, "ray, or inline for this process.", EXECUTORS)
+    executor: str = choice("ray", RUNNING, "ray, or inline for this process.", tuple(EXECUTORS))
     address: str | None = text(
         None,
         RUNNING,
@@ -103,6 +111,12 @@ class Runtime:
         "Seconds a chunk may take before its worker counts as hung; measured if not given.",
         0.001,
         7 * 86_400,
+    )
+    shard: str | None = special(
+        RUNNING,
+        "I/N: make the Ith of N parts, counted from 1; N runs need nothing else. Exit code 4: others are not done.",
+        _shard,
+        default=None,
     )
     num_actors: int | None = whole(None, RUNNING, "Most models at work at once.", 1, 10_000)
     gpus_per_actor: float | None = number(None, RUNNING, "GPUs per model, fractions allowed.", 0, 64)
@@ -121,7 +135,7 @@ class Runtime:
 class JobSpec:
     """One job. None means: not said here; the manifest's column, the model's preset or a computed default decides.
 
-    `night` is set by `resolve`, where `out` was a template.
+    `dated` is set by `resolve`, where `out` was a template.
     """
 
     prompts: tuple[str, ...] = special(
@@ -210,7 +224,7 @@ class JobSpec:
         None, CUTTING, "CPU threads per model; the pictures' bits depend on it.", 1, 1024, planned=True
     )
     runtime: Runtime = field(default_factory=Runtime)
-    night: Night | None = None
+    dated: DatedOutput | None = None
 
 
 SETTINGS: Mapping[str, Setting] = {**settings_of(JobSpec), **settings_of(Runtime)}
@@ -259,10 +273,10 @@ def _check_together(spec: JobSpec) -> None:
             f"watermark_policy {spec.watermark_policy!r} asks for a mark, but watermark is none; "
             f"choose {' or '.join(WATERMARK_METHODS)}, or watermark_policy record"
         )
-    if spec.runtime.executor == "inline" and spec.runtime.accelerator_type is not None:
+    if not EXECUTORS[spec.runtime.executor].on_ray and spec.runtime.accelerator_type is not None:
         raise UsageError(
-            f"accelerator_type {spec.runtime.accelerator_type} chooses among a cluster's GPUs, but executor is inline; "
-            f"leave one of them out"
+            f"accelerator_type {spec.runtime.accelerator_type} chooses among a cluster's GPUs, but executor is "
+            f"{spec.runtime.executor}; leave one of them out"
         )
 
 
@@ -323,10 +337,10 @@ def resolve(
     merged.update(_flatten(given))
     if or_sample and job_file is None:
         merged.setdefault("prompts", [str(SAMPLE_MANIFEST)])
-    night = tonight(str(merged.get("out", "")), merged.pop("date", None), today)
-    if night is not None:
-        merged |= {"out": night.out, "date": night.date}
-    return dataclasses.replace(make_spec(merged), night=night)
+    dated = dated_output(str(merged.get("out", "")), merged.pop("date", None), today)
+    if dated is not None:
+        merged |= {"out": dated.out, "date": dated.date}
+    return dataclasses.replace(make_spec(merged), dated=dated)
 
 
 def _merge_axes(from_file: Any, flags: Any) -> dict[str, Any]:

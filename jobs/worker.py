@@ -1,4 +1,4 @@
-"""What happens to one chunk: generate it, finish its samples, write its pictures, commit its record last."""
+"""What happens to one chunk: generate it, postprocess its samples, write its pictures, commit its record last."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 from latentmill.engine import GenerationRequest, GenerationResult
+from latentmill.jobs.chunk_result import ChunkResult
 from latentmill.jobs.code import own_code
-from latentmill.jobs.errors import JobError, OutputConflictError
-from latentmill.jobs.finishing import FinishedSample, finish_sample
-from latentmill.jobs.job import Job, open_job
+from latentmill.jobs.errors import JobError
+from latentmill.jobs.job import Job
 from latentmill.jobs.ledger.records import encode_record, tool_versions
 from latentmill.jobs.models.place import place_model
 from latentmill.jobs.plans.plan import Plan
-from latentmill.jobs.store.errors import StorageError
+from latentmill.jobs.postprocess import ProcessedSample, postprocess_sample
 
 
 class ChunkEngine(Protocol):
@@ -38,7 +38,7 @@ EngineFactory = Callable[[Plan, str], ChunkEngine]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GeneratedChunk:
-    """The results of one chunk, in the plan's order, on their way to be finished.
+    """The results of one chunk, in the plan's order, on their way to be postprocessed.
 
     `rows` are their places within the chunk: all, or for a repair (numbered from 1) those that had failed.
     """
@@ -50,48 +50,6 @@ class GeneratedChunk:
     actor: str
     generate_seconds: float
     repair: int = 0
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Receipt:
-    """What became of one try at one chunk. It informs; the ledger decides.
-
-    `committed`: this try's record stands. `already`: the chunk was committed before, nothing was generated.
-    `lost`: another attempt committed it first. `unrepaired`: a repair whose rows all failed again, nothing was written.
-    `skipped`: it was not tried, and is still open. `error`: it was tried, and is still open; `blame` says what may be
-    at fault: the chunk itself, a store that will not get better by waiting, or a record of another plan.
-    """
-
-    chunk: int
-    outcome: Literal["committed", "already", "lost", "unrepaired", "skipped", "error"]
-    ok: int = 0
-    flagged: int = 0
-    failed: int = 0
-    error: str | None = None
-    blame: Literal["chunk", "store", "conflict", "elsewhere"] = "elsewhere"
-    actor: str = ""
-    generate_seconds: float = 0.0
-    finish_seconds: float = 0.0
-
-    @property
-    def done(self) -> bool:
-        """Whether the chunk is committed, by whomever."""
-        return self.outcome not in {"error", "skipped"}
-
-
-def fault_receipt(chunk: int, error: Exception, actor: str = "") -> Receipt:
-    """The receipt of a try that ended in an exception: what a job's own errors say is not the chunk's fault."""
-    blame: Literal["chunk", "store", "conflict", "elsewhere"] = "chunk"
-    if isinstance(error, JobError):
-        lasting = isinstance(error, StorageError) and not error.transient
-        blame = "conflict" if isinstance(error, OutputConflictError) else "store" if lasting else "elsewhere"
-    text = str(error) if isinstance(error, JobError) else describe_fault(error)
-    return Receipt(chunk=chunk, outcome="error", error=text, blame=blame, actor=actor)
-
-
-def describe_fault(error: BaseException) -> str:
-    """An exception that is not of ours, in one line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:1000]
 
 
 def load_engine(plan: Plan, device: str) -> ChunkEngine:
@@ -117,9 +75,9 @@ def load_engine(plan: Plan, device: str) -> ChunkEngine:
 class ChunkGenerator:
     """One loaded model that turns chunk numbers into pictures."""
 
-    def __init__(self, out_url: str, *, device: str = "auto", engine_factory: EngineFactory = load_engine) -> None:
-        self._job = open_job(out_url)
-        self._engine = engine_factory(self._job.plan, device)
+    def __init__(self, job: Job, *, engine_factory: EngineFactory = load_engine) -> None:
+        self._job = job
+        self._engine = engine_factory(job.plan, job.plan.device)
         self.actor = f"{socket.gethostname()}:{os.getpid()}"
 
     @property
@@ -127,13 +85,8 @@ class ChunkGenerator:
         """What the bits of this generator's pictures depend on."""
         return self._engine.execution_class
 
-    def cut(self, chunk: int) -> tuple[int, int]:
-        """The chunk's group, by its first chunk, and its number of samples."""
-        group, start, stop = self._job.plan.grid.group_of(chunk)
-        return group.first_chunk, stop - start
-
-    def generate(self, chunk: int, *, repair: bool = False) -> GeneratedChunk | Receipt:
-        """The whole chunk, or a receipt if the ledger has it already: a committed chunk is never generated again.
+    def generate(self, chunk: int, *, repair: bool = False) -> GeneratedChunk | ChunkResult:
+        """The whole chunk, or a result if the ledger has it already: a committed chunk is never generated again.
 
         A `repair` makes the rows of a committed chunk again that failed and are not repaired yet, if there are any.
         """
@@ -141,7 +94,7 @@ class ChunkGenerator:
         rows = record.failed() if repair and record is not None else ()
         if record is not None and not rows:
             counts = record.counts()
-            return Receipt(
+            return ChunkResult(
                 chunk=chunk,
                 outcome="already",
                 ok=counts["ok"],
@@ -209,10 +162,10 @@ class ChunkGenerator:
         yield alone[slot]
         yield from alone
 
-    def finish_row(self, chunk: int, row: int) -> FinishedSample:
+    def process_row(self, chunk: int, row: int) -> ProcessedSample:
         """One row of a chunk from prompt to file, in this process, without the others."""
         sample = self._job.plan.samples_of_chunk(chunk)[row]
-        return finish_sample(self._job.plan, sample, self.generate_rows(chunk, [row])[row], self.execution_class)
+        return postprocess_sample(self._job.plan, sample, self.generate_rows(chunk, [row])[row], self.execution_class)
 
     def generate_control(self, chunk: int) -> None:
         """A batch of empty prompts of the chunk's shape. If that fails, the machine is at fault and not a prompt."""
@@ -221,52 +174,50 @@ class ChunkGenerator:
         self._engine.generate([request] * plan.batch_size)
 
 
-def finish_chunk(out_url: str, generated: GeneratedChunk) -> Receipt:
+def postprocess_chunk(job: Job, generated: GeneratedChunk) -> ChunkResult:
     """Afterwards the chunk is committed: by this attempt, with all its pictures durable, or by an earlier one.
 
     Raises StorageError if the store would not say so; the chunk then counts as open and is tried again.
     """
     started = time.perf_counter()
-    plan = open_job(out_url).plan
-    samples = plan.samples_of_chunk(generated.chunk)
+    samples = job.plan.samples_of_chunk(generated.chunk)
     if len(generated.rows) != len(generated.results):
         raise JobError(
             f"chunk {generated.chunk} has {len(generated.rows)} samples but the engine returned "
             f"{len(generated.results)}; nothing of it is committed"
         )
-    finished = [
-        finish_sample(plan, samples[row], result, generated.execution_class)
+    processed = [
+        postprocess_sample(job.plan, samples[row], result, generated.execution_class)
         for row, result in zip(generated.rows, generated.results, strict=True)
     ]
-    receipt = commit_chunk(
-        out_url,
+    committed = commit_chunk(
+        job,
         generated.chunk,
-        finished,
+        processed,
         execution_class=generated.execution_class,
         actor=generated.actor,
         generate_seconds=generated.generate_seconds,
         repair=generated.repair,
     )
-    return replace(receipt, finish_seconds=time.perf_counter() - started)
+    return replace(committed, postprocess_seconds=time.perf_counter() - started)
 
 
 def commit_chunk(
-    out_url: str,
+    job: Job,
     chunk: int,
-    finished: Sequence[FinishedSample],
+    processed: Sequence[ProcessedSample],
     *,
     execution_class: str,
     actor: str,
     generate_seconds: float,
     repair: int = 0,
-) -> Receipt:
-    """Write the pictures of a chunk's finished samples, then its commit record, or the repair record of that number.
+) -> ChunkResult:
+    """Write the pictures of a chunk's samples, then its commit record, or the repair record of that number.
 
     A repair record holds what does not fail any more; where everything fails again, nothing is written.
     """
-    job = open_job(out_url)
-    counts = Counter(item.row["status"] for item in finished)
-    receipt = Receipt(
+    counts = Counter(item.row["status"] for item in processed)
+    result = ChunkResult(
         chunk=chunk,
         outcome="unrepaired",
         actor=actor,
@@ -276,12 +227,12 @@ def commit_chunk(
         failed=counts["failed"],
     )
     if repair:
-        finished = [item for item in finished if item.row["status"] != "failed"]
-        if not finished:
-            return receipt
+        processed = [item for item in processed if item.row["status"] != "failed"]
+        if not processed:
+            return result
     attempt = secrets.token_hex(8)
     data = encode_record(
-        _store_pictures(job, chunk, attempt, repair, finished),
+        _store_pictures(job, chunk, attempt, repair, processed),
         job.ledger.schema,
         chunk=chunk,
         attempt=attempt,
@@ -299,16 +250,16 @@ def commit_chunk(
         outcome = job.ledger.commit_repair(chunk, repair, attempt, data)
     else:
         outcome = job.ledger.commit(chunk, attempt, data)
-    return replace(receipt, outcome="committed" if outcome == "mine" else "lost")
+    return replace(result, outcome="committed" if outcome == "mine" else "lost")
 
 
 def _store_pictures(
-    job: Job, chunk: int, attempt: str, repair: int, finished: Sequence[FinishedSample]
+    job: Job, chunk: int, attempt: str, repair: int, processed: Sequence[ProcessedSample]
 ) -> list[dict[str, Any]]:
-    images = [(item.row["sample_id"], item.data) for item in finished if item.data is not None]
+    images = [(item.row["sample_id"], item.data) for item in processed if item.data is not None]
     stored = job.sink.write(chunk, attempt, images, repair=repair)
     rows = []
-    for item in finished:
+    for item in processed:
         image = stored.get(item.row["sample_id"])
         place = {} if image is None else {"image": image.path, "bytes": image.size, "sha256": image.sha256}
         rows.append(item.row | place)

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import ast
+import graphlib
+import re
 import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+
+from latentmill.jobs.executor_table import EXECUTORS
+from latentmill.jobs.executors import ray_private
 
 ROOT = Path(__file__).parents[1]
 STORAGE_AND_CLUSTER = {"ray", "fsspec", "s3fs", "pyarrow"}
@@ -71,6 +77,47 @@ def test_only_the_door_to_the_cluster_imports_ray_and_only_when_it_runs():
     assert offenders(others, {"ray"}) == []
     eager = [name for path in door for name, at_import in imports(path) if at_import and name.split(".")[0] == "ray"]
     assert eager == []
+
+
+def test_what_is_private_to_ray_lies_in_one_file_that_was_checked_with_the_version_in_use():
+    private = re.compile(r"\bray\.(_private|_raylet|cloudpickle|rpc)\b|\b_temp_dir\b")
+    paths = [*sources("engine", "jobs", "bench"), ROOT / "cli.py"]
+    users = [path.name for path in paths if private.search(path.read_text(encoding="utf-8"))]
+    assert users == ["ray_private.py"]
+    assert version("ray") == ray_private.CHECKED_WITH
+
+
+def imported(path: Path) -> set[str]:
+    """What a file imports of jobs/: `plans.grid` for a file of a folder, `runner` for one that is in none."""
+    names = {name for name, _ in imports(path)}
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return {name.removeprefix("latentmill.jobs.") for name in names if name.startswith("latentmill.jobs.")}
+
+
+def test_no_import_of_jobs_runs_upward():
+    """No circle among its folders and the files beside them: so one of any two is the lower one."""
+    rooms: dict[str, set[str]] = {}
+    for path in sources("jobs"):
+        own = path.relative_to(ROOT / "jobs").parts[0].removesuffix(".py")
+        rooms.setdefault(own, set()).update({name.split(".")[0] for name in imported(path)} - {own})
+    graphlib.TopologicalSorter(rooms).prepare()
+
+
+@pytest.mark.parametrize("folder", ["executors", "submission"])
+def test_the_files_of_a_folder_hold_no_circle(folder: str):
+    graphlib.TopologicalSorter(
+        {f"{folder}.{path.stem}": imported(path) for path in sources(f"jobs/{folder}")}
+    ).prepare()
+
+
+def test_an_executor_is_one_entry_of_the_table_and_one_file():
+    for entry in EXECUTORS.values():
+        module, _, name = entry.factory.partition(":")
+        tree = ast.parse((ROOT / f"{module.removeprefix('latentmill.').replace('.', '/')}.py").read_text())
+        assert name in {node.name for node in tree.body if isinstance(node, ast.ClassDef)}
 
 
 def test_nothing_that_is_shipped_imports_the_workshop():

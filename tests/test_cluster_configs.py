@@ -1,4 +1,4 @@
-"""The examples in configs/cluster are what Ray, KubeRay and cron take, and the commands in them exist."""
+"""The examples in configs/cluster are what Ray, KubeRay, Slurm and cron take, and the commands in them exist."""
 
 from __future__ import annotations
 
@@ -202,3 +202,24 @@ def test_the_line_of_cron_runs_and_names_tonights_output(tmp_path: Path):
     assert verb == "submit"
     assert known_to(verb, words)
     assert re.fullmatch(rf"{tmp_path}/sweep/\d{{4}}-\d\d-\d\d", json.loads(log)["out"])
+
+
+@pytest.mark.parametrize(("code", "told"), [(0, 0), (4, 0), (1, 1), (130, 130)])
+def test_a_task_of_the_slurm_array_runs_its_shard_and_is_well_when_others_are_at_work(
+    tmp_path: Path, code: int, told: int
+):
+    script = FOLDER / "slurm-array.sh"
+    text = script.read_text(encoding="utf-8")
+    [(first, last)] = re.findall(r"^#SBATCH --array=(\d+)-(\d+)$", text, re.MULTILINE)
+    [shards] = re.findall(r"^SHARDS=(\d+)\b", text, re.MULTILINE)
+    assert (first, last) == ("1", shards)
+    stub = tmp_path / "srun"
+    stub.write_text(f'#!/bin/sh\nprintf "%s\\n" "$@" >"{tmp_path}/said"\nexit {code}\n')
+    stub.chmod(0o755)
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_ARRAY_TASK_ID": "3"}
+    done = subprocess.run(["/bin/sh", str(script), "my prompts.txt", f"{tmp_path}/out"], env=environment, check=False)
+    assert done.returncode == told
+    program, verb, *words = (tmp_path / "said").read_text().splitlines()
+    assert (program, verb, words[0]) == ("latentmill", "run", "my prompts.txt")
+    assert known_to(verb, words)
+    assert words[words.index("--shard") + 1] == "3/8"

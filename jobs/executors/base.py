@@ -1,17 +1,22 @@
-"""What every executor does: run chunks through `worker.py`, in any order, and hand back one receipt for each try."""
+"""What every executor does: run a job's chunks, in any order, and hand back one result for each try."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from importlib import import_module
 from typing import Protocol
 
-from latentmill.jobs.worker import Receipt
+from latentmill.jobs.chunk_result import ChunkResult
+from latentmill.jobs.executor_table import EXECUTORS
+from latentmill.jobs.job import Job
+from latentmill.jobs.spec import Runtime
+from latentmill.jobs.worker import EngineFactory
 
 
 class Executor(Protocol):
     """Somewhere to run chunks. It may drop or repeat chunks: the ledger decides what is done, the caller replans."""
 
-    def run(self, out_url: str, chunks: Sequence[int], *, repair: bool = False) -> Iterator[Receipt]:
+    def run(self, chunks: Sequence[int], *, repair: bool = False) -> Iterator[ChunkResult]:
         """Run the chunks; a `repair` makes the failed rows of committed chunks again.
 
         A chunk that breaks its worker is isolated: sooner or later it is committed, with only the culprits failed.
@@ -35,3 +40,10 @@ class Executor(Protocol):
 
     def close(self) -> None:
         """Give everything back."""
+
+
+def open_executor(job: Job, runtime: Runtime, engine_factory: EngineFactory) -> Executor:
+    """The executor that the job's settings name, connected and ready to run chunks."""
+    module, _, name = EXECUTORS[runtime.executor].factory.partition(":")
+    executor: Executor = getattr(import_module(module), name)(job, runtime, engine_factory=engine_factory)
+    return executor

@@ -1,4 +1,4 @@
-"""How many actors a job may have, and what each of them and of its finishers asks of the cluster."""
+"""How many actors a job may have, and what each of them and of the tasks that postprocess asks of the cluster."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from latentmill.jobs.executors.accelerators import Accelerators, choose_accelera
 from latentmill.jobs.plans.plan import Plan
 from latentmill.jobs.spec import Runtime
 
-CPU_FINISHER, GPU_FINISHER = 0.0, 0.5
-"""CPUs of a finisher. None beside actors on CPUs: Ray Data gives every stage that asks for CPUs an equal share of them,
-used or not, so that actors would never be started on a node that joins. Half a core where models have GPUs."""
+CPU_POSTPROCESS, GPU_POSTPROCESS = 0.0, 0.5
+"""CPUs of a task that postprocesses. None beside actors on CPUs: Ray Data gives every stage that asks for CPUs an equal
+share of them, used or not, so that actors would never be started on a node that joins. Half a core beside GPUs."""
 
-FEWEST_FINISHERS = 2
+FEWEST_TASKS = 2
 
 UNBOUNDED = 10_000
 
@@ -24,15 +24,15 @@ UNBOUNDED = 10_000
 class Pool:
     """`initial` actors fit the cluster as it is; up to `maximum` are started as nodes join. The rest is per process.
 
-    `finishers`: so many at once, where they ask for no CPU that would bound them; else None.
+    `postprocess_tasks`: so many at once, where they ask for no CPU that would bound them; else None.
     """
 
     initial: int
     maximum: int
     cpus: float
     gpus: float
-    finisher_cpus: float
-    finishers: int | None = None
+    postprocess_cpus: float
+    postprocess_tasks: int | None = None
     resources: Mapping[str, float] = field(default_factory=dict)
     label_selector: Mapping[str, str] = field(default_factory=dict)
 
@@ -61,14 +61,14 @@ def size_pool(plan: Plan, runtime: Runtime, nodes: Iterable[Mapping[str, Any]], 
     cpus = runtime.cpus_per_actor
     if cpus is None:
         cpus = 0.0 if on_gpu else float(plan.threads_per_actor or 1)
-    finisher = GPU_FINISHER if on_gpu else CPU_FINISHER
+    postprocess = GPU_POSTPROCESS if on_gpu else CPU_POSTPROCESS
     fits = _fitting([node["Resources"] for node in alive if _is_of(node, chosen)], cpus, gpus)
-    if fits and have_cpus - fits * cpus < finisher - 1e-6:
+    if fits and have_cpus - fits * cpus < postprocess - 1e-6:
         fits -= 1
     if not fits and not awaited:
         raise JobError(
-            f"an actor asks for {cpus:g} CPUs and {gpus:g} GPUs of one node, and a finisher for {finisher:g} CPUs, but "
-            f"the cluster has {have_cpus:g} CPUs and {chosen.gpus:g} GPUs on {len(alive)} node(s); lower "
+            f"an actor asks for {cpus:g} CPUs and {gpus:g} GPUs of one node, and postprocessing for {postprocess:g}, "
+            f"but the cluster has {have_cpus:g} CPUs and {chosen.gpus:g} GPUs on {len(alive)} node(s); lower "
             f"cpus_per_actor or gpus_per_actor, or use a larger cluster"
         )
     maximum = runtime.num_actors or (UNBOUNDED if growing else fits)
@@ -77,8 +77,8 @@ def size_pool(plan: Plan, runtime: Runtime, nodes: Iterable[Mapping[str, Any]], 
         maximum=maximum,
         cpus=cpus,
         gpus=gpus,
-        finisher_cpus=finisher,
-        finishers=None if finisher else max(2 * FEWEST_FINISHERS if growing else FEWEST_FINISHERS, fits),
+        postprocess_cpus=postprocess,
+        postprocess_tasks=None if postprocess else max(2 * FEWEST_TASKS if growing else FEWEST_TASKS, fits),
         resources=chosen.resources if on_gpu else {},
         label_selector=chosen.label_selector if on_gpu else {},
     )

@@ -1,4 +1,4 @@
-"""Ray Data over chunk numbers: actors generate, CPU tasks finish and commit, and the ledger decides what is done.
+"""Ray Data over chunk numbers: actors generate, CPU tasks postprocess and commit, and the ledger decides what is done.
 
 Ray gives pool scaling, backpressure and the replacement of dead actors and nodes. It may drop a chunk or run one
 twice; commit records are create-only and the runner plans `all - committed` again, so neither matters.
@@ -15,19 +15,19 @@ from typing import Any
 
 import pyarrow as pa
 
+from latentmill.jobs.chunk_result import ChunkResult, describe_fault
 from latentmill.jobs.code import own_code
 from latentmill.jobs.errors import JobError, UsageError
 from latentmill.jobs.executors.isolation import isolate_chunk
 from latentmill.jobs.executors.pool import size_pool
-from latentmill.jobs.executors.ray_cell import RayCell
 from latentmill.jobs.executors.ray_cluster import connect
-from latentmill.jobs.executors.ray_entry import Generate, finish, send_by_value
-from latentmill.jobs.executors.ray_watch import Watch, open_roster
-from latentmill.jobs.job import open_job
-from latentmill.jobs.plans.plan import Plan
+from latentmill.jobs.executors.ray_entry import Generate, postprocess, send_by_value
+from latentmill.jobs.executors.ray_isolated import RayIsolatedWorker
+from latentmill.jobs.executors.ray_watch import Watch, open_registry
+from latentmill.jobs.job import Job
 from latentmill.jobs.spec import Runtime
 from latentmill.jobs.store.urls import allowed_filesystem, display_url
-from latentmill.jobs.worker import EngineFactory, Receipt, describe_fault, load_engine
+from latentmill.jobs.worker import EngineFactory, load_engine
 
 HOPELESS = 8
 """Errors in a row after which a pass ends, beside two for each actor."""
@@ -42,53 +42,53 @@ SEGMENT_BLOCKS = 2_000
 class RayExecutor:
     """Chunks on a Ray cluster: the one at `runtime.address` or RAY_ADDRESS, else one of its own on this machine.
 
-    Chunks run in company first. One that twice ended its worker, by a death, a missed deadline or an exception, is set
-    aside and runs alone when the others are done (isolation.py). A node where no model can be loaded is left out.
+    Chunks run pooled first. One that twice ended its worker, by a death, a missed deadline or an exception, is suspect
+    and runs isolated when the others are done (isolation.py). A node where no model can be loaded is left out.
     """
 
-    def __init__(self, plan: Plan, runtime: Runtime, *, engine_factory: EngineFactory = load_engine) -> None:
+    def __init__(self, job: Job, runtime: Runtime, *, engine_factory: EngineFactory = load_engine) -> None:
         self._engine_factory = engine_factory
-        self._plan = plan
-        self._threads = plan.threads_per_actor or 1
+        self._job = job
+        self._place = (_shared_url(job.url), job.plan.plan_hash)
+        self._threads = job.plan.threads_per_actor or 1
         self._connection = connect(runtime.address, insecure=runtime.insecure_ray)
         send_by_value()
         try:
-            self._pool = size_pool(plan, runtime, self._connection.nodes(), growing=self._connection.joined)
+            self._pool = size_pool(job.plan, runtime, self._connection.nodes(), growing=self._connection.joined)
             with _ray_errors():
-                self._roster = open_roster(runtime.chunk_timeout)
+                self._registry = open_registry(runtime.chunk_timeout)
         except BaseException:
             self._connection.close()
             raise
-        self._watch = Watch(self._roster, self._connection.head)
+        self._watch = Watch(self._registry, self._connection.head)
         self._unfit: dict[str, str] = {}
         self._stopping = threading.Event()
-        self._alone = False
+        self._isolating = False
 
-    def run(self, out_url: str, chunks: Sequence[int], *, repair: bool = False) -> Iterator[Receipt]:
+    def run(self, chunks: Sequence[int], *, repair: bool = False) -> Iterator[ChunkResult]:
         """Run the chunks, in any order. Closing the iterator cancels what is in flight: it stays open in the ledger.
 
         Raises JobError when no node is left that can load the model, or when Ray cannot go on.
         """
         if not chunks:
             return
-        out_url = _shared_url(out_url)
         with _ray_errors():
-            troubled = self._troubled()
-            company = [chunk for chunk in chunks if chunk not in troubled]
-            size = 1 if len(company) <= SINGLE_BLOCKS else 8
-            for start in range(0, len(company), size * SEGMENT_BLOCKS):
-                segment = company[start : start + size * SEGMENT_BLOCKS]
+            suspects = self._suspects()
+            pooled = [chunk for chunk in chunks if chunk not in suspects]
+            size = 1 if len(pooled) <= SINGLE_BLOCKS else 8
+            for start in range(0, len(pooled), size * SEGMENT_BLOCKS):
+                segment = pooled[start : start + size * SEGMENT_BLOCKS]
                 if not self._stopping.is_set():
-                    yield from self._run_in_company(out_url, segment, size, repair=repair)
-                troubled = self._troubled()
-            alone = [chunk for chunk in chunks if chunk in troubled]
-            if alone and not self._stopping.is_set():
-                yield from self._run_alone(out_url, alone, repair=repair)
+                    yield from self._run_pooled(segment, size, repair=repair)
+                suspects = self._suspects()
+            isolated = [chunk for chunk in chunks if chunk in suspects]
+            if isolated and not self._stopping.is_set():
+                yield from self._run_isolated(isolated, repair=repair)
 
     def stop(self) -> bool:
-        """The watch tells the roster, and the roster the workers."""
+        """The watch tells the registry, and the registry the workers."""
         self._stopping.set()
-        return self._alone or self._watch.overview.begun > 0
+        return self._isolating or self._watch.overview.begun > 0
 
     def describe(self) -> str:
         """Where the work runs."""
@@ -108,37 +108,35 @@ class RayExecutor:
         """Disconnect, and end the cluster if it was started here; nobody else's cluster is ever stopped."""
         import ray
 
-        ray.kill(self._roster)
+        ray.kill(self._registry)
         self._connection.close()
 
-    def _run_in_company(
-        self, out_url: str, chunks: Sequence[int], block_size: int, *, repair: bool
-    ) -> Iterator[Receipt]:
+    def _run_pooled(self, chunks: Sequence[int], block_size: int, *, repair: bool) -> Iterator[ChunkResult]:
         import ray
 
-        ray.get(self._roster.start_pass.remote())
+        ray.get(self._registry.start_pass.remote())
         blocks = _blocks(chunks, block_size)
         seen: set[int] = set()
         failures = 0
         with (
             self._watch.over(self._stopping, self._unfit) as watch,
-            closing(_receipts(self._dataset(out_url, blocks, repair=repair))) as receipts,
+            closing(_results(self._dataset(blocks, repair=repair))) as results,
         ):
-            for receipt in receipts:
-                seen.add(receipt.chunk)
-                if receipt.outcome != "skipped":
-                    yield receipt
+            for result in results:
+                seen.add(result.chunk)
+                if result.outcome != "skipped":
+                    yield result
                 if watch.under_way is not None and seen.issuperset(watch.under_way):
                     break  # stopped, and what was in flight is done
-                failures = 0 if receipt.done else failures + (receipt.outcome == "error")
+                failures = 0 if result.done else failures + (result.outcome == "error")
                 if failures >= HOPELESS + 2 * self._pool.initial:
                     break  # with every chunk failing, the runner should hear of it now
             else:
                 self._note_vanished(seen)
         self._leave_out(watch.overview.unfit)
 
-    def _dataset(self, out_url: str, blocks: list[pa.Table], *, repair: bool) -> Any:
-        """The pass as Ray Data sees it: chunk numbers, through a pool of actors, then through tasks, to receipts."""
+    def _dataset(self, blocks: list[pa.Table], *, repair: bool) -> Any:
+        """The pass as Ray Data sees it: chunk numbers, through a pool of actors, then through tasks, to results."""
         import ray
 
         context = ray.data.DataContext.get_current()
@@ -152,8 +150,8 @@ class RayExecutor:
             max_size=min(self._pool.maximum, len(blocks)),
             max_tasks_in_flight_per_actor=2,
         )
-        finishers = None if self._pool.finishers is None else min(self._pool.finishers, len(blocks))
-        arguments = pickle.dumps((out_url, self._plan.device, self._engine_factory, repair))
+        tasks = None if self._pool.postprocess_tasks is None else min(self._pool.postprocess_tasks, len(blocks))
+        arguments = pickle.dumps((self._place, self._engine_factory, repair))
         with warnings.catch_warnings():
             # Ray 2.60 has no other name for max_restarts and max_task_retries, and calls every loose keyword deprecated
             warnings.simplefilter("ignore")
@@ -161,7 +159,7 @@ class RayExecutor:
                 ray.data.from_arrow(blocks)
                 .map_batches(
                     Generate,
-                    fn_constructor_args=(own_code(), self._roster, arguments),
+                    fn_constructor_args=(own_code(), self._registry, arguments),
                     batch_size=1,
                     batch_format="pyarrow",
                     compute=pool,
@@ -170,13 +168,13 @@ class RayExecutor:
                     **self._worker_options(),
                 )
                 .map_batches(
-                    finish,
-                    fn_args=(own_code(), self._roster, out_url),
+                    postprocess,
+                    fn_args=(own_code(), self._registry, self._place),
                     batch_size=1,
                     batch_format="pyarrow",
-                    num_cpus=self._pool.finisher_cpus,
+                    num_cpus=self._pool.postprocess_cpus,
                     label_selector=self._fit_nodes(),
-                    compute=ray.data.TaskPoolStrategy(size=finishers),
+                    compute=ray.data.TaskPoolStrategy(size=tasks),
                 )
             )
 
@@ -193,46 +191,38 @@ class RayExecutor:
     def _fit_nodes(self) -> dict[str, str]:
         return {"ray.io/node-id": f"!in({','.join(sorted(self._unfit))})"} if self._unfit else {}
 
-    def _run_alone(self, out_url: str, chunks: Sequence[int], *, repair: bool) -> Iterator[Receipt]:
+    def _run_isolated(self, chunks: Sequence[int], *, repair: bool) -> Iterator[ChunkResult]:
         """One chunk after the other in a process of its own, with nothing else of the job at work."""
         import ray
 
         def seconds(chunk: int) -> float:
-            group, start, stop = self._plan.grid.group_of(chunk)
-            allowed: float = ray.get(self._roster.deadline.remote(group.first_chunk, stop - start))
+            group, start, stop = self._job.plan.grid.group_of(chunk)
+            allowed: float = ray.get(self._registry.deadline.remote(group.first_chunk, stop - start))
             return allowed
 
-        cell = RayCell(
-            own_code(),
-            out_url,
-            self._plan.device,
-            self._engine_factory,
-            repair=repair,
-            options=self._worker_options(),
-            seconds=seconds,
-        )
-        job = open_job(out_url)
-        self._alone = True
+        options = self._worker_options()
+        worker = RayIsolatedWorker(self._place, self._engine_factory, options=options, seconds=seconds)
+        self._isolating = True
         try:
             for chunk in chunks:
                 if self._stopping.is_set():
                     return
-                yield isolate_chunk(job, cell, chunk, repair=repair, stopping=self._stopping.is_set)
+                yield isolate_chunk(self._job, worker, chunk, repair=repair, stopping=self._stopping.is_set)
         finally:
-            self._alone = False
-            cell.close()
+            self._isolating = False
+            worker.close()
 
-    def _troubled(self) -> set[int]:
+    def _suspects(self) -> set[int]:
         import ray
 
-        return set(ray.get(self._roster.troubled.remote()))
+        return set(ray.get(self._registry.suspects.remote()))
 
     def _note_vanished(self, seen: set[int]) -> None:
-        """A chunk that was begun and left no receipt at the end of a pass: whatever finished it died each time."""
+        """A chunk that was begun and left no result at the end of a pass: whatever postprocessed it died each time."""
         import ray
 
-        for chunk in set(ray.get(self._roster.stop.remote())) - seen:
-            self._roster.blame.remote(chunk)
+        for chunk in set(ray.get(self._registry.stop.remote())) - seen:
+            self._registry.blame.remote(chunk)
 
     def _leave_out(self, unfit: Mapping[str, str]) -> None:
         import ray
@@ -244,8 +234,8 @@ class RayExecutor:
             )
 
 
-def _receipts(dataset: Any) -> Generator[Receipt]:
-    """Receipts as they come."""
+def _results(dataset: Any) -> Generator[ChunkResult]:
+    """Results as they come."""
     batches = iter(dataset.iter_batches(batch_size=None, prefetch_batches=0, batch_format="pyarrow"))
     try:
         for batch in batches:
@@ -253,7 +243,7 @@ def _receipts(dataset: Any) -> Generator[Receipt]:
                 if payload.is_valid:
                     yield pickle.loads(payload.as_buffer())  # noqa: S301 - from our own tasks
                 else:
-                    yield Receipt(chunk=chunk, outcome="skipped")
+                    yield ChunkResult(chunk=chunk, outcome="skipped")
     finally:
         batches.close()
 

@@ -8,6 +8,7 @@ import logging
 import os
 import secrets
 import socket
+import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -16,20 +17,11 @@ from typing import Any
 
 from latentmill.jobs.code import package_root
 from latentmill.jobs.errors import UsageError
+from latentmill.jobs.executors import ray_private
 from latentmill.jobs.scratch import CLUSTER_PREFIX, scratch_folder, short_base
-from latentmill.jobs.show.display import held_back_stderr
 from latentmill.jobs.store.urls import display_url
+from latentmill.jobs.terminal import held_back_stderr
 
-_QUIET = {
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_DEDUP_LOGS": "1",
-    "RAY_DEDUP_LOGS_SKIP_REGEX": ".*",  # "(raylet) Task ... failed" comes through even with log_to_driver=False
-    "RAY_BACKEND_LOG_LEVEL": "fatal",
-    "RAY_DATA_LOG_LEVEL": "ERROR",
-    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    "RAY_prestart_worker_first_driver": "0",  # they would not be in the empty folder of `_nowhere`, and never be used
-}
 _MIB = 2**20
 _ASK_SECONDS = 10.0
 
@@ -64,8 +56,10 @@ def connect(address: str | None, *, insecure: bool = False) -> Connection:
 
     Raises UsageError if no cluster answers, or if it serves anyone who reaches it and `insecure` does not allow that.
     """
-    for name, value in _QUIET.items():
+    for name, value in ray_private.QUIET.items():
         os.environ.setdefault(name, value)
+    # Ray Data's word for a pass in which a block was lost, so that there are fewer than tasks at once
+    warnings.filterwarnings("ignore", message="The maximum number of concurrent tasks")
     try:
         import ray
         import ray.data
@@ -103,7 +97,9 @@ def _join_cluster(address: str, folder: Path, *, insecure: bool) -> str:
             guarded = asks_for_a_token(endpoint)
             if not guarded and not insecure:
                 raise UsageError(open_cluster_text(where))
-            if guarded and _refuses(endpoint, own_token()):  # Ray would try for twenty seconds, and not say why
+            if guarded and ray_private.refuses(
+                endpoint, ray_private.own_token()
+            ):  # Ray would try for twenty seconds, and not say why
                 raise UsageError(locked_out_text(where))
             ray.init(
                 address=endpoint,
@@ -137,10 +133,8 @@ def locked_out_text(where: str) -> str:
 def _endpoint(address: str) -> str:
     """HOST:PORT of a head where something listens. Raises OSError otherwise: Ray itself would try for two minutes."""
     if address == "auto":
-        from ray._private.services import canonicalize_bootstrap_address
-
-        found: str | None = canonicalize_bootstrap_address("auto")
-        if not found:
+        found = ray_private.local_head()
+        if found is None:
             raise OSError("no cluster runs on this machine")
         address = found
     host, separator, port = address.rpartition(":")
@@ -152,48 +146,7 @@ def _endpoint(address: str) -> str:
 
 def asks_for_a_token(endpoint: str) -> bool:
     """Whether the head refuses a caller without a token: asked as such a caller, whatever this process could show."""
-    return _refuses(endpoint, {})
-
-
-def own_token() -> dict[str, str]:
-    """The token that this process has for clusters, as Ray would send it; empty if there is none."""
-    from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
-    from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined] # compiled, so mypy cannot see it
-
-    _read_tokens_again()
-    if not maybe_enable_token_auth_if_token_available(warn_if_disabled=False):
-        return {}
-    if not AuthenticationTokenLoader.instance().has_token():
-        return {}
-    headers: dict[str, str] = AuthenticationTokenLoader.instance().get_token_for_http_header()
-    return headers
-
-
-def _refuses(endpoint: str, headers: dict[str, str]) -> bool:
-    """Whether the head sends away a caller with these headers. Raises OSError if what answers is no Ray head."""
-    import grpc
-
-    with _channel(endpoint) as channel:
-        ask = channel.unary_unary("/ray.rpc.NodeInfoGcsService/GetClusterId")
-        try:
-            ask(b"", timeout=_ASK_SECONDS, metadata=tuple((name.lower(), value) for name, value in headers.items()))
-        except grpc.RpcError as error:
-            code = error.code()
-            if code in {grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED}:
-                return True
-            raise OSError(f"it does not answer as a Ray head does ({code.name.lower()}: {error.details()})") from error
-    return False
-
-
-def _channel(endpoint: str) -> Any:
-    import grpc
-
-    if os.environ.get("RAY_USE_TLS", "0").lower() not in {"1", "true"}:
-        return grpc.insecure_channel(endpoint)
-    key, certificate, authority = (
-        Path(os.environ[f"RAY_TLS_{name}"]).read_bytes() for name in ("SERVER_KEY", "SERVER_CERT", "CA_CERT")
-    )
-    return grpc.secure_channel(endpoint, grpc.ssl_channel_credentials(authority, key, certificate))
+    return ray_private.refuses(endpoint, {})
 
 
 @contextmanager
@@ -204,7 +157,7 @@ def _private_token(path: Path) -> Iterator[None]:
     names = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
     before = {name: os.environ.pop(name, None) for name in names}
     os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(path)}
-    _read_tokens_again()
+    ray_private.read_tokens_again()
     try:
         yield
     finally:
@@ -212,14 +165,7 @@ def _private_token(path: Path) -> Iterator[None]:
             os.environ.pop(name, None)
             if value is not None:
                 os.environ[name] = value
-        _read_tokens_again()
-
-
-def _read_tokens_again() -> None:
-    from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined] # compiled, so mypy cannot see it
-
-    Config.initialize("")
-    AuthenticationTokenLoader.instance().reset_cache()
+        ray_private.read_tokens_again()
 
 
 def _start_cluster(folder: Path) -> None:
@@ -234,7 +180,7 @@ def _start_cluster(folder: Path) -> None:
             logging_level=logging.ERROR,
             object_store_memory=_object_store_bytes(),
             runtime_env=_nowhere(folder),
-            _temp_dir=str(folder / "r"),  # Ray opens it to everyone: the folder above does not let them in
+            **ray_private.session_folder(folder / "r"),  # open to everyone: the folder above does not let them in
         )
 
 

@@ -1,7 +1,7 @@
 """What Ray starts in a worker, before anything of ours is imported there: it travels by value, with its own code.
 
 So it also runs where our package is missing, broken, shadowed or of another version, and can say so. Nothing here but
-the inside of `_stages` may need a module of the package that is not sent along.
+the inside of `_ray_worker` may need a module of the package that is not sent along.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ import pyarrow as pa
 
 from latentmill.jobs import code as code_module
 from latentmill.jobs.code import Code, installed_code
-from latentmill.jobs.executors import roster as roster_module
+from latentmill.jobs.executors import ray_private
+from latentmill.jobs.executors import worker_registry as registry_module
 
-_STAGES = "latentmill.jobs.executors.ray_stages"
+_RAY_WORKER = "latentmill.jobs.executors.ray_worker"
 _FAULTS = (Exception, SystemExit)
 """What importing somebody's modules may raise, whatever they are."""
 
@@ -29,10 +30,7 @@ _PAUSE_SECONDS = 1.0
 
 def send_by_value() -> None:
     """Afterwards this process sends the modules that a worker needs for its first steps along with what it sends."""
-    import ray.cloudpickle
-
-    for module in (sys.modules[__name__], code_module, roster_module):
-        ray.cloudpickle.register_pickle_by_value(module)
+    ray_private.pickle_by_value(sys.modules[__name__], code_module, registry_module)
 
 
 class WrongCodeError(Exception):
@@ -42,58 +40,58 @@ class WrongCodeError(Exception):
 class Generate:
     """An actor: one model, loaded once. No exception leaves it, for Ray would restart it for ever, or drop its block.
 
-    `arguments` are those of `ray_stages.Generator`, pickled: unpickling them needs modules of ours.
+    `arguments` are those of `ray_worker.PooledWorker`, pickled: unpickling them needs modules of ours.
     """
 
-    def __init__(self, code: Code, roster: Any, arguments: bytes) -> None:
+    def __init__(self, code: Code, registry: Any, arguments: bytes) -> None:
         import ray
 
         context = ray.get_runtime_context()
         worker, node = context.get_actor_id(), context.get_node_id()
-        self._generator: Any = None
-        if not ray.get(roster.enter.remote(worker, node, context.current_actor)):
+        self._worker: Any = None
+        if not ray.get(registry.enter.remote(worker, node, context.current_actor)):
             return
         try:
-            self._generator = _stages(code).Generator(worker, roster, *pickle.loads(arguments))  # noqa: S301 - from our own driver
+            self._worker = _ray_worker(code).PooledWorker(worker, registry, *pickle.loads(arguments))  # noqa: S301 - from our own driver
         except _FAULTS as error:
-            roster.unfit.remote(node, _reason(error))
+            registry.unfit.remote(node, _reason(error))
         else:
-            roster.ready.remote(worker)
+            registry.ready.remote(worker)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         chunk = int(batch["chunk"][0].as_py())
-        if self._generator is None:
+        if self._worker is None:
             time.sleep(_PAUSE_SECONDS)
             return _row(chunk, None)
-        return _row(chunk, self._generator.generate(chunk))
+        return _row(chunk, self._worker.generate(chunk))
 
 
-def finish(batch: pa.Table, code: Code, roster: Any, out_url: str) -> pa.Table:
-    """A task: watermark, encode, write and commit one chunk; what needs no finishing passes through."""
+def postprocess(batch: pa.Table, code: Code, registry: Any, place: tuple[str, str]) -> pa.Table:
+    """A task: watermark, encode, write and commit one chunk; a result passes through."""
     chunk, payload = int(batch["chunk"][0].as_py()), batch["payload"][0]
     if not payload.is_valid:
         return _row(chunk, None)
     try:
-        stages = _stages(code)
+        ray_worker = _ray_worker(code)
     except _FAULTS as error:
         import ray
 
-        roster.unfit.remote(ray.get_runtime_context().get_node_id(), _reason(error))
+        registry.unfit.remote(ray.get_runtime_context().get_node_id(), _reason(error))
         time.sleep(_PAUSE_SECONDS)
         return _row(chunk, None)
-    return _row(chunk, stages.finish(payload.as_buffer(), roster, out_url))
+    return _row(chunk, ray_worker.postprocess_payload(payload.as_buffer(), registry, place))
 
 
-def _stages(code: Code) -> Any:
+def _ray_worker(code: Code) -> Any:
     """Our own part of the work. Raises WrongCodeError unless the driver's very code can be imported here."""
-    if _STAGES not in sys.modules:
+    if _RAY_WORKER not in sys.modules:
         remedy = "install the same version there, or use `latentmill submit`, which sends its code along"
         here = installed_code()
         if here is None:
             raise WrongCodeError(f"latentmill is not installed for {sys.executable}; {remedy}")
         if here.digest != code.digest:
             raise WrongCodeError(f"{here} is found at {here.place}, but this command runs {code}; {remedy}")
-    return import_module(_STAGES)
+    return import_module(_RAY_WORKER)
 
 
 def _reason(error: BaseException) -> str:

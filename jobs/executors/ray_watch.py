@@ -1,4 +1,4 @@
-"""The driver's side of the roster: it starts it, looks at it once a second, and acts on what it sees."""
+"""The driver's side of the worker registry: it starts it, looks at it once a second, and acts on what it sees."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from dataclasses import replace
 from typing import Any
 
 from latentmill.jobs.errors import JobError
-from latentmill.jobs.executors.ray_cell import GRACE_SECONDS
-from latentmill.jobs.executors.roster import Overview, Roster
-from latentmill.jobs.show.display import print_line
+from latentmill.jobs.executors.ray_isolated import GRACE_SECONDS
+from latentmill.jobs.executors.worker_registry import Overview, WorkerRegistry
+from latentmill.jobs.terminal import print_line
 
 _WATCH_SECONDS = 1.0
 _HEAD_SECONDS = 5.0
@@ -21,8 +21,8 @@ START_SECONDS = 60.0
 """What the start of the first process may take: a second or two, where nothing else runs."""
 
 
-def open_roster(chunk_timeout: float | None) -> Any:
-    """The job's roster, on the driver's own node: where that goes, the driver goes too.
+def open_registry(chunk_timeout: float | None) -> Any:
+    """The job's registry, on the driver's own node: where that goes, the driver goes too.
 
     Raises JobError if no process can be started there, for which Ray itself would try for ever.
     """
@@ -31,22 +31,22 @@ def open_roster(chunk_timeout: float | None) -> Any:
 
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
     options = {"num_cpus": 0, "scheduling_strategy": here, "max_restarts": -1, "max_task_retries": -1}
-    roster = ray.remote(Roster).options(**options).remote(chunk_timeout)
+    registry = ray.remote(WorkerRegistry).options(**options).remote(chunk_timeout)
     try:
-        ray.get(roster.start_pass.remote(), timeout=START_SECONDS)
+        ray.get(registry.start_pass.remote(), timeout=START_SECONDS)
     except ray.exceptions.GetTimeoutError:
         raise JobError(
             f"Ray could not start a process on {socket.gethostname()} within {START_SECONDS:g} s; look for files that "
             f"hide Python modules of their name (PYTHONPATH), and for free memory and disk"
         ) from None
-    return roster
+    return registry
 
 
 class Watch:
-    """Looks at the roster once a second: kills workers that hang beyond their deadline, and passes a stop on."""
+    """Looks at the registry once a second: kills workers that hang beyond their deadline, and passes a stop on."""
 
-    def __init__(self, roster: Any, head: str | None) -> None:
-        self._roster = roster
+    def __init__(self, registry: Any, head: str | None) -> None:
+        self._registry = registry
         self._head = head
         self.overview = Overview(ready=0, begun=0, overdue=(), unfit={})
         self.under_way: frozenset[int] | None = None
@@ -76,11 +76,11 @@ class Watch:
             while not over.wait(_WATCH_SECONDS):
                 if time.monotonic() - head_asked > _HEAD_SECONDS:
                     head_asked, head_silent = time.monotonic(), self._tell_of_silence(head_silent)
-                self.overview = ray.get(self._roster.overview.remote(GRACE_SECONDS))
+                self.overview = ray.get(self._registry.overview.remote(GRACE_SECONDS))
                 for worker in self.overview.overdue:
                     ray.kill(worker, no_restart=False)
                 if stopping.is_set() or not left_out.issuperset(self.overview.unfit):
-                    begun = frozenset(ray.get(self._roster.stop.remote()))  # each time: it may be a new roster
+                    begun = frozenset(ray.get(self._registry.stop.remote()))  # each time: it may be a new registry
                     self.under_way = begun if self.under_way is None else self.under_way
 
     def _tell_of_silence(self, told: bool) -> bool:

@@ -69,7 +69,6 @@ def clean(out_url: str, *, dry_run: bool = False, grace_seconds: float = GRACE_S
     Everything a commit record or the dataset's manifest refers to, and every attempt at an open chunk, is untouched.
     Raises UsageError if the output has no plan, OutputConflictError if a record belongs to another plan.
     """
-    open_job.cache_clear()
     sweep = _Sweep(open_job(out_url), dry_run=dry_run)
     sweep.attempts()
     sweep.strays(grace_seconds)

@@ -1,7 +1,7 @@
-"""The pointer to the newest night: `latest.json` beside the outputs of all nights, moved forward and never back.
+"""The pointer to the newest dated output: `latest.json` beside all of them, moved forward and never back.
 
 The one object that a job writes outside its OUT, and only because the user's `{date}` asks for it. What it says follows
-from a night's published dataset alone, so that two drivers of one night write the same bytes.
+from a published dataset alone, so that two drivers of one day write the same bytes.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import datetime
 import json
 from dataclasses import asdict, dataclass
 
-from latentmill.jobs.night import Night
+from latentmill.jobs.dated import DatedOutput
 from latentmill.jobs.outputs.publish import MAX_MANIFEST_BYTES, Publication, find_manifest
 from latentmill.jobs.store.storage import Storage
 from latentmill.jobs.store.urls import allowed_filesystem, display_url
@@ -36,33 +36,33 @@ class Latest:
         return (json.dumps({"format": 1, **fields}, indent=2) + "\n").encode()
 
 
-def point_to_latest(night: Night, today: datetime.date | None = None) -> Latest | None:
-    """Afterwards the pointer is at this night or a later one; what it says is returned.
+def point_to_latest(dated: DatedOutput, today: datetime.date | None = None) -> Latest | None:
+    """Afterwards the pointer is at this output or a later one; what it says is returned.
 
-    Call it when the night is published without failed samples; None if it is not. Without a lock: after every write it
-    is looked whether a later night was published meanwhile, and each night's driver publishes before it writes here.
+    Call it when the output is published without failed samples; None if it is not. There is no lock: each driver
+    publishes before it writes here, and after every write looks for a later output that was published meanwhile.
     """
-    mine = _published(night)
+    mine = _published(dated)
     if mine is None:
         return None
-    storage = Storage.open(night.folder)
-    current = _read(storage, night)
+    storage = Storage.open(dated.folder)
+    current = _read(storage, dated)
     if current is not None and (current.date > mine.date or current == mine):
         return current
-    storage.write(night.pointer, mine.to_json())
+    storage.write(dated.pointer, mine.to_json())
     newest = mine
     today = today or datetime.datetime.now(datetime.UTC).date()
-    for later in night.nights_until(today + datetime.timedelta(1)):  # the clocks of two machines may differ
+    for later in dated.outputs_until(today + datetime.timedelta(1)):  # the clocks of two machines may differ
         published = _published(later)
         if published is not None:
-            storage.write(night.pointer, published.to_json())
+            storage.write(dated.pointer, published.to_json())
             newest = published
     return newest
 
 
-def _published(night: Night) -> Latest | None:
-    """What the pointer should say of a night; None if it has no dataset, or one with failed samples."""
-    storage = Storage.open(night.out)
+def _published(dated: DatedOutput) -> Latest | None:
+    """What the pointer should say of an output; None if it has no dataset, or one with failed samples."""
+    storage = Storage.open(dated.out)
     try:
         manifest = find_manifest(storage)
         publication = Publication.from_json(storage.read(manifest, MAX_MANIFEST_BYTES))
@@ -72,29 +72,29 @@ def _published(night: Night) -> Latest | None:
     if publication.counts["failed"]:
         return None
     return Latest(
-        pointer=_pointer_url(night),
-        out=_absolute(night.out),
-        date=night.date,
+        pointer=_pointer_url(dated),
+        out=_absolute(dated.out),
+        date=dated.date,
         plan_hash=publication.plan_hash,
         published_at=published.isoformat(timespec="seconds"),
         counts=publication.counts,
     )
 
 
-def _read(storage: Storage, night: Night) -> Latest | None:
+def _read(storage: Storage, dated: DatedOutput) -> Latest | None:
     """What the pointer says; None if there is none, or something else in its place."""
     try:
-        fields = json.loads(storage.read(night.pointer, _POINTER_BYTES))
+        fields = json.loads(storage.read(dated.pointer, _POINTER_BYTES))
         if fields.pop("format") != 1:
             return None
         datetime.date.fromisoformat(fields["date"])
-        return Latest(pointer=_pointer_url(night), **fields)
+        return Latest(pointer=_pointer_url(dated), **fields)
     except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
 
 
-def _pointer_url(night: Night) -> str:
-    return f"{_absolute(night.folder)}/{night.pointer}"
+def _pointer_url(dated: DatedOutput) -> str:
+    return f"{_absolute(dated.folder)}/{dated.pointer}"
 
 
 def _absolute(url: str) -> str:

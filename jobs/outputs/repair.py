@@ -15,14 +15,15 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from latentmill.engine import EngineError
+from latentmill.jobs.chunk_result import describe_fault
 from latentmill.jobs.errors import JobError
-from latentmill.jobs.finishing import finish_sample
 from latentmill.jobs.job import open_job
 from latentmill.jobs.outputs.defects import Defect, Kind
 from latentmill.jobs.outputs.publish import PART_NAME, load_publication, publish
 from latentmill.jobs.outputs.verify import UNSOUND, VerifyProgress, verify
+from latentmill.jobs.postprocess import postprocess_sample
 from latentmill.jobs.store.errors import StorageError
-from latentmill.jobs.worker import ChunkGenerator, EngineFactory, describe_fault, load_engine
+from latentmill.jobs.worker import ChunkGenerator, EngineFactory, load_engine
 
 _PICTURES: frozenset[Kind] = frozenset({"image-missing", "image-damaged"})
 _PUBLISHED: frozenset[Kind] = frozenset(
@@ -108,7 +109,6 @@ def repair(
 
 class _Healer:
     def __init__(self, out_url: str, defects: Sequence[Defect], engine_factory: EngineFactory) -> None:
-        self._out_url = out_url
         self._job = open_job(out_url)
         self._defects = defects
         self._engine_factory = engine_factory
@@ -124,7 +124,7 @@ class _Healer:
         total, fault = len(wanted), "no commit record refers to it any more"
         on_picture(0, total)
         try:
-            generator = ChunkGenerator(self._out_url, device=self._job.plan.device, engine_factory=self._engine_factory)
+            generator = ChunkGenerator(self._job, engine_factory=self._engine_factory)
         except (JobError, EngineError) as error:
             for defect in wanted.values():
                 self._leave(defect, f"the model is not at hand: {error}")
@@ -165,10 +165,11 @@ class _Healer:
         for place, results in generator.generate_in_slots(chunk, slots):
             row = here[place]
             self.generated += 1
-            finished = (
-                finish_sample(self._job.plan, samples[place], result, generator.execution_class) for result in results
+            processed = (
+                postprocess_sample(self._job.plan, samples[place], result, generator.execution_class)
+                for result in results
             )
-            files = (sample.data for sample in finished if sample.data is not None)
+            files = (sample.data for sample in processed if sample.data is not None)
             data = next((data for data in files if hashlib.sha256(data).hexdigest() == row["sha256"]), None)
             yield row["image"], _OTHER_BYTES if data is None else self._put(row["image"], data)
 

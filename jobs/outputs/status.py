@@ -49,7 +49,6 @@ def status(out_url: str, *, deep: bool = False) -> StatusReport:
 
     Raises UsageError if the output has no plan.
     """
-    open_job.cache_clear()
     job = open_job(out_url)
     listing = job.ledger.listing()
     publication = standing_publication(job)

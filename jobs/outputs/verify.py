@@ -92,7 +92,6 @@ def verify(
     `sample_n` reads only that many pictures, chosen at random; records and dataset are always read whole. Repairs
     that are made meanwhile are not looked at. Raises UsageError if the output has no plan.
     """
-    open_job.cache_clear()
     checker = _Checker(open_job(out_url), sample_n, on_progress)
     checker.check_chunks()
     checker.check_strays()

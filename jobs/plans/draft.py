@@ -24,7 +24,6 @@ from latentmill.jobs.errors import UsageError
 from latentmill.jobs.manifests.manifest import Manifest, open_manifest
 from latentmill.jobs.manifests.tokens import TokenCounter
 from latentmill.jobs.manifests.validate import Rules, check_job, snapshot_schema, validate
-from latentmill.jobs.mark_bits import bits_needed
 from latentmill.jobs.models.place import place_model
 from latentmill.jobs.models.presets import ModelChoice, ModelDefaults, ResolvedModel, resolve_model
 from latentmill.jobs.plans.grid import Grid, class_fields, decode_class
@@ -40,10 +39,11 @@ from latentmill.jobs.plans.summary import (
     manifest_notes,
     suspect_note,
 )
-from latentmill.jobs.plans.sweep import Axis, build_axes
 from latentmill.jobs.scratch import PLAN_PREFIX, scratch_folder
 from latentmill.jobs.spec import JobSpec
 from latentmill.jobs.store.urls import display_url
+from latentmill.jobs.sweep import Axis, build_axes
+from latentmill.jobs.watermark_bits import bits_needed
 
 MAX_PROMPTS_TOKENIZED = 100_000
 _TOKENIZER_BATCH = 1_000

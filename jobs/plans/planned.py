@@ -21,7 +21,7 @@ from latentmill.jobs.manifests.validate import CARRIED_PREFIX, snapshot_schema
 from latentmill.jobs.models.presets import ResolvedModel
 from latentmill.jobs.plans.grid import MAX_SAMPLES, Grid, Group, Place, class_fields, encode_class
 from latentmill.jobs.plans.snapshot import PartInfo, SnapshotReader
-from latentmill.jobs.plans.sweep import Axis
+from latentmill.jobs.sweep import Axis
 
 if TYPE_CHECKING:
     from latentmill.jobs.store.storage import Storage

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-import tempfile
 import threading
 import time
 import unicodedata
@@ -22,7 +21,7 @@ from rich.progress import Progress as RichBar
 from rich.table import Table
 from rich.text import Text
 
-from latentmill.jobs.errors import JobError
+from latentmill.jobs.terminal import print_line
 
 if TYPE_CHECKING:
     from latentmill.jobs.outputs.verify import VerifyProgress
@@ -57,13 +56,6 @@ def _spelled(character: str) -> str:
 def print_json(value: Any) -> None:
     """The value on standard output; all but ASCII is escaped, so nothing in it can steer a terminal."""
     sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=True, default=str).replace("\x7f", "\\u007f") + "\n")
-
-
-def print_line(text: str, *, error: bool = False) -> None:
-    """One line of our own words, in which untrusted parts already went through `safe`; nothing is read as markup."""
-    stream = sys.stderr if error else sys.stdout
-    stream.write(text + "\n")
-    stream.flush()
 
 
 def print_untrusted(text: str) -> None:
@@ -171,27 +163,6 @@ def progress_view(
             view = LineView(stream, first, detail)
         with view:
             yield view
-
-
-@contextmanager
-def held_back_stderr() -> Iterator[None]:
-    """Within, nothing reaches standard error, C++ included; it is shown after all when an exception is not ours."""
-    sys.stderr.flush()
-    real = os.dup(2)
-    with tempfile.TemporaryFile() as held:
-        os.dup2(held.fileno(), 2)
-        try:
-            yield
-        except JobError:
-            raise
-        except BaseException:
-            sys.stderr.flush()
-            held.seek(0)
-            os.write(real, held.read())
-            raise
-        finally:
-            os.dup2(real, 2)
-            os.close(real)
 
 
 class _BarWithDetail(RichBar):

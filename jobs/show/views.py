@@ -7,12 +7,12 @@ import sys
 from collections import Counter
 from typing import TYPE_CHECKING
 
-from latentmill.jobs.show.display import duration, print_facts, print_line, print_table, print_untrusted, safe, size
+from latentmill.jobs.show.display import duration, print_facts, print_table, print_untrusted, safe, size
+from latentmill.jobs.terminal import print_line
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from latentmill.jobs.marks import MarkReading, Unread
     from latentmill.jobs.models.presets import ModelPreset
     from latentmill.jobs.outputs.clean import CleanReport
     from latentmill.jobs.outputs.repair import RepairReport
@@ -21,7 +21,9 @@ if TYPE_CHECKING:
     from latentmill.jobs.plans.summary import PlanSummary
     from latentmill.jobs.runner import RunSummary
     from latentmill.jobs.show.report import ReportSummary
-    from latentmill.jobs.submission.submission import JobInfo, JobStatus, Submission
+    from latentmill.jobs.submission.api import JobInfo
+    from latentmill.jobs.submission.submission import JobStatus, Submission
+    from latentmill.jobs.watermarks import Unread, WatermarkReading
 
 _DEFECTS_SHOWN = 20
 _VALUES_SHOWN = 8
@@ -128,9 +130,12 @@ def show_run(summary: RunSummary) -> None:
         facts["next"] = f"latentmill verify {out}   or   {summary.next_command}"
         if not summary.generated:
             facts["pictures"] = f"not read again by this run; if one is damaged: latentmill repair {out}"
-    else:
+    elif summary.exit_code == 130:
         facts["resume"] = resume_command()
-    title = "finished" if summary.exit_code == 0 else "finished with failed samples" if done else "interrupted"
+    else:
+        facts["next"] = f"{summary.next_command}   the run that ends last publishes"
+    unfinished = "interrupted" if summary.exit_code == 130 else f"shard {summary.shard} is done, others are not"
+    title = "finished" if summary.exit_code == 0 else "finished with failed samples" if done else unfinished
     print_facts(title, facts, style="green" if summary.exit_code == 0 else "yellow")
     if summary.failures and counts is not None:
         rows = [
@@ -315,9 +320,9 @@ def show_models(presets: Mapping[str, ModelPreset]) -> None:
     )
 
 
-def show_marks(readings: Sequence[MarkReading | Unread]) -> None:
+def show_watermarks(readings: Sequence[WatermarkReading | Unread]) -> None:
     """One line per file, as grep would print it."""
-    from latentmill.jobs.marks import Unread
+    from latentmill.jobs.watermarks import Unread
 
     for reading in readings:
         if isinstance(reading, Unread):

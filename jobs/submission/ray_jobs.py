@@ -18,10 +18,11 @@ from typing import Any, Literal
 
 from latentmill.jobs.code import code_files, package_root
 from latentmill.jobs.errors import JobError, UsageError
-from latentmill.jobs.executors.ray_cluster import locked_out_text, open_cluster_text, own_token
+from latentmill.jobs.executors.ray_cluster import locked_out_text, open_cluster_text
+from latentmill.jobs.executors.ray_private import own_token
 from latentmill.jobs.ledger.records import tool_versions
-from latentmill.jobs.show.display import held_back_stderr
-from latentmill.jobs.submission.submission import JobInfo, JobState
+from latentmill.jobs.submission.api import JobInfo, JobState
+from latentmill.jobs.terminal import held_back_stderr
 
 STOP_SECONDS = 900
 """How long Ray lets a stopped driver finish its chunks in flight before it kills it; its own patience is 3 s."""

@@ -12,11 +12,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any
 
 import yaml
 
 from latentmill.jobs.errors import JobError, UsageError
+from latentmill.jobs.executor_table import EXECUTORS
 from latentmill.jobs.manifests.manifest import open_manifest
 from latentmill.jobs.outputs.status import StatusReport
 from latentmill.jobs.outputs.status import status as output_status
@@ -24,6 +25,7 @@ from latentmill.jobs.spec import JobSpec, given_settings
 from latentmill.jobs.store.errors import StorageError
 from latentmill.jobs.store.storage import Storage
 from latentmill.jobs.store.urls import display_url
+from latentmill.jobs.submission.api import ENDED, JobInfo, JobsApi, JobState
 
 START = "latentmill/jobs/submission/start.sh"
 """Within the code that is sent, which is the driver's working folder."""
@@ -34,30 +36,9 @@ MAX_SUBMISSIONS = 10_000
 STATUS_SECONDS = 3.0
 """How long a look at an output waits for a cluster that does not answer."""
 
-JobState = Literal["pending", "running", "stopping", "stopped", "succeeded", "failed", "unknown"]
-ENDED: frozenset[JobState] = frozenset({"stopped", "succeeded", "failed"})
 _JOB_ID = re.compile(r"latentmill-[0-9a-f]{16}(-[0-9]{1,5})?")
 _SAFE_NAME = re.compile(r"[^A-Za-z0-9._-]+")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class JobInfo:
-    """One submitted job as its cluster sees it; `unknown` with a reason if the cluster does not say."""
-
-    job_id: str
-    address: str
-    state: JobState
-    exit_code: int | None = None
-    message: str = ""
-    out: str | None = None
-
-    @property
-    def cli_exit_code(self) -> int:
-        """What `run` would have ended with: its own code, 130 if it was stopped, 0 while it goes on."""
-        if self.state == "stopped":
-            return 130
-        return (self.exit_code or 1) if self.state == "failed" else 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -98,19 +79,6 @@ class JobStatus:
 
         found = {} if self.report is None else self.report.to_dict()
         return found if self.job is None else found | {"job": asdict(self.job)}
-
-
-class JobsApi(Protocol):
-    """What a cluster's jobs API can do. Each call raises JobError where it does not answer or lets nobody in."""
-
-    address: str
-
-    def require_token(self) -> None: ...
-    def submit(self, job_id: str, *, entrypoint: str, variables: dict[str, str], metadata: dict[str, str]) -> bool: ...
-    def info(self, job_id: str) -> JobInfo | None: ...
-    def stop(self, job_id: str) -> bool: ...
-    def logs(self, job_id: str) -> str: ...
-    def follow(self, job_id: str, write: Callable[[str], None]) -> None: ...
 
 
 def submit_job(
@@ -286,7 +254,7 @@ def _forwarded(names: Sequence[str]) -> dict[str, str]:
 
 def _visible_to_nodes(spec: JobSpec, *, shared_filesystem: bool) -> JobSpec:
     """The job as it can be said on another machine. Raises UsageError for what its nodes would not find there."""
-    if spec.runtime.executor != "ray":
+    if not EXECUTORS[spec.runtime.executor].on_ray:
         raise UsageError(f"executor {spec.runtime.executor} does not run on a cluster; leave --executor out")
     if spec.out.startswith("memory://"):
         raise UsageError(f"{spec.out} lives in one process only; give --out as a URL that every node sees")
@@ -347,10 +315,10 @@ def _job_file(spec: JobSpec, prompts: list[str]) -> bytes:
     """The whole job as a job file: what was said by file and flags, and nothing of how it was sent."""
     settings = {name: value for name, value in given_settings(spec).items() if name != "address"}
     settings |= {"prompts": prompts, "out": spec.out}
-    if spec.night is not None:
+    if spec.dated is not None:
         # the template, for the pointer's sake; and the date, for the cluster may begin after midnight
-        template = f"{spec.out.rpartition('/')[0]}/{spec.night.template.rpartition('/')[2]}"
-        settings |= {"out": template, "date": spec.night.date}
+        template = f"{spec.out.rpartition('/')[0]}/{spec.dated.template.rpartition('/')[2]}"
+        settings |= {"out": template, "date": spec.dated.date}
     text: str = yaml.safe_dump(settings, allow_unicode=True)
     return text.encode()
 

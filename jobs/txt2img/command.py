@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from latentmill.jobs.show.display import print_line, safe
+from latentmill.jobs.show.display import safe
+from latentmill.jobs.terminal import print_line
 from latentmill.jobs.txt2img.options import DEFAULT_CKPT, parse_options
 
 if TYPE_CHECKING:

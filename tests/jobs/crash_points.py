@@ -32,7 +32,7 @@ SECONDS = 400
 AT_ONCE = 3
 CLUSTER_CPUS = 8  # so many in name, that several small jobs run on it at once
 
-Victim = Literal["driver", "actor", "finisher"]
+Victim = Literal["driver", "actor", "postprocess"]
 
 
 @dataclass(frozen=True)
@@ -88,9 +88,11 @@ RAY = (
     CrashPoint("model load", "the actor's first", AtLoading(), "actor", "ray"),
     CrashPoint("mid-batch", "between two denoising steps of the second chunk", AtStep(7), "actor", "ray", real=True),
     CrashPoint("mid-batch", "chunks in every stage", AtBatch(3), "driver", "ray"),
-    CrashPoint("mid-upload", "between two images of a chunk", KillAt("after", "write", IMAGES, 2), "finisher", "ray"),
-    CrashPoint("before commit", "the chunk's images stand", KillAt("before", "create", LEDGER), "finisher", "ray"),
-    CrashPoint("after commit", "the record stands", KillAt("after", "create", LEDGER), "finisher", "ray"),
+    CrashPoint(
+        "mid-upload", "between two images of a chunk", KillAt("after", "write", IMAGES, 2), "postprocess", "ray"
+    ),
+    CrashPoint("before commit", "the chunk's images stand", KillAt("before", "create", LEDGER), "postprocess", "ray"),
+    CrashPoint("after commit", "the record stands", KillAt("after", "create", LEDGER), "postprocess", "ray"),
 )
 """A process of the cluster dies, once, and the run goes on by itself; or its driver dies, and another one joins."""
 
@@ -211,7 +213,7 @@ def _run_into_trap(point: CrashPoint, stage: Stage, spec: JobSpec, rig: Rig) -> 
             environment["AWS_ENDPOINT_URL"] = proxy.url
         else:
             where = "generator" if isinstance(point.trap, AtLoading | AtStep | AtBatch) else "driver"
-            where = "finisher" if point.victim == "finisher" else where
+            where = "postprocess" if point.victim == "postprocess" else where
             kills_driver = point.executor == "ray" and point.victim == "driver"
             rig = replace(rig, trap=point.trap, where=where, kills_driver=kills_driver)
         driver = start(spec, Path(rig.folder, "log"), engine=rig, environment=environment)

@@ -141,10 +141,9 @@ class _Recorder:
 def test_the_executor_asks_the_ledger_before_it_generates(manifest: Manifest, tiny_model: Path, tmp_path: Path) -> None:
     out = str(tmp_path / "out")
     run(job_spec(tiny_model, manifest(6), out))
-    open_job.cache_clear()
     recorder = _Recorder()
-    receipts = list(InlineExecutor(engine_factory=recorder).run(out, [0, 1, 2]))
-    assert [(receipt.outcome, receipt.ok) for receipt in receipts] == [("already", 2)] * 3
+    results = list(InlineExecutor(open_job(out), engine_factory=recorder).run([0, 1, 2]))
+    assert [(result.outcome, result.ok) for result in results] == [("already", 2)] * 3
     assert [engine.generated for engine in recorder.engines] == [0]
 
 

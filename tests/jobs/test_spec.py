@@ -121,4 +121,4 @@ def test_a_manifest_given_as_job_file_is_refused_unread(tmp_path):
 
 def test_a_job_file_has_every_flag_and_no_hashed_key_is_runtime():
     assert {"prompts", "out", "model", "sweep", "threads_per_actor", "executor", "address"} <= SETTINGS.keys()
-    assert not SETTINGS.keys() & {"runtime", "night"}
+    assert not SETTINGS.keys() & {"runtime", "dated"}

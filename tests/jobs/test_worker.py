@@ -14,7 +14,8 @@ import pytest
 from PIL import Image
 
 from latentmill.engine import GenerationRequest
-from latentmill.jobs import finishing, worker
+from latentmill.jobs import postprocess, worker
+from latentmill.jobs.chunk_result import ChunkResult
 from latentmill.jobs.job import Job, open_job
 from latentmill.jobs.ledger.ledger import record_path
 from latentmill.jobs.ledger.pictures import decode_png, encode_png, pixel_sha256
@@ -22,7 +23,7 @@ from latentmill.jobs.manifests.parameters import TEXT_LIMIT, parameters_text
 from latentmill.jobs.plans.plan import adopt, draft_plan
 from latentmill.jobs.store.errors import StorageError
 from latentmill.jobs.store.storage import Storage
-from latentmill.jobs.worker import ChunkGenerator, GeneratedChunk, Receipt, finish_chunk
+from latentmill.jobs.worker import ChunkGenerator, GeneratedChunk, postprocess_chunk
 from tests.jobs.driver import job_spec
 from tests.jobs.fakes import fake_engine, fake_pixels
 
@@ -40,14 +41,13 @@ def start_job(tiny_model: Path, manifest: Manifest, tmp_path: Path) -> Callable[
         path = prompts if isinstance(prompts, Path) else manifest(prompts)
         with draft_plan(job_spec(tiny_model, path, out, **settings)) as draft:
             adopt(draft, Storage.open(out))
-        open_job.cache_clear()
         return out
 
     return adopt_plan
 
 
 def generate(out: str, chunk: int = 0) -> GeneratedChunk:
-    generated = ChunkGenerator(out, engine_factory=fake_engine).generate(chunk)
+    generated = ChunkGenerator(open_job(out), engine_factory=fake_engine).generate(chunk)
     assert isinstance(generated, GeneratedChunk)
     return generated
 
@@ -61,8 +61,8 @@ def rows_of(job: Job, chunk: int = 0) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("policy", ["blank", "drop", "keep"])
 def test_flagged_pictures_follow_the_policy_and_stay_flagged(policy: str, start_job: Callable[..., str]) -> None:
     out = start_job(on_flagged=policy)
-    receipt = finish_chunk(out, generate(out))
-    assert (receipt.outcome, receipt.ok, receipt.flagged, receipt.failed) == ("committed", 2, 1, 1)
+    result = postprocess_chunk(open_job(out), generate(out))
+    assert (result.outcome, result.ok, result.flagged, result.failed) == ("committed", 2, 1, 1)
     job = open_job(out)
     rows = rows_of(job)
     assert [row["status"] for row in rows] == ["ok", "flagged", "failed", "ok"]
@@ -85,7 +85,7 @@ def test_rows_say_what_was_asked_and_what_was_made(start_job: Callable[..., str]
     manifest = tmp_path / "rows.jsonl"
     manifest.write_text("".join(json.dumps(line) + "\n" for line in lines))
     out = start_job(manifest)
-    finish_chunk(out, generate(out))
+    postprocess_chunk(open_job(out), generate(out))
     job = open_job(out)
     (row,) = rows_of(job)
     sample = job.plan.samples_of_chunk(0)[0]
@@ -104,7 +104,7 @@ def test_the_mark_is_read_back_from_the_saved_pixels(start_job: Callable[..., st
     from latentmill.engine import watermark_bit_accuracy
 
     out = start_job(["one", "two nsfw"], width=256, height=256, watermark="dwtDctSvd")
-    finish_chunk(out, generate(out))
+    postprocess_chunk(open_job(out), generate(out))
     job = open_job(out)
     for row in rows_of(job):
         pixels = decode_png(job.sink.read(row["image"]))
@@ -127,9 +127,9 @@ def test_a_sample_that_cannot_be_finished_fails_alone(
             raise OSError("encoder error -2")
         return encode_png(pixels, text)
 
-    monkeypatch.setattr(finishing, "encode_png", encode)
-    receipt = finish_chunk(out, generate(out))
-    assert (receipt.ok, receipt.failed) == (2, 1)
+    monkeypatch.setattr(postprocess, "encode_png", encode)
+    result = postprocess_chunk(open_job(out), generate(out))
+    assert (result.ok, result.failed) == (2, 1)
     assert rows_of(open_job(out))[1]["error"] == "the picture could not be finished: OSError: encoder error -2"
 
 
@@ -137,8 +137,8 @@ def test_no_verdict_is_never_ok(start_job: Callable[..., str]) -> None:
     out = start_job(["one", "two"])
     generated = generate(out)
     results = [replace(result, safety=None) for result in generated.results]
-    receipt = finish_chunk(out, replace(generated, results=results))
-    assert (receipt.ok, receipt.failed) == (0, 2)
+    result = postprocess_chunk(open_job(out), replace(generated, results=results))
+    assert (result.ok, result.failed) == (0, 2)
     rows = rows_of(open_job(out))
     assert [row["image"] for row in rows] == [None, None]
     assert all("no safety verdict" in row["error"] for row in rows)
@@ -147,15 +147,15 @@ def test_no_verdict_is_never_ok(start_job: Callable[..., str]) -> None:
 def test_two_attempts_at_one_chunk_have_one_winner(start_job: Callable[..., str]) -> None:
     out = start_job()
     generated = generate(out)
-    first, second = finish_chunk(out, generated), finish_chunk(out, generated)
+    first, second = postprocess_chunk(open_job(out), generated), postprocess_chunk(open_job(out), generated)
     assert (first.outcome, second.outcome) == ("committed", "lost")
     job = open_job(out)
     record = job.ledger.read(0)
     assert record is not None
     assert {row["image"].split("/")[2] for row in rows_of(job) if row["image"]} == {f"00000000-{record.attempt}"}
     assert len({path.split("/")[2] for path, _ in job.storage.list("images")}) == 2
-    again = ChunkGenerator(out, engine_factory=fake_engine).generate(0)
-    assert isinstance(again, Receipt)
+    again = ChunkGenerator(open_job(out), engine_factory=fake_engine).generate(0)
+    assert isinstance(again, ChunkResult)
     assert (again.outcome, again.ok, again.flagged, again.failed) == ("already", 2, 1, 1)
 
 
@@ -174,7 +174,7 @@ def test_nothing_is_committed_when_a_picture_cannot_be_stored(
 
     monkeypatch.setattr(job.storage._backend, "write", full)
     with pytest.raises(StorageError, match="free some space"):
-        finish_chunk(out, generated)
+        postprocess_chunk(job, generated)
     assert job.ledger.read(0) is None
 
 
@@ -214,12 +214,12 @@ def test_text_that_png_cannot_hold_is_replaced() -> None:
 def test_an_upgrade_half_way_changes_no_byte(start_job: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
     out = start_job()
     generated = generate(out)
-    finish_chunk(out, generated)
+    postprocess_chunk(open_job(out), generated)
     job = open_job(out)
     before = {row["sample_id"]: row["sha256"] for row in rows_of(job)}
     job.storage.delete(record_path(0))
     monkeypatch.setattr(worker, "_versions", lambda: {"latentmill": "99", "python": "4"})
-    finish_chunk(out, generated)
+    postprocess_chunk(open_job(out), generated)
     record = job.ledger.read(0)
     assert record is not None
     assert record.metadata["version.latentmill"] == "99"

@@ -64,13 +64,13 @@ class Rig:
     """An engine factory with a trap. Its engine adds the images that it has made to `tally`, a line for each chunk.
 
     `where` says which process the trap is for: the one that plans and drives, the one with the model, or the one that
-    finishes chunks. The finisher has no engine: its trap travels inside the chunk, and is armed by being unpickled.
+    postprocesses chunks. That one has no engine: its trap travels inside the chunk, and is armed by being unpickled.
     Who comes to the trap dies, or the driver in its place.
     """
 
     folder: str
     trap: Trap | None = None
-    where: Literal["driver", "generator", "finisher"] = "driver"
+    where: Literal["driver", "generator", "postprocess"] = "driver"
     real: bool = False
     kills_driver: bool = False
 
@@ -108,7 +108,7 @@ class Rig:
 
 
 class CountingEngine:
-    """Another engine's pictures, counted; its execution class carries the finisher's trap."""
+    """Another engine's pictures, counted; its execution class carries the trap of postprocessing."""
 
     def __init__(self, engine: Any, rig: Rig) -> None:
         self._engine = engine
@@ -118,7 +118,7 @@ class CountingEngine:
     @property
     def execution_class(self) -> str:
         rig, name = self._rig, self._engine.execution_class
-        return Armed(name, rig) if rig.where == "finisher" else name
+        return Armed(name, rig) if rig.where == "postprocess" else name
 
     def generate(self, requests: Sequence[GenerationRequest]) -> list[GenerationResult]:
         self._batches += 1

@@ -11,8 +11,6 @@ from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
-import latentmill.jobs.executors.inline
-import latentmill.jobs.job
 import latentmill.jobs.ledger.ledger
 import latentmill.jobs.ledger.sinks
 import latentmill.jobs.outputs.clean
@@ -21,14 +19,16 @@ import latentmill.jobs.plans.plan
 import latentmill.jobs.runner
 import latentmill.jobs.store.storage
 import latentmill.jobs.worker
+from latentmill.jobs.chunk_result import ChunkResult
 from latentmill.jobs.errors import JobError, OutputConflictError, UsageError
+from latentmill.jobs.executors.chunk_runner import ChunkRunner
 from latentmill.jobs.interrupt import Interrupt
+from latentmill.jobs.job import open_job
 from latentmill.jobs.ledger.ledger import Ledger, record_path, repair_path
 from latentmill.jobs.outputs.publish import MANIFEST_PATH
 from latentmill.jobs.runner import RunSummary
 from latentmill.jobs.store.errors import StorageError
 from latentmill.jobs.store.storage import Storage
-from latentmill.jobs.worker import ChunkGenerator, Receipt
 from tests.simulator.plans import PLAN_BY_HASH, Draft, SimulatedEngine, SimulatedPlan
 from tests.simulator.reading import decode_once, failed_samples, standing_plan
 from tests.simulator.world import URL, Actor, SerialPool, SimulatedStorage, World
@@ -41,16 +41,16 @@ class Crew:
         self._cast = cast
         self._driver = driver
 
-    def run(self, out_url: str, chunks: Sequence[int], *, repair: bool = False) -> Iterator[Receipt]:
+    def run(self, chunks: Sequence[int], *, repair: bool = False) -> Iterator[ChunkResult]:
         world = self._cast.world
         order = list(chunks)
         world.random.shuffle(order)
-        queue, receipts = deque(order), deque[Receipt]()
-        crew = [self._hire(out_url, queue, receipts, repair=repair) for _ in range(world.random.randint(1, 2))]
+        queue, results = deque(order), deque[ChunkResult]()
+        crew = [self._hire(queue, results, repair=repair) for _ in range(world.random.randint(1, 2))]
         self._cast.crews.setdefault(self._driver.name, []).extend(crew)
-        while receipts or any(not worker.over and not worker.given_up for worker in crew):
-            if receipts:
-                yield receipts.popleft()
+        while results or any(not worker.over and not worker.given_up for worker in crew):
+            if results:
+                yield results.popleft()
             else:
                 world.pause(0.1)
 
@@ -69,7 +69,7 @@ class Crew:
     def close(self) -> None:
         pass
 
-    def _hire(self, out_url: str, queue: deque[int], receipts: deque[Receipt], *, repair: bool) -> Actor:
+    def _hire(self, queue: deque[int], results: deque[ChunkResult], *, repair: bool) -> Actor:
         world, chance = self._cast.world, self._cast.heals if repair else 0.0
 
         def engine(plan: Any, _: str) -> SimulatedEngine:
@@ -77,14 +77,11 @@ class Crew:
 
         def work() -> None:
             try:
-                generator = ChunkGenerator(out_url, engine_factory=engine)
+                runner = ChunkRunner(open_job(URL), engine_factory=engine)
             except (StorageError, UsageError):
                 return  # the actor cannot load its plan; the driver's next pass hires another
             while queue and not worker.given_up:
-                generated = latentmill.jobs.executors.inline._generate(generator, queue.popleft(), repair=repair)
-                if not isinstance(generated, Receipt):
-                    generated = latentmill.jobs.executors.inline._finish(out_url, generated)
-                receipts.append(generated)
+                results.append(runner.chunk(queue.popleft(), repair=repair))
 
         worker = world.spawn(f"worker{next(self._cast.numbers)}", work, mortal=self._driver.mortal)
         return worker
@@ -109,12 +106,8 @@ class Cast:
         """Someone who types `latentmill run` (`--retry-failed`), and again when it is lost, `lives` times in all."""
         name = f"driver{next(self.numbers)}"
         ready = [True]
-        spec = SimpleNamespace(
-            out=URL,
-            plan=plan,
-            night=None,
-            runtime=SimpleNamespace(executor="inline", single_writer=False, retry_failed=retry),
-        )
+        runtime = SimpleNamespace(executor="inline", shard=None, single_writer=False, retry_failed=retry)
+        spec = SimpleNamespace(out=URL, plan=plan, dated=None, runtime=runtime)
 
         def restart() -> None:
             for worker in self.crews.pop(name, []):
@@ -177,28 +170,9 @@ class Cast:
         return Crew(self, actor)
 
 
-class _OpenJob:
-    """`open_job`, cached by process: an actor is one."""
-
-    def __init__(self, world: World) -> None:
-        self._world = world
-
-    def __call__(self, out_url: str) -> latentmill.jobs.job.Job:
-        actor = self._world.current
-        assert actor is not None
-        if actor.job is None:
-            actor.job = latentmill.jobs.job.open_job.__wrapped__(out_url)
-        return actor.job
-
-    def cache_clear(self) -> None:
-        actor = self._world.current
-        assert actor is not None
-        actor.job = None
-
-
 _encoded: dict[tuple[Any, ...], bytes] = {}
-_finished: dict[tuple[str, str, str | None], Any] = {}
-_encode, _finish_sample = latentmill.jobs.worker.encode_record, latentmill.jobs.worker.finish_sample
+_processed: dict[tuple[str, str, str | None], Any] = {}
+_encode, _postprocess_sample = latentmill.jobs.worker.encode_record, latentmill.jobs.worker.postprocess_sample
 
 
 def _encode_once(rows: Any, schema: Any, **how: Any) -> bytes:
@@ -210,17 +184,17 @@ def _encode_once(rows: Any, schema: Any, **how: Any) -> bytes:
     return _encoded[key]
 
 
-def finish_once(plan: Any, sample: Any, result: Any, execution_class: str) -> Any:
+def postprocess_once(plan: Any, sample: Any, result: Any, execution_class: str) -> Any:
     key = (plan.plan_hash, sample.sample_id, result.error)
-    if key not in _finished:
-        _finished[key] = _finish_sample(plan, sample, result, execution_class)
-    return _finished[key]
+    if key not in _processed:
+        _processed[key] = _postprocess_sample(plan, sample, result, execution_class)
+    return _processed[key]
 
 
 @contextmanager
 def installed(world: World, cast: Cast) -> Iterator[None]:
     """The real code, with the world in place of store, clock, threads and chance."""
-    pool, open_job = (lambda *_, **__: SerialPool(world)), _OpenJob(world)
+    pool = lambda *_, **__: SerialPool(world)  # noqa: E731 - several classes' stand-in
     tokens = SimpleNamespace(token_hex=cast.token)
     with ExitStack() as patches:
         for target, name, value in (
@@ -235,16 +209,13 @@ def installed(world: World, cast: Cast) -> Iterator[None]:
             (latentmill.jobs.ledger.sinks, "ThreadPoolExecutor", pool),
             (latentmill.jobs.outputs.publish, "ThreadPoolExecutor", pool),
             (latentmill.jobs.outputs.clean, "ThreadPoolExecutor", pool),
-            (latentmill.jobs.runner, "open_job", open_job),
-            (latentmill.jobs.worker, "open_job", open_job),
-            (latentmill.jobs.outputs.clean, "open_job", open_job),
             (latentmill.jobs.plans.plan, "parse_plan", lambda data, _: PLAN_BY_HASH[json.loads(data)["plan_hash"]]),
             (latentmill.jobs.runner, "draft_plan", _draft),
-            (latentmill.jobs.runner, "_open_executor", cast.open_executor),
+            (latentmill.jobs.runner, "open_executor", cast.open_executor),
             (latentmill.jobs.runner, "graceful_interrupt", _uninterrupted),
             (latentmill.jobs.ledger.ledger, "decode_record", decode_once),
             (latentmill.jobs.worker, "encode_record", _encode_once),
-            (latentmill.jobs.worker, "finish_sample", finish_once),
+            (latentmill.jobs.worker, "postprocess_sample", postprocess_once),
             (Ledger, "_create", _truthful(cast, Ledger._create)),
         ):
             patches.enter_context(patch.object(target, name, value))

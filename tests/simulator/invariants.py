@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from latentmill.jobs.ledger.ledger import chunk_of_path, record_path, repair_of_path, repair_path
 from latentmill.jobs.outputs.publish import MANIFEST_PATH, Publication
 from latentmill.jobs.plans.planned import PLAN_PATH, REJECTED_PATH
-from tests.simulator.cast import finish_once
+from tests.simulator.cast import postprocess_once
 from tests.simulator.plans import CHUNKS, COLUMNS, SimulatedPlan, result_of
 from tests.simulator.reading import decode_once, effective_rows, failed_samples, record_rows, repairs_in, standing_plan
 from tests.simulator.world import Violation, World
@@ -147,7 +147,7 @@ def expected_rows(plan: SimulatedPlan, failed: frozenset[int]) -> list[dict[str,
     for chunk in range(plan.n_chunks):
         for sample in plan.samples_of_chunk(chunk):
             result = result_of(plan, sample.ordinal, failed=sample.ordinal in failed)
-            done = finish_once(plan, sample, result, "simulated")
+            done = postprocess_once(plan, sample, result, "simulated")
             row = {name: done.row.get(name) for name in COLUMNS}
             if done.data is not None:
                 row["image"] = f"images/00000/{chunk:08d}-*/{sample.sample_id}.png"

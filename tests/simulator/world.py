@@ -53,7 +53,6 @@ class Actor:
         self.wakes_at = world.now
         self.given_up = False
         self.dead = False
-        self.job: Any = None
         self.on_loss: Callable[[], None] | None = None
         self.greenlet = greenlet.greenlet(lambda: self._run(body), parent=world.hub)
 

@@ -64,7 +64,7 @@ class Supervisor:
 
 
 def working() -> list[Process]:
-    """The processes that do a job's work at this moment: actors, post tasks, and whatever else is not Ray's own."""
+    """The processes that do a job's work at this moment: actors, postprocessing, and whatever else is not Ray's own."""
     return [each for each in below() if each.title.startswith("ray::") and not _RAYS_OWN.search(each.title)]
 
 

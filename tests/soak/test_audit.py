@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from latentmill.jobs.job import open_job
 from latentmill.jobs.store.storage import Storage
 from tests.jobs.driver import pictures
 from tests.soak.audit import Finished, audit, check, neighbours, run_cli
@@ -75,7 +74,6 @@ def test_each_invariant_is_checked_on_its_own(finished: Finished, name: str):
     kept = {path: storage.read(path) for path, _ in storage.list("")}
     try:
         DAMAGE[name](storage)
-        open_job.cache_clear()
         found = check(name, finished)
         assert found
         assert not any("cannot be checked" in wrong for wrong in found)
@@ -86,7 +84,6 @@ def test_each_invariant_is_checked_on_its_own(finished: Finished, name: str):
         for path, data in kept.items():
             storage.write(path, data)
         beside.write("out-other", b"somebody else's")
-        open_job.cache_clear()
 
 
 def test_a_driver_that_ends_otherwise_is_told(finished: Finished):

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
 
 from latentmill.engine import GenerationRequest, GenerationResult
-from latentmill.jobs.errors import JobError
-from latentmill.jobs.executors.isolation import DIED, TroubleError, isolate
-from latentmill.jobs.finishing import FinishedSample
-from latentmill.jobs.job import open_job
+from latentmill.jobs.chunk_result import ChunkResult
+from latentmill.jobs.errors import JobError, OutputConflictError
+from latentmill.jobs.executors.chunk_runner import ChunkRunner
+from latentmill.jobs.executors.isolation import DIED, isolate
+from latentmill.jobs.job import Job, open_job
 from latentmill.jobs.outputs.verify import verify
-from latentmill.jobs.worker import ChunkGenerator, Receipt, commit_chunk
+from latentmill.jobs.plans.plan import adopt, draft_plan
+from latentmill.jobs.postprocess import ProcessedSample
+from latentmill.jobs.store.errors import StorageError
+from latentmill.jobs.store.storage import Storage
+from latentmill.jobs.worker import ChunkGenerator
 from tests.jobs.driver import job_spec, read_dataset, run
 from tests.jobs.fakes import FakeEngine, broken_engine, fake_engine
 
@@ -98,62 +103,92 @@ def test_what_fails_again_stays_failed_and_can_be_tried_again(manifest, tiny_mod
     assert not list((tmp_path / "out" / "ledger").rglob("*.r*"))
 
 
+DEATH = ChunkResult(chunk=0, outcome="error", error=DIED, blame="chunk")
+
+
 @dataclass
 class Script:
-    """A cell whose calls end as they are told to: a row that is in `deadly` dies so many times."""
+    """An isolated worker whose calls end as they are told to: a row that is in `deadly` dies so many times."""
 
-    generator: ChunkGenerator
-    out: str
+    runner: ChunkRunner
+    job: Job
     deadly: dict[int, int]
-    machine: bool = True
+    machine: ChunkResult | None = None
+    store: ChunkResult | None = None
     calls: list[str] = field(default_factory=list)
     execution_class: str = "fake"
 
-    def chunk(self, chunk: int) -> Receipt:
+    def chunk(self, chunk: int, *, repair: bool) -> ChunkResult:
         self.calls.append("chunk")
-        raise TroubleError(DIED)
+        return DEATH
 
-    def row(self, chunk: int, row: int) -> FinishedSample:
+    def row(self, chunk: int, row: int) -> ProcessedSample | ChunkResult:
         self.calls.append(f"row {row}")
+        if self.store is not None:
+            return self.store
         if self.deadly.get(row, 0) > 0:
             self.deadly[row] -= 1
-            raise TroubleError(DIED)
-        return self.generator.finish_row(chunk, row)
+            return DEATH
+        return self.runner.row(chunk, row)
 
-    def control(self, chunk: int) -> None:
+    def control(self, chunk: int) -> ChunkResult | None:
         self.calls.append("control")
-        if not self.machine:
-            raise TroubleError(DIED)
+        return self.machine
 
-    def commit(self, chunk: int, finished: Sequence[FinishedSample], repair: int) -> Receipt:
-        return commit_chunk(
-            self.out, chunk, finished, execution_class="fake", actor="", generate_seconds=0, repair=repair
-        )
+    def commit(self, chunk: int, samples: Sequence[ProcessedSample], repair: int) -> ChunkResult:
+        return self.runner.commit(chunk, samples, repair)
 
 
 @pytest.fixture
 def script(manifest, tiny_model, tmp_path) -> Script:
-    from latentmill.jobs.runner import _adopt
-
     out = str(tmp_path / "out")
-    _adopt(job_spec(tiny_model, manifest(4), out, chunk_size=4), lambda _: None, lambda _: None)
-    return Script(ChunkGenerator(out, engine_factory=fake_engine), out, {})
+    with draft_plan(job_spec(tiny_model, manifest(4), out, chunk_size=4)) as draft:
+        adopt(draft, Storage.open(out))
+    job = open_job(out)
+    return Script(ChunkRunner(job, engine_factory=fake_engine), job, {})
 
 
 def test_three_deaths_alone_and_not_two_make_a_culprit(script: Script):
-    job = open_job(script.out)
-    receipt = isolate(job, replace(script, deadly={1: 2, 2: 3}), 0, range(4), stopping=lambda: False)
-    assert (receipt.outcome, receipt.ok, receipt.failed) == ("committed", 3, 1)
+    result = isolate(script.job, replace(script, deadly={1: 2, 2: 3}), 0, range(4), stopping=lambda: False)
+    assert (result.outcome, result.ok, result.failed) == ("committed", 3, 1)
     assert script.calls == ["chunk"] * 3 + ["control", "row 0"] + ["row 1"] * 3 + ["row 2"] * 3 + ["row 3"]
-    record = job.ledger.read(0)
+    record = script.job.ledger.read(0)
     assert record is not None
     assert record.table.column("error").to_pylist() == [None, None, DIED, None]
     assert record.table.column("batch_slot").to_pylist() == [0, 1, 0, 1]
 
 
 def test_an_interrupted_isolation_leaves_the_chunk_open(script: Script):
-    job = open_job(script.out)
     stop = iter([False, False, True])
-    receipt = isolate(job, script, 0, range(4), stopping=lambda: next(stop))
-    assert receipt.outcome == "skipped"
-    assert job.ledger.read(0) is None
+    result = isolate(script.job, script, 0, range(4), stopping=lambda: next(stop))
+    assert result.outcome == "skipped"
+    assert script.job.ledger.read(0) is None
+
+
+def test_a_store_that_fails_while_a_row_runs_convicts_nobody_and_is_not_tried_again(script: Script):
+    full = ChunkResult(chunk=0, outcome="error", error="no space left", blame="store")
+    assert isolate(script.job, replace(script, store=full), 0, range(4), stopping=lambda: False) is full
+    assert script.calls == ["chunk"] * 3 + ["control", "row 0"]
+    assert script.job.ledger.read(0) is None
+
+
+def test_what_a_step_raises_is_told_with_its_blame(script: Script, monkeypatch):
+    def raising(error: Exception) -> Callable[..., object]:
+        def generate(*_: object, **__: object) -> object:
+            raise error
+
+        return generate
+
+    for error, blame in (
+        (RuntimeError("boom"), "chunk"),
+        (MemoryError("x"), "chunk"),
+        (JobError("x"), "elsewhere"),
+        (StorageError("full"), "store"),
+        (OutputConflictError("another plan"), "conflict"),
+    ):
+        monkeypatch.setattr(ChunkGenerator, "generate", raising(error))
+        monkeypatch.setattr(ChunkGenerator, "process_row", raising(error))
+        monkeypatch.setattr(ChunkGenerator, "generate_control", raising(error))
+        told = [script.runner.chunk(0), script.runner.row(0, 1), script.runner.control(0)]
+        assert [(result.outcome, result.blame) for result in told] == [("error", blame)] * 3
+        assert str(error) in told[0].error

@@ -14,10 +14,11 @@ import pytest
 
 from latentmill.jobs.code import own_code
 from latentmill.jobs.executors.isolation import DIED, OVERRAN
-from latentmill.jobs.executors.ray_cell import LoneWorker
 from latentmill.jobs.executors.ray_cluster import connect
 from latentmill.jobs.executors.ray_entry import Generate, send_by_value
-from latentmill.jobs.executors.ray_watch import open_roster
+from latentmill.jobs.executors.ray_watch import open_registry
+from latentmill.jobs.executors.ray_worker import IsolatedProcess
+from latentmill.jobs.job import open_job
 from latentmill.jobs.outputs.verify import verify
 from latentmill.jobs.plans.plan import adopt, draft_plan
 from latentmill.jobs.progress import Progress
@@ -57,12 +58,12 @@ def test_prompts_that_kill_hang_or_raise_fail_alone(manifest, tiny_model: Path, 
 
 
 @pytest.fixture
-def hanging(manifest, tiny_model: Path, tmp_path: Path) -> str:
-    """An output with a plan whose one chunk hangs, with Python's lock held."""
+def hanging(manifest, tiny_model: Path, tmp_path: Path) -> tuple[str, str]:
+    """The place of a job whose one chunk hangs, with Python's lock held: its output, and its plan's hash."""
     spec = job_spec(tiny_model, manifest(["hang"]), tmp_path / "out")
     with draft_plan(spec) as draft:
         adopt(draft, Storage.open(spec.out))
-    return spec.out
+    return spec.out, open_job(spec.out).plan.plan_hash
 
 
 def ends_itself(actor, call) -> bool:
@@ -79,20 +80,20 @@ def ends_itself(actor, call) -> bool:
     return False
 
 
-def test_in_company_a_process_past_its_deadline_ends_itself(hanging: str):
+def test_in_the_pool_a_process_past_its_deadline_ends_itself(hanging: tuple[str, str]):
     import ray
 
     send_by_value()
-    arguments = pickle.dumps((hanging, "cpu", fake_engine, False))
-    actor = ray.remote(Generate).options(num_cpus=0).remote(own_code(), open_roster(1.0), arguments)
+    arguments = pickle.dumps((hanging, fake_engine, False))
+    actor = ray.remote(Generate).options(num_cpus=0).remote(own_code(), open_registry(1.0), arguments)
     assert ends_itself(actor, lambda: actor.__call__.remote(pa.table({"chunk": [0]})))
 
 
-def test_alone_a_process_past_its_deadline_ends_itself(hanging: str):
+def test_isolated_a_process_past_its_deadline_ends_itself(hanging: tuple[str, str]):
     import ray
 
-    actor = ray.remote(LoneWorker).options(num_cpus=0).remote(own_code(), hanging, "cpu", fake_engine, repair=False)
-    assert ends_itself(actor, lambda: actor.call.remote("chunk", 1.0, 0))
+    actor = ray.remote(IsolatedProcess).options(num_cpus=0).remote(own_code(), hanging, fake_engine)
+    assert ends_itself(actor, lambda: actor.call.remote("chunk", 1.0, 0, repair=False))
 
 
 def dawdling_engine(plan, device) -> FakeEngine:

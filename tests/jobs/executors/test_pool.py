@@ -41,14 +41,14 @@ def test_one_actor_for_so_many_cores(cluster, threads: int, actors: int):
     sized = pool(cluster, plan_like(threads_per_actor=threads))
     assert (sized.initial, sized.maximum, sized.gpus) == (actors, actors, 0.0)
     spare = sum(node["Resources"]["CPU"] for node in cluster) - actors * sized.cpus
-    assert spare >= sized.finisher_cpus - 1e-9
+    assert spare >= sized.postprocess_cpus - 1e-9
 
 
-def test_finishers_that_ask_for_no_cpu_are_bounded_by_their_number():
+def test_postprocess_tasks_that_ask_for_no_cpu_are_bounded_by_their_number():
     """Without a bound Ray starts a process for every chunk that waits to be finished."""
-    assert [pool(nodes({"CPU": cores})).finishers for cores in (1.0, 2.0, 16.0)] == [2, 2, 16]
-    assert pool(nodes({"CPU": 1.0}), growing=True).finishers == 4
-    assert pool(nodes({"CPU": 16.0, "GPU": 8.0}), CUDA).finishers is None
+    assert [pool(nodes({"CPU": cores})).postprocess_tasks for cores in (1.0, 2.0, 16.0)] == [2, 2, 16]
+    assert pool(nodes({"CPU": 1.0}), growing=True).postprocess_tasks == 4
+    assert pool(nodes({"CPU": 16.0, "GPU": 8.0}), CUDA).postprocess_tasks is None
 
 
 def test_on_gpus_there_is_an_actor_for_each_on_the_node_that_has_them():

@@ -25,8 +25,9 @@ from latentmill.jobs.errors import JobError, UsageError
 from latentmill.jobs.spec import JobSpec, resolve
 from latentmill.jobs.store.storage import Storage
 from latentmill.jobs.submission import submission
+from latentmill.jobs.submission.api import JobInfo, JobState
 from latentmill.jobs.submission.ray_jobs import JobsClient, pack_code
-from latentmill.jobs.submission.submission import JobInfo, cancel_job, find_job, job_status, submit_job
+from latentmill.jobs.submission.submission import cancel_job, find_job, job_status, submit_job
 from tests.harness.cluster import ROOT, Cluster
 from tests.harness.s3 import S3_SECRET
 from tests.jobs.driver import read_dataset
@@ -63,7 +64,7 @@ class FakeApi:
     def stop(self, job_id: str) -> bool:
         return self.jobs[job_id].state in {"pending", "running"}  # and the driver goes on for a while
 
-    def set(self, job_id: str, state: submission.JobState, message: str = "", out: str | None = None) -> None:
+    def set(self, job_id: str, state: JobState, message: str = "", out: str | None = None) -> None:
         self.jobs[job_id] = JobInfo(job_id=job_id, address=self.address, state=state, message=message, out=out)
 
 

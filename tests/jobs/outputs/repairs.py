@@ -6,9 +6,10 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 from latentmill.engine import GenerationRequest, GenerationResult
+from latentmill.jobs.chunk_result import ChunkResult
 from latentmill.jobs.job import open_job
 from latentmill.jobs.plans.plan import Plan
-from latentmill.jobs.worker import ChunkGenerator, EngineFactory, GeneratedChunk, Receipt, finish_chunk
+from latentmill.jobs.worker import ChunkGenerator, EngineFactory, GeneratedChunk, postprocess_chunk
 from tests.jobs.fakes import FakeEngine
 
 
@@ -33,15 +34,14 @@ def healed_engine(plan: Plan, device: str, healed: Collection[str] = ("poison",)
 
 def start_repair(out: str, chunk: int, engine: EngineFactory = healed_engine) -> GeneratedChunk:
     """What failed in a chunk, made again and not yet written."""
-    open_job.cache_clear()
-    generated = ChunkGenerator(out, engine_factory=engine).generate(chunk, repair=True)
+    generated = ChunkGenerator(open_job(out), engine_factory=engine).generate(chunk, repair=True)
     assert isinstance(generated, GeneratedChunk)
     return generated
 
 
-def repair(out: str, chunk: int, engine: EngineFactory = healed_engine) -> Receipt:
+def repair(out: str, chunk: int, engine: EngineFactory = healed_engine) -> ChunkResult:
     """One try to repair a chunk."""
-    return finish_chunk(out, start_repair(out, chunk, engine))
+    return postprocess_chunk(open_job(out), start_repair(out, chunk, engine))
 
 
 def partly_healed_engine(plan: Plan, device: str) -> HealedEngine:

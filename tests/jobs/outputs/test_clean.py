@@ -19,7 +19,7 @@ from latentmill.jobs.outputs.clean import GRACE_SECONDS, clean
 from latentmill.jobs.outputs.publish import MANIFEST_PATH, publish
 from latentmill.jobs.outputs.verify import verify
 from latentmill.jobs.store.storage import Storage
-from latentmill.jobs.worker import finish_chunk
+from latentmill.jobs.worker import postprocess_chunk
 from tests.jobs.driver import PROCESSES, job_spec, pictures, read_dataset, run
 from tests.jobs.outputs.repairs import repair, start_repair
 
@@ -187,7 +187,6 @@ def test_sweeping_beside_running_drivers(tiny_model: Path, manifest: Manifest, t
         while not stop.is_set():
             if Path(out, "_job/plan.json").exists():
                 sweeps.append(clean(out).images)
-                open_job.cache_clear()
 
     sweeper = threading.Thread(target=sweep)
     sweeper.start()
@@ -240,7 +239,7 @@ def test_attempts_at_repairs_that_lost_are_swept_and_nothing_else(out: str) -> N
     assert clean(out).open_attempts == 1, "no repair stands yet: the attempt may still win"
     assert repair(out, 1).outcome == "committed"
     before = everything(storage)
-    assert finish_chunk(out, early).outcome == "lost"
+    assert postprocess_chunk(open_job(out), early).outcome == "lost"
     late = everything(storage) - before
     assert len(late) == 1
     assert "-r1-" in next(iter(late))

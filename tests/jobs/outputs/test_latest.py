@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
+from latentmill.jobs.dated import DatedOutput, dated_output
 from latentmill.jobs.errors import OutputConflictError, UsageError
-from latentmill.jobs.night import Night, tonight
 from latentmill.jobs.outputs import latest
 from latentmill.jobs.outputs.latest import Latest, point_to_latest
 from latentmill.jobs.runner import RunSummary
@@ -145,8 +145,8 @@ def test_a_newer_night_that_ends_while_an_older_one_writes_stays(
 
     for name in ("read", "write"):
         monkeypatch.setattr(Storage, name, interleaved(getattr(Storage, name)))
-    assert older.night is not None
-    found = point_to_latest(older.night, WEDNESDAY)
+    assert older.dated is not None
+    found = point_to_latest(older.dated, WEDNESDAY)
     assert busy == [True]
     assert found is not None
     assert (found.date, pointer(tmp_path / "sweep")["date"]) == ("2026-11-24", "2026-11-24")
@@ -162,11 +162,11 @@ def test_a_newer_night_that_ends_while_an_older_one_writes_stays(
     ],
 )
 def test_a_template_says_where_its_pointer_lies(out: str, folder: str, name: str) -> None:
-    night = tonight(out, today=MONDAY)
+    night = dated_output(out, today=MONDAY)
     assert night is not None
     assert (night.folder, night.pointer) == (folder, name)
     assert night.out == out.rstrip("/").replace("{date}", "2026-11-23")
-    assert night.nights_until(WEDNESDAY)[-1] == Night(template=night.template, date="2026-11-25")
+    assert night.outputs_until(WEDNESDAY)[-1] == DatedOutput(template=night.template, date="2026-11-25")
 
 
 @pytest.mark.parametrize(
@@ -194,7 +194,7 @@ def test_without_a_placeholder_nothing_lies_beside_the_output(
     summary = run(night_spec(tiny_model, manifest(1), f"{tmp_path}/sweep/out", MONDAY))
     assert summary.latest is None
     assert [path.name for path in (tmp_path / "sweep").iterdir()] == ["out"]
-    assert latest.point_to_latest(Night(template=f"{tmp_path}/sweep/{{date}}", date="2026-11-23"), MONDAY) is None
+    assert latest.point_to_latest(DatedOutput(template=f"{tmp_path}/sweep/{{date}}", date="2026-11-23"), MONDAY) is None
 
 
 def test_a_job_file_may_have_the_template_and_the_date(tmp_path: Path) -> None:
@@ -209,7 +209,7 @@ def test_a_submitted_night_keeps_its_template_and_its_date(tmp_path: Path) -> No
     spec = resolve(None, flags, today=MONDAY)
     (tmp_path / "job.yaml").write_bytes(_job_file(spec, ["s3://bucket/a.txt"]))
     on_the_cluster = resolve(str(tmp_path / "job.yaml"), {}, today=WEDNESDAY)
-    assert (on_the_cluster.night, on_the_cluster.out, on_the_cluster.seed) == (spec.night, spec.out, 3)
+    assert (on_the_cluster.dated, on_the_cluster.out, on_the_cluster.seed) == (spec.dated, spec.out, 3)
 
 
 def test_the_summary_says_where_the_pointer_is_and_whose_bits_there_are(

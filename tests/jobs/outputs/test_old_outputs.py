@@ -26,7 +26,6 @@ COUNTS = {"ok": 2, "flagged": 1, "failed": 1}
 def old(tmp_path: Path) -> Path:
     """Four samples of the fake engine; the manifest had a column `model` of its own."""
     shutil.unpack_archive(Path(__file__).parent / "data/format2.zip", tmp_path / "old")
-    open_job.cache_clear()
     return tmp_path / "old"
 
 

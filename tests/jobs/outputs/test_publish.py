@@ -48,7 +48,6 @@ def make_job(tiny_model: Path, tmp_path: Path) -> Callable[..., Job]:
                 file.write(json.dumps(row) + "\n")
         out = str(tmp_path / "out")
         run(job_spec(tiny_model, manifest, out, width=None, num_inference_steps=None, on_flagged="drop", **settings))
-        open_job.cache_clear()
         return open_job(out)
 
     return make

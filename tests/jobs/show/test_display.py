@@ -18,7 +18,6 @@ from latentmill.jobs.show.display import (
     BarView,
     LineView,
     duration,
-    held_back_stderr,
     print_facts,
     print_json,
     print_table,
@@ -28,6 +27,7 @@ from latentmill.jobs.show.display import (
     size,
     verify_detail,
 )
+from latentmill.jobs.terminal import held_back_stderr
 
 HOSTILE = "\x1b]52;c;ZXZpbA==\x07\x1b[2J\x9b31m\u202egnp.exe\u2066\u200b\ud800\x00\r\n\t[link=http://x]y[/link]"
 
@@ -182,7 +182,8 @@ def test_stderr_is_held_back_unless_something_unforeseen_happens(capfd):
 
 def test_the_view_goes_on_while_stderr_is_held_back():
     script = (
-        "from latentmill.jobs.show.display import held_back_stderr, progress_view\n"
+        "from latentmill.jobs.show.display import progress_view\n"
+        "from latentmill.jobs.terminal import held_back_stderr\n"
         "import os\n"
         "with progress_view() as view, held_back_stderr():\n"
         "    os.write(2, b'chatter')\n"

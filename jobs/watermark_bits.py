@@ -1,4 +1,4 @@
-"""How much of a known mark must be read back before it is no accident."""
+"""How much of a known watermark must be read back before it is no accident."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import math
 from functools import lru_cache
 
 CHANCE = 10**6
-"""A mark counts as found if no more than one unmarked picture in so many would match it as well."""
+"""A watermark counts as found if no more than one picture without it in so many would match as well."""
 
 
 @lru_cache(maxsize=64)
 def bits_needed(n_bits: int) -> int | None:
-    """How many of a known mark's bits must be read back: 96 of 136. None if even all of them may be chance.
+    """How many of a known watermark's bits must be read back: 96 of 136. None if even all of them may be chance.
 
-    The bits of an unmarked picture are fair coins: the smallest k with P(X >= k) <= 1 / CHANCE, X ~ Binomial(n, 1/2).
+    The bits of a picture without it are fair coins: the smallest k with P(X >= k) <= 1 / CHANCE, X ~ Binomial(n, 1/2).
     """
     ways = 0
     for k in range(n_bits, -1, -1):

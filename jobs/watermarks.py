@@ -1,4 +1,4 @@
-"""Reading the invisible mark of picture files back."""
+"""Reading the invisible watermark of picture files back."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from latentmill.engine import WATERMARK_METHODS, WATERMARK_MIN_PIXELS, read_wate
 from latentmill.engine.types import Pixels
 from latentmill.jobs.errors import UsageError
 from latentmill.jobs.manifests.fields import nearest, shorten
-from latentmill.jobs.mark_bits import bits_needed, matching_bits
 from latentmill.jobs.store.urls import allowed_filesystem, display_url
+from latentmill.jobs.watermark_bits import bits_needed, matching_bits
 
 MAX_PIXELS = 1 << 25
 """Twice the largest picture that a job can make; reading a mark takes 20 bytes a pixel."""
@@ -24,7 +24,7 @@ MAX_FILE_BYTES = 256 << 20
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class MarkReading:
+class WatermarkReading:
     """What one file says. `text` is what was read under the method that fitted best, damaged letters and all."""
 
     file: str
@@ -62,7 +62,7 @@ class Unread:
         return asdict(self) | {"found": False}
 
 
-def read_marks(files: Sequence[str], *, text: str, method: str | None = None) -> list[MarkReading | Unread]:
+def read_watermarks(files: Sequence[str], *, text: str, method: str | None = None) -> list[WatermarkReading | Unread]:
     """One reading per file, by `method` or by whichever of all fits best.
 
     Raises UsageError if none of the files can be read as a picture; one among others is `Unread`.
@@ -78,7 +78,7 @@ def read_marks(files: Sequence[str], *, text: str, method: str | None = None) ->
             "give the one that was embedded, 3 bytes or more"
         )
     methods = WATERMARK_METHODS if method is None else (method,)
-    readings: list[MarkReading | Unread] = []
+    readings: list[WatermarkReading | Unread] = []
     for file in files:
         try:
             readings.append(_read_file(file, text, methods))
@@ -91,11 +91,11 @@ def read_marks(files: Sequence[str], *, text: str, method: str | None = None) ->
     return readings
 
 
-def _read_file(file: str, text: str, methods: Sequence[str]) -> MarkReading:
+def _read_file(file: str, text: str, methods: Sequence[str]) -> WatermarkReading:
     pixels = _load(file)
     accuracy, method = max((watermark_bit_accuracy(pixels, text, method), method) for method in methods)
     n_bytes = len(text.encode())
-    return MarkReading(
+    return WatermarkReading(
         file=file,
         method=method,
         text=read_watermark(pixels, n_bytes, method).decode("utf-8", "replace"),

@@ -1,4 +1,4 @@
-"""One finished sample: the policy on flagged pictures, the mark, the file, and the row that describes them."""
+"""From a generated sample to its file and row: the policy on flagged pictures, the watermark, the encoding."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ from latentmill.engine import GenerationRequest, GenerationResult
 from latentmill.engine.types import Pixels
 from latentmill.jobs.ledger.pictures import blank, encode_png, pixel_sha256
 from latentmill.jobs.manifests.parameters import parameters_text
-from latentmill.jobs.mark_bits import bits_needed, matching_bits
 from latentmill.jobs.plans.plan import Plan, PlannedSample
+from latentmill.jobs.watermark_bits import bits_needed, matching_bits
 
 RETRY_METHOD = "dwtDctSvd"
-"""What the policy `retry` marks with where the plan's own mark cannot be read back: it holds on smooth pictures."""
+"""What the policy `retry` embeds where the plan's own watermark cannot be read back: it holds on smooth pictures."""
 
 _ERROR_LIMIT = 1000
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class FinishedSample:
+class ProcessedSample:
     """A row without the place of its picture, and the picture's file bytes if it has one."""
 
     row: dict[str, Any]
     data: bytes | None
 
 
-def failed_sample(plan: Plan, sample: PlannedSample, slot: int, error: str, execution_class: str) -> FinishedSample:
+def failed_sample(plan: Plan, sample: PlannedSample, slot: int, error: str, execution_class: str) -> ProcessedSample:
     """A sample for which there is no result at all: what became of the worker that tried is its error."""
     result = GenerationResult(
         pixels=None,
@@ -37,21 +37,23 @@ def failed_sample(plan: Plan, sample: PlannedSample, slot: int, error: str, exec
         batch_size=plan.batch_size,
         batch_slot=slot,
     )
-    return finish_sample(plan, sample, result, execution_class)
+    return postprocess_sample(plan, sample, result, execution_class)
 
 
-def finish_sample(plan: Plan, sample: PlannedSample, result: GenerationResult, execution_class: str) -> FinishedSample:
+def postprocess_sample(
+    plan: Plan, sample: PlannedSample, result: GenerationResult, execution_class: str
+) -> ProcessedSample:
     """One sample's row and file. Whatever is wrong with this sample alone becomes its error, never an exception."""
     if result.status == "failed":
         error = result.error or "the engine gave no picture or no safety verdict"
-        return FinishedSample(row=_row(plan, sample, result, execution_class, error=error), data=None)
+        return ProcessedSample(row=_row(plan, sample, result, execution_class, error=error), data=None)
     pixels = _kept_pixels(plan, result)
     if pixels is None:
-        return FinishedSample(row=_row(plan, sample, result, execution_class), data=None)
+        return ProcessedSample(row=_row(plan, sample, result, execution_class), data=None)
     try:
-        picture, mark = _marked(plan, pixels, required=pixels is result.pixels)
+        picture, mark = _watermarked(plan, pixels, required=pixels is result.pixels)
         if mark.fault is not None:
-            return FinishedSample(row=_row(plan, sample, result, execution_class, error=mark.fault), data=None)
+            return ProcessedSample(row=_row(plan, sample, result, execution_class, error=mark.fault), data=None)
         data = encode_png(picture, _text(plan, sample.request))
     except MemoryError:
         raise
@@ -59,10 +61,14 @@ def finish_sample(plan: Plan, sample: PlannedSample, result: GenerationResult, e
         failed = replace(
             result, pixels=None, error=f"the picture could not be finished: {type(error).__name__}: {error}"
         )
-        return FinishedSample(row=_row(plan, sample, failed, execution_class, error=failed.error), data=None)
+        return ProcessedSample(row=_row(plan, sample, failed, execution_class, error=failed.error), data=None)
     row = _row(plan, sample, result, execution_class)
-    row |= {"watermark": mark.method, "watermark_bit_accuracy": mark.accuracy, "pixel_sha256": pixel_sha256(picture)}
-    return FinishedSample(row=row, data=data)
+    row |= {
+        "watermark": mark.method,
+        "watermark_bit_accuracy": mark.accuracy,
+        "pixel_sha256": pixel_sha256(picture),
+    }
+    return ProcessedSample(row=row, data=data)
 
 
 def _kept_pixels(plan: Plan, result: GenerationResult) -> Pixels | None:
@@ -74,18 +80,18 @@ def _kept_pixels(plan: Plan, result: GenerationResult) -> Pixels | None:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Mark:
-    """How a picture was marked, what was read back, and why that is not enough, if it is not."""
+class _Watermark:
+    """How a picture was watermarked, what was read back, and why that is not enough, if it is not."""
 
     method: str
     accuracy: float | None = None
     fault: str | None = None
 
 
-def _marked(plan: Plan, pixels: Pixels, *, required: bool) -> tuple[Pixels, _Mark]:
-    """The picture with the plan's mark; a blank one in a flagged picture's place need not be readable (`required`)."""
+def _watermarked(plan: Plan, pixels: Pixels, *, required: bool) -> tuple[Pixels, _Watermark]:
+    """The picture with the plan's watermark, which need not be readable in a flagged picture's blank (`required`)."""
     if plan.watermark == "none":
-        return pixels, _Mark(method="none")
+        return pixels, _Watermark(method="none")
     from latentmill.engine import embed_watermark, watermark_bit_accuracy
 
     methods = [plan.watermark]
@@ -98,10 +104,10 @@ def _marked(plan: Plan, pixels: Pixels, *, required: bool) -> tuple[Pixels, _Mar
         picture = embed_watermark(pixels, plan.watermark_text, method)
         accuracy = watermark_bit_accuracy(picture, plan.watermark_text, method)
         if needed is None or matching_bits(accuracy, n_bits) >= needed:
-            return picture, _Mark(method=method, accuracy=accuracy)
+            return picture, _Watermark(method=method, accuracy=accuracy)
         tried.append(f"{method} {matching_bits(accuracy, n_bits)}")
     fault = f"the mark cannot be read back: {', '.join(tried)} of {n_bits} bits, {needed} are needed"
-    return pixels, _Mark(method=plan.watermark, fault=fault)
+    return pixels, _Watermark(method=plan.watermark, fault=fault)
 
 
 def _text(plan: Plan, request: GenerationRequest) -> str:

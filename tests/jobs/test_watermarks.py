@@ -14,15 +14,15 @@ from imwatermark import WatermarkEncoder
 from PIL import Image
 
 from latentmill.engine import embed_watermark
-from latentmill.jobs import finishing
+from latentmill.jobs import postprocess
 from latentmill.jobs.errors import UsageError
 from latentmill.jobs.job import open_job
 from latentmill.jobs.ledger.pictures import decode_png
-from latentmill.jobs.mark_bits import CHANCE, bits_needed
-from latentmill.jobs.marks import read_marks
 from latentmill.jobs.plans.plan import adopt, draft_plan
 from latentmill.jobs.store.storage import Storage
-from latentmill.jobs.worker import ChunkGenerator, GeneratedChunk, finish_chunk
+from latentmill.jobs.watermark_bits import CHANCE, bits_needed
+from latentmill.jobs.watermarks import read_watermarks
+from latentmill.jobs.worker import ChunkGenerator, GeneratedChunk, postprocess_chunk
 from tests.jobs.driver import job_spec
 from tests.jobs.fakes import FakeEngine, fake_engine
 
@@ -53,21 +53,21 @@ def test_marks_of_the_library_itself_are_read(tmp_path: Path, method: str) -> No
     encoder = WatermarkEncoder()
     encoder.set_watermark("bytes", TEXT.encode())
     cv2.imwrite(str(tmp_path / "theirs.png"), encoder.encode(soft_picture()[:, :, ::-1].copy(), method))
-    (reading,) = read_marks([str(tmp_path / "theirs.png")], text=TEXT)
+    (reading,) = read_watermarks([str(tmp_path / "theirs.png")], text=TEXT)
     assert reading.found
     assert reading.bits_needed == 96 <= reading.bits_matching
-    (other,) = read_marks([str(tmp_path / "theirs.png")], text="another text 17 b", method=method)
+    (other,) = read_watermarks([str(tmp_path / "theirs.png")], text="another text 17 b", method=method)
     assert not other.found
 
 
 def test_a_damaged_mark_is_found_up_to_the_bound(tmp_path: Path) -> None:
     marked = Image.fromarray(embed_watermark(soft_picture(), TEXT, "dwtDctSvd"))
     marked.save(tmp_path / "a.jpg", quality=80)
-    (reading,) = read_marks([str(tmp_path / "a.jpg")], text=TEXT)
+    (reading,) = read_watermarks([str(tmp_path / "a.jpg")], text=TEXT)
     assert reading.found
     assert reading.bit_accuracy < 1
     with pytest.raises(UsageError, match=r"'ab'.* too few bits to be told from chance"):
-        read_marks([str(tmp_path / "a.jpg")], text="ab")
+        read_watermarks([str(tmp_path / "a.jpg")], text="ab")
 
 
 def flat_engine(plan: Any, device: str) -> FakeEngine:
@@ -94,11 +94,11 @@ def rows(tiny_model: Path, manifest: Callable[..., Path], tmp_path: Path) -> Cal
         sizes = {"width": 256, "height": 256, "chunk_size": 8}
         with draft_plan(job_spec(tiny_model, manifest(prompts), out, **sizes, **settings)) as draft:
             adopt(draft, Storage.open(out))
-        open_job.cache_clear()
-        generated = ChunkGenerator(out, engine_factory=flat_engine).generate(0)
+        job = open_job(out)
+        generated = ChunkGenerator(job, engine_factory=flat_engine).generate(0)
         assert isinstance(generated, GeneratedChunk)
-        finish_chunk(out, generated)
-        record = open_job(out).ledger.read(0)
+        postprocess_chunk(job, generated)
+        record = job.ledger.read(0)
         assert record is not None
         return record.table.to_pylist()
 
@@ -124,7 +124,7 @@ def test_a_mark_that_cannot_be_read_back_is_recorded_refused_or_made_again(rows:
     assert flat["watermark_bit_accuracy"] >= 96 / 136
     pixels = decode_png((tmp_path / "retry" / flat["image"]).read_bytes())
     Image.fromarray(pixels).save(tmp_path / "kept.png")
-    (reading,) = read_marks([str(tmp_path / "kept.png")], text=TEXT, method="dwtDctSvd")
+    (reading,) = read_watermarks([str(tmp_path / "kept.png")], text=TEXT, method="dwtDctSvd")
     assert reading.found
 
 
@@ -134,5 +134,5 @@ def test_if_no_method_holds_the_sample_fails_and_says_both(rows: Any, monkeypatc
     monkeypatch.setattr(engine, "watermark_bit_accuracy", lambda *_: 95 / 136, raising=False)
     (row,) = rows(["flat"], watermark="dwtDct", watermark_policy="retry")
     assert row["status"] == "failed"
-    methods = f"dwtDct 95, {finishing.RETRY_METHOD} 95"
+    methods = f"dwtDct 95, {postprocess.RETRY_METHOD} 95"
     assert row["error"] == f"the mark cannot be read back: {methods} of 136 bits, 96 are needed"

@@ -1,7 +1,7 @@
 """Who is at work on which chunk since when, which chunks break their workers, and which nodes cannot work at all.
 
-One roster stands beside the driver of a Ray job, as an actor. Workers ask it before each chunk; it knows nothing of the
-ledger and decides nothing about a chunk's end, so losing it loses only advice.
+One registry stands beside the driver of a Ray job, as an actor. Workers ask it before each chunk; it knows nothing of
+the ledger and decides nothing about a chunk's end, so losing it loses only advice.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-COMPANY_TRIES = 2
-"""Tries at a chunk that may end in its worker's death, or in an exception, before it is set aside to run alone."""
+POOLED_TRIES = 2
+"""Tries at a chunk that may end in its worker's death, or in an exception, before it runs isolated."""
 
-NODE_TROUBLES = 12
+NODE_FAULTS = 12
 """Deaths and failures in a row on one node, with no chunk done in between, before the node is left out."""
 
 START_TRIES = 3
@@ -58,12 +58,12 @@ class _Worker:
 
 @dataclass(slots=True)
 class _Node:
-    troubles: int = 0
+    faults: int = 0
     unfit: str | None = None
 
 
 @dataclass(slots=True)
-class Roster:
+class WorkerRegistry:
     """Every method is one short message of a worker or of the driver; `clock` counts seconds.
 
     `chunk_seconds` is the user's own deadline for a chunk; without it, the deadline follows from what chunks of the
@@ -74,7 +74,7 @@ class Roster:
     clock: Callable[[], float] = time.monotonic
     _workers: dict[str, _Worker] = field(default_factory=dict)
     _nodes: dict[str, _Node] = field(default_factory=dict)
-    _troubles: Counter[int] = field(default_factory=Counter)
+    _faults: Counter[int] = field(default_factory=Counter)
     _slowest: dict[int, float] = field(default_factory=dict)
     _begun: deque[int] = field(default_factory=lambda: deque(maxlen=_RECENT))
     _n_begun: int = 0
@@ -90,12 +90,12 @@ class Roster:
     def enter(self, worker: str, node: str, handle: Any) -> bool:
         """A process begins to load the model. False if its node is unfit, so that it need not try.
 
-        One that was at work under the same name has died: its chunk and its node are in trouble.
+        One that was at work under the same name has died: its chunk and its node may be at fault.
         """
         before = self._workers.get(worker)
         entry = self._workers[worker] = _Worker(handle=handle, node=node)
         if before is not None:
-            self._note_trouble(before, "its worker processes die one after the other")
+            self._note_fault(before, "its worker processes die one after the other")
             if before.node == node and not before.ready:
                 entry.unborn = before.unborn + 1
                 self._note_unborn(entry)
@@ -113,9 +113,9 @@ class Roster:
     def begin(self, worker: str, chunk: int, group: int, samples: int) -> float | None:
         """The seconds that the worker may take for a chunk; None if it must not begin it.
 
-        A worker that is not known here is one from before this roster was lost and started again.
+        A worker that is not known here is one from before this registry was lost and started again.
         """
-        if self._stopped or self._troubles[chunk] >= COMPANY_TRIES:
+        if self._stopped or self._faults[chunk] >= POOLED_TRIES:
             return None
         entry = self._workers.setdefault(worker, _Worker(handle=None, node="", ready=True))
         entry.chunk, entry.since, entry.deadline = chunk, self.clock(), self.deadline(group, samples)
@@ -128,7 +128,7 @@ class Roster:
         entry = self._workers.get(worker)
         if entry is not None and entry.chunk is not None:
             self._slowest[group] = max(self._slowest.get(group, 0.0), self.clock() - entry.since)
-            self._nodes.setdefault(entry.node, _Node()).troubles = 0
+            self._nodes.setdefault(entry.node, _Node()).faults = 0
             entry.chunk = None
 
     def left(self, worker: str, fault: str | None) -> None:
@@ -136,12 +136,12 @@ class Roster:
         entry = self._workers.get(worker)
         if entry is not None:
             if fault is not None:
-                self._note_trouble(entry, fault)
+                self._note_fault(entry, fault)
             entry.chunk = None
 
     def blame(self, chunk: int) -> None:
         """The chunk was generated, and what came after it failed in a way that may be its fault."""
-        self._troubles[chunk] += 1
+        self._faults[chunk] += 1
 
     def deadline(self, group: int, samples: int) -> float:
         """Seconds that a chunk of a group may take."""
@@ -150,9 +150,9 @@ class Roster:
         known = self._slowest.get(group)
         return samples * UNKNOWN_SECONDS if known is None else max(LEAST_SECONDS, PATIENCE * known)
 
-    def troubled(self) -> list[int]:
-        """Chunks that are to run alone."""
-        return sorted(chunk for chunk, count in self._troubles.items() if count >= COMPANY_TRIES)
+    def suspects(self) -> list[int]:
+        """Chunks that are to run isolated."""
+        return sorted(chunk for chunk, count in self._faults.items() if count >= POOLED_TRIES)
 
     def stop(self) -> list[int]:
         """No chunk begins from now on, until the next pass. The chunks that may still be under way."""
@@ -181,11 +181,11 @@ class Roster:
         if worker.unborn >= START_TRIES and not others and node.unfit is None:
             node.unfit = f"a worker process died {worker.unborn} times in a row while it loaded the model"
 
-    def _note_trouble(self, worker: _Worker, reason: str) -> None:
+    def _note_fault(self, worker: _Worker, reason: str) -> None:
         node = self._nodes.setdefault(worker.node, _Node())
-        node.troubles += 1
-        if node.troubles >= NODE_TROUBLES and node.unfit is None:
-            node.unfit = f"{node.troubles} failures in a row, the last: {reason}"
+        node.faults += 1
+        if node.faults >= NODE_FAULTS and node.unfit is None:
+            node.unfit = f"{node.faults} failures in a row, the last: {reason}"
         if worker.chunk is not None:
-            self._troubles[worker.chunk] += 1
+            self._faults[worker.chunk] += 1
             worker.chunk = None

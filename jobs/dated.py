@@ -1,4 +1,4 @@
-"""A job that runs every night: `{date}` in its output's name, and where a pointer to the newest one lies."""
+"""A job that runs every day: `{date}` in its output's name, and where the pointer to the newest output lies."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ PLACEHOLDER = "{date}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Night:
-    """One night of a template such as `s3://bucket/sweep/{date}`; `date` is YYYY-MM-DD."""
+class DatedOutput:
+    """One day's output of a template such as `s3://bucket/sweep/{date}`; `date` is YYYY-MM-DD."""
 
     template: str
     date: str
 
     @property
     def out(self) -> str:
-        """The output of this night."""
+        """The output of this day."""
         return self.template.replace(PLACEHOLDER, self.date)
 
     @property
     def folder(self) -> str:
-        """What holds the outputs of all nights, and the pointer."""
+        """What holds the outputs of all days, and the pointer."""
         folder, slash, _ = self.template.rpartition("/")
         return folder or slash or "."
 
@@ -35,17 +35,17 @@ class Night:
         """The pointer's name: `latest.json`, or `sweep-latest.json` for `sweep-{date}`."""
         return self.template.rpartition("/")[2].replace(PLACEHOLDER, "latest") + ".json"
 
-    def nights_until(self, last: datetime.date) -> list[Night]:
-        """The nights after this one, up to `last`."""
+    def outputs_until(self, last: datetime.date) -> list[DatedOutput]:
+        """The outputs of the days after this one, up to `last`."""
         first = datetime.date.fromisoformat(self.date)
         days = range(1, (last - first).days + 1)
-        return [Night(template=self.template, date=str(first + datetime.timedelta(day))) for day in days]
+        return [DatedOutput(template=self.template, date=str(first + datetime.timedelta(day))) for day in days]
 
 
-def tonight(out: str, date: object = None, today: datetime.date | None = None) -> Night | None:
-    """The night that an output with a placeholder stands for: `date` if given, else `today`, by default the day in UTC.
+def dated_output(out: str, date: object = None, today: datetime.date | None = None) -> DatedOutput | None:
+    """The output that a name with a placeholder stands for: on `date`, else on `today`, by default the day in UTC.
 
-    None for an output without one. Raises UsageError for any other placeholder, for one that is not in the last part of
+    None for a name without one. Raises UsageError for any other placeholder, for one that is not in the last part of
     the name, and for a date without a placeholder.
     """
     shown = display_url(out)
@@ -60,11 +60,11 @@ def tonight(out: str, date: object = None, today: datetime.date | None = None) -
     folder, _, name = template.rpartition("/")
     if PLACEHOLDER in folder or PLACEHOLDER not in name or folder.endswith(":/"):
         raise UsageError(
-            f"out {shown!r}: {PLACEHOLDER} belongs into the last part, below a folder that is the same every night, as "
+            f"out {shown!r}: {PLACEHOLDER} belongs into the last part, below a folder that is the same every day, as "
             f"in s3://bucket/sweep/{PLACEHOLDER}"
         )
     day = today or datetime.datetime.now(datetime.UTC).date() if date is None else _day(str(date))
-    return Night(template=template, date=day.isoformat())
+    return DatedOutput(template=template, date=day.isoformat())
 
 
 def _day(text: str) -> datetime.date:

@@ -1,0 +1,83 @@
+"""The steps of a chunk in the process that has the model: called directly, or as a Ray actor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TypeVar
+
+from latentmill.engine import EngineError
+from latentmill.jobs.chunk_result import ChunkResult, describe_fault, failed_result
+from latentmill.jobs.errors import JobError
+from latentmill.jobs.job import Job
+from latentmill.jobs.postprocess import ProcessedSample
+from latentmill.jobs.worker import (
+    ChunkGenerator,
+    EngineFactory,
+    GeneratedChunk,
+    commit_chunk,
+    load_engine,
+    postprocess_chunk,
+)
+
+T = TypeVar("T")
+
+
+class ChunkRunner:
+    """One loaded model and its job. What a step raises, of whatever kind, comes back as a ChunkResult with its blame.
+
+    Raises JobError if the model cannot be loaded.
+    """
+
+    def __init__(self, job: Job, *, engine_factory: EngineFactory = load_engine) -> None:
+        self._job = job
+        try:
+            self._generator = ChunkGenerator(job, engine_factory=engine_factory)
+        except Exception as error:
+            reason = str(error) if isinstance(error, JobError | EngineError) else describe_fault(error)
+            raise JobError(f"the model could not be loaded: {reason}") from error
+        self.actor = self._generator.actor
+        self.execution_class = self._generator.execution_class
+
+    def generate(self, chunk: int, *, repair: bool = False) -> GeneratedChunk | ChunkResult:
+        """The chunk's pictures, to be postprocessed; a result if there is nothing to do, or if they cannot be made."""
+        return _told(chunk, self.actor, partial(self._generator.generate, chunk, repair=repair))
+
+    def chunk(self, chunk: int, *, repair: bool = False) -> ChunkResult:
+        """Generate, postprocess and commit the whole chunk."""
+        generated = self.generate(chunk, repair=repair)
+        return generated if isinstance(generated, ChunkResult) else postprocess(self._job, generated)
+
+    def row(self, chunk: int, row: int) -> ProcessedSample | ChunkResult:
+        """One row of a chunk from prompt to file, without the others."""
+        return _told(chunk, self.actor, partial(self._generator.process_row, chunk, row))
+
+    def control(self, chunk: int) -> ChunkResult | None:
+        """A batch of empty prompts of the chunk's shape; what is wrong with it, if anything."""
+        return _told(chunk, self.actor, partial(self._generator.generate_control, chunk))
+
+    def commit(self, chunk: int, samples: Sequence[ProcessedSample], repair: int) -> ChunkResult:
+        """Write and commit the chunk's samples, as the repair of that number if it is not 0."""
+        commit = partial(
+            commit_chunk,
+            self._job,
+            chunk,
+            samples,
+            execution_class=self.execution_class,
+            actor=self.actor,
+            generate_seconds=0.0,
+            repair=repair,
+        )
+        return _told(chunk, self.actor, commit)
+
+
+def postprocess(job: Job, generated: GeneratedChunk) -> ChunkResult:
+    """Watermark, encode, write and commit a generated chunk, in any process: it needs no model."""
+    return _told(generated.chunk, generated.actor, partial(postprocess_chunk, job, generated))
+
+
+def _told(chunk: int, actor: str, step: Callable[[], T]) -> T | ChunkResult:
+    try:
+        return step()
+    except Exception as error:  # noqa: BLE001 - the model's, the device's or the store's: the result says which
+        return failed_result(chunk, error, actor)

@@ -1,0 +1,107 @@
+"""The driver's side of an isolated worker on the cluster: its process is replaced whenever it breaks."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from latentmill.jobs.chunk_result import ChunkResult, describe_fault
+from latentmill.jobs.code import own_code
+from latentmill.jobs.errors import JobError
+from latentmill.jobs.executors.isolation import DIED, OVERRAN
+from latentmill.jobs.executors.ray_worker import IsolatedProcess
+from latentmill.jobs.postprocess import ProcessedSample
+from latentmill.jobs.worker import EngineFactory
+
+STARTS = 3
+"""Starts of the process that may fail before its model is loaded."""
+
+START_SECONDS = 1800.0
+"""What loading the model may take."""
+
+GRACE_SECONDS = 30.0
+"""After its deadline a process ends itself; one that is stopped or out of reach is killed so much later."""
+
+
+class RayIsolatedWorker:
+    """An `IsolatedWorker` of isolation.py: a Ray actor that is started with `options` when there is none.
+
+    `seconds` says what a chunk may take. Raises JobError if no process with the model can be started.
+    """
+
+    def __init__(
+        self,
+        place: tuple[str, str],
+        engine_factory: EngineFactory,
+        *,
+        options: dict[str, Any],
+        seconds: Callable[[int], float],
+    ) -> None:
+        self._arguments = (own_code(), place, engine_factory)
+        self._options = options
+        self._seconds = seconds
+        self._actor: Any = None
+        self.execution_class = ""
+        """That of the process, asked when it was started."""
+
+    def chunk(self, chunk: int, *, repair: bool) -> ChunkResult:
+        """The whole chunk."""
+        result: ChunkResult = self._call("chunk", self._seconds(chunk), chunk, repair=repair)
+        return result
+
+    def row(self, chunk: int, row: int) -> ProcessedSample | ChunkResult:
+        """One row from prompt to file."""
+        sample: ProcessedSample | ChunkResult = self._call("row", self._seconds(chunk), chunk, row)
+        return sample
+
+    def control(self, chunk: int) -> ChunkResult | None:
+        """A batch of empty prompts."""
+        fault: ChunkResult | None = self._call("control", self._seconds(chunk), chunk)
+        return fault
+
+    def commit(self, chunk: int, samples: Sequence[ProcessedSample], repair: int) -> ChunkResult:
+        """The chunk's samples, committed."""
+        result: ChunkResult = self._call("commit", START_SECONDS, chunk, samples, repair)
+        return result
+
+    def close(self) -> None:
+        """End the process."""
+        if self._actor is not None:
+            import ray
+
+            ray.kill(self._actor)
+            self._actor = None
+
+    def _call(self, verb: str, seconds: float, chunk: int, *arguments: Any, **options: Any) -> Any:
+        import ray
+
+        actor = self._started()
+        began = time.monotonic()
+        try:
+            call = actor.call.remote(verb, seconds, chunk, *arguments, **options)
+            return ray.get(call, timeout=seconds + GRACE_SECONDS)
+        except (ray.exceptions.GetTimeoutError, ray.exceptions.ActorDiedError, ray.exceptions.ActorUnavailableError):
+            self.close()
+            error = OVERRAN if time.monotonic() - began >= seconds else DIED
+            return ChunkResult(chunk=chunk, outcome="error", error=error, blame="chunk")
+
+    def _started(self) -> Any:
+        import ray
+
+        last = ""
+        for _ in range(STARTS if self._actor is None else 0):
+            actor = ray.remote(IsolatedProcess).options(max_restarts=0, **self._options).remote(*self._arguments)
+            try:
+                self.execution_class = ray.get(actor.execution_class.remote(), timeout=START_SECONDS)
+            except ray.exceptions.RayError as error:
+                last = describe_fault(error)
+                ray.kill(actor)
+            else:
+                self._actor = actor
+                break
+        if self._actor is None:
+            raise JobError(
+                f"an isolated worker could not be started {STARTS} times: {last}; run the same command again"
+            )
+        return self._actor
