@@ -111,7 +111,7 @@ def verify_output(out: str) -> Facts:
 
 
 def overhead(manifest: str, out: str, settings: Mapping[str, Any]) -> Facts:
-    """A whole job with an engine of no cost: what one chunk costs beside its model, from first to last receipt."""
+    """A whole job with an engine of no cost: what one chunk costs beside its model, from first to last result."""
     moments: list[float] = []
 
     def note(progress: Progress) -> None:
