@@ -47,7 +47,6 @@ def out(tiny_model: Path, manifest: Manifest, tmp_path: Path) -> Path:
     """A finished job of three chunks."""
     out = tmp_path / "out"
     run(job_spec(tiny_model, manifest(PROMPTS), out))
-    open_job.cache_clear()
     return out
 
 
