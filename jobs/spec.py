@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from latentmill.engine import LONG_PROMPTS, PROMPT_SYNTAXES, SAFETY_CHECKERS, SAMPLER_CHOICES, WATERMARK_METHODS
 from latentmill.jobs.errors import UsageError
+from latentmill.jobs.manifests.axes import build_axes, parse_axis
 from latentmill.jobs.manifests.fields import FieldError, nearest, shorten, text_fault
-from latentmill.jobs.manifests.parameters import MANIFEST_FORMATS
+from latentmill.jobs.manifests.formats import CHOICES, SUFFIXES, describe_choices
 from latentmill.jobs.night import PLACEHOLDER, Night, tonight
-from latentmill.jobs.plans.sweep import build_axes, parse_axis
 from latentmill.jobs.settings import (
     CUTTING,
     INPUT,
@@ -126,7 +126,7 @@ class JobSpec:
 
     prompts: tuple[str, ...] = special(
         INPUT,
-        "Prompt files, globs or URLs: .txt .csv .tsv .jsonl .json .parquet .png, gzip too; - reads standard input.",
+        f"Prompt files, globs or URLs: .{' .'.join(SUFFIXES)}, gzip too; - reads standard input.",
         _prompts,
         several=True,
         metavar="PROMPTS",
@@ -134,8 +134,8 @@ class JobSpec:
     manifest_format: str = choice(
         "auto",
         INPUT,
-        "How .txt is read: lines, parameters (web UIs' blocks) or flags (--prompt ...).",
-        MANIFEST_FORMATS,
+        describe_choices(),
+        CHOICES,
     )
     out: str = special(INPUT, "Folder or URL (s3://...) of the dataset.", _out, default="out")
     date: str | None = text(None, INPUT, "The day that {date} in --out stands for, YYYY-MM-DD. Default: today, UTC.")

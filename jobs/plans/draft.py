@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 from latentmill.engine import SEED_LIMIT, WATERMARK_MIN_PIXELS, EngineError, ModelDescription, load_tokenizer
 from latentmill.jobs.code import own_code
 from latentmill.jobs.errors import UsageError
+from latentmill.jobs.manifests.axes import Axis, build_axes
 from latentmill.jobs.manifests.manifest import Manifest, open_manifest
 from latentmill.jobs.manifests.tokens import TokenCounter
 from latentmill.jobs.manifests.validate import Rules, check_job, snapshot_schema, validate
@@ -40,7 +41,6 @@ from latentmill.jobs.plans.summary import (
     manifest_notes,
     suspect_note,
 )
-from latentmill.jobs.plans.sweep import Axis, build_axes
 from latentmill.jobs.scratch import PLAN_PREFIX, scratch_folder
 from latentmill.jobs.spec import JobSpec
 from latentmill.jobs.store.urls import display_url

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from latentmill.jobs.errors import JobError, UsageError
-from latentmill.jobs.plans.sweep import Axis
+from latentmill.jobs.manifests.axes import Axis
 from latentmill.jobs.show.report import plan_sheets as plan_any_sheets
 from latentmill.jobs.show.report import report
 from latentmill.jobs.show.sheets import CAPTION_SIZE, TILE, Cell, Sheet, draw_sheet, wrap

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from latentmill.jobs.errors import UsageError
-from latentmill.jobs.plans.sweep import build_axes, count_combinations, parse_axis
+from latentmill.jobs.manifests.axes import build_axes, count_combinations, parse_axis
 from latentmill.jobs.spec import resolve
 
 

@@ -1,18 +1,29 @@
-"""Prompt lines with flags, as two web UIs' scripts take them; nothing in them is ever executed.
+"""Text manifests whose lines hold prompts with flags, as the scripts of two web UIs take them.
 
 `--prompt "a cat" --seed 3 --sampler_name "Euler a"`: every value behind its flag, quoted as in a shell.
 `a cat --n blurry --d 3 --s 20`: the prompt first, then one-letter flags.
+Nothing in a line is executed.
 """
 
 from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from latentmill.jobs.manifests.fields import nearest, shorten
 from latentmill.jobs.manifests.parameters import find_sampler, unknown_sampler
+from latentmill.jobs.manifests.readers import (
+    TOO_LONG,
+    Layout,
+    ManifestFile,
+    ParsedRow,
+    Reader,
+    RowBatch,
+    parsed_batch,
+    read_lines,
+)
 
 COLUMNS = (
     "prompt",
@@ -47,6 +58,33 @@ _SHORT = {
     "h": "height",
 }
 _INLINE_FLAG = re.compile(r"(?:^|\s)--(?=[A-Za-z])")
+
+
+class FlagsReader(Reader):
+    """Rows are numbered by line: blank lines count, but are not rows."""
+
+    def scan(self, file: ManifestFile) -> Layout:  # noqa: ARG002 - the columns are always the same
+        """The columns that a line can give."""
+        return Layout(own=COLUMNS, carried=())
+
+    def read(self, file: ManifestFile, layout: Layout) -> Iterator[RowBatch]:
+        """A row for each line with text."""
+        number = 0
+        with file.open() as stream:
+            for lines in read_lines(stream):
+                rows: list[tuple[int, ParsedRow]] = []
+                for line in lines:
+                    number += 1
+                    if line is None:
+                        rows.append((number, ({}, TOO_LONG)))
+                    elif line.strip():
+                        rows.append((number, read_flags(line.removesuffix("\r"))))
+                yield parsed_batch(rows, layout)
+
+    def looks_like(self, start: bytes) -> bool:
+        """One of the first lines begins with `--prompt`."""
+        lines = start.decode("utf-8", "replace").split("\n")
+        return any(line.startswith(("--prompt ", "--prompt=")) for line in lines)
 
 
 def read_flags(line: str) -> tuple[dict[str, Any], str | None]:
@@ -107,3 +145,6 @@ def _unknown(flag: str, known: Mapping[str, str]) -> str:
     return (
         f"--{shorten(flag)[1:-1]} is unknown{nearest(flag, known)}; known: {', '.join(f'--{name}' for name in known)}"
     )
+
+
+FLAGS = FlagsReader()
