@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from latentmill.jobs.errors import OutputConflictError, UsageError
 from latentmill.jobs.manifests.fields import shorten
-from latentmill.jobs.plans.draft import DraftPlan, draft_plan
+from latentmill.jobs.plans.draft import DraftPlan
 from latentmill.jobs.plans.planned import (
     FORMAT_VERSION,
     MAX_PLAN_BYTES,
@@ -20,6 +20,7 @@ from latentmill.jobs.plans.planned import (
     parse_plan,
     part_path,
 )
+from latentmill.jobs.plans.planning import draft_plan
 from latentmill.jobs.store.urls import display_url
 
 if TYPE_CHECKING:
