@@ -38,7 +38,7 @@ def coerce(field: Field, values: Any, faults: dict[int, list[str]]) -> pa.Array:
 
 
 def _fast_array(field: Field, values: Any) -> pa.Array | None:
-    """The column cast in one step, or None if some value stands in the way."""
+    """The column cast in one step, or None if a value cannot be cast."""
     type_ = ARROW_TYPES[field.kind]
     try:
         if not isinstance(values, list):
@@ -78,7 +78,7 @@ def _slow_array(field: Field, values: list[Any], faults: dict[int, list[str]]) -
 
 
 def _without_nan(values: list[Any]) -> list[Any]:
-    """What pandas writes for a missing number; in JSON, where it writes null, NaN is a value like any other."""
+    """NaN as None: pandas writes it for a missing number. In JSON it writes null, so NaN is a value there."""
     return [None if isinstance(value, float) and math.isnan(value) else value for value in values]
 
 
@@ -104,7 +104,7 @@ def _suspects(field: Field, array: pa.Array) -> NDArray[np.bool_]:
 
 
 def carry(name: str, type_: Any, values: Any, count: int, faults: dict[int, list[str]]) -> pa.Array:
-    """A carried column unchanged; only text that is no text at all is a fault."""
+    """A carried column unchanged; a value that does not have the column's type is a fault."""
     if values is None:
         return pa.nulls(count, type_)
     try:

@@ -99,9 +99,9 @@ class CsvReader(Reader):
 
 
 class _Records:
-    """The stream as csv.reader wants it: text lines, with a note of the over-long ones and of what is `held`.
+    """The stream's lines for csv.reader. `overlong` and `held` (bytes) describe the record being read.
 
-    Whoever has taken a record sets these back.
+    The caller resets both after each record.
     """
 
     def __init__(self, stream: IO[bytes]) -> None:

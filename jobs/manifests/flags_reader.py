@@ -1,6 +1,6 @@
 """Text manifests whose lines hold prompts with flags, as the scripts of two web UIs take them.
 
-`--prompt "a cat" --seed 3 --sampler_name "Euler a"`: every value behind its flag, quoted as in a shell.
+`--prompt "a cat" --seed 3 --sampler_name "Euler a"`: every value after its flag, quoted as in a shell.
 `a cat --n blurry --d 3 --s 20`: the prompt first, then one-letter flags.
 Nothing in a line is executed.
 """
@@ -103,7 +103,7 @@ def read_flags(line: str) -> tuple[dict[str, Any], str | None]:
         if column in row:
             return {"prompt": line}, f"--{flag} is given twice; leave one out"
         row[column] = value
-    if row.get("seed") == "-1":  # any seed: the job's own
+    if row.get("seed") == "-1":  # any seed: the job's default
         del row["seed"]
     if "sampler" in row:
         name = row["sampler"]
@@ -127,7 +127,7 @@ def _long_flags(line: str) -> list[tuple[str, str]]:
             given[-1][1].append(word)
     empty = next((flag for flag, values in given if not values), None)
     if empty is not None:
-        raise ValueError(f"--{empty} has no value; write one behind it")
+        raise ValueError(f"--{empty} has no value; write one after it")
     return [(flag, " ".join(values)) for flag, values in given]
 
 

@@ -186,7 +186,7 @@ def _without_prompt(columns: Sequence[str]) -> str:
 
 
 def _refuse_other(file: ManifestFile, suffix: str) -> None:
-    """Blocks or flags read as plain lines would be silent nonsense."""
+    """Refuse blocks or flags that would silently be read as plain prompts."""
     with file.open() as stream:
         other = other_format(suffix, stream.read(LOOK_BYTES))
     if other is not None:
@@ -207,7 +207,7 @@ def _open(fs: AbstractFileSystem, path: str, gzipped: bool) -> Iterator[IO[bytes
 
 @contextmanager
 def _readable(name: str) -> Iterator[None]:
-    """Turn whatever goes wrong while a file is read into one line that names the file."""
+    """Turn every error while a file is read into one line that names the file."""
     try:
         yield
     except UsageError as error:

@@ -38,7 +38,7 @@ COLUMNS = (
     "sampler",
     "eta",
 )
-"""The columns that a text can give. What else its last line says is kept as JSON in the column `parameters`."""
+"""The columns that a text can give. Other settings of its last line are kept as JSON in the column `parameters`."""
 
 
 def parameters_text(request: GenerationRequest, *, model_name: str, model_hash: str, version: str) -> str:
@@ -76,7 +76,7 @@ def _settings_line(settings: Mapping[str, str]) -> str:
 
 
 def is_settings(line: str) -> bool:
-    """Whether a text's last line is one of settings: three `key: value` pairs or more, the first of them known."""
+    """Whether a line holds settings: three or more `key: value` pairs, the first of them known."""
     return len(_pairs(line)) >= _MIN_PAIRS
 
 
@@ -118,7 +118,7 @@ def find_sampler(name: str, schedule: str = "") -> str | None:
 
 
 def unknown_sampler(name: str, schedule: str = "") -> str:
-    """The reason for refusing one."""
+    """The reason for refusing a sampler."""
     kind = f" with schedule type {shorten(schedule)}" if schedule else ""
     return f"sampler {shorten(name)}{kind} is unknown; known: {', '.join(SAMPLER_LABELS.values())}"
 

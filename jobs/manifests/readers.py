@@ -81,12 +81,12 @@ class Reader(ABC):
         """All rows, in the file's order, with the columns of `layout`."""
 
     def looks_like(self, start: bytes) -> bool:  # noqa: ARG002 - a format need not be recognisable
-        """Whether a file that starts with these bytes has this format; asked where no suffix tells."""
+        """Whether a file that starts with these bytes has this format; asked if no suffix says so."""
         return False
 
 
 def read_lines(stream: IO[bytes]) -> Iterator[list[str | None]]:
-    """Lines without their newlines, by the block; None stands for a line over the limit, whose bytes were dropped.
+    """Lines without their newlines, block by block; None is a line over the limit, whose bytes were dropped.
 
     Bytes that are not UTF-8 become lone surrogates, which no prompt may hold.
     """
@@ -119,7 +119,7 @@ def read_lines(stream: IO[bytes]) -> Iterator[list[str | None]]:
 
 
 def refuse_utf16(block: bytes) -> None:
-    """The start of a file as Windows programs write it would be read as nonsense."""
+    """Refuse text as some Windows programs write it, which would be read as nonsense."""
     if block.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise UsageError("is UTF-16; save it as UTF-8")
 
@@ -144,6 +144,6 @@ def parsed_batch(rows: Sequence[tuple[int, ParsedRow]], layout: Layout) -> RowBa
 
 
 def refuse_wide(columns: int) -> None:
-    """Before anything is done with each of them."""
+    """Refuse too many columns, before any work per column."""
     if columns > MAX_COLUMNS + len(FIELDS):
         raise UsageError(f"has {columns:,} columns, the limit is {MAX_COLUMNS}; drop those that are not needed")

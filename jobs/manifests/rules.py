@@ -1,4 +1,4 @@
-"""What model and job demand of a row beyond each field's limits: sizes, samplers, steps, seeds, prompt lengths."""
+"""What model and job require of a row beyond each field's limits: sizes, samplers, steps, seeds, prompt lengths."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from latentmill.jobs.manifests.tokens import TokenCounter
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rules:
-    """What rows are checked against. Where an axis gives a parameter, the row's value and the default do not count.
+    """What rows are checked against. If an axis gives a parameter, the row's value and the default do not count.
 
-    `steps_fault` says why a sampler cannot take so many steps, or None. `tokens` is there if long prompts are faults.
+    `steps_fault` says why a sampler cannot take so many steps, or None. `tokens` is given if long prompts are faults.
     """
 
     factor: int
@@ -35,7 +35,7 @@ Rule = tuple[frozenset[str], NDArray[np.bool_], Any]
 
 
 def pair_rules(columns: Mapping[str, pa.Array], count: int, rules: Rules) -> Iterator[Rule]:
-    """What single fields cannot tell: each rule's parameters, the rows that break it, and the reason for one row."""
+    """Rules over several fields: each rule's parameters, the rows that break it, and the reason for one row."""
 
     def bounds(name: str) -> tuple[NDArray[Any], NDArray[Any]]:
         if name in rules.axes:
@@ -68,7 +68,7 @@ def pair_rules(columns: Mapping[str, pa.Array], count: int, rules: Rules) -> Ite
                 frozenset({"sampler", "eta"}),
                 drawn & (eta != 0),
                 lambda i, s=sampler: (
-                    f"eta {eta[i]:g} does not go with sampler {s}, whose noise is its own; "
+                    f"eta {eta[i]:g} does not go with sampler {s}, which sets its noise itself; "
                     f"use eta 0 or sampler {' or '.join(SAMPLERS_WITH_ETA)}"
                 ),
             )
@@ -91,7 +91,7 @@ def pair_rules(columns: Mapping[str, pa.Array], count: int, rules: Rules) -> Ite
 
 
 def _samplers(columns: Mapping[str, pa.Array], count: int, rules: Rules) -> Iterator[tuple[str, NDArray[np.bool_]]]:
-    """Each sampler with the rows that it draws, in at least one combination of the axes."""
+    """Each sampler with the rows that use it in at least one combination of the axes."""
     if "sampler" in rules.axes or "sampler" not in columns:
         for sampler in rules.axes.get("sampler", (rules.defaults["sampler"],)):
             yield str(sampler), np.full(count, fill_value=True)

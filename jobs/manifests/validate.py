@@ -18,10 +18,8 @@ from latentmill.jobs.manifests.rules import Rules, length_fault, pair_rules, val
 from latentmill.jobs.manifests.tokens import TokenCounter
 
 EXCERPT_CHARACTERS = 200
-
-
 CARRIED_PREFIX = "carried."
-"""Before carried columns' names in the snapshot, where they must not meet the names of its other columns."""
+"""The prefix of carried columns in the snapshot, so that their names never equal those of its other columns."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,14 +42,14 @@ class Checked:
 
 
 def snapshot_schema(own: tuple[str, ...], carried: pa.Schema) -> pa.Schema:
-    """Columns of the snapshot: the row's number and id, the manifest's columns that are ours, the carried ones."""
-    ours = [pa.field(name, ARROW_TYPES[FIELDS[name].kind]) for name in own if name != "id"]
-    theirs = [pa.field(CARRIED_PREFIX + entry.name, entry.type) for entry in carried]
-    return pa.schema([pa.field("row_number", pa.int64()), pa.field("row_id", pa.string()), *ours, *theirs])
+    """Columns of the snapshot: the row's number and id, the parameters that the manifest gives, the carried columns."""
+    parameters = [pa.field(name, ARROW_TYPES[FIELDS[name].kind]) for name in own if name != "id"]
+    carried_along = [pa.field(CARRIED_PREFIX + entry.name, entry.type) for entry in carried]
+    return pa.schema([pa.field("row_number", pa.int64()), pa.field("row_id", pa.string()), *parameters, *carried_along])
 
 
 def check_job(rules: Rules, own: tuple[str, ...]) -> None:
-    """Refuse what no row can mend: axis values, and defaults that no column overrides."""
+    """Refuse axis values, and defaults that no column overrides: no row can correct them."""
     for name, values in rules.axes.items():
         for value in values:
             fault = value_fault(name, value, rules) or length_fault(name, value, rules)
@@ -112,7 +110,7 @@ def validate(batch: RowBatch, offset: int, schema: pa.Schema, rules: Rules) -> C
 def _check_lengths(
     columns: Mapping[str, pa.Array], rules: Rules, tokens: TokenCounter, faults: dict[int, list[str]]
 ) -> None:
-    """A fault for each sound row whose prompt or own negative prompt has too many tokens; the counter counts them."""
+    """A fault for each valid row whose prompt or negative prompt has too many tokens; `tokens.refused` counts them."""
     for name in ("prompt", "negative_prompt"):
         if name not in columns or name in rules.axes:
             continue

@@ -41,7 +41,7 @@ _VERSIONED = ("latentmill", "torch", "transformers", "pyarrow")
 
 @dataclass(frozen=True)
 class DraftPlan:
-    """A plan that exists on this machine only: its snapshot lies in a temporary folder until the draft is closed."""
+    """A plan on this machine only: its snapshot is in a temporary folder until the draft is closed."""
 
     spec: JobSpec
     model: ResolvedModel
@@ -79,7 +79,7 @@ class DraftPlan:
 
     @cached_property
     def notes(self) -> tuple[str, ...]:
-        """What a user should know of the manifest, a line each; the texts in them are untrusted."""
+        """What a user should know about the manifest, one line each; texts in them are untrusted."""
         return manifest_notes(self.manifest, self.ids.duplicates(), self.ids.compared, self.n_rows)
 
     def document(self) -> dict[str, Any]:
@@ -169,7 +169,7 @@ class DraftPlan:
         )
 
     def _count_long_prompts(self) -> tuple[int, int]:
-        """Rows whose prompt or negative prompt is too long, and rows looked at."""
+        """Rows whose prompt or negative prompt is too long, and rows checked."""
         if self.spec.long_prompts == "error":
             return self.tokens.refused, self.n_rows + self.tokens.refused
         over = checked = 0

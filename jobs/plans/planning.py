@@ -36,10 +36,10 @@ from latentmill.jobs.spec import JobSpec
 def draft_plan(spec: JobSpec, *, on_stage: Callable[[str], None] = lambda _: None) -> DraftPlan:
     """Check everything that can be checked before a model is loaded; writes nothing in the output.
 
-    Raises UsageError for a job that cannot run. The caller closes the draft. `on_stage` hears what takes time now.
+    Raises UsageError for a job that cannot run. The caller closes the draft. `on_stage` is told of slow stages.
     """
     axes = build_axes(spec.sweep)
-    _check_mark(spec)
+    _check_watermark(spec)
     on_stage("finding and hashing the model")
     model, defaults, described = resolve_model(
         ModelChoice(
@@ -137,7 +137,7 @@ def _steps_fault(described: ModelDescription) -> Callable[[str, int], str | None
     return fault
 
 
-def _check_mark(spec: JobSpec) -> None:
+def _check_watermark(spec: JobSpec) -> None:
     if spec.watermark == "none":
         return
     try:
@@ -203,5 +203,5 @@ def _check_default_seeds(grid: Grid, snapshot: SnapshotWriter, seed: int) -> Non
     if seed + grid.n_samples > SEED_LIMIT:
         raise UsageError(
             f"seed {seed} plus {grid.n_samples:,} samples runs past {SEED_LIMIT - 1}, the last seed; "
-            "use a lower seed, or give rows a seed of their own"
+            "use a lower seed, or give each row a seed"
         )
