@@ -42,7 +42,7 @@ def open_client(protocol: str, *, repeats: bool) -> AbstractFileSystem:
 
 
 def _timeouts(protocol: str) -> dict[str, Any]:
-    """For stores whose clients' own tries (six of gcsfs, four of Azure's) cannot be taken from them."""
+    """For stores whose clients always retry (gcsfs six times, Azure's four)."""
     configured = fsspec.config.conf.get(protocol, {})
     if protocol == "gs" and "session_kwargs" not in {**fsspec.config.conf.get("gcs", {}), **configured}:
         import aiohttp  # comes with gcsfs
