@@ -218,7 +218,7 @@ def repair(out: OutArgument, json: Json = False) -> None:
 @app.command(rich_help_panel=_MORE, epilog="Example: [bold]latentmill clean s3://bucket/dataset --dry-run[/bold]")
 def clean(
     out: OutArgument,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be swept, and delete nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be removed, and delete nothing.")] = False,
     json: Json = False,
 ) -> None:
     """Sweep what interrupted runs left behind: only proven garbage, safe beside a running job."""

@@ -18,6 +18,7 @@ from latentmill.engine.sampling.table import SAMPLER_TABLE
 from latentmill.jobs.ledger.records import OWN_FIELDS
 from latentmill.jobs.manifests.aliases import ALIASES
 from latentmill.jobs.manifests.fields import AXES, FIELDS
+from latentmill.jobs.manifests.formats import FORMATS, formats_of
 from latentmill.jobs.models.presets import list_presets
 from latentmill.jobs.settings import Setting
 from latentmill.jobs.spec import SETTINGS, JobSpec, Runtime
@@ -99,6 +100,17 @@ def settings() -> str:
     return "\n\n".join(f"### {panel}\n\n{_table(head, rows)}" for panel, rows in panels.items())
 
 
+def formats() -> str:
+    """The formats of manifests."""
+    rows = []
+    for name, format_ in FORMATS.items():
+        file = ", ".join(f"`.{suffix}`" for suffix in format_.suffixes)
+        chosen = any(formats_of(suffix)[0] != name for suffix in format_.suffixes)
+        option = f" with `--manifest-format {name}`" if chosen else ""
+        rows.append((file + option, format_.row, "yes" if format_.gzip else ""))
+    return _table(("file", "what a row is", "also `.gz`"), rows)
+
+
 def parameters() -> str:
     """The manifest's own columns, their limits, and other programs' names for them."""
     others = defaultdict(list)
@@ -155,7 +167,7 @@ def differences() -> str:
 
 
 PARTS: Mapping[str, Callable[[], str]] = {
-    part.__name__: part for part in (modules, settings, parameters, columns, samplers, presets, differences)
+    part.__name__: part for part in (modules, settings, formats, parameters, columns, samplers, presets, differences)
 }
 
 

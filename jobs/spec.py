@@ -13,8 +13,9 @@ from latentmill.engine import LONG_PROMPTS, PROMPT_SYNTAXES, SAFETY_CHECKERS, SA
 from latentmill.jobs.dated import PLACEHOLDER, DatedOutput, dated_output
 from latentmill.jobs.errors import UsageError
 from latentmill.jobs.executor_table import EXECUTORS
+from latentmill.jobs.manifests.axes import build_axes, parse_axis
 from latentmill.jobs.manifests.fields import FieldError, nearest, shorten, text_fault
-from latentmill.jobs.manifests.parameters import MANIFEST_FORMATS
+from latentmill.jobs.manifests.formats import CHOICES, SUFFIXES, describe_choices
 from latentmill.jobs.settings import (
     CUTTING,
     INPUT,
@@ -32,7 +33,6 @@ from latentmill.jobs.settings import (
     whole,
 )
 from latentmill.jobs.store.urls import allowed_filesystem, display_url
-from latentmill.jobs.sweep import build_axes, parse_axis
 
 if TYPE_CHECKING:
     import datetime
@@ -140,7 +140,7 @@ class JobSpec:
 
     prompts: tuple[str, ...] = special(
         INPUT,
-        "Prompt files, globs or URLs: .txt .csv .tsv .jsonl .json .parquet .png, gzip too; - reads standard input.",
+        f"Prompt files, globs or URLs: .{' .'.join(SUFFIXES)}, gzip too; - reads standard input.",
         _prompts,
         several=True,
         metavar="PROMPTS",
@@ -148,8 +148,8 @@ class JobSpec:
     manifest_format: str = choice(
         "auto",
         INPUT,
-        "How .txt is read: lines, parameters (web UIs' blocks) or flags (--prompt ...).",
-        MANIFEST_FORMATS,
+        describe_choices(),
+        CHOICES,
     )
     out: str = special(INPUT, "Folder or URL (s3://...) of the dataset.", _out, default="out")
     date: str | None = text(None, INPUT, "The day that {date} in --out stands for, YYYY-MM-DD. Default: today, UTC.")

@@ -270,9 +270,10 @@ def test_plan_tells_rows_from_defaults_and_names_what_is_carried(call: Call, job
         (b"tag,prompt\nx,a red circle\ny,a blue circle\n", ["tag"]),
         (b'{"prompt": "a red circle"}\n{"prompt": "a blue circle"}\n', []),
         (b'["a red circle", "a blue circle"]', []),
+        (b"one prompt\rwith the line ends of an old Mac\ra second prompt\nanother\n", []),
         (gzip.compress(b"prompt\ttag\na red circle\tx\na blue circle\ty\n"), ["tag"]),
     ],
-    ids=["lines", "csv", "jsonl", "json", "tsv.gz"],
+    ids=["lines", "csv", "jsonl", "json", "carriage-returns", "tsv.gz"],
 )
 def test_a_manifest_comes_from_standard_input(
     call: Call, job: list[object], monkeypatch: pytest.MonkeyPatch, name: str, data: bytes, carried: list[str]

@@ -1,4 +1,4 @@
-"""What other programs call our settings, in one table: for columns of manifests, and for flags that are not ours."""
+"""Other programs' names of the settings, in one table: for columns of manifests and for unknown flags."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ ALIASES: dict[str, str] = {
 """The name elsewhere (web UIs, diffusers, the original scripts) to the name here."""
 
 ORDINARY_WORDS = frozenset({"sample", "samples", "speed", "weight"})
-"""One edit away from a parameter, and yet good names for a column of the user's own."""
+"""Common names of carried columns that are one edit away from a parameter."""
 
 _SHORTEST = 4
-"""Names with fewer letters are one edit away from too many words to be a hint."""
+"""Shorter names are one edit away from too many words."""
 
 
 def alias_of(column: str) -> str | None:
-    """The parameter that a column's name is known to stand for elsewhere, or None."""
+    """The parameter that has this name here or in another program, or None."""
     for name in (column, _plain(column)):
         setting = name if name in FIELDS else ALIASES.get(name)
         if setting in FIELDS:
@@ -45,7 +45,7 @@ def alias_of(column: str) -> str | None:
 
 
 def meant_by(column: str) -> str | None:
-    """The parameter that a carried column's name is an alias of, or one edit away from; None where it is neither."""
+    """The parameter that a carried column's name is an alias of or one edit away from, or None."""
     if (known := alias_of(column)) is not None:
         return known
     name = _plain(column)
@@ -59,17 +59,17 @@ def meant_by(column: str) -> str | None:
 
 
 def flag_meant_by(flag: str) -> str | None:
-    """Our flag for another program's, both with their dashes; None where the table has none."""
+    """The flag that has this name in another program, both with dashes, or None."""
     name = flag.lstrip("-").replace("-", "_")
     setting = ALIASES.get(name) or ALIASES.get(name.lower())
     return None if setting in {None, "prompt"} else f"--{str(setting).replace('_', '-')}"
 
 
 def read_names(columns: Sequence[str], *, accept: bool) -> list[str]:
-    """The names that a row's columns are read by: as they are, or with aliases for what they stand for.
+    """The names under which a row's columns are read: unchanged, or with aliases replaced by their parameters.
 
-    A prompt has no other name where there is a column `prompt`: a caption beside it is another text. Raises UsageError
-    where two columns would be one.
+    With a column `prompt`, no alias of it is replaced: a caption is then another text. Raises UsageError if two columns
+    have one name.
     """
     first: dict[str, str] = {}
     for column in columns:
@@ -84,7 +84,7 @@ def read_names(columns: Sequence[str], *, accept: bool) -> list[str]:
 
 
 def one_edit(left: str, right: str) -> bool:
-    """Whether one letter more, less or other, or two neighbours exchanged, make one text of the other."""
+    """Whether inserting, deleting, replacing or swapping one letter makes one text the other."""
     if left == right or abs(len(left) - len(right)) > 1:
         return False
     start = next((i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), min(len(left), len(right)))
@@ -94,5 +94,5 @@ def one_edit(left: str, right: str) -> bool:
 
 
 def _plain(column: str) -> str:
-    """Lower case, and an underscore for what separates words."""
+    """Lower case, with underscores between words."""
     return re.sub(r"[\s\-.]+", "_", column.strip()).lower()

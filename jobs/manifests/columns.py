@@ -1,4 +1,4 @@
-"""What Arrow columns weigh and hash to, whatever their layout in memory or the version of Arrow."""
+"""Sizes and hashes of Arrow columns, independent of their layout in memory and of Arrow's version."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 
 def plain_type(type_: Any) -> Any:
-    """The type without its encoding: dictionaries, views and extensions become what they stand for."""
+    """The type without its encoding: dictionaries, views and extensions become the type of their values."""
     if pa.types.is_dictionary(type_):
         return plain_type(type_.value_type)
     if isinstance(type_, pa.BaseExtensionType):
@@ -26,7 +26,7 @@ def plain_type(type_: Any) -> Any:
 
 
 def can_carry(type_: Any) -> bool:
-    """Whether a plain type can be weighed and hashed: everything flat, lists and structs of such, but no maps."""
+    """Whether a plain type can be measured and hashed: flat types, and lists and structs of them, but no maps."""
     if pa.types.is_null(type_) or pa.types.is_boolean(type_) or _is_bytes(type_):
         return True
     if _is_list(type_):
@@ -47,7 +47,7 @@ def to_plain(array: pa.Array) -> pa.Array:
 
 
 def row_bytes(batch: pa.RecordBatch) -> NDArray[np.int64]:
-    """Bytes of data in each row, the same for the same values however the batch was cut."""
+    """Bytes of data in each row, independent of how the batch was cut."""
     total = np.zeros(len(batch), dtype=np.int64)
     for column in batch.columns:
         total += _value_bytes(column)

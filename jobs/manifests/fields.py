@@ -51,7 +51,7 @@ class Field:
 
     @property
     def allowed(self) -> str:
-        """Its values in words."""
+        """A description of the allowed values."""
         if self.kind == "sampler":
             return ", ".join(SAMPLER_CHOICES)
         if self.kind == "text":
@@ -131,6 +131,6 @@ def shorten(value: object, limit: int = 60) -> str:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """`, did you mean 'x'?` where something known is close to `name`, else nothing."""
+    """`, did you mean 'x'?` if a known name is close to `name`, else nothing."""
     found = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f", did you mean {found[0]!r}?" if found else ""

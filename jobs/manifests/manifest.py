@@ -10,63 +10,38 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import IO, Any, Literal, cast
+from typing import IO, Any, cast
 
 import pyarrow as pa
 from fsspec.spec import AbstractFileSystem
 
 from latentmill.jobs.errors import UsageError
-from latentmill.jobs.manifests import block_readers, json_readers, parquet_reader, readers, standard_input
-from latentmill.jobs.manifests.aliases import alias_of, meant_by, read_names
+from latentmill.jobs.manifests import standard_input
+from latentmill.jobs.manifests.aliases import alias_of, meant_by
 from latentmill.jobs.manifests.fields import FIELDS, nearest, shorten
-from latentmill.jobs.manifests.readers import Layout, RowBatch
+from latentmill.jobs.manifests.formats import FORMATS, LOOK_BYTES, NOT_GZIPPED, SUFFIXES, formats_of, other_format
+from latentmill.jobs.manifests.readers import Layout, ManifestFile, RowBatch
 from latentmill.jobs.store.errors import describe
 from latentmill.jobs.store.urls import allowed_filesystem, display_url
 
-Format = Literal["txt", "csv", "tsv", "jsonl", "json", "parquet", "png", "parameters", "flags"]
-SUFFIXES: tuple[Format, ...] = ("txt", "csv", "tsv", "jsonl", "json", "parquet", "png")
-_TEXT_FORMATS = {"parameters", "flags"}
-_NOT_GZIPPED = {"parquet", "png"}
 MAX_FILES = 10_000
-_DELIMITERS = {"csv": ",", "tsv": "\t"}
-_RECORDS: dict[str, json_readers.Records] = {"jsonl": json_readers.line_records, "json": json_readers.array_records}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Source:
-    """One file of the manifest and what a first look at it has shown. `name` may be shown to anyone."""
+    """One file of the manifest, after its scan. `name` may be shown to anyone."""
 
     name: str
     fs: AbstractFileSystem
     path: str
-    format: Format
-    gzipped: bool
+    file: ManifestFile
+    format: str
     layout: Layout
-    accept_aliases: bool = False
 
     def batches(self) -> Iterator[RowBatch]:
         """All rows in the file's order. Raises UsageError if the file cannot be read to its end."""
-        opener = _opener(self.fs, self.path, gzipped=self.gzipped)
         with _readable(self.name):
-            if self.format == "txt":
-                yield from readers.read_text(opener)
-            elif self.format == "parameters":
-                yield from block_readers.read_blocks(opener)
-            elif self.format == "flags":
-                yield from block_readers.read_flag_lines(opener)
-            elif self.format == "png":
-                yield from block_readers.read_png(opener, self.path.rpartition("/")[2])
-            elif self.format in _RECORDS:
-                accept = self.accept_aliases
-                yield from json_readers.read_json(opener, _RECORDS[self.format], self.layout, accept=accept)
-            elif self.format == "parquet":
-                carried = (entry.name for entry in self.layout.carried)
-                columns = [*self.layout.own, *carried]
-                yield from parquet_reader.read_parquet(opener, columns, accept=self.accept_aliases)
-            else:
-                delimiter = _DELIMITERS[self.format]
-                header = read_names(readers.read_header(opener, delimiter), accept=self.accept_aliases)
-                yield from readers.read_csv(opener, delimiter, header)
+            yield from FORMATS[self.format].reader.read(self.file, self.layout)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -87,7 +62,7 @@ class Suspect:
 class Manifest:
     """The sources in order and the columns that are carried through, with one type each.
 
-    `own` holds those of our columns that at least one source has.
+    `own` holds the parameters that at least one source has as a column.
     """
 
     sources: tuple[Source, ...]
@@ -101,7 +76,7 @@ class Manifest:
         for source in self.sources:
             for column in (entry.name for entry in source.layout.carried if entry.name not in found):
                 parameter = meant_by(column)
-                if parameter is not None and parameter != "prompt":  # which is there under its own name
+                if parameter is not None and parameter != "prompt":  # a prompt column exists in every file
                     found[column] = Suspect(
                         source=source.name,
                         column=column,
@@ -113,17 +88,17 @@ class Manifest:
 
 
 def open_manifest(patterns: Sequence[str], text_format: str = "auto", *, accept_aliases: bool = False) -> Manifest:
-    """Find and look at every file. Raises UsageError for one that is missing, unreadable or without prompts.
+    """Find and scan every file. Raises UsageError if one is missing, unreadable or without prompts.
 
-    `text_format` says how .txt files are read: one of `parameters.MANIFEST_FORMATS`. With `accept_aliases`, columns
-    that other programs name differently are ours.
+    `text_format` says how .txt files are read: one of `formats.CHOICES`. With `accept_aliases`, other programs' names
+    of the parameters count.
     """
     if sum(pattern in standard_input.NAMES for pattern in patterns) > 1:
         raise UsageError("standard input is named twice as a manifest; it can be read once")
     found = [file for pattern in patterns for file in _expand(pattern)]
     if len(found) > MAX_FILES:
         raise UsageError(f"{len(found):,} manifest files, the limit is {MAX_FILES:,}; join them into fewer")
-    sources = tuple(_look(*file, text_format, accept_aliases=accept_aliases) for file in found)
+    sources = tuple(_scan(*file, text_format, accept_aliases=accept_aliases) for file in found)
     types: dict[str, tuple[Any, str]] = {}
     for source in sources:
         for entry in source.layout.carried:
@@ -166,47 +141,40 @@ def _expand(pattern: str) -> list[tuple[str, AbstractFileSystem, str]]:
 
 
 def _refuse_special(path: str) -> None:
-    """Say of a local path that is no file, and no folder, what it is: opening a pipe would wait for ever."""
+    """Refuse a local path that is neither file nor folder, by its kind: opening a pipe would wait forever."""
     if not os.path.lexists(path):
         return
     try:
         mode = os.stat(path).st_mode  # noqa: PTH116 - the path is a string as fsspec wants it
     except OSError as error:
-        raise UsageError(f"is a link that leads nowhere ({error.strerror or error}); check where it points") from None
+        raise UsageError(f"is a broken link ({error.strerror or error}); check where it points") from None
     kind = "pipe" if stat.S_ISFIFO(mode) else "socket" if stat.S_ISSOCK(mode) else "device"
     raise UsageError(f"is a {kind}, and rows are read more than once; write a file, or pipe into: latentmill ... -")
 
 
-def _look(name: str, fs: AbstractFileSystem, path: str, text_format: str, *, accept_aliases: bool) -> Source:
+def _scan(name: str, fs: AbstractFileSystem, path: str, text_format: str, *, accept_aliases: bool) -> Source:
     lower = path.lower()
     gzipped = lower.endswith(".gz")
     suffix = lower.removesuffix(".gz").rpartition(".")[2]
-    if suffix not in SUFFIXES or (gzipped and suffix in _NOT_GZIPPED):
+    formats = formats_of(suffix)
+    if not formats or (gzipped and suffix in NOT_GZIPPED):
         raise UsageError(
             f"manifest {name} is of an unknown kind; known are .{', .'.join(SUFFIXES)}, and .gz of all but "
-            ".parquet and .png"
+            f".{' and .'.join(NOT_GZIPPED)}"
         )
-    format_: Format = cast(Format, text_format) if suffix == "txt" and text_format in _TEXT_FORMATS else suffix
-    opener = _opener(fs, path, gzipped=gzipped)
+    format_ = text_format if text_format in formats else formats[0]
+    file = ManifestFile(
+        open=partial(_open, fs, path, gzipped), name=path.rpartition("/")[2], accept_aliases=accept_aliases
+    )
     with _readable(name):
         if fs.size(path) == 0:
             raise UsageError("is empty; put at least one prompt into it")
-        if format_ in _LAYOUTS:
-            layout = _LAYOUTS[format_]
-            if format_ == "txt" and text_format == "auto":
-                _refuse_other_text(opener)
-        elif format_ in _RECORDS:
-            layout = json_readers.scan_json(opener, _RECORDS[format_], accept=accept_aliases)
-        elif format_ == "parquet":
-            layout = parquet_reader.scan_parquet(opener, accept=accept_aliases)
-        else:
-            header = readers.read_header(opener, _DELIMITERS[format_])
-            layout = readers.csv_layout(read_names(header, accept=accept_aliases))
+        if text_format == "auto" and len(formats) > 1:
+            _refuse_other(file, suffix)
+        layout = FORMATS[format_].reader.scan(file)
         if "prompt" not in layout.own:
             raise UsageError(_without_prompt([*layout.own, *(entry.name for entry in layout.carried)]))
-    return Source(
-        name=name, fs=fs, path=path, format=format_, gzipped=gzipped, layout=layout, accept_aliases=accept_aliases
-    )
+    return Source(name=name, fs=fs, path=path, file=file, format=format_, layout=layout)
 
 
 def _without_prompt(columns: Sequence[str]) -> str:
@@ -217,27 +185,14 @@ def _without_prompt(columns: Sequence[str]) -> str:
     return f"has no column 'prompt'{nearest('prompt', columns)}; it has {shown}: rename the one with the prompts"
 
 
-_LAYOUTS: dict[str, Layout] = {
-    "txt": Layout(own=("prompt",), carried=()),
-    "parameters": block_readers.PARAMETERS_LAYOUT,
-    "flags": block_readers.FLAGS_LAYOUT,
-    "png": block_readers.PNG_LAYOUT,
-}
-"""What files hold that need no look: their columns are always the same."""
-
-
-def _refuse_other_text(opener: readers.Opener) -> None:
-    """Blocks or flags read as plain lines would be silent nonsense."""
-    with opener() as stream:
-        other = block_readers.guess_format(stream)
+def _refuse_other(file: ManifestFile, suffix: str) -> None:
+    """Refuse blocks or flags that would silently be read as plain prompts."""
+    with file.open() as stream:
+        other = other_format(suffix, stream.read(LOOK_BYTES))
     if other is not None:
         raise UsageError(
             f"does not look like one prompt per line; use manifest_format {other}, or lines if these are prompts"
         )
-
-
-def _opener(fs: AbstractFileSystem, path: str, *, gzipped: bool) -> readers.Opener:
-    return partial(_open, fs, path, gzipped)
 
 
 @contextmanager
@@ -252,7 +207,7 @@ def _open(fs: AbstractFileSystem, path: str, gzipped: bool) -> Iterator[IO[bytes
 
 @contextmanager
 def _readable(name: str) -> Iterator[None]:
-    """Turn whatever goes wrong while a file is read into one line that names the file."""
+    """Turn every error while a file is read into one line that names the file."""
     try:
         yield
     except UsageError as error:

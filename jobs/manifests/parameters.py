@@ -10,21 +10,18 @@ from typing import Any
 from latentmill.engine import SAMPLER_LABELS, GenerationRequest
 from latentmill.jobs.manifests.fields import shorten
 
-MANIFEST_FORMATS = ("auto", "lines", "parameters", "flags")
-"""How .txt manifests are read: as lines (also `auto`), as blocks of this module, or as lines with flags."""
-
 TEXT_LIMIT = 16_384
 """Bytes of text in one picture: Pillow writes more, but refuses to read much more back."""
 
 _BY_NAME = {name.lower(): sampler for sampler, name in SAMPLER_LABELS.items()}
-# What those programs choose for `Automatic`; the exponential sigmas of DPM++ 2M SDE are none of ours.
+# What web UIs choose for `Automatic`; no sampler here has the exponential sigmas of DPM++ 2M SDE.
 _AUTOMATIC = {"dpm++ 2m": "karras", "dpm++ 2m sde": "exponential"}
 _PLAIN_SCHEDULES = {"uniform", "normal"}
 
 _PAIR = re.compile(r'(\w[\w \-/]{0,63}):\s*("(?:\\.|[^"\\])*"|[^,]*)(?:,|$)')
 _MIN_PAIRS = 3
 _SIZE = re.compile(r"(\d{1,6})\s*[xX]\s*(\d{1,6})")
-_POSITIVE, _NEGATIVE = "Positive prompt:", "Negative prompt:"
+PROMPT_STARTS = _POSITIVE, _NEGATIVE = "Positive prompt:", "Negative prompt:"
 _NUMBERS = {"Steps": "num_inference_steps", "CFG scale": "guidance_scale", "Seed": "seed", "Eta": "eta"}
 _PROMPT_LINES = "Prompt lines"
 _KNOWN = {*_NUMBERS, "Sampler", "Size"}
@@ -41,11 +38,11 @@ COLUMNS = (
     "sampler",
     "eta",
 )
-"""The columns that a text can give. What else its last line says is kept as JSON in the column `parameters`."""
+"""The columns that a text can give. Other settings of its last line are kept as JSON in the column `parameters`."""
 
 
 def parameters_text(request: GenerationRequest, *, model_name: str, model_hash: str, version: str) -> str:
-    """The request as such a text; `read_parameters` makes the same request of it.
+    """The request as such a text; `read_parameters` reads the same request back.
 
     The last line holds the settings and is never cut; prompts are cut so that all stays within TEXT_LIMIT bytes.
     """
@@ -63,7 +60,7 @@ def parameters_text(request: GenerationRequest, *, model_name: str, model_hash: 
         settings["Eta"] = _number(request.eta)
     prompt, negative = _clean(request.prompt), _clean(request.negative_prompt)
     ambiguous = any(line.startswith((_NEGATIVE, _POSITIVE)) for line in [*prompt.split("\n"), *negative.split("\n")])
-    if ambiguous:  # where one prompt ends and the other begins cannot be seen, so it is said
+    if ambiguous:  # the texts do not show where the prompt ends, so a setting does
         settings[_PROMPT_LINES] = str(prompt.count("\n") + 1)
     head = f"\n{_NEGATIVE} "
     room = TEXT_LIMIT - len(_settings_line(settings).encode()) - len(head) - 1
@@ -79,12 +76,12 @@ def _settings_line(settings: Mapping[str, str]) -> str:
 
 
 def is_settings(line: str) -> bool:
-    """Whether a text's last line is one of settings: three `key: value` pairs or more, the first of them known."""
+    """Whether a line holds settings: three or more `key: value` pairs, the first of them known."""
     return len(_pairs(line)) >= _MIN_PAIRS
 
 
 def read_parameters(lines: Sequence[str]) -> tuple[dict[str, Any], str | None]:
-    """A text's columns, and why they cannot be used, or None. Keys that are not ours are kept in `parameters`."""
+    """A text's columns, and why they cannot be used, or None. Unknown keys are kept in `parameters`."""
     settings = dict(_pairs(lines[-1]))
     if len(settings) >= _MIN_PAIRS:
         lines = lines[:-1]
@@ -111,7 +108,7 @@ def read_parameters(lines: Sequence[str]) -> tuple[dict[str, Any], str | None]:
 
 
 def find_sampler(name: str, schedule: str = "") -> str | None:
-    """Our name of a web UI's sampler, or of ours; None if it is none of ours."""
+    """The sampler with this name here or in a web UI; None if it is unknown."""
     base, kind = name.strip().lower(), schedule.strip().lower()
     if kind == "automatic":
         kind = _AUTOMATIC.get(base, "")
@@ -121,13 +118,13 @@ def find_sampler(name: str, schedule: str = "") -> str | None:
 
 
 def unknown_sampler(name: str, schedule: str = "") -> str:
-    """The reason for refusing one."""
+    """The reason for refusing a sampler."""
     kind = f" with schedule type {shorten(schedule)}" if schedule else ""
     return f"sampler {shorten(name)}{kind} is unknown; known: {', '.join(SAMPLER_LABELS.values())}"
 
 
 def _pairs(line: str) -> list[tuple[str, str]]:
-    """The `key: value` pairs of a line that begins with one of ours; values in quotes are JSON."""
+    """The `key: value` pairs of a line that starts with a known key; values in quotes are JSON."""
     line = line.strip()
     first = _PAIR.match(line)
     if first is None or first[1] not in _KNOWN:

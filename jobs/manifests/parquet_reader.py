@@ -1,8 +1,8 @@
-"""Parquet manifests as batches of rows, in small steps, because a tiny file can decode to gigabytes."""
+"""Parquet manifests, decoded in small steps."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,8 @@ from latentmill.jobs.manifests.readers import (
     BLOCK_BYTES,
     MAX_ROW_BYTES,
     Layout,
-    Opener,
+    ManifestFile,
+    Reader,
     RowBatch,
     refuse_wide,
 )
@@ -31,22 +32,52 @@ MAX_CHUNK_BYTES = 512 << 20
 MAX_EXPANSION = 100
 
 
-def scan_parquet(opener: Opener, *, accept: bool = False) -> Layout:
-    """The columns of a Parquet file; one of ours with an unsuitable type is refused as a whole."""
-    with opener() as stream, pq.ParquetFile(stream) as file:
-        refuse_wide(len(file.schema_arrow.names))
-        schema = _renamed(file.schema_arrow, accept=accept)
-    names = schema.names
-    for entry in schema:
-        _refuse_type(entry)
-        if not can_carry(plain_type(entry.type)):
-            raise UsageError(
-                f"has the column {shorten(entry.name)} as {entry.type}, which cannot be carried; make it text"
-            )
-    return Layout(
-        own=tuple(name for name in FIELDS if name in names),
-        carried=tuple(pa.field(entry.name, plain_type(entry.type)) for entry in schema if entry.name not in FIELDS),
-    )
+class ParquetReader(Reader):
+    """A few rows are decoded at a time, because a tiny file can decode to gigabytes."""
+
+    def scan(self, file: ManifestFile) -> Layout:
+        """The columns of the file's schema. Raises UsageError if a parameter's column has an unsuitable type."""
+        with file.open() as stream, pq.ParquetFile(stream) as parquet:
+            refuse_wide(len(parquet.schema_arrow.names))
+            schema = _renamed(parquet.schema_arrow, accept=file.accept_aliases)
+        names = schema.names
+        for entry in schema:
+            _refuse_type(entry)
+            if not can_carry(plain_type(entry.type)):
+                raise UsageError(
+                    f"has the column {shorten(entry.name)} as {entry.type}, which cannot be carried; make it text"
+                )
+        return Layout(
+            own=tuple(name for name in FIELDS if name in names),
+            carried=tuple(pa.field(entry.name, plain_type(entry.type)) for entry in schema if entry.name not in FIELDS),
+        )
+
+    def read(self, file: ManifestFile, layout: Layout) -> Iterator[RowBatch]:
+        """A row for each row; one over the limit is a fault, and its values are dropped."""
+        columns = [*layout.own, *(entry.name for entry in layout.carried)]
+        with file.open() as stream, pq.ParquetFile(stream, pre_buffer=False, buffer_size=BLOCK_BYTES) as parquet:
+            names = parquet.schema_arrow.names
+            written = dict(zip(read_names(names, accept=file.accept_aliases), names, strict=True))
+            read_by = {column: name for name, column in written.items()}
+            wanted = [written[name] for name in columns]
+            _refuse_bombs(parquet.metadata, set(wanted))
+            held: list[pa.RecordBatch] = []
+            faults: dict[int, str] = {}
+            start, rows, size = 1, 0, 0
+            for piece in parquet.iter_batches(READ_ROWS, columns=wanted, use_threads=False):
+                small = _drop_huge(piece.rename_columns([read_by[name] for name in piece.schema.names]), rows, faults)
+                held.append(small)
+                rows += len(small)
+                size += small.nbytes
+                if rows >= BATCH_ROWS or size > BATCH_BYTES:
+                    yield _parquet_batch(held, faults, start)
+                    start, rows, size, held, faults = start + rows, 0, 0, [], {}
+            if held:
+                yield _parquet_batch(held, faults, start)
+
+    def looks_like(self, start: bytes) -> bool:
+        """The magic number of Parquet."""
+        return start.startswith(b"PAR1")
 
 
 def _renamed(schema: pa.Schema, *, accept: bool) -> pa.Schema:
@@ -64,28 +95,6 @@ def _refuse_type(entry: pa.Field) -> None:
     if not fits and not pa.types.is_null(type_):
         expected = "numbers" if known.kind in {"int", "float"} else "text"
         raise UsageError(f"has the column {entry.name} as {entry.type}, expected {expected}; convert the column")
-
-
-def read_parquet(opener: Opener, columns: Sequence[str], *, accept: bool = False) -> Iterator[RowBatch]:
-    """The named columns in small steps; a row over the limit is a fault, and its values are dropped."""
-    with opener() as stream, pq.ParquetFile(stream, pre_buffer=False, buffer_size=BLOCK_BYTES) as file:
-        names = file.schema_arrow.names
-        written = dict(zip(read_names(names, accept=accept), names, strict=True))
-        read_by = {column: name for name, column in written.items()}
-        _refuse_bombs(file.metadata, {written[name] for name in columns})
-        held: list[pa.RecordBatch] = []
-        faults: dict[int, str] = {}
-        start, rows, size = 1, 0, 0
-        for piece in file.iter_batches(READ_ROWS, columns=[written[name] for name in columns], use_threads=False):
-            small = _drop_huge(piece.rename_columns([read_by[name] for name in piece.schema.names]), rows, faults)
-            held.append(small)
-            rows += len(small)
-            size += small.nbytes
-            if rows >= BATCH_ROWS or size > BATCH_BYTES:
-                yield _parquet_batch(held, faults, start)
-                start, rows, size, held, faults = start + rows, 0, 0, [], {}
-        if held:
-            yield _parquet_batch(held, faults, start)
 
 
 def _refuse_bombs(metadata: Any, columns: set[str]) -> None:
@@ -126,3 +135,6 @@ def _parquet_batch(held: list[pa.RecordBatch], faults: dict[int, str], start: in
         columns=dict(zip(batch.schema.names, batch.columns, strict=True)),
         faults=faults,
     )
+
+
+PARQUET = ParquetReader()

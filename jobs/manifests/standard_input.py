@@ -1,9 +1,8 @@
-"""A manifest from standard input: copied to a file of this process's own, for a plan reads its rows more than once."""
+"""A manifest from standard input, copied to a temporary file because a plan reads its rows more than once."""
 
 from __future__ import annotations
 
 import atexit
-import csv
 import gzip
 import shutil
 import sys
@@ -14,24 +13,24 @@ from functools import cache
 from pathlib import Path
 
 from latentmill.jobs.errors import UsageError
+from latentmill.jobs.manifests.formats import LOOK_BYTES, SUFFIXES, suffix_like
 from latentmill.jobs.scratch import PLAN_PREFIX, scratch_folder
 
 NAMES = frozenset({"-", "/dev/stdin", "/dev/fd/0", "/proc/self/fd/0"})
 SHOWN_AS = "standard input"
 
-_LOOK_BYTES = 1 << 16
-_GZIP, _PARQUET, _PNG = b"\x1f\x8b", b"PAR1", b"\x89PNG"
+_GZIP = b"\x1f\x8b"
 _BLOCK = 1 << 20
 
 
 @cache
 def spooled_input() -> Path:
-    """The file that holds all of standard input, named after what it looks like; it is gone when this process is.
+    """The file that holds all of standard input, with the suffix of the format it looks like; removed at exit.
 
     Raises UsageError if there is nothing to read.
     """
     if sys.stdin is None or sys.stdin.closed or sys.stdin.isatty():
-        raise UsageError("standard input is a terminal, and no manifest; pipe one into it: cat prompts.txt | ... -")
+        raise UsageError("standard input is a terminal; pipe a manifest into it: cat prompts.txt | ... -")
     kept = ExitStack()
     folder = kept.enter_context(scratch_folder(Path(tempfile.gettempdir()), PLAN_PREFIX))
     atexit.register(kept.close)
@@ -49,27 +48,11 @@ def spooled_input() -> Path:
 
 def _suffix(path: Path) -> str:
     with path.open("rb") as file:
-        start = file.read(_LOOK_BYTES)
+        start = file.read(LOOK_BYTES)
     if not start.startswith(_GZIP):
-        return _kind(start)
+        return suffix_like(start)
     try:
         with gzip.open(path) as file:
-            return f"{_kind(file.read(_LOOK_BYTES))}.gz"
+            return f"{suffix_like(file.read(LOOK_BYTES))}.gz"
     except (OSError, EOFError, zlib.error):
-        return "txt.gz"  # whoever reads it says what is wrong with it
-
-
-def _kind(start: bytes) -> str:
-    """What the first bytes look like: a file without a name says only by its content what it is."""
-    if start.startswith(_PARQUET):
-        return "parquet"
-    if start.startswith(_PNG):
-        return "png"
-    text = start.decode("utf-8-sig", "replace").lstrip()
-    if text.startswith(("{", "[")):
-        return "jsonl" if text.startswith("{") else "json"
-    for suffix, delimiter in (("csv", ","), ("tsv", "\t")):
-        cells = next(csv.reader([text.partition("\n")[0]], delimiter=delimiter), [])
-        if "prompt" in {cell.strip() for cell in cells}:
-            return suffix
-    return "txt"
+        return f"{SUFFIXES[0]}.gz"  # its reader says what is wrong with it

@@ -1,4 +1,4 @@
-"""How long prompts are in tokens, counted as the engine counts them: brackets of the chosen syntax are no tokens."""
+"""The length of prompts in tokens, as the engine counts them: brackets of the chosen syntax do not count."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class TokenCounter:
         return list(map(max, prompts, negatives))
 
     def is_over(self, count: int) -> bool:
-        """Whether a text of so many tokens is too long; none is where the limit is not known."""
+        """Whether a text of so many tokens is too long; without a known limit, none is."""
         return self.limit is not None and count > self.limit
 
     def fault(self, name: str, count: int) -> str | None:
@@ -68,7 +68,7 @@ class TokenCounter:
         )
 
     def count(self, text: str) -> int:
-        """Tokens of one text, start and end marks not included."""
+        """Tokens of one text, start and end tokens not included."""
         return self._count([text])[0]
 
     def counts(self, column: pa.Array) -> list[int]:

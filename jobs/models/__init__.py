@@ -1,1 +1,1 @@
-"""Models by preset, path, URL or hub id, and their files on this machine, checked to the byte."""
+"""Models by preset, path, URL or hub id, and their files on this machine, verified by hash."""

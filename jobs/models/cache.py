@@ -1,4 +1,4 @@
-"""Models from object stores, once per node: whole and verified under the digest of their content, or not there."""
+"""Models from object stores, downloaded once per node; entries are named by their digest, complete and verified."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from latentmill.jobs.store.errors import describe
 from latentmill.jobs.store.urls import display_url
 
 SINGLE_FILES = (".safetensors", ".ckpt")
-"""How the address of a model in one file ends; any other is a folder's."""
+"""Suffixes of a model in one file; any other address is a folder."""
 
 _COMPLETE = ".complete"
 _OUTLINE_LIMIT = 64 * 2**20
 _TEXT = (".json", ".txt", ".model", ".jinja")
 
 Claim = Callable[[Path], Iterable[str]]
-"""Which files a model consists of, told from its folder: small files as they are, the others empty."""
+"""The files of a model, found from a copy of its folder: small files are copied, the others are empty."""
 
 
 def is_single_file(url: str) -> bool:
-    """Whether the address is that of a model in one file."""
+    """Whether the address names a model in one file."""
     return url.lower().endswith(SINGLE_FILES)
 
 
@@ -40,9 +40,9 @@ def listing_digest(files: Mapping[str, str]) -> str:
 
 
 def fetch_newest(url: str, claim: Claim | None = None) -> Path:
-    """For planning: the folder that holds what lies at `url` now, `claim` of it or all.
+    """For planning: a folder with the current files of `url`, those that `claim` names or all.
 
-    What this node has already is not fetched again, as long as the store says that it is the same version.
+    Files on this node are not fetched again while the store reports the same version.
     """
     tree = find_file(url) if is_single_file(url) else list_tree(url)
     with one_at_a_time(tree.fingerprint or secrets.token_hex(20)) as alone:
@@ -58,10 +58,10 @@ def fetch_newest(url: str, claim: Claim | None = None) -> Path:
 
 
 def hold(url: str, files: Mapping[str, str]) -> Path:
-    """For loading: the folder that holds exactly these files, names to sha256, fetched from `url` if need be.
+    """For loading: a folder with exactly these files, names to sha256, fetched from `url` if necessary.
 
-    However many processes ask, one downloads. What was interrupted, cut short or changed on the disk is never trusted:
-    it is fetched again. Raises JobError if the bytes at `url` are not the planned ones.
+    Only one process of a node downloads. Files that are incomplete or changed on the disk are fetched again. Raises
+    JobError if the bytes at `url` are not the planned ones.
     """
     digest = listing_digest(files)
     entry = _models() / digest
@@ -84,7 +84,7 @@ def hold(url: str, files: Mapping[str, str]) -> Path:
 
 
 def _is_whole(entry: Path, files: Mapping[str, str]) -> bool:
-    """Whether the entry was completed, and nothing has changed since."""
+    """Whether the entry is complete and unchanged."""
     if not (entry / _COMPLETE).is_file():
         return False
     try:
@@ -94,7 +94,7 @@ def _is_whole(entry: Path, files: Mapping[str, str]) -> bool:
 
 
 def _settle(folder: Path, fetched: Mapping[str, Fetched]) -> Path:
-    """Afterwards the entry is in its place, by one rename: of this process, or of one that was as fast."""
+    """Afterwards the entry is in place, by one rename of this process or another."""
     made = folder / "model"
     files = {name: file.sha256 for name, file in fetched.items()}
     entry = _models() / listing_digest(files)
@@ -109,10 +109,10 @@ def _settle(folder: Path, fetched: Mapping[str, Fetched]) -> Path:
             return entry
         try:
             if entry.exists():
-                entry.rename(folder / f"damaged-{attempt}")  # whoever has it open keeps it
+                entry.rename(folder / f"damaged-{attempt}")  # processes that have it open keep it
             made.rename(entry)
         except OSError:
-            continue  # another process was between the two
+            continue  # another process renamed its entry in between
         _sync_folder(entry.parent)
         for name, file in fetched.items():
             remember_digest(entry / name, file.identity, file.sha256)
@@ -121,7 +121,7 @@ def _settle(folder: Path, fetched: Mapping[str, Fetched]) -> Path:
 
 
 def _claimed(tree: RemoteTree, claim: Claim, outline: Path) -> list[str]:
-    """The files that a model consists of, found out without its weights."""
+    """The files of a model, found without its weights."""
     small = [name for name, file in tree.files.items() if name.endswith(_TEXT) and file.size <= _OUTLINE_LIMIT]
     download(tree, small, _made(outline))
     for name in tree.files.keys() - set(small):
@@ -132,7 +132,7 @@ def _claimed(tree: RemoteTree, claim: Claim, outline: Path) -> list[str]:
 
 @contextmanager
 def _workshop(key: str | None, *, alone: bool) -> Iterator[Path]:
-    """A folder to work in, gone afterwards; with it go those of killed processes that were at the same."""
+    """A working folder, removed afterwards together with those that killed processes left."""
     name = key or secrets.token_hex(20)
     try:
         models = _models()

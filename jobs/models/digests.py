@@ -1,4 +1,4 @@
-"""The sha256 of files, remembered by what the file system says of them: gigabytes are hashed once per node."""
+"""The sha256 of files, cached by their status in the file system: gigabytes are hashed once per node."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from pathlib import Path
 from latentmill.jobs.models.node import cache_folder, node_name, one_at_a_time
 
 _SETTLED_NANOSECONDS = 2_000_000_000
-"""A file younger than this is hashed and not remembered: one more change might leave its times as they are."""
+"""The hash of a younger file is not cached: another change may leave its times unchanged."""
 
 _THREADS = 4
 
 Identity = tuple[int, int, int, int, int]
-"""Size, time of change of the content and of the entry, number and device: `touch -r` cannot bring all of it back."""
+"""Size, time of change of the content and of the entry, number and device: `touch -r` cannot restore all of them."""
 
 
 def file_digests(paths: Mapping[str, Path]) -> dict[str, str]:
@@ -30,9 +30,9 @@ def file_digests(paths: Mapping[str, Path]) -> dict[str, str]:
 
 
 def file_digest(path: Path) -> str:
-    """The file's sha256: remembered if nothing has touched the file since, else every byte is read.
+    """The file's sha256: from the cache if the file is untouched since, else from its bytes.
 
-    However many processes ask at once, one of them reads. Raises OSError for a file that cannot be read.
+    Only one process of a node reads a file at a time. Raises OSError if it cannot be read.
     """
     path = path.resolve()
     known = _recall(path)
@@ -44,18 +44,18 @@ def file_digest(path: Path) -> str:
 
 
 def remember_digest(path: Path, identity: Identity, digest: str) -> None:
-    """For a file that this process has just written, and nobody else."""
+    """Cache the hash of a file that this process has just written."""
     path = path.resolve()
     write_note(_note(path), {"path": str(path), "identity": identity, "sha256": digest})
 
 
 def identity_of(status: os.stat_result) -> Identity:
-    """What changes if the file does."""
+    """A value that changes with the file."""
     return (status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino, status.st_dev)
 
 
 def read_note(path: Path) -> dict[str, object]:
-    """A note of this cache; empty if there is none, or if a crash left half of it."""
+    """A note of this cache; empty if it is missing or damaged."""
     try:
         note = json.loads(path.read_bytes())
     except (OSError, ValueError):
@@ -64,7 +64,7 @@ def read_note(path: Path) -> dict[str, object]:
 
 
 def write_note(path: Path, note: Mapping[str, object]) -> None:
-    """Afterwards the note stands whole, or as it was: a cache that cannot be written is no error, only slow."""
+    """Afterwards the note is written or unchanged: a cache that cannot be written is slow, but not an error."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}")
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -94,7 +94,7 @@ def _recall(path: Path) -> str | None:
 
 
 def _key(path: Path) -> str:
-    # a home folder may be shared by nodes on whose own disks the same path is another file
+    # nodes may share a home folder, and yet have different files at the same path
     return hashlib.sha256(f"{node_name()}\n{path}".encode()).hexdigest()[:40]
 
 

@@ -1,6 +1,6 @@
-"""What one node keeps for all its processes: a cache folder, and locks in it that the kernel lets go of.
+"""A cache folder shared by the processes of one node, with locks in it that the kernel releases.
 
-Nobody's correctness depends on a lock here: it only keeps eight processes from doing the same work at once.
+The locks are not needed for correctness: they keep processes from doing the same work at the same time.
 """
 
 from __future__ import annotations
@@ -14,31 +14,31 @@ from contextlib import contextmanager
 from pathlib import Path
 
 PATIENCE_SECONDS = 1800.0
-"""How long another process may be at it before one goes ahead beside it: it may be stopped, and hold its lock."""
+"""Seconds to wait for another process, which may be stopped while it holds the lock."""
 
 _NOWHERE = Path("/dev/null/latentmill")
-"""Cannot be written: nothing is remembered, and a model at a URL asks for LATENTMILL_CACHE."""
+"""Never writable: nothing is cached, and a model at a URL needs LATENTMILL_CACHE."""
 
 
 def cache_folder() -> Path:
-    """Where this node keeps models and what it knows of them: LATENTMILL_CACHE, else ~/.cache/latentmill."""
+    """The folder of cached models and hashes on this node: LATENTMILL_CACHE, else ~/.cache/latentmill."""
     named = os.environ.get("LATENTMILL_CACHE")
     try:
         return Path(named).expanduser().absolute() if named else Path.home() / ".cache" / "latentmill"
-    except RuntimeError:  # a user without a home, as containers have
+    except RuntimeError:  # a user without a home folder, as in some containers
         return _NOWHERE
 
 
 def node_name() -> str:
-    """What errors call the machine that this process is on."""
+    """The name of this machine in error messages."""
     return socket.gethostname()
 
 
 @contextmanager
 def one_at_a_time(key: str, *, patience: float = PATIENCE_SECONDS) -> Iterator[bool]:
-    """Within, this process is the only one of the node with this key: True. Or there is no knowing: False.
+    """Hold the node's lock for this key: True if held, False if the work is to go on without it.
 
-    The second happens where the cache cannot be written, knows no locks, or the lock's holder outlasts `patience`.
+    False means that the cache is not writable, supports no locks, or that the wait exceeded `patience`.
     """
     try:
         folder = cache_folder() / "locks"

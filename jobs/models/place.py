@@ -1,4 +1,4 @@
-"""A model on this machine: as it is now, for planning; exactly as it was planned, for loading, or an error."""
+"""A model on this machine: its current files for planning, exactly the planned files for loading."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ _TOKENIZER = "tokenizer/"
 
 
 class ModelMismatchError(JobError):
-    """The model on this node is not, to the byte, the planned one: pictures made with it would be others."""
+    """The model's files on this node differ from the planned ones, so its pictures would differ."""
 
 
 def is_url(place: str) -> bool:
-    """Whether a model's place is a URL, and no path or hub id."""
+    """Whether a model's place is a URL, not a path or a hub id."""
     return "://" in place
 
 
 def place_newest(spec: ModelSpec) -> tuple[ModelSpec, ModelSpec]:
-    """How the model is named from now on, on any node; and where it lies on this one, fetched if need be."""
+    """The model's name on any node, and its path on this one, fetched if necessary."""
     named = local = spec
     if is_url(spec.model):
         if is_single_file(spec.model):
@@ -40,18 +40,18 @@ def place_newest(spec: ModelSpec) -> tuple[ModelSpec, ModelSpec]:
     if spec.tokenizer is not None and is_url(spec.tokenizer):
         url = spec.tokenizer.rstrip("/")
         folder = fetch_newest(url, lambda outline: _claim_vocabulary(url, outline))
-        # Most users know a model's own folder; its tokenizer lies inside.
+        # users may name a model's folder; the tokenizer is inside
         named = replace(named, tokenizer=f"{url}/tokenizer" if (folder / "tokenizer").is_dir() else url)
         local = replace(local, tokenizer=str(folder))
     return named, local
 
 
 def place_model(model: ResolvedModel) -> ModelSpec:
-    """Afterwards the planned model lies at the path that is returned, every byte of it as it was planned.
+    """Afterwards the returned spec leads to the planned model, verified by hash.
 
-    A model at a URL is downloaded once per node; any other is where its name says. Files are hashed once per node, and
-    again whenever the file system says that one was touched. Raises ModelMismatchError that names the file, both
-    digests and the node; StorageError if a model cannot be fetched.
+    A model at a URL is downloaded once per node; any other is used in place. Files are hashed once per node, and again
+    when one was touched. Raises ModelMismatchError that names the file, both digests and the node; StorageError if a
+    model cannot be fetched.
     """
     try:
         spec = _held(model)
@@ -83,7 +83,7 @@ def place_model(model: ResolvedModel) -> ModelSpec:
 
 
 def _held(model: ResolvedModel) -> ModelSpec:
-    """The model with its URLs replaced by what this node holds of them."""
+    """The model with its URLs replaced by local paths."""
     spec = model.spec
     vocabulary = {name: digest for name, digest in model.files.items() if name.startswith(_TOKENIZER)}
     if is_url(spec.model):

@@ -20,8 +20,8 @@ from latentmill.jobs.store.urls import allowed_filesystem, display_url
 FALLBACK_STEPS = 50
 FALLBACK_GUIDANCE = 7.5
 FALLBACK_BATCH = 4
-"""What a bare folder gets, beside the first sampler that it takes: the published defaults of Stable Diffusion, and a
-batch that fits a small GPU."""
+"""Defaults of a model without a preset: those published for Stable Diffusion, and a batch that fits a small GPU.
+Its sampler is the first that it takes."""
 
 _WEIGHTS = (".safetensors", ".ckpt", ".bin")
 
@@ -29,7 +29,7 @@ _WEIGHTS = (".safetensors", ".ckpt", ".bin")
 class ModelPreset(BaseModel):
     """One file of configs/models. `path` is `embedded` for the model in the package, else a place as --model takes it.
 
-    `revision` is the commit of a hub id; the three after it are for what a model's own files do not say. `license` is
+    `revision` is the commit of a hub id; the next three are for facts that a model's files lack. `license` is
     that of the weights at `path`, as SPDX or Hugging Face name it.
     """
 
@@ -52,7 +52,7 @@ class ModelPreset(BaseModel):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelChoice:
-    """What a job says of its model. `source`: a preset, a folder, a single file, a URL, a hub id, or PRESET=PLACE."""
+    """A job's choice of a model. `source`: a preset, a folder, a single file, a URL, a hub id, or PRESET=PLACE."""
 
     source: str
     revision: str | None = None
@@ -63,9 +63,9 @@ class ModelChoice:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ResolvedModel:
-    """A model that exists and is whole, and what it implies for a job.
+    """A complete model that exists, and what it implies for a job.
 
-    `source` is what the user named; it stays valid on another machine, where the files may lie elsewhere. `revision` is
+    `source` is what the user named; it stays valid on another machine, where the files may be elsewhere. `revision` is
     the commit that a hub id stood for. The next three are as `ModelSpec` takes them, the two after them what came of
     them. `files` maps each file that can change a pixel to its sha256. `license` is known of a preset's own weights.
     """
@@ -103,7 +103,7 @@ class ResolvedModel:
 
     @property
     def spec(self) -> ModelSpec:
-        """The model by its name: `jobs.models.place.place_model` makes it one that the engine may load."""
+        """The model by name: `jobs.models.place.place_model` makes it one that the engine may load."""
         return ModelSpec(
             model=model_place(self.source),
             revision=self.revision,
@@ -115,7 +115,7 @@ class ResolvedModel:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelDefaults:
-    """Parameters for whatever neither axis, row, flag nor job file says."""
+    """Parameters that neither axis, row, flag nor job file gives."""
 
     width: int
     height: int
@@ -152,7 +152,7 @@ def model_place(source: str) -> str:
 
 
 def _split(source: str) -> tuple[ModelPreset | None, str | None]:
-    """The preset that is named, if one is, and the place that is, if one is."""
+    """The named preset and the named place, each None if absent."""
     presets = list_presets()
     if source in presets:
         return presets[source], None
@@ -173,7 +173,7 @@ def resolve_model(choice: ModelChoice) -> tuple[ResolvedModel, ModelDefaults, Mo
     except (EngineError, JobError, OSError) as error:
         raise UsageError(_not_a_model(choice.source, spec.model, str(error).replace(local.model, spec.model))) from None
     name, _, _ = choice.source.partition("=")
-    # A commit in place of a branch: it means the same files for ever.
+    # a commit in place of a branch: its files never change
     commit = described.path.name if described.path.parent.name == "snapshots" else spec.revision
     is_local = Path(spec.model).exists()
     model = ResolvedModel(
@@ -196,7 +196,7 @@ def resolve_model(choice: ModelChoice) -> tuple[ResolvedModel, ModelDefaults, Mo
 
 
 def _model_spec(choice: ModelChoice, preset: ModelPreset | None, *, own_place: bool) -> ModelSpec:
-    """Flags over the preset; a preset's revision belongs to its own place only."""
+    """Flags over the preset; a preset's revision applies to its own place only."""
     model = model_place(choice.source)
     for place in (model, choice.tokenizer or ""):
         if is_url(place) and display_url(place) != place:
@@ -222,7 +222,7 @@ def _model_spec(choice: ModelChoice, preset: ModelPreset | None, *, own_place: b
 
 
 def _last_part(place: str) -> str:
-    """What a URL or a hub id calls the model."""
+    """The model's name in a URL or a hub id."""
     name = PurePosixPath(place).name
     return PurePosixPath(name).stem if is_single_file(name) else name
 

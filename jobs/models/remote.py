@@ -1,4 +1,4 @@
-"""Files at a URL: which there are, how large, in what version; and their bytes, hashed while they come."""
+"""Files at a URL: their names, sizes and versions, and their download, hashed on the way."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from latentmill.jobs.store.urls import allowed_filesystem, display_url
 
 MAX_FILES = 10_000
 TRIES = 5
-"""Attempts at one piece of a file, beside those that the client makes by itself."""
+"""Attempts at one piece of a file, in addition to the client's own."""
 
 _PIECE = 32 * 2**20
 _THREADS = 4
@@ -41,7 +41,7 @@ _sleep = time.sleep
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RemoteFile:
-    """One object. `version` is the store's word for this very content; empty where it has none."""
+    """One object. `version` is the store's identifier of its content; empty if the store has none."""
 
     size: int
     version: str
@@ -49,7 +49,7 @@ class RemoteFile:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Fetched:
-    """A file that was downloaded: what it hashes to, and how it lies on the disk."""
+    """A downloaded file: its hash, and its identity on the disk."""
 
     sha256: str
     identity: Identity
@@ -64,7 +64,7 @@ class RemoteTree:
 
     @cached_property
     def fingerprint(self) -> str | None:
-        """Changes if any file does; None if the store gives no version of one, so that nothing may be concluded."""
+        """Changes if any file does; None if the store gives no version of some file."""
         if not all(file.version for file in self.files.values()):
             return None
         lines = [f"{name}\0{file.size}\0{file.version}" for name, file in sorted(self.files.items())]
@@ -92,7 +92,7 @@ def list_tree(url: str) -> RemoteTree:
 
 
 def find_file(url: str) -> RemoteTree:
-    """One file as a tree: the folder that it lies in, and nothing else of it. Raises UsageError if it is not there."""
+    """One file as a tree: its folder, without the other files. Raises UsageError if it is missing."""
     fs, path = allowed_filesystem(url)
     parent, _, name = url.rpartition("/")
     try:
@@ -105,7 +105,7 @@ def find_file(url: str) -> RemoteTree:
 
 
 def download(tree: RemoteTree, names: Iterable[str], folder: Path) -> dict[str, Fetched]:
-    """Afterwards the files lie below `folder`, durably, as long as the store said that they are.
+    """Afterwards the files are below `folder`, durably, with the sizes that the store reported.
 
     Raises JobError if the disk has no room for them, StorageError if the store fails.
     """
@@ -160,7 +160,7 @@ def _piece_reader(fs: Any, source: str, start: int, end: int) -> Callable[[], by
 
 
 def _patiently(url: str, call: Callable[[], Any]) -> Any:
-    """The call's answer, asked for again while the store's error is transient. FileNotFoundError goes through."""
+    """The call's result, repeated while the store's error is transient. FileNotFoundError is raised at once."""
     for failures in range(1, TRIES + 1):
         try:
             return call()
@@ -190,7 +190,7 @@ def _remote_file(info: Mapping[str, Any]) -> RemoteFile:
 
 
 def _is_inside(name: str) -> bool:
-    """Whether a name, which somebody else chose, stays below the folder that it is joined to."""
+    """Whether an untrusted name stays below the folder that it is joined to."""
     return not {"", ".", ".."} & set(name.split("/")) and "\0" not in name and "\\" not in name
 
 

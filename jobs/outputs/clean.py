@@ -1,8 +1,8 @@
-"""Sweep what no reader will ever want: proven garbage, and nothing that might still become a dataset.
+"""Removes proven garbage from an output, and nothing that may still become part of a dataset.
 
-An attempt is garbage when its chunk's commit record stands and is another attempt's; an attempt at a repair, when the
-repair record of that number does. Records never change, so what is garbage once is garbage for ever: the sweep may race
-with any driver, and be killed anywhere.
+An attempt is garbage when its chunk is committed by another attempt; an attempt at a repair, when the repair record of
+that number is another attempt's. Records never change, so garbage stays garbage: cleaning may race with any driver, and
+be killed anywhere.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from latentmill.jobs.outputs.publish import PART_NAME, standing_publication
 from latentmill.jobs.store.storage import Storage
 
 GRACE_SECONDS = 86_400.0
-"""How old temporary files and unnamed parts must be: whoever wrote them is gone by then."""
+"""The age at which temporary files and unnamed parts are removed: their writers have ended by then."""
 
 _Entry = tuple[str, int]
 _THREADS = 8
 _Attempts = dict[tuple[int, str], list[_Entry]]
-"""What lies there, by number of the repair (0 for the chunk itself) and attempt."""
+"""The objects of each attempt, by number of the repair (0 for the chunk itself) and attempt."""
 _ATTEMPT = re.compile(r"images/\d{5,}/(\d{8,})-(?:r([1-9]\d*)-)?([0-9a-f]{16})/[^/]+", re.ASCII)
 _TEMPORARY = re.compile(r"(?:_job|images|ledger|dataset|report)/(?:.+/)?\.[^/]+\.[0-9a-f]{12}\.tmp")
 _PROBE = re.compile(r"_job/\.probe-[0-9a-f]{16}")
@@ -37,7 +37,7 @@ _PROBE = re.compile(r"_job/\.probe-[0-9a-f]{16}")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CleanReport:
-    """What was swept, or would be (`dry_run`). Objects and bytes are those of all four kinds together."""
+    """What was removed, or would be (`dry_run`). Objects and bytes are those of all four kinds together."""
 
     out: str
     dry_run: bool
@@ -51,7 +51,7 @@ class CleanReport:
     open_attempts: int
     """Attempts at chunks or repairs that are not committed yet: kept, they may still win."""
     unreadable_chunks: tuple[int, ...]
-    """Chunks whose records are damaged: nothing of theirs was touched; `verify` says what is wrong."""
+    """Chunks whose records are damaged: none of their objects was touched; `verify` says what is wrong."""
 
     @property
     def exit_code(self) -> int:
@@ -69,13 +69,13 @@ def clean(out_url: str, *, dry_run: bool = False, grace_seconds: float = GRACE_S
     Everything a commit record or the dataset's manifest refers to, and every attempt at an open chunk, is untouched.
     Raises UsageError if the output has no plan, OutputConflictError if a record belongs to another plan.
     """
-    sweep = _Sweep(open_job(out_url), dry_run=dry_run)
-    sweep.attempts()
-    sweep.strays(grace_seconds)
-    return sweep.report()
+    cleaning = _Cleaning(open_job(out_url), dry_run=dry_run)
+    cleaning.attempts()
+    cleaning.strays(grace_seconds)
+    return cleaning.report()
 
 
-class _Sweep:
+class _Cleaning:
     def __init__(self, job: Job, *, dry_run: bool) -> None:
         self._job = job
         self._dry_run = dry_run
@@ -133,10 +133,10 @@ class _Sweep:
                 self._delete(kind, [entry for entry in entries if _is_older(storage, entry[0], latest)])
 
     def _losers(self, found: tuple[int, _Attempts]) -> list[_Entry]:
-        """What lies in the folders of those attempts at a chunk that its records rule out."""
+        """The objects of the attempts at a chunk that its records rule out."""
         chunk, attempts = found
         try:
-            # no repair is looked for where nothing was written for one
+            # repairs are looked up only if some attempt at one exists
             needed = None if any(repair for repair, _ in attempts) else 0
             record = self._job.ledger.effective(chunk, needed)
         except DamagedRecordError:
@@ -150,7 +150,7 @@ class _Sweep:
         for (repair, attempt), entries in attempts.items():
             if repair > record.repairs:
                 self._counts["open_attempts"] += 1
-            # no record refers to another attempt's pictures; should one ever, they are not garbage
+            # no record refers to another attempt's pictures; if one does, they are not garbage
             elif attempt != record.attempts[repair] and referenced.isdisjoint(path for path, _ in entries):
                 self._counts["attempts"] += 1
                 losers.extend(entries)
@@ -166,7 +166,7 @@ class _Sweep:
 
 
 def _now(storage: Storage, *, dry_run: bool) -> float:
-    """The time by the store's clock, which may be a day off ours; a dry run writes nothing and takes ours."""
+    """The store's time, which may be a day off the local one; a dry run writes nothing and uses the local one."""
     if dry_run:
         return time.time()
     path = f"_job/.probe-{secrets.token_hex(8)}"
@@ -174,7 +174,7 @@ def _now(storage: Storage, *, dry_run: bool) -> float:
     try:
         now = storage.modified(path)
     except FileNotFoundError:
-        return 0.0  # asleep for longer than the grace, so that another sweep took the probe: nothing is old this time
+        return 0.0  # this process slept for a day and another one removed the probe: treat nothing as old
     storage.delete(path)
     return now
 
@@ -183,4 +183,4 @@ def _is_older(storage: Storage, path: str, latest: float) -> bool:
     try:
         return storage.modified(path) <= latest
     except FileNotFoundError:
-        return False  # its owner, or another sweep, has just removed it
+        return False  # its owner or another process has just removed it

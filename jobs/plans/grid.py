@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 
 from latentmill.engine import SAMPLER_CHOICES
 from latentmill.jobs.errors import JobError, UsageError
+from latentmill.jobs.manifests.axes import Axis, count_combinations
 from latentmill.jobs.manifests.fields import Value
-from latentmill.jobs.sweep import Axis, count_combinations
 
 LOOP_FIELDS = ("width", "height", "num_inference_steps", "sampler", "guided")
 MAX_GROUPS = 1024
@@ -29,11 +29,11 @@ MAX_SAMPLES = 10**10
 
 LoopKey = tuple[int, int, int, str, bool]
 RowClass = tuple[int, ...]
-"""One whole number per loop field that no axis gives: samplers by their place in SAMPLER_CHOICES, guided as 0 or 1."""
+"""An integer per loop field that no axis gives: samplers by their index in SAMPLER_CHOICES, guided as 0 or 1."""
 
 
 def class_fields(axes: Sequence[Axis]) -> tuple[str, ...]:
-    """The loop fields that are a matter of the row, because no axis gives them."""
+    """The loop fields that rows decide, because no axis gives them."""
     given = {"guided" if axis.name == "guidance_scale" else axis.name for axis in axes}
     return tuple(name for name in LOOP_FIELDS if name not in given)
 
@@ -65,7 +65,7 @@ def _encode(name: str, value: Value) -> int:
 
 
 def decode_class(fields: Sequence[str], numbers: RowClass) -> list[Value]:
-    """A class as it is stored: samplers by name, because their places may change from version to version."""
+    """A class as it is stored: samplers by name, because their indices may change between versions."""
     return [
         SAMPLER_CHOICES[number] if name == "sampler" else number for name, number in zip(fields, numbers, strict=True)
     ]
@@ -162,12 +162,12 @@ class Grid:
         return tuple(groups)
 
     def check_limits(self) -> None:
-        """Raise UsageError where there are too many groups or too many samples; nothing is enumerated for that."""
+        """Raise UsageError if there are too many groups or samples, without enumerating them."""
         count = len(self.classes) * math.prod(len(_axis_choices(axis)) for axis in self.axes)
         if count > MAX_GROUPS:
             raise UsageError(
                 f"the job mixes {count:,} combinations of size, steps, sampler and guidance, the limit is "
-                f"{MAX_GROUPS:,}: each needs chunks of its own; use fewer, or split the job"
+                f"{MAX_GROUPS:,}: each needs separate chunks; use fewer, or split the job"
             )
         if self.n_samples > MAX_SAMPLES:
             raise UsageError(f"the job has {self.n_samples:,} samples, the limit is {MAX_SAMPLES:,}; split it")
@@ -239,7 +239,7 @@ def _axis_choices(axis: Axis) -> list[tuple[str | None, int, tuple[int, ...]]]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PartRows:
-    """A part's rows as the arithmetic needs them: which row has which class and how many images."""
+    """A part's rows for the arithmetic: each row's class and number of images."""
 
     classes: NDArray[np.int64]
     images: NDArray[np.int64]
@@ -267,7 +267,7 @@ class PartRows:
 
 
 def _digits(combination: int, allowed: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
-    """The places of the axis values in the given combination of a group; the last axis runs fastest."""
+    """The places of the axis values in the given combination of a group; the last axis varies fastest."""
     digits: list[int] = []
     for places in reversed(allowed):
         combination, digit = divmod(combination, len(places))

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from latentmill.jobs.errors import UsageError
+from latentmill.jobs.manifests.axes import Axis
 from latentmill.jobs.manifests.fields import FIELDS, Value
 from latentmill.jobs.models.presets import ModelDefaults, ResolvedModel
 from latentmill.jobs.settings import settings_of
 from latentmill.jobs.spec import JobSpec
-from latentmill.jobs.sweep import Axis
 
 
 def default_parameters(spec: JobSpec, defaults: ModelDefaults) -> dict[str, Value]:

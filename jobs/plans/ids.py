@@ -1,4 +1,4 @@
-"""How many rows share an id: counted in bounded memory, for ids are data and may repeat."""
+"""Counts rows that share an id, in bounded memory: ids are data and may repeat."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 MAX_IDS_COMPARED = 4_000_000
-"""The rows that are looked at, at 8 bytes each."""
+"""Rows that are compared, at 8 bytes each."""
 
 
 class IdCounter:
-    """Counts the rows whose id an earlier one has, among the first `limit` rows; 64 bits of hash stand for an id."""
+    """Counts rows with the id of an earlier row, among the first `limit` rows, by 64-bit hashes of the ids."""
 
     def __init__(self, limit: int = MAX_IDS_COMPARED) -> None:
         self.compared = 0
@@ -19,7 +19,7 @@ class IdCounter:
         self._hashes: list[NDArray[np.int64]] = []
 
     def add(self, ids: pa.Array) -> None:
-        """Take note of some rows' ids."""
+        """Add some rows' ids."""
         left = self._limit - self.compared
         if left > 0:
             hashes = np.fromiter(map(hash, ids[:left].to_pylist()), np.int64)

@@ -1,4 +1,4 @@
-"""An output's plan: published once and resumed ever after, or refused with what differs."""
+"""An output's plan: published once, then resumed, or refused with the differences."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from latentmill.jobs.errors import OutputConflictError, UsageError
 from latentmill.jobs.manifests.fields import shorten
-from latentmill.jobs.plans.draft import DraftPlan, draft_plan
+from latentmill.jobs.plans.draft import DraftPlan
 from latentmill.jobs.plans.planned import (
     FORMAT_VERSION,
     MAX_PLAN_BYTES,
@@ -20,6 +20,7 @@ from latentmill.jobs.plans.planned import (
     parse_plan,
     part_path,
 )
+from latentmill.jobs.plans.planning import draft_plan
 from latentmill.jobs.store.urls import display_url
 
 if TYPE_CHECKING:
@@ -29,19 +30,19 @@ __all__ = ["DraftPlan", "Plan", "PlannedSample", "adopt", "draft_plan", "load_pl
 
 
 def adopt(draft: DraftPlan, storage: Storage) -> Plan:
-    """Afterwards the output has this plan, published now or found there from an earlier start, and its rejected rows.
+    """Afterwards the output has this plan and its rejected rows, published now or by an earlier start.
 
-    Raises OutputConflictError, and has changed nothing that another plan needs, if the output belongs to another plan.
+    Raises OutputConflictError if the output belongs to another plan, and then changes nothing that it needs.
     """
     existing = _read_plan(storage)
     if existing is None:
         for part in range(len(draft.snapshot.parts)):
             storage.create(part_path(draft.digest, part), draft.snapshot.path(part).read_bytes())
         storage.create(PLAN_PATH, canonical(draft.document()).encode())
-        existing = load_plan(storage)  # ours, or that of whoever was faster
+        existing = load_plan(storage)  # this draft's, or another driver's that was faster
     plan = _same_plan(draft, existing)
     if not storage.exists(REJECTED_PATH):
-        # after the plan, because its name is the same for all plans: any other plan's driver has been refused by now
+        # after the plan: all plans use this name, and drivers with another plan have been refused by now
         storage.create(REJECTED_PATH, draft.rejects.path.read_bytes())
     return plan
 
@@ -71,7 +72,7 @@ def _same_plan(draft: DraftPlan, existing: Plan) -> Plan:
         )
     identity = dict(draft.identity)
     if draft.spec.threads_per_actor is None:
-        # not asked for, only derived from this machine: a resumed job keeps its own
+        # derived from this machine, not requested: a resumed job keeps its number
         identity["threads_per_actor"] = existing.threads_per_actor
     if fingerprint(identity) == existing.plan_hash:
         return existing

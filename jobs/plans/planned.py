@@ -16,12 +16,12 @@ from numpy.typing import NDArray
 from latentmill.engine import GenerationRequest
 from latentmill.jobs.errors import JobError, UsageError
 from latentmill.jobs.ledger.records import MAX_ROWS, OWN_FIELDS_BY_FORMAT
+from latentmill.jobs.manifests.axes import Axis
 from latentmill.jobs.manifests.fields import Value, shorten
 from latentmill.jobs.manifests.validate import CARRIED_PREFIX, snapshot_schema
 from latentmill.jobs.models.presets import ResolvedModel
 from latentmill.jobs.plans.grid import MAX_SAMPLES, Grid, Group, Place, class_fields, encode_class
 from latentmill.jobs.plans.snapshot import PartInfo, SnapshotReader
-from latentmill.jobs.sweep import Axis
 
 if TYPE_CHECKING:
     from latentmill.jobs.store.storage import Storage

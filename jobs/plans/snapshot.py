@@ -1,4 +1,4 @@
-"""The manifest as the job keeps it: immutable Parquet parts of valid rows, with a digest of what they say."""
+"""The manifest as the job keeps it: immutable Parquet parts of valid rows, with a digest of their values."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PART_BYTES = 64 << 20
 MAX_RECORDED_REJECTS = 100_000
 _CACHED_PARTS = 3
 _MAX_PART_BYTES = 4 * PART_BYTES
-"""In memory, with the row that filled the part and what Arrow needs beside the values."""
+"""In memory, including the row that filled the part and Arrow's overhead."""
 
 REJECT_SCHEMA = pa.schema(
     [
@@ -48,7 +48,7 @@ class PartInfo:
 
 
 class SnapshotWriter:
-    """Spools valid rows into parts in a local folder. Parts are cut by rows and bytes alone, however batches arrive."""
+    """Spools valid rows into parts in a local folder. Parts are cut by rows and bytes, independent of batches."""
 
     def __init__(
         self, folder: Path, schema: pa.Schema, *, class_fields: Sequence[str], defaults: Mapping[str, Value]
@@ -127,7 +127,7 @@ class SnapshotWriter:
         if len(self.classes) > MAX_GROUPS:
             raise UsageError(
                 f"the manifest mixes more than {MAX_GROUPS:,} combinations of size, steps, sampler and guidance: "
-                "each needs chunks of its own; use fewer, or split the manifest"
+                "each needs separate chunks; use fewer, or split the manifest"
             )
         self._images.append(counts)
 
@@ -176,7 +176,7 @@ class RejectWriter:
 
 
 class SnapshotReader:
-    """Parts as they were planned; the last few are kept. Safe to use from several threads."""
+    """The parts of a plan; the last few stay in memory. Safe to use from several threads."""
 
     def __init__(
         self,
@@ -196,7 +196,7 @@ class SnapshotReader:
         self._lock = threading.Lock()
 
     def part(self, index: int) -> tuple[pa.Table, PartRows]:
-        """One part's rows. Raises JobError if they are not the rows that were planned."""
+        """One part's rows. Raises JobError if they are not the planned rows."""
         with self._lock:
             if index not in self._cache:
                 self._cache[index] = self._load(index)

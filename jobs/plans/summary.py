@@ -12,7 +12,7 @@ from latentmill.jobs.plans.grid import Group
 from latentmill.jobs.spec import SAMPLE_MANIFEST
 
 PNG_BYTES_PER_PIXEL = 1.5
-"""A rough figure for pictures of this kind: half of the raw bytes."""
+"""An estimate: half of the raw bytes."""
 
 MAX_SUSPECTS_SHOWN = 10
 
@@ -47,9 +47,9 @@ class PlanSummary:
     """A plan in numbers.
 
     `tokens_over_limit` counts rows whose prompt or negative prompt has more than `token_limit` tokens, among the first
-    `tokens_checked`; `long_prompts` says what becomes of them. The limit is None where the model's is not known.
-    `parameters` holds the defaults; for those of `row_parameters` the rows decide, for those of `axes` the sweep.
-    `duplicate_ids` counts rows whose id an earlier one has, among the first `ids_compared`. `notes` are worth a look.
+    `tokens_checked`; `long_prompts` says how they are handled. The limit is None if it is unknown.
+    `parameters` holds the defaults; rows override those of `row_parameters`, the sweep those of `axes`.
+    `duplicate_ids` counts rows with the id of an earlier row, among the first `ids_compared`.
     """
 
     plan_hash: str
@@ -95,7 +95,7 @@ class PlanSummary:
 
 
 def suspect_note(suspect: Suspect) -> str:
-    """What is odd about a carried column, and what to do."""
+    """Why a carried column may be a mistake, and the remedy."""
     likeness = "stands for" if suspect.is_alias else "is close to"
     if suspect.beside:
         likeness, remedy = (
@@ -111,7 +111,7 @@ def suspect_note(suspect: Suspect) -> str:
 
 
 def manifest_notes(manifest: Manifest, duplicate_ids: int, ids_compared: int, n_rows: int) -> tuple[str, ...]:
-    """What a user should know of a manifest that is accepted all the same, a line each."""
+    """What a user should know about an accepted manifest, one line each."""
     suspects = manifest.suspects
     notes = [suspect_note(suspect) for suspect in suspects[:MAX_SUSPECTS_SHOWN]]
     if len(suspects) > MAX_SUSPECTS_SHOWN:
@@ -121,10 +121,10 @@ def manifest_notes(manifest: Manifest, duplicate_ids: int, ids_compared: int, n_
     if duplicate_ids:
         among = f" of the first {ids_compared:,}" if ids_compared < n_rows else f" of {n_rows:,}"
         notes.append(
-            f"duplicate ids: {duplicate_ids:,}{among} rows have the id of an earlier one; each is made all the same"
+            f"duplicate ids: {duplicate_ids:,}{among} rows have the id of an earlier one; each is drawn anyway"
         )
     if [source.path for source in manifest.sources] == [str(SAMPLE_MANIFEST)]:
-        notes.append(f"these are the sample prompts, {SAMPLE_MANIFEST}; name a file of your own to draw others")
+        notes.append(f"these are the sample prompts, {SAMPLE_MANIFEST}; name a file to draw others")
     return tuple(notes)
 
 

@@ -25,20 +25,20 @@ from latentmill.jobs.terminal import print_line
 
 if TYPE_CHECKING:
     from latentmill.jobs.outputs.verify import VerifyProgress
-    from latentmill.jobs.progress import Progress  # they bring pyarrow; `--help` must not wait for that
+    from latentmill.jobs.progress import Progress  # they import pyarrow; `--help` must not wait for it
 
 
 PLAIN_EVERY = 10.0
-"""Seconds between two progress lines where there is no terminal."""
+"""Seconds between two progress lines without a terminal."""
 
 _HIDDEN = frozenset(["Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"])
-"""Unicode categories that a terminal obeys, reorders by, or shows as nothing."""
+"""Unicode categories that control a terminal, change the order of text, or are invisible."""
 
 
 def safe(text: object, limit: int | None = None) -> str:
-    """One line that a terminal can only show: every control, bidi mark and invisible character is spelled out.
+    """One harmless line for a terminal: control, bidirectional and invisible characters are escaped.
 
-    What is longer than `limit` characters ends in an ellipsis.
+    A text of more than `limit` characters ends in an ellipsis.
     """
     shown = "".join(map(_spelled, str(text) if limit is None else str(text)[: limit + 1]))
     return shown if limit is None or len(shown) <= limit else shown[: limit - 1] + "…"
@@ -54,18 +54,18 @@ def _spelled(character: str) -> str:
 
 
 def print_json(value: Any) -> None:
-    """The value on standard output; all but ASCII is escaped, so nothing in it can steer a terminal."""
+    """Print JSON; everything but ASCII is escaped, so no value can control a terminal."""
     sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=True, default=str).replace("\x7f", "\\u007f") + "\n")
 
 
 def print_untrusted(text: str) -> None:
-    """Someone else's lines on standard output, with nothing in them that a terminal would obey."""
+    """Print untrusted lines, with control characters escaped."""
     for line in text.splitlines():
         print_line(safe(line.expandtabs()))
 
 
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """A table on standard output; every cell is treated as untrusted."""
+    """Print a table; every cell is treated as untrusted."""
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, header_style="bold")
     for column in columns:
         table.add_column(column, overflow="fold")
@@ -75,7 +75,7 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[obje
 
 
 def print_facts(title: str, facts: Mapping[str, object], *, style: str = "green") -> None:
-    """Names and values: in a frame on a terminal, one `name: value` a line elsewhere. Values are untrusted."""
+    """Print names and values: in a frame on a terminal, else one `name: value` per line. Values are untrusted."""
     console = Console()
     if not console.is_terminal:
         print_line(safe(title))
@@ -91,7 +91,7 @@ def print_facts(title: str, facts: Mapping[str, object], *, style: str = "green"
 
 
 def duration(seconds: float | None) -> str:
-    """`1:02:03`, `2:05`, or a dash for what nobody knows."""
+    """`1:02:03`, `2:05`, or a dash if unknown."""
     if seconds is None:
         return "-"
     minutes, rest = divmod(round(seconds), 60)
@@ -100,7 +100,7 @@ def duration(seconds: float | None) -> str:
 
 
 def size(count: float) -> str:
-    """Bytes in the unit that suits."""
+    """Bytes in a readable unit."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000:
             return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
@@ -109,7 +109,7 @@ def size(count: float) -> str:
 
 
 class Step(Protocol):
-    """How far something is: `done` of `total` in a phase."""
+    """One state of progress: `done` of `total` in a phase."""
 
     @property
     def phase(self) -> str: ...
@@ -120,7 +120,7 @@ class Step(Protocol):
 
 
 class ProgressView(Protocol):
-    """Shows how far something is, from entering to leaving it."""
+    """A context manager that shows progress."""
 
     def __enter__(self) -> Self: ...
     def __exit__(
@@ -140,7 +140,7 @@ def progress_detail(progress: Progress) -> str:
 
 
 def verify_detail(progress: VerifyProgress) -> str:
-    """What `verify` has read, and what was wrong with it."""
+    """What `verify` has read, and the defects found."""
     return f"{progress.images:,} images, {size(progress.bytes)} read, {progress.defects:,} defects"
 
 
@@ -150,8 +150,8 @@ def progress_view(
 ) -> Iterator[ProgressView]:
     """A live bar if standard error is a terminal, plain lines if not; `first` is the phase before the first step.
 
-    It writes to a descriptor of its own, so that it goes on while the executor holds back what libraries write. If
-    `quiet`, it shows notes alone.
+    It writes to a separate descriptor, which works while the executor captures what libraries write. With `quiet`, it
+    shows notes only.
     """
     with os.fdopen(os.dup(2), "w", buffering=1, errors="backslashreplace") as stream:
         view: ProgressView
@@ -175,7 +175,7 @@ class _BarWithDetail(RichBar):
 
 
 class BarView:
-    """A bar that moves, and below it the detail: two lines fit any terminal."""
+    """A moving bar with the detail below: two lines fit any terminal."""
 
     def __init__(
         self, console: Console, first: str = "planning", detail: Callable[[Any], str] = progress_detail
@@ -249,7 +249,7 @@ class QuietView:
 
 
 class LineView:
-    """One line at once, one whenever the phase changes, and one every ten seconds, work or no work."""
+    """One line at the start, one when the phase changes, and one every ten seconds."""
 
     def __init__(
         self,
@@ -282,7 +282,7 @@ class LineView:
         self._thread.join()
 
     def update(self, progress: Step) -> None:
-        """Remember this state; show it now only if the phase is a new one."""
+        """Remember this state; show it now only if the phase is new."""
         with self._lock:
             before = self._first if self._latest is None else self._latest.phase
             changed, self._latest = before != progress.phase, progress
@@ -291,7 +291,7 @@ class LineView:
             self._show()
 
     def stage(self, text: str) -> None:
-        """What this phase waits for, until the next phase: for the lines to come."""
+        """Say in the next lines what this phase waits for, until the next phase."""
         with self._lock:
             self._stage = text
 

@@ -13,10 +13,10 @@ from latentmill.engine.types import Pixels
 from latentmill.jobs.errors import JobError, UsageError
 from latentmill.jobs.job import Job, open_job
 from latentmill.jobs.ledger.pictures import decode_png
+from latentmill.jobs.manifests.axes import Axis
 from latentmill.jobs.outputs.publish import Publication, load_publication, read_columns
 from latentmill.jobs.show.sheets import CAPTION_SIZE, TILE, TITLE_SIZE, Cell, Sheet, draw_sheet, wrap
 from latentmill.jobs.store.errors import ForeignObjectError, StorageError
-from latentmill.jobs.sweep import Axis
 
 REPORT_PREFIX = "report"
 _SHEET = re.compile(rf"{REPORT_PREFIX}/sheet-\d{{4,}}\.png", re.ASCII)
@@ -33,8 +33,8 @@ _NAMES = {"guidance_scale": "guidance", "num_inference_steps": "steps", "negativ
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ReportSummary:
-    """What was drawn: the sheets' paths under `out`, how many of the samples are on them, and how many pictures of
-    those could not be read: they are lost or altered.
+    """What was drawn: the sheets' paths under `out`, how many samples are on them, and how many of their pictures could
+    not be read because they are lost or altered.
     """
 
     out: str
@@ -51,7 +51,7 @@ class ReportSummary:
 def report(
     out_url: str, *, max_sheets: int = MAX_SHEETS, on_sheet: Callable[[int, int], None] = lambda _done, _total: None
 ) -> ReportSummary:
-    """Afterwards OUT/report holds these sheets and none of an earlier report.
+    """Afterwards OUT/report holds these sheets, and no sheet of an earlier report.
 
     Memory holds the labels of `max_sheets` pages and one page's pictures. Raises UsageError if the output has no plan,
     JobError if it is not published.
@@ -134,13 +134,13 @@ class _Book:
     _lines: dict[tuple[int, int], int] = field(default_factory=dict)
 
     def line(self, key: tuple[int, int]) -> int:
-        """The number of a line that goes across pages; past the last page there is only one more."""
+        """The number of a line, counted over all pages; lines past the last page share one number."""
         if key not in self._lines and len(self._lines) < self.max_sheets * _GRID_ROWS:
             self._lines[key] = len(self._lines)
         return self._lines.get(key, self.max_sheets * _GRID_ROWS)
 
     def page(self, key: tuple[object, ...], make: Callable[[], Sheet]) -> Sheet | None:
-        """The page, opened if need be; None if there is no room for another."""
+        """The page, opened if necessary; None if the limit of pages is reached."""
         if key not in self.sheets and len(self.sheets) < self.max_sheets:
             self.sheets[key] = make()
         return self.sheets.get(key)
@@ -149,7 +149,7 @@ class _Book:
 def _locate(
     rows: Iterator[Mapping[str, Any]], images_per_row: Iterator[int], axes: Sequence[Axis]
 ) -> Iterator[_Located]:
-    """Where each row belongs follows from its number alone: prompts, then the axes, the last fastest, then images."""
+    """Each row's place, from its number: prompts, then the axes, the last one fastest, then images."""
     for prompt_number, images in enumerate(images_per_row):
         combinations = itertools.product(*(range(len(axis.values)) for axis in axes))
         places = ((digits, image) for digits in combinations for image in range(images))
@@ -164,7 +164,7 @@ def _locate(
 
 
 def _place_in_line(book: _Book, located: _Located, axes: Sequence[Axis]) -> bool:
-    """One axis: the sample goes into its prompt's line; long axes go on on further pages."""
+    """One axis: the sample goes into its prompt's line; long axes continue on further pages."""
     (axis,) = axes
     line = book.line((located.prompt_number, located.image_number))
     page_down, row = divmod(line, _GRID_ROWS)
@@ -222,7 +222,7 @@ def _plain_sheets(rows: Iterator[Mapping[str, Any]], max_sheets: int) -> list[Sh
 
 
 def _cell(row: Mapping[str, Any], axes: Sequence[Axis], caption: tuple[str, ...] = ()) -> Cell:
-    """Only a picture that passed the safety check is shown, whatever became of the flagged ones."""
+    """Only pictures that passed the safety check are shown, also where flagged ones were kept."""
     number = int(row["sample_id"])
     seed = "" if any(axis.name == "seed" for axis in axes) else f", seed {row['seed']}"
     score = row["nsfw_score"]
@@ -256,7 +256,7 @@ def _rows(job: Job, publication: Publication) -> Iterator[dict[str, Any]]:
             rows = read_columns(job, part, _FIELDS)
         except FileNotFoundError as error:
             raise JobError(
-                f"{part.path} in {job.storage.url} is gone; heal it by: latentmill repair {job.storage.url}"
+                f"{part.path} in {job.storage.url} is missing; heal it by: latentmill repair {job.storage.url}"
             ) from error
         for batch in rows.to_batches(_BATCH_ROWS):
             yield from batch.to_pylist()
@@ -270,4 +270,4 @@ def _pixels(job: Job, image: str, size: tuple[int, int] | None) -> Pixels | None
     except StorageError as error:
         if error.transient:
             raise
-        return None  # a folder in its place, for one
+        return None  # for example, a folder has its name

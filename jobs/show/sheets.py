@@ -40,12 +40,12 @@ class Cell:
     detail: str
     caption: tuple[str, ...]
     size: tuple[int, int] | None = None
-    """Width and height that the picture must have, where they are known."""
+    """Width and height that the picture must have, if known."""
 
 
 @dataclass(kw_only=True, slots=True)
 class Sheet:
-    """One page. Cells are addressed by (row, column); headers may be missing, places may stay empty."""
+    """One page. Cells are addressed by (row, column); headers may be missing, cells may stay empty."""
 
     title: tuple[str, ...]
     column_headers: tuple[str, ...] = ()
@@ -56,7 +56,7 @@ class Sheet:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Layout:
-    """Where things are, in pixels."""
+    """Positions on the page, in pixels."""
 
     tile: int
     left: int
@@ -70,7 +70,7 @@ class _Layout:
 
 
 def draw_sheet(sheet: Sheet, read_pixels: ReadPixels, *, tile: int = TILE) -> Image.Image:
-    """The page as a picture. `read_pixels` gives None for a picture that cannot be read; its place then says so."""
+    """The page as a picture. `read_pixels` gives None for a picture that cannot be read; its cell then says so."""
     layout = _measure(sheet, tile)
     page = Image.new("RGB", (layout.width, layout.height), _PAPER)
     draw = ImageDraw.Draw(page)
@@ -94,7 +94,7 @@ def draw_sheet(sheet: Sheet, read_pixels: ReadPixels, *, tile: int = TILE) -> Im
 
 
 def wrap(text: str, size: int, width: int, max_lines: int) -> list[str]:
-    """The text, made harmless, in at most `max_lines` lines of `width` pixels; what does not fit ends in dots."""
+    """The text, made harmless, in at most `max_lines` lines of `width` pixels; a longer text ends in dots."""
     font = _font(size)
     lines: list[str] = []
     rest = safe(" ".join(text.split()), 1000)

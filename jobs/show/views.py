@@ -30,7 +30,7 @@ _VALUES_SHOWN = 8
 _COLUMNS_SHOWN = 20
 _COLUMN_SHOWN = 60
 _MESSAGE_LINES = 30
-"""Of the words with which a job failed, the last: its error is at their end, and `logs` has all."""
+"""Characters shown of a failed job's message, from its end, where the error is; `logs` has all of it."""
 _PROMPT_SHOWN = 100
 _ERROR_SHOWN = 300
 _UNREADABLE = {
@@ -46,7 +46,7 @@ _LONG_PROMPTS = {
 
 
 def show_plan(plan: PlanSummary, *, quiet: bool = False) -> None:
-    """What a run would do, and the first rows that it would leave out; if `quiet`, only what is odd."""
+    """What a run would do, and the first rows that it would leave out; with `quiet`, only the notes."""
     for note in plan.notes if quiet else ():
         print_line(f"note: {safe(note)}", error=True)
     if quiet:
@@ -101,7 +101,7 @@ def show_plan(plan: PlanSummary, *, quiet: bool = False) -> None:
 
 
 def show_run(summary: RunSummary) -> None:
-    """How the run ended, where everything lies, and what to type next."""
+    """How the run ended, where its files are, and what to type next."""
     counts = summary.counts
     done = counts is not None
     facts: dict[str, object] = {
@@ -147,18 +147,18 @@ def show_run(summary: RunSummary) -> None:
 
 
 def resume_command() -> str:
-    """What the user typed, to be typed again."""
+    """The command that resumes the run."""
     return shlex.join(["latentmill", *sys.argv[1:]])
 
 
 def retry_command() -> str:
-    """What the user typed, to be typed again for those samples alone that failed."""
+    """The command that makes only the failed samples again."""
     typed = sys.argv[1:]
     return shlex.join(["latentmill", *typed, *([] if "--retry-failed" in typed else ["--retry-failed"])])
 
 
 def show_status(report: StatusReport) -> None:
-    """Where a job stands."""
+    """The progress of a job."""
     facts: dict[str, object] = {
         "state": report.state,
         "chunks": f"{report.chunks_committed:,} of {report.chunks:,} committed",
@@ -175,7 +175,7 @@ def show_status(report: StatusReport) -> None:
 
 
 def show_job_status(status: JobStatus) -> None:
-    """Where a job stands in its output, and on its cluster."""
+    """The progress of a job in its output, and its state on its cluster."""
     if status.report is not None:
         show_status(status.report)
     if status.job is not None:
@@ -196,7 +196,7 @@ def show_submission(submission: Submission) -> None:
 
 
 def show_cancelled(job: JobInfo) -> None:
-    """What becomes of a job that was told to stop."""
+    """What happens to a job that was told to stop."""
     going = "it stops once the chunks in flight are done; the same `latentmill submit` resumes it"
     _show_job(job, {"next": going if job.state in {"stopping", "stopped"} else "it had ended before"})
 
@@ -214,7 +214,7 @@ def _show_job(job: JobInfo, more: Mapping[str, object]) -> None:
 
 
 def show_verify(report: VerifyReport) -> None:
-    """What was read again, and what was wrong with it."""
+    """What was read again, and the defects found."""
     facts: dict[str, object] = {
         "read": f"{report.rows:,} rows in {report.chunks:,} chunks, {report.images_checked:,} images, "
         f"{report.parts_checked:,} dataset parts, {size(report.bytes_read)}",
@@ -234,7 +234,7 @@ def show_verify(report: VerifyReport) -> None:
 
 
 def show_repair(report: RepairReport) -> None:
-    """What is as it was written again, and what is not, with the reason."""
+    """What was restored, and what was not, with the reason."""
     counts = Counter(defect.kind for defect in report.healed)
     facts: dict[str, object] = {
         "found": f"{report.defects:,} defects" if report.defects else "nothing to heal",
@@ -261,14 +261,14 @@ def _repair_facts(report: VerifyReport) -> dict[str, object]:
     if report.repairs:
         facts["repairs"] = f"{report.repairs:,} repair records, which the rows include"
     if report.superseded_parts:
-        facts["superseded"] = f"{report.superseded_parts:,} parts of another publication, until they are swept"
+        facts["superseded"] = f"{report.superseded_parts:,} parts of another publication, until `clean` removes them"
     return facts
 
 
 def show_clean(report: CleanReport) -> None:
-    """What was swept, what was kept, and why."""
+    """What was removed, what was kept, and why."""
     facts: dict[str, object] = {
-        "would sweep" if report.dry_run else "swept": f"{report.objects:,} objects, {size(report.bytes)}",
+        "would remove" if report.dry_run else "removed": f"{report.objects:,} objects, {size(report.bytes)}",
         "lost attempts": f"{report.attempts:,} with {report.images:,} images",
         "leftovers": f"{report.temporary_files:,} temporary files, {report.probes:,} probes, "
         f"{report.parts:,} dataset parts that nothing refers to; a day old at least",
@@ -286,7 +286,7 @@ def show_clean(report: CleanReport) -> None:
 
 
 def show_report(report: ReportSummary) -> None:
-    """Where the sheets lie."""
+    """Where the sheets are."""
     facts: dict[str, object] = {
         "sheets": f"{len(report.sheets)}",
         "samples": f"{report.samples_shown:,} of {report.samples:,}"

@@ -1,1 +1,1 @@
-"""Disks and object stores behind one door."""
+"""Disks and object stores behind one interface."""

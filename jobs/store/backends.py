@@ -1,4 +1,4 @@
-"""Where objects lie: in a bucket here, in a folder in `local.py`. One try a call, with the place's own exceptions."""
+"""Buckets as storage (folders are in `local.py`): one try per call, with the store's own exceptions."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class ObjectStore:
     def __init__(self, fs: Any, root: str, lock: threading.Lock | None) -> None:
         self._fs = fs
         self._root = root.rstrip("/")
-        self._lock = lock  # the in-memory store has no conditional write of its own
+        self._lock = lock  # the in-memory store has no conditional write
         # s3fs asks for the size before it reads, to read in parallel; one request is better for small objects
         self._read_options = {"max_concurrency": 1} if "s3" in fs.protocol else {}
 
@@ -102,7 +102,7 @@ class ObjectStore:
 
 
 class CheckThenWrite:
-    """A store without create-only writes: a create looks first. Between two drivers that is no protection."""
+    """A store without create-only writes: a create checks first, which does not protect against a second driver."""
 
     def __init__(self, backend: Backend) -> None:
         self._backend = backend

@@ -1,4 +1,4 @@
-"""What a disk's or an object store's error means: try again, a refused create, or a one-line end."""
+"""What errors of disks and object stores mean: try again, a refused create, or a final error of one line."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from latentmill.jobs.errors import JobError
 
 
 class StorageError(JobError):
-    """A disk or an object store that fails, after the retries that it deserved.
+    """A disk or an object store that still fails after all retries.
 
-    `transient`: it was out of reach for as long as was waited; otherwise only somebody's hand can help.
+    `transient`: it was unreachable for the whole wait; otherwise the user must act.
     """
 
     def __init__(self, message: str, *, transient: bool = False) -> None:
@@ -20,18 +20,18 @@ class StorageError(JobError):
 
 
 class ForeignObjectError(StorageError):
-    """What no job puts into an output: a name that leads out of it, a link, a pipe, a device, too large a file."""
+    """An object that no job writes: a name that leads out of the output, a link, a pipe, a device, too large a file."""
 
 
 FOREIGN_REMEDY = "no job puts that there: remove it, or restore the output from a copy"
 
 
 class NotShownError(ConnectionError):
-    """A store that does not show yet what it has just taken: it may do so in a moment."""
+    """A store does not show an object yet that it has just accepted; worth another try."""
 
 
 def is_inside(path: str) -> bool:
-    """Whether a path names something below the root that it is joined to, and in one spelling."""
+    """Whether a path stays below the root that it is joined to, and is normalised."""
     return not {"", ".", ".."} & set(path.split("/")) and "\0" not in path
 
 
@@ -68,9 +68,9 @@ _URL_SECRETS = re.compile(r"(?<=://)[^/@\s]*@|\?\S*")
 
 
 def store_code(error: BaseException) -> str:
-    """The store's own word for an error (`AccessDenied`), its HTTP status otherwise, or an empty string."""
+    """The store's code for an error (`AccessDenied`), its HTTP status otherwise, or an empty string."""
     if type(error).__name__ in _CUT_SHORT:
-        return ""  # what it was caused by has a code too, of aiohttp's own: the store has said nothing of it
+        return ""  # its cause has a code of aiohttp's, which is not the store's
     for link in (error, error.__cause__, error.__context__):
         response = getattr(link, "response", None)
         if isinstance(response, dict) and "Error" in response:
@@ -83,7 +83,7 @@ def store_code(error: BaseException) -> str:
 
 
 def _http_status(error: BaseException) -> int:
-    """The status behind an error code of the store's own; 0 if there is none."""
+    """The HTTP status of a store's error code; 0 if unknown."""
     for link in (error, error.__cause__, error.__context__):
         response = getattr(link, "response", None)
         if isinstance(response, dict) and "HTTPStatusCode" in response.get("ResponseMetadata", {}):
@@ -98,13 +98,13 @@ def is_refused_create(error: BaseException) -> bool:
 
 
 def knows_no_create(error: BaseException) -> bool:
-    """Whether the store has never heard of create-only writes."""
+    """Whether the store does not support create-only writes."""
     return store_code(error) in _NO_CREATE_CODES
 
 
 def is_transient(error: BaseException) -> bool:
-    """Whether the same call may well succeed in a moment."""
-    code = "" if isinstance(error, NotShownError) else store_code(error)  # which would be that of its cause
+    """Whether the same call may succeed soon."""
+    code = "" if isinstance(error, NotShownError) else store_code(error)  # else it would be its cause's code
     if code in _FULL_CODES | _NO_CREATE_CODES:
         return False
     if code:
@@ -116,7 +116,7 @@ def is_transient(error: BaseException) -> bool:
     kind = type(error)
     if kind.__module__.split(".")[0] in _CLIENT_LIBRARIES:
         return _PERMANENT_NAMES.search(kind.__name__) is None
-    return isinstance(error, ConnectionError | TimeoutError)  # fsspec's own timeout is one, too
+    return isinstance(error, ConnectionError | TimeoutError)  # includes fsspec's timeout
 
 
 def describe(error: BaseException) -> str:
@@ -124,13 +124,13 @@ def describe(error: BaseException) -> str:
     code = store_code(error)
     strerror = error.strerror if isinstance(error, OSError) and error.__cause__ is None else None
     text = _URL_SECRETS.sub("", strerror or str(error) or type(error).__name__)
-    text = "".join(letter if letter.isprintable() else " " for letter in text)  # a server's words, on a terminal
+    text = "".join(letter if letter.isprintable() else " " for letter in text)  # a server's text may reach a terminal
     text = " ".join(text.split())[:300]
     return f"{code}: {text}" if code and code not in text else text
 
 
 def remedy(error: BaseException) -> str:
-    """What the user can do about an error that will not go away by itself."""
+    """The remedy for a lasting error."""
     code, number = store_code(error), error.errno if isinstance(error, OSError) else None
     resume = "then run the same command again: it resumes"
     answers = (

@@ -1,8 +1,8 @@
-"""A folder on a POSIX disk, and nothing but that folder, whatever lies in it.
+"""A folder on a POSIX disk as storage; no call leaves the folder.
 
-Each part of a path is opened by itself below the one before it, and never through a symbolic link (`openat` with
-O_NOFOLLOW): nobody who may write into an output can lead a call out of it, not even between a check and the call. Only
-the root may be a link, for the user chose it.
+Each part of a path is opened below the one before it, never through a symbolic link (`openat` with O_NOFOLLOW). So
+whoever can write into an output cannot redirect a call, not even between a check and the call. Only the root, which
+the user chose, may be a link.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from latentmill.jobs.store.errors import FOREIGN_REMEDY, ForeignObjectError
 
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 _BELOW = _FOLDER | os.O_NOFOLLOW
-_INPUT = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC  # nobody waits for the writer of a pipe
+_INPUT = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC  # never wait for the writer of a pipe
 _OUTPUT = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 
 Publish = Callable[[int, str, str], object]
@@ -28,7 +28,7 @@ Publish = Callable[[int, str, str], object]
 
 
 class LocalFolder:
-    """What a call returns from has been flushed to the disk, names included. Paths are as `check_name` lets them be."""
+    """When a call returns, its data and names are flushed to the disk. Paths are as `check_name` lets them be."""
 
     def __init__(self, root: str) -> None:
         self._root = Path(root)
@@ -87,7 +87,7 @@ class LocalFolder:
             return
 
     def _walk(self, prefix: str, *, hidden: bool) -> Iterator[tuple[str, int]]:
-        """Everything below a folder that is no folder, links and pipes too: it has a name there, whatever it is."""
+        """The paths of everything below a folder except folders; links and pipes included."""
         folders = [prefix]
         while folders:
             folder = folders.pop()
@@ -101,7 +101,9 @@ class LocalFolder:
                             if hidden or not dotted:
                                 folders.append(path)
                         elif dotted == hidden:
-                            with contextlib.suppress(FileNotFoundError):  # a temporary file of somebody just ready
+                            with contextlib.suppress(
+                                FileNotFoundError
+                            ):  # a temporary file that was just renamed or removed
                                 found.append((path, entry.stat(follow_symlinks=False).st_size))
             except FileNotFoundError:
                 continue
@@ -133,7 +135,7 @@ class LocalFolder:
 
     @contextmanager
     def _folder(self, names: Sequence[str], *, make: bool = False) -> Iterator[int]:
-        """A handle of the folder below the root; with `make` it is there afterwards, durably."""
+        """A handle of the folder below the root; with `make` it is created, durably."""
         handle = self._open_root(make=make)
         try:
             for depth, name in enumerate(names, start=1):
@@ -150,7 +152,7 @@ class LocalFolder:
         except FileNotFoundError:
             if not make:
                 raise
-        with contextlib.suppress(FileExistsError):  # somebody else has just made it
+        with contextlib.suppress(FileExistsError):  # another process has just made it
             os.mkdir(name, dir_fd=folder)
             os.fsync(folder)
         return self._open(folder, name, _BELOW, path)
@@ -181,7 +183,7 @@ class LocalFolder:
         return os.open(self._root, _FOLDER)
 
     def _regular(self, path: str, status: os.stat_result) -> os.stat_result:
-        """The same status. Raises ForeignObjectError if it is not that of a regular file."""
+        """The same status. Raises ForeignObjectError for anything but a regular file."""
         if not stat.S_ISREG(status.st_mode):
             kind = _KINDS.get(stat.S_IFMT(status.st_mode), "no regular file")
             raise self._foreign(path, f"is {kind}")

@@ -1,11 +1,11 @@
-"""Parquet files that lie in memory, as tables: by Arrow's plain reader, and in the calling thread only.
+"""Parquet files in memory as tables, read in the calling thread with limits.
 
 `pyarrow.parquet.read_table` goes through the dataset scanner, whose threads may outlive the call: in a process that
 ends soon afterwards they abort it (measured: 55 of 120 exits with pyarrow 26; apache/arrow issues 34314 and 50482).
 
 A file of a few kilobytes can unpack to gigabytes: a page packs a thousandfold, and a value that stands once in a
-dictionary may be that of every row. So the footer says first how much it may be, and where a dictionary may matter,
-texts stay in theirs until they have been counted.
+dictionary may be that of every row. So the sizes in the footer are checked first, and texts stay dictionary-encoded
+until they are counted.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 _UNCOUNTED_BYTES = 64 << 20
-"""What may be unpacked without being counted."""
+"""Bytes that may be unpacked without counting."""
 
 
 class OversizeError(ValueError):
@@ -85,7 +85,7 @@ def _is_fixed(kind: Any) -> bool:
 
 
 def _text_bytes(column: pa.ChunkedArray) -> int:
-    """What the texts are together, counted in their dictionaries."""
+    """The texts' total size, from their dictionaries."""
     total = 0
     for piece in column.chunks:
         if not pa.types.is_dictionary(piece.type):

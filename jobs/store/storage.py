@@ -1,4 +1,4 @@
-"""The one door to disks and object stores: whole objects in, whole objects out, and a create that has one winner.
+"""The one interface to disks and object stores: whole objects, and a create that only one caller wins.
 
 Nothing here streams into an output: fsspec commits a partial object when an exception leaves `with fs.open(…, "wb")`.
 """
@@ -41,10 +41,10 @@ TRIES = 24
 """At most so many tries. With a quarter of all answers faulty, a call then fails once in 10^14."""
 
 LARGEST = 2 << 30
-"""Bytes of the largest object that a job writes; readers that know better say so."""
+"""Bytes of the largest object that a job writes; callers may pass a smaller limit."""
 
 SINGLE_WRITER_PATH = "_job/single-writer.txt"
-"""Says that the store of this output has no create-only writes: every process that opens the output must know."""
+"""Marks an output whose store has no create-only writes, for every process that opens it."""
 
 _SINGLE_WRITER_TEXT = (
     b"The store of this dataset ignores create-only writes (If-None-Match), so its commit records are looked for and "
@@ -93,7 +93,7 @@ class Storage:
 
     @classmethod
     def of_output(cls, url: str) -> Storage:
-        """The storage of an output that a job has begun: it knows whether its creates must look before they write."""
+        """The storage of an existing output, which records whether creates must check before they write."""
         storage = cls.open(url)
         try:
             storage.read(SINGLE_WRITER_PATH, _NOTE_BYTES)  # not looked up: S3 answers a refused HEAD without saying why
@@ -118,12 +118,12 @@ class Storage:
     def create(self, path: str, data: bytes) -> bool:
         """Put if absent: True if this call made the object, durably; False if there is one.
 
-        After a lost answer the object may be this call's own although it says False: whoever must know, compares.
+        After a lost answer the object may be this call's own although it says False: compare the content if it matters.
         """
         return self._patiently("create", path, lambda: self._backend.create(path, data))
 
     def exists(self, path: str) -> bool:
-        """Whether there is such an object (a folder is none)."""
+        """Whether the object exists (a folder is not an object)."""
         try:
             self.size(path)
         except FileNotFoundError:
@@ -147,14 +147,14 @@ class Storage:
         return self._patiently("look up", path, lambda: self._backend.modified(path))
 
     def delete(self, path: str) -> None:
-        """Afterwards there is no such object."""
+        """Afterwards the object does not exist."""
         self._patiently("delete", path, lambda: self._backend.delete(path))
 
     def probe(self, *, allow_single_writer: bool = False) -> Storage:
         """The storage that a job may write to: this user can write, read and list, and a key is created only once.
 
-        With `allow_single_writer` a store whose create overwrites is accepted too; the answer then looks before it
-        writes. Raises UsageError otherwise, and leaves nothing behind.
+        With `allow_single_writer` a store whose create overwrites is accepted too; its creates then check before
+        they write. Raises UsageError otherwise; no probe is left.
         """
         path = f"_job/.probe-{secrets.token_hex(8)}"
 
@@ -180,7 +180,7 @@ class Storage:
             raise UsageError(str(error)) from error
         with contextlib.suppress(StorageError):  # a store that forbids deletion keeps the probe, which no reader sees
             self._patiently("delete", path, lambda: self._backend.delete(path))
-        if back == _FIRST:  # what stands decides: an answer may have been lost
+        if back == _FIRST:  # the stored content decides: an answer may have been lost
             return self
         if not allow_single_writer:
             raise UsageError(
@@ -202,7 +202,7 @@ class Storage:
                 self._patiently("write to", path, partial(self._backend.write, path, content))
 
     def mark_single_writer(self) -> None:
-        """Afterwards every process that opens this output knows how it must create, if the store needs that."""
+        """Afterwards the output is marked, if its store has no create-only writes."""
         if self.single_writer and not self.exists(SINGLE_WRITER_PATH):
             self.write(SINGLE_WRITER_PATH, _SINGLE_WRITER_TEXT)
 

@@ -17,14 +17,14 @@ def allowed_filesystem(url: str, *, repeats: bool = False) -> tuple[AbstractFile
     """Open the filesystem of `url` without a listings cache and return it with the path inside it.
 
     A bare path is local, made absolute. Anything but the allowed protocols is refused, chained URLs too, because they
-    reach other protocols through the back door. Nothing is contacted yet. `repeats`: the caller repeats failed calls
+    reach other protocols indirectly. Nothing is contacted yet. `repeats`: the caller repeats failed calls
     itself.
     """
     if not url.strip():
         raise UsageError("the address is empty; give a local path or a URL such as s3://bucket/prefix")
     if "\0" in url or "::" in url:
         raise UsageError(f"{display_url(url)!r} is a chained or malformed URL; give one plain path or URL without '::'")
-    from latentmill.jobs.store.clients import open_client  # it brings fsspec along, which `--help` can do without
+    from latentmill.jobs.store.clients import open_client  # it imports fsspec, which `--help` does not need
 
     protocol, separator, rest = url.partition("://")
     if not separator:
@@ -48,7 +48,7 @@ def display_url(url: str) -> str:
         return url
     host, slash, path = rest.partition("?")[0].partition("/")
     user, at, after = host.rpartition("@")
-    # abfs://container@account is an address, not a user; whatever has a colon before the @ is a password.
+    # abfs://container@account is an address, not a user; a colon before the @ means a password.
     if at and (":" in user or protocol != "abfs"):
         host = after
     return f"{protocol}://{host}{slash}{path}"

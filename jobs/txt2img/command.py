@@ -1,4 +1,4 @@
-"""`latentmill txt2img` as a user meets it: what it says before, while and after it draws."""
+"""The command `latentmill txt2img`: its messages before, during and after drawing."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""The original command's YAML configs: what they say of a model, held against what its checkpoint holds.
+"""The original command's YAML configs: the facts about a model, compared with its checkpoint.
 
-A config can name classes (`target:`). They are compared with the few that are known by their last word, and nothing is
-ever imported or called by them.
+A config can name classes (`target:`). Their last word is compared with the few known classes; nothing is imported or
+called by name.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class CompVisConfig:
         return default if value is None else value
 
     def model_spec(self, checkpoint: str) -> OriginalModelSpec:
-        """The checkpoint, with what only the config tells of it. What the config leaves out is as in the original."""
+        """The checkpoint, with the facts that only the config gives. What it leaves out has the original's default."""
         told: dict[str, Any] = {
             name: self._number(name, whole=name == "timesteps")
             for name in ("scale_factor", "timesteps", "linear_start", "linear_end", "cosine_s")
@@ -94,7 +94,7 @@ class CompVisConfig:
         )
 
     def check(self, model: ModelDescription) -> None:
-        """Raises UsageError that names the first fact in which config and checkpoint differ."""
+        """Raise UsageError for the first fact in which config and checkpoint differ."""
         for path, expected, default in self._facts(model):
             said = self.get(path, default)
             if said is not None and not _same(said, expected):
@@ -110,7 +110,7 @@ class CompVisConfig:
     def _number(self, name: str, *, whole: bool) -> float:
         value = self.get(f"{MODEL}.{name}")
         try:
-            # PyYAML takes numbers such as 1e-4 for words.
+            # PyYAML reads numbers such as 1e-4 as text.
             number = float("" if isinstance(value, bool) else value)
         except (TypeError, ValueError, OverflowError):
             number = math.nan
@@ -205,19 +205,19 @@ class CompVisConfig:
             yield f"{path}.target", name, None
 
     def _text_facts(self, model: ModelDescription) -> Iterator[tuple[str, Any, Any]]:
-        tower, params = model.layout.blueprint.towers[0], f"{TEXT}.params"
-        if tower.kind == "ldm-bert":
+        encoder, params = model.layout.blueprint.towers[0], f"{TEXT}.params"
+        if encoder.kind == "ldm-bert":
             yield from self._class_fact(TEXT, "BERTEmbedder")
-            yield f"{params}.n_embed", tower.width, None
-            yield f"{params}.n_layer", tower.config["encoder_layers"], None
-            yield f"{params}.max_seq_len", tower.max_tokens, 77
-        elif tower.config["hidden_act"] == "gelu":
+            yield f"{params}.n_embed", encoder.width, None
+            yield f"{params}.n_layer", encoder.config["encoder_layers"], None
+            yield f"{params}.max_seq_len", encoder.max_tokens, 77
+        elif encoder.config["hidden_act"] == "gelu":
             yield from self._class_fact(TEXT, "FrozenOpenCLIPEmbedder")
             yield f"{params}.layer", "penultimate", "last"
         else:
             yield from self._class_fact(TEXT, "FrozenCLIPEmbedder")
             yield f"{params}.layer", "last", "last"
-            yield f"{params}.max_length", tower.max_tokens, 77
+            yield f"{params}.max_length", encoder.max_tokens, 77
 
 
 def _multiples(widths: tuple[int, ...]) -> list[float]:
@@ -239,7 +239,7 @@ def _same(said: Any, expected: Any) -> bool:
         return len(said) == len(expected) and all(map(_same, said, expected))
     if isinstance(expected, int | float) and not isinstance(said, list | dict):
         try:
-            # PyYAML takes numbers such as 1e-4 for words.
+            # PyYAML reads numbers such as 1e-4 as text.
             return math.isclose(float(said), expected)
         except ValueError:
             return False

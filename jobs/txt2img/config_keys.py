@@ -81,7 +81,7 @@ SECTIONS = (
     Section(
         path=f"{FIRST}.params",
         read=_words("ddconfig embed_dim n_embed"),
-        # `ckpt_path` too: the checkpoint holds every weight of the first stage.
+        # `ckpt_path` too: the checkpoint holds every weight of the autoencoder.
         inert=_words(
             "lossconfig ckpt_path ignore_keys image_key colorize_nlabels monitor batch_resize_range scheduler_config "
             "lr_g_factor remap sane_index_shape use_ema ema_decay learn_logvar"

@@ -46,7 +46,7 @@ class _Request(GenerationRequest):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Txt2ImgPlan:
-    """All that is decided before a network is loaded. `batches` holds the prompts of one iteration."""
+    """All decisions before a network is loaded. `batches` holds the prompts of one iteration."""
 
     options: Txt2ImgOptions
     spec: ModelSpec
@@ -264,14 +264,14 @@ def run_txt2img(
     for batch in generate_batches(plan, engine):
         safe = [picture_to_save(result, plan) for result in batch]
         if not options.skip_save:
-            saved += [folder.save_sample(mark(picture)) for picture in safe]
+            saved += [folder.save_sample(watermarked(picture)) for picture in safe]
         if not options.skip_grid:
             pictures += safe
         results += [replace(result, pixels=None) for result in batch]
         on_batch(len(results))
     return Txt2ImgSummary(
         samples=tuple(saved),
-        grid=None if options.skip_grid else folder.save_grid(mark(draw_grid(pictures, plan.per_row))),
+        grid=None if options.skip_grid else folder.save_grid(watermarked(draw_grid(pictures, plan.per_row))),
         flagged=sum(result.safety is not None and result.safety.flagged for result in results),
         failures=tuple(result.error for result in results if result.error is not None),
         cut_prompts=sum(result.prompt_tokens > limit for result in results),
@@ -285,8 +285,8 @@ def picture_to_save(result: GenerationResult, plan: Txt2ImgPlan) -> Pixels:
     return np.zeros((plan.height, plan.width, 3), np.uint8)
 
 
-def mark(pixels: Pixels) -> Pixels:
+def watermarked(pixels: Pixels) -> Pixels:
     """The pixels with the original's watermark."""
-    from latentmill.engine import embed_watermark  # it brings torch along
+    from latentmill.engine import embed_watermark  # it imports torch
 
     return embed_watermark(pixels, WATERMARK, WATERMARK_METHOD)

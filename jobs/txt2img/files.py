@@ -1,4 +1,4 @@
-"""Where the original command puts its pictures: numbers counted from what is there, and one grid of them all."""
+"""The output files of the original command: pictures numbered from the existing ones, and one grid."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ import pytest
 
 from latentmill.jobs.errors import UsageError
 from latentmill.jobs.outputs.verify import verify
-from latentmill.jobs.plans.draft import draft_plan
+from latentmill.jobs.plans.planning import draft_plan
 from latentmill.jobs.worker import load_engine
 from tests.engine.diffusers_models import write_sd3
 from tests.jobs.driver import job_spec, read_dataset, run

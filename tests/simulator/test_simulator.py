@@ -78,7 +78,7 @@ def test_committing_before_the_images_are_written_is_caught(monkeypatch: pytest.
 
 
 def test_sweeping_attempts_at_open_chunks_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    losers = clean_module._Sweep._losers
+    losers = clean_module._Cleaning._losers
 
     def everything_if_open(self, found):
         chunk, attempts = found
@@ -86,7 +86,7 @@ def test_sweeping_attempts_at_open_chunks_is_caught(monkeypatch: pytest.MonkeyPa
             return [entry for entries in attempts.values() for entry in entries]
         return losers(self, found)
 
-    monkeypatch.setattr(clean_module._Sweep, "_losers", everything_if_open)
+    monkeypatch.setattr(clean_module._Cleaning, "_losers", everything_if_open)
     assert_caught("I2 I6", within=400)
 
 
@@ -163,5 +163,5 @@ def test_sweeping_repairs_by_their_commit_record_is_caught(monkeypatch: pytest.M
             return []
         return [entry for (_, attempt), entries in attempts.items() if attempt != record.attempt for entry in entries]
 
-    monkeypatch.setattr(clean_module._Sweep, "_losers", by_the_commit_record)
+    monkeypatch.setattr(clean_module._Cleaning, "_losers", by_the_commit_record)
     assert_caught("I2 I6", within=100)

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from latentmill.jobs.errors import UsageError
-from latentmill.jobs.manifests import readers
+from latentmill.jobs.manifests import csv_reader, readers
 from latentmill.jobs.manifests.fields import FIELDS, FieldError
 from latentmill.jobs.manifests.manifest import open_manifest
 
@@ -62,7 +62,7 @@ def test_blank_lines_by_the_million_are_refused_and_those_between_blocks_are_not
 
 
 def test_a_record_without_end_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(readers, "MAX_RECORD_BYTES", 1_000)
+    monkeypatch.setattr(csv_reader, "MAX_RECORD_BYTES", 1_000)
     for start in ("", "prompt\nfine\n"):
         (tmp_path / "m.csv").write_text(start + '"a","\n' * 1_000)
         with pytest.raises(UsageError, match="record of more than 1,000 bytes"):
@@ -73,7 +73,7 @@ def test_a_record_without_end_is_refused(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("name", "words"),
-    [("fifo", "is a pipe"), ("dangling", "leads nowhere"), ("loop", "leads nowhere"), ("device", "is a device")],
+    [("fifo", "is a pipe"), ("dangling", "is a broken link"), ("loop", "is a broken link"), ("device", "is a device")],
 )
 def test_what_is_no_file_is_named_and_not_opened(tmp_path, name, words):
     path = tmp_path / f"{name}.txt"

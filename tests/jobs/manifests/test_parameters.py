@@ -15,9 +15,9 @@ from PIL import Image, PngImagePlugin
 from latentmill.engine import SAMPLER_CHOICES, SAMPLER_LABELS, GenerationRequest
 from latentmill.jobs.errors import UsageError
 from latentmill.jobs.ledger.pictures import encode_png
+from latentmill.jobs.manifests.flags_reader import read_flags
 from latentmill.jobs.manifests.manifest import open_manifest
 from latentmill.jobs.manifests.parameters import find_sampler, parameters_text, read_parameters
-from latentmill.jobs.manifests.prompt_flags import read_flags
 from latentmill.jobs.manifests.readers import MAX_ROW_BYTES
 from tests.jobs.driver import job_spec, read_dataset, run
 

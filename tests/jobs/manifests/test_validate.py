@@ -9,8 +9,9 @@ import pytest
 from latentmill.jobs.errors import UsageError
 from latentmill.jobs.manifests.fields import FIELDS
 from latentmill.jobs.manifests.readers import RowBatch
+from latentmill.jobs.manifests.rules import Rules
 from latentmill.jobs.manifests.tokens import TokenCounter
-from latentmill.jobs.manifests.validate import Rules, check_job, snapshot_schema, validate
+from latentmill.jobs.manifests.validate import check_job, snapshot_schema, validate
 
 DEFAULTS = {
     "negative_prompt": "", "seed": 42, "width": 256, "height": 256, "num_inference_steps": 20, "guidance_scale": 4.0,

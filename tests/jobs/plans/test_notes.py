@@ -64,7 +64,7 @@ def test_parameters_of_rows_are_told_from_defaults_and_axes(draft):
 def test_shared_ids_are_counted_and_allowed(draft):
     plan = draft("prompt,id\na,x\nb,x\nc,y\nd,x\n")
     assert (plan.rows, plan.duplicate_ids, plan.ids_compared) == (4, 2, 4)
-    assert plan.notes == ("duplicate ids: 2 of 4 rows have the id of an earlier one; each is made all the same",)
+    assert plan.notes == ("duplicate ids: 2 of 4 rows have the id of an earlier one; each is drawn anyway",)
     assert draft("prompt,id\na,x\nb,y\n").notes == ()
     assert draft("prompt\na\na\n").notes == ()
 

@@ -1,18 +1,29 @@
-"""Prompt lines with flags, as two web UIs' scripts take them; nothing in them is ever executed.
+"""Text manifests whose lines hold prompts with flags, as the scripts of two web UIs take them.
 
-`--prompt "a cat" --seed 3 --sampler_name "Euler a"`: every value behind its flag, quoted as in a shell.
+`--prompt "a cat" --seed 3 --sampler_name "Euler a"`: every value after its flag, quoted as in a shell.
 `a cat --n blurry --d 3 --s 20`: the prompt first, then one-letter flags.
+Nothing in a line is executed.
 """
 
 from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from latentmill.jobs.manifests.fields import nearest, shorten
 from latentmill.jobs.manifests.parameters import find_sampler, unknown_sampler
+from latentmill.jobs.manifests.readers import (
+    TOO_LONG,
+    Layout,
+    ManifestFile,
+    ParsedRow,
+    Reader,
+    RowBatch,
+    parsed_batch,
+    read_lines,
+)
 
 COLUMNS = (
     "prompt",
@@ -49,6 +60,33 @@ _SHORT = {
 _INLINE_FLAG = re.compile(r"(?:^|\s)--(?=[A-Za-z])")
 
 
+class FlagsReader(Reader):
+    """Rows are numbered by line: blank lines count, but are not rows."""
+
+    def scan(self, file: ManifestFile) -> Layout:  # noqa: ARG002 - the columns are always the same
+        """The columns that a line can give."""
+        return Layout(own=COLUMNS, carried=())
+
+    def read(self, file: ManifestFile, layout: Layout) -> Iterator[RowBatch]:
+        """A row for each line with text."""
+        number = 0
+        with file.open() as stream:
+            for lines in read_lines(stream):
+                rows: list[tuple[int, ParsedRow]] = []
+                for line in lines:
+                    number += 1
+                    if line is None:
+                        rows.append((number, ({}, TOO_LONG)))
+                    elif line.strip():
+                        rows.append((number, read_flags(line.removesuffix("\r"))))
+                yield parsed_batch(rows, layout)
+
+    def looks_like(self, start: bytes) -> bool:
+        """One of the first lines begins with `--prompt`."""
+        lines = start.decode("utf-8", "replace").split("\n")
+        return any(line.startswith(("--prompt ", "--prompt=")) for line in lines)
+
+
 def read_flags(line: str) -> tuple[dict[str, Any], str | None]:
     """A line's columns, and why they cannot be used, or None. A line without flags is a prompt."""
     long = line.lstrip().startswith("--")
@@ -65,7 +103,7 @@ def read_flags(line: str) -> tuple[dict[str, Any], str | None]:
         if column in row:
             return {"prompt": line}, f"--{flag} is given twice; leave one out"
         row[column] = value
-    if row.get("seed") == "-1":  # any seed: the job's own
+    if row.get("seed") == "-1":  # any seed: the job's default
         del row["seed"]
     if "sampler" in row:
         name = row["sampler"]
@@ -89,7 +127,7 @@ def _long_flags(line: str) -> list[tuple[str, str]]:
             given[-1][1].append(word)
     empty = next((flag for flag, values in given if not values), None)
     if empty is not None:
-        raise ValueError(f"--{empty} has no value; write one behind it")
+        raise ValueError(f"--{empty} has no value; write one after it")
     return [(flag, " ".join(values)) for flag, values in given]
 
 
@@ -107,3 +145,6 @@ def _unknown(flag: str, known: Mapping[str, str]) -> str:
     return (
         f"--{shorten(flag)[1:-1]} is unknown{nearest(flag, known)}; known: {', '.join(f'--{name}' for name in known)}"
     )
+
+
+FLAGS = FlagsReader()

@@ -1,4 +1,4 @@
-"""JSON manifests as batches of rows: an object per line, or one array of objects or prompts; streaming both."""
+"""JSON manifests: one object per line, or one array of objects or prompts; both are streamed."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import codecs
 import json
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import IO, Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from latentmill.jobs.errors import UsageError
 from latentmill.jobs.manifests import readers
 from latentmill.jobs.manifests.aliases import read_names
 from latentmill.jobs.manifests.fields import FIELDS, shorten
-from latentmill.jobs.manifests.readers import MAX_COLUMNS, TOO_LONG, Layout, Opener, RowBatch, read_lines
+from latentmill.jobs.manifests.readers import MAX_COLUMNS, TOO_LONG, Layout, ManifestFile, Reader, RowBatch, read_lines
 
 _SPACE = " \t\r\n"
 _SPACES = re.compile(f"[{_SPACE}]*")
@@ -25,11 +26,11 @@ Record = tuple[int, dict[str, Any], str | None]
 """A row's number in its file, its values, and why it cannot be used, or None."""
 
 Records = Callable[[IO[bytes], bool], Iterator[list[Record]]]
-"""Reads a file by the block; the second argument says whether aliases of our columns are accepted."""
+"""Reads a file block by block; the second argument says whether other names of the parameters count."""
 
 
-def line_records(stream: IO[bytes], accept: bool) -> Iterator[list[Record]]:
-    """One object per line; blank lines are no rows but count in the numbering."""
+def _line_records(stream: IO[bytes], accept: bool) -> Iterator[list[Record]]:
+    """One object per line; blank lines count in the numbering, but are not rows."""
     start = 1
     for lines in read_lines(stream):
         yield [
@@ -40,7 +41,7 @@ def line_records(stream: IO[bytes], accept: bool) -> Iterator[list[Record]]:
         start += len(lines)
 
 
-def array_records(stream: IO[bytes], accept: bool) -> Iterator[list[Record]]:
+def _array_records(stream: IO[bytes], accept: bool) -> Iterator[list[Record]]:
     """The members of one array: objects, or texts that are prompts."""
     number = 0
     for values in _members(stream):
@@ -51,42 +52,52 @@ def array_records(stream: IO[bytes], accept: bool) -> Iterator[list[Record]]:
         yield records
 
 
-def scan_json(opener: Opener, read: Records, *, accept: bool = False) -> Layout:
-    """One pass over the file: which of our columns occur, and one Arrow type for every other key."""
-    kinds: dict[str, set[str]] = {}
-    with opener() as stream:
-        for records in read(stream, accept):
-            for _, record, _ in records:
-                for key, value in record.items():
-                    seen = kinds.setdefault(key, set())
-                    if key not in FIELDS:
-                        seen.add(_json_kind(value))
-                if len(kinds) > MAX_COLUMNS + len(FIELDS):
-                    raise UsageError(
-                        f"has more than {MAX_COLUMNS} different keys; nest the variable ones under one key"
-                    )
-    types = {key: _json_type(seen) for key, seen in kinds.items() if key not in FIELDS}
-    return Layout(
-        own=tuple(name for name in FIELDS if name in kinds),
-        carried=tuple(pa.field(key, type_ or pa.string()) for key, type_ in types.items()),
-        json_text=frozenset(key for key, type_ in types.items() if type_ is None),
-    )
+@dataclass(frozen=True, slots=True)
+class JsonReader(Reader):
+    """`records` reads the file; `opening` is the first character of such a file. A null counts as a missing key."""
 
+    records: Records
+    opening: str
 
-def read_json(opener: Opener, read: Records, layout: Layout, *, accept: bool = False) -> Iterator[RowBatch]:
-    """All rows under a layout. Null is as good as no key."""
-    names = [*layout.own, *(entry.name for entry in layout.carried)]
-    with opener() as stream:
-        for records in read(stream, accept):
-            faults = {index: fault for index, (_, _, fault) in enumerate(records) if fault is not None}
-            columns: dict[str, Any] = {name: [record.get(name) for _, record, _ in records] for name in names}
-            for name in layout.json_text:
-                columns[name] = [
-                    _as_text(name, record, index, faults) if name in record else None
-                    for index, (_, record, _) in enumerate(records)
-                ]
-            numbers = np.array([number for number, _, _ in records], dtype=np.int64)
-            yield RowBatch(lines=numbers, columns=columns, faults=faults)
+    def scan(self, file: ManifestFile) -> Layout:
+        """One pass over the file: the parameters that occur, and one Arrow type for every other key."""
+        kinds: dict[str, set[str]] = {}
+        with file.open() as stream:
+            for records in self.records(stream, file.accept_aliases):
+                for _, record, _ in records:
+                    for key, value in record.items():
+                        seen = kinds.setdefault(key, set())
+                        if key not in FIELDS:
+                            seen.add(_json_kind(value))
+                    if len(kinds) > MAX_COLUMNS + len(FIELDS):
+                        raise UsageError(
+                            f"has more than {MAX_COLUMNS} different keys; nest the variable ones under one key"
+                        )
+        types = {key: _json_type(seen) for key, seen in kinds.items() if key not in FIELDS}
+        return Layout(
+            own=tuple(name for name in FIELDS if name in kinds),
+            carried=tuple(pa.field(key, type_ or pa.string()) for key, type_ in types.items()),
+            json_text=frozenset(key for key, type_ in types.items() if type_ is None),
+        )
+
+    def read(self, file: ManifestFile, layout: Layout) -> Iterator[RowBatch]:
+        """A row for each object."""
+        names = [*layout.own, *(entry.name for entry in layout.carried)]
+        with file.open() as stream:
+            for records in self.records(stream, file.accept_aliases):
+                faults = {index: fault for index, (_, _, fault) in enumerate(records) if fault is not None}
+                columns: dict[str, Any] = {name: [record.get(name) for _, record, _ in records] for name in names}
+                for name in layout.json_text:
+                    columns[name] = [
+                        _as_text(name, record, index, faults) if name in record else None
+                        for index, (_, record, _) in enumerate(records)
+                    ]
+                numbers = np.array([number for number, _, _ in records], dtype=np.int64)
+                yield RowBatch(lines=numbers, columns=columns, faults=faults)
+
+    def looks_like(self, start: bytes) -> bool:
+        """The first character opens an object, or an array."""
+        return start.decode("utf-8-sig", "replace").lstrip().startswith(self.opening)
 
 
 def _as_text(name: str, record: dict[str, Any], index: int, faults: dict[int, str]) -> str | None:
@@ -123,7 +134,7 @@ def _as_record(value: Any, accept: bool) -> tuple[dict[str, Any], str | None]:
 
 
 def _members(stream: IO[bytes]) -> Iterator[list[Any]]:
-    """The values of the one array in a file, by the block. Raises UsageError for what is no such array."""
+    """The values of the one array in a file, block by block. Raises UsageError if the file is not one array."""
     decoder, text = json.JSONDecoder(), _Text(stream)
     text.skip_space()
     if text.take() != "[":
@@ -139,10 +150,10 @@ def _members(stream: IO[bytes]) -> Iterator[list[Any]]:
             block = text.blocks
             values.append(text.value(decoder, count))
             text.skip_space()
-            mark = text.take()
-            if mark == "]":
+            separator = text.take()
+            if separator == "]":
                 break
-            if mark != ",":
+            if separator != ",":
                 raise UsageError(f"is not JSON after its row {count:,}; it may be cut off: make it again")
             text.skip_space()
             if text.blocks != block:
@@ -155,7 +166,7 @@ def _members(stream: IO[bytes]) -> Iterator[list[Any]]:
 
 
 class _Text:
-    """A stream of UTF-8 that is read on as far as is asked for; what is behind is dropped."""
+    """A stream of UTF-8 text, read as far as needed; text that was taken is dropped."""
 
     def __init__(self, stream: IO[bytes]) -> None:
         self._stream = stream
@@ -164,19 +175,19 @@ class _Text:
         self.blocks = 0
 
     def peek(self) -> str:
-        """The next character, or nothing at the end."""
+        """The next character; empty at the end."""
         while self._place == len(self._held) and self._more():
             pass
         return self._held[self._place : self._place + 1]
 
     def take(self) -> str:
-        """The next character, which is then behind."""
+        """The next character; moves past it."""
         character = self.peek()
         self._place += len(character)
         return character
 
     def skip_space(self) -> None:
-        """Go on to what is no white space."""
+        """Move to the next character that is not white space."""
         while character := self.peek():
             if character not in _SPACE:
                 return
@@ -184,7 +195,7 @@ class _Text:
             self._place = self._place if match is None else match.end()
 
     def value(self, decoder: json.JSONDecoder, number: int) -> Any:
-        """The JSON value that begins here."""
+        """The JSON value that starts here; moves past it."""
         while True:
             try:
                 value, end = decoder.raw_decode(self._held, self._place)
@@ -228,7 +239,7 @@ def _json_kind(value: Any) -> str:
     if isinstance(value, bool):
         return "bool"
     if isinstance(value, int):
-        # beyond 2^53 a float would not be exact, beyond 2^63 nothing of Arrow's is
+        # a float is exact up to 2^53, Arrow's integers up to 2^63
         return "int" if abs(value) <= 2**53 else "long" if -(2**63) <= value < 2**63 else "other"
     return {float: "float", str: "str"}.get(type(value), "other")
 
@@ -246,3 +257,6 @@ def _json_type(kinds: set[str]) -> Any:
         if kinds <= accepted:
             return type_
     return None
+
+
+JSONL, JSON = JsonReader(_line_records, "{"), JsonReader(_array_records, "[")
