@@ -19,8 +19,8 @@ from torch.nn import functional as F
 from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModel
 
 from latentmill.engine.loading.checkpoint import open_weights
+from latentmill.engine.loading.clip_config import SIDE_LIMIT, clip_vision_config
 from latentmill.engine.loading.config import WIDTH_LIMIT
-from latentmill.engine.loading.encoder_config import SIDE_LIMIT, clip_vision_config
 from latentmill.engine.loading.fields import Fields
 from latentmill.engine.loading.files import read_json, shown
 from latentmill.engine.loading.folder import PROCESSOR_FILE

@@ -105,7 +105,7 @@ def describe_layout(layout: ModelLayout) -> ModelDescription:
     return ModelDescription(
         name=path.stem if layout.single_file else path.name,
         path=layout.path,
-        family=blueprint.family,
+        family=blueprint.family.name,
         factor=blueprint.vae.factor,
         latent_channels=blueprint.vae.unet_channels,
         default_size=(side, side),
@@ -127,7 +127,7 @@ def load_tokenizer(model: str | Path | ModelSpec) -> TokenCounts:
     if pipeline is not None:
         return load_first_tokenizer(pipeline)
     layout = find_model(spec)
-    return load_prompt_tokenizer(layout.tokenizers[0], layout.blueprint.towers[0].kind)
+    return load_prompt_tokenizer(layout.tokenizers[0], layout.blueprint.encoders[0])
 
 
 def _describe_pipeline(pipeline: DiffusersFolder) -> ModelDescription:

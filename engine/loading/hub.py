@@ -6,14 +6,17 @@ import re
 from logging import ERROR
 from pathlib import Path
 
+from latentmill.engine.families.table import FAMILIES
 from latentmill.engine.loading.folder import PROCESSOR_FILE, pipeline_parts
 from latentmill.engine.loading.vocabulary import TOKENIZER_FILES
 from latentmill.engine.types import EngineError
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _CONFIGS = ("model_index.json", "*/config.json", "scheduler/*.json", PROCESSOR_FILE)
-_TOKENIZERS = tuple(f"{folder}/{name}" for folder in ("tokenizer", "tokenizer_2") for name in TOKENIZER_FILES)
-_PARTS = ("unet", "vae", "vqvae", "text_encoder", "text_encoder_2", "bert", "safety_checker")
+_ENCODERS = [encoder for family in FAMILIES for encoder in family.text_encoders]
+_TOKENIZERS = tuple(f"{encoder.tokenizer}/{name}" for encoder in _ENCODERS for name in TOKENIZER_FILES)
+_AUTOENCODERS = {family.vae_component for family in FAMILIES}
+_PARTS = sorted({"unet", "safety_checker"} | _AUTOENCODERS | {encoder.component for encoder in _ENCODERS})
 _SAFETENSORS = tuple(f"{part}/{name}.safetensors" for part in _PARTS for name in ("diffusion_pytorch_model", "model"))
 _PICKLES = tuple(f"{part}/{name}.bin" for part in _PARTS for name in ("diffusion_pytorch_model", "pytorch_model"))
 _READ = ("json", "safetensors", "txt", "model", "jinja")

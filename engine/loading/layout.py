@@ -11,10 +11,10 @@ from typing import Any
 from latentmill.engine.loading.blueprint import Blueprint
 from latentmill.engine.loading.checkpoint import open_weights
 from latentmill.engine.loading.config import SchedulerConfig
-from latentmill.engine.loading.folder import checker_files, pixel_files, read_blueprint, weights_file
+from latentmill.engine.loading.folder import checker_files, pixel_files, read_blueprint, weights_files
 from latentmill.engine.loading.hub import fetch_model, fetch_tokenizer, is_hub_id
 from latentmill.engine.loading.original import as_configured
-from latentmill.engine.loading.single_file import default_tokenizer, recognise
+from latentmill.engine.loading.single_file import recognise
 from latentmill.engine.loading.vocabulary import tokenizer_files
 from latentmill.engine.types import EngineError, ModelSpec, OriginalModelSpec
 
@@ -70,8 +70,8 @@ def _folder(path: Path, spec: ModelSpec) -> ModelLayout:
         path=path,
         blueprint=blueprint,
         single_file=False,
-        weights={component: weights_file(path, component) for component in blueprint.components},
-        tokenizers=tuple(path / tower.tokenizer for tower in blueprint.towers),
+        weights=weights_files(path, blueprint),
+        tokenizers=tuple(path / encoder.tokenizer for encoder in blueprint.encoders),
         files=files,
     )
 
@@ -82,7 +82,7 @@ def _single_file(path: Path, spec: ModelSpec) -> ModelLayout:
     averaged = isinstance(spec, OriginalModelSpec) and spec.use_ema
     if isinstance(spec, OriginalModelSpec):
         blueprint = as_configured(blueprint, weights, spec)
-    name = spec.tokenizer or default_tokenizer(blueprint)
+    name = spec.tokenizer or blueprint.encoders[0].usual_tokenizer
     tokenizer = Path(name) if Path(name).is_dir() else fetch_tokenizer(name)
     # Most users know a model's own folder; its tokenizer lies inside.
     if (tokenizer / "tokenizer").is_dir():
@@ -95,7 +95,7 @@ def _single_file(path: Path, spec: ModelSpec) -> ModelLayout:
         blueprint=blueprint,
         single_file=True,
         weights=dict.fromkeys(blueprint.components, path),
-        tokenizers=(tokenizer,) * len(blueprint.towers),
+        tokenizers=(tokenizer,) * len(blueprint.encoders),
         files=files,
         averaged=averaged,
     )

@@ -1,4 +1,4 @@
-"""The configs of CLIP's two towers and of latent diffusion's text encoder: what shapes them, each field checked.
+"""The configs of CLIP's text encoder and image encoder: what shapes the networks, each field checked.
 
 Nothing else of a file reaches a library: a config may name code, devices and much more. What a file leaves out has the
 library's own default, as the library leaves such fields out when it writes one.
@@ -47,24 +47,8 @@ def clip_vision_config(config: Json, where: str) -> dict[str, Any]:
     }
 
 
-def ldm_bert_config(config: Json, where: str) -> dict[str, Any]:
-    """The fields of diffusers' LDMBertConfig. Raises EngineError for a field that is not what it should be."""
-    fields = Fields(config, where)
-    if config.get("activation_function", "gelu") != "gelu":
-        raise fields.refusal("activation_function", "gelu")
-    return {
-        "vocab_size": fields.whole("vocab_size", 30522, TOKENS_LIMIT),
-        "max_position_embeddings": fields.whole("max_position_embeddings", 77, POSITIONS_LIMIT, least=2),
-        "encoder_layers": fields.whole("encoder_layers", 32, LAYERS_LIMIT),
-        "encoder_ffn_dim": fields.whole("encoder_ffn_dim", 5120, WIDTH_LIMIT),
-        "encoder_attention_heads": fields.whole("encoder_attention_heads", 8, WIDTH_LIMIT),
-        "head_dim": fields.whole("head_dim", 64, WIDTH_LIMIT),
-        "d_model": fields.whole("d_model", 1024, WIDTH_LIMIT),
-    }
-
-
 def _clip_layers(fields: Fields, config: Json, *, width: int, heads: int, hidden: int) -> dict[str, Any]:
-    """What shapes the transformer layers of either of CLIP's towers."""
+    """What shapes the transformer layers of either of CLIP's encoders."""
     width = fields.whole("hidden_size", width, WIDTH_LIMIT)
     heads = fields.whole("num_attention_heads", heads, WIDTH_LIMIT)
     activation = config.get("hidden_act", "quick_gelu")
