@@ -9,10 +9,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from latentmill.engine.guards.safety import checker_files
 from latentmill.engine.loading.config import LEVELS_LIMIT, WIDTH_LIMIT
 from latentmill.engine.loading.fields import Fields
 from latentmill.engine.loading.files import read_json
-from latentmill.engine.loading.folder import checker_files, pipeline_parts
+from latentmill.engine.loading.folder import pipeline_parts
 from latentmill.engine.loading.vocabulary import check_tokenizer_config
 from latentmill.engine.types import EngineError, ModelSpec
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Protocol
 
 from latentmill.engine.diffusers_backend.folder import DiffusersFolder, find_pipeline, load_first_tokenizer
+from latentmill.engine.guards.safety import choose_checker
 from latentmill.engine.loading.files import read_json
 from latentmill.engine.loading.hub import fetch_model, is_hub_id
 from latentmill.engine.loading.layout import ModelLayout, find_model
@@ -60,11 +61,6 @@ class ModelDescription:
         return {name: _sha256(path) for name, path in self.paths.items()}
 
     @property
-    def has_safety_checker(self) -> bool:
-        """Whether a checker of its own lies beside the weights."""
-        return (self.folder / "safety_checker").is_dir()
-
-    @property
     def layout(self) -> ModelLayout:
         """Where its parts lie, and their architecture. Raises EngineError for a pipeline of diffusers."""
         if self.own_layout is None:
@@ -80,6 +76,10 @@ class ModelDescription:
             check_steps(sampler, self.own_layout.blueprint.scheduler, steps)
         elif not 1 <= steps <= self.num_train_timesteps:
             raise EngineError(f"num_inference_steps is {steps}; this model takes 1 to {self.num_train_timesteps}")
+
+    def check_safety(self, safety: str) -> None:
+        """Raises EngineError for a safety checker that the model does not bring along, though it would have to."""
+        choose_checker(safety, self.folder)
 
     def check_prompts(self, prompt_syntax: str, long_prompts: str) -> None:
         """Raises EngineError for a way of reading prompts that the model's text encoders cannot be asked for."""

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from latentmill.engine.families.table import PIPELINES
+from latentmill.engine.guards.safety import checker_files
 from latentmill.engine.loading.blueprint import Blueprint, check_fit
 from latentmill.engine.loading.config import SchedulerConfig, UNetConfig, VAEConfig
 from latentmill.engine.loading.files import read_json
@@ -18,8 +19,6 @@ _DIFFUSERS_WEIGHTS = (
     "diffusion_pytorch_model.bin",
 )
 _TRANSFORMERS_WEIGHTS = ("model.safetensors", "model.fp16.safetensors", "pytorch_model.bin")
-PROCESSOR_FILE = "feature_extractor/preprocessor_config.json"
-"""How a safety checker's pictures are prepared."""
 
 
 def read_blueprint(folder: Path) -> Blueprint:
@@ -83,11 +82,3 @@ def pixel_files(folder: Path, blueprint: Blueprint) -> dict[str, Path]:
         paths += [folder / component / "config.json", weights]
     files = {path.relative_to(folder).as_posix(): path for path in paths}
     return dict(sorted((files | checker_files(folder)).items()))
-
-
-def checker_files(folder: Path) -> dict[str, Path]:
-    """The files of a folder's own safety checker that are read: they can change a verdict. By relative path."""
-    if not (folder / "safety_checker").is_dir():
-        return {}
-    names = ("safety_checker/config.json", "safety_checker/model.safetensors", PROCESSOR_FILE)
-    return {name: folder / name for name in names if (folder / name).is_file()}

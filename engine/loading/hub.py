@@ -7,16 +7,18 @@ from logging import ERROR
 from pathlib import Path
 
 from latentmill.engine.families.table import FAMILIES
-from latentmill.engine.loading.folder import PROCESSOR_FILE, pipeline_parts
+from latentmill.engine.guards.safety import CHECKERS
+from latentmill.engine.loading.folder import pipeline_parts
 from latentmill.engine.loading.vocabulary import TOKENIZER_FILES
 from latentmill.engine.types import EngineError
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_CONFIGS = ("model_index.json", "*/config.json", "scheduler/*.json", PROCESSOR_FILE)
+_CONFIGS = ("model_index.json", "*/config.json", "scheduler/*.json")
+_CHECKERS = tuple(name for entry in CHECKERS.values() for name in entry.files)
 _ENCODERS = [encoder for family in FAMILIES for encoder in family.text_encoders]
 _TOKENIZERS = tuple(f"{encoder.tokenizer}/{name}" for encoder in _ENCODERS for name in TOKENIZER_FILES)
 _AUTOENCODERS = {family.vae_component for family in FAMILIES}
-_PARTS = sorted({"unet", "safety_checker"} | _AUTOENCODERS | {encoder.component for encoder in _ENCODERS})
+_PARTS = sorted({"unet"} | _AUTOENCODERS | {encoder.component for encoder in _ENCODERS})
 _SAFETENSORS = tuple(f"{part}/{name}.safetensors" for part in _PARTS for name in ("diffusion_pytorch_model", "model"))
 _PICKLES = tuple(f"{part}/{name}.bin" for part in _PARTS for name in ("diffusion_pytorch_model", "pytorch_model"))
 _READ = ("json", "safetensors", "txt", "model", "jinja")
@@ -42,9 +44,9 @@ def fetch_model(repo: str, revision: str | None) -> Path:
     if other:
         patterns = ("model_index.json", *(f"{part}/*.{suffix}" for part in other for suffix in _READ))
         return _snapshot(repo, revision, patterns, needed, "diffusers folder")
-    folder = _snapshot(repo, revision, (*_CONFIGS, *_TOKENIZERS, *_SAFETENSORS), needed, "diffusers folder")
+    folder = _snapshot(repo, revision, (*_CONFIGS, *_CHECKERS, *_TOKENIZERS, *_SAFETENSORS), needed, "diffusers folder")
     if not (folder / "unet" / "diffusion_pytorch_model.safetensors").is_file():
-        folder = _snapshot(repo, revision, (*_CONFIGS, *_TOKENIZERS, *_PICKLES), needed, "diffusers folder")
+        folder = _snapshot(repo, revision, (*_CONFIGS, *_CHECKERS, *_TOKENIZERS, *_PICKLES), needed, "diffusers folder")
     return folder
 
 

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from latentmill.engine.guards.safety import checker_files
 from latentmill.engine.loading.blueprint import Blueprint
 from latentmill.engine.loading.checkpoint import open_weights
 from latentmill.engine.loading.config import SchedulerConfig
-from latentmill.engine.loading.folder import checker_files, pixel_files, read_blueprint, weights_files
+from latentmill.engine.loading.folder import pixel_files, read_blueprint, weights_files
 from latentmill.engine.loading.hub import fetch_model, fetch_tokenizer, is_hub_id
 from latentmill.engine.loading.original import as_configured
 from latentmill.engine.loading.single_file import recognise
