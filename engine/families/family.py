@@ -1,4 +1,4 @@
-"""What a family declares: its names, text encoders, key names, single files and further conditions. No torch here."""
+"""What a family declares: names, text encoders, key names, single files, further conditions. No torch here."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ class SingleFile:
     """One version of a family as a single file: how it is told by its keys, and what no shape shows.
 
     All of `markers` must be in the file. `unet`, `vae` and `text_encoders` read configs from its shapes; they raise
-    KeyError, IndexError or ValueError for a file that is none of this version. `prediction_type` is None where the
+    KeyError, IndexError or ValueError for a file that is not of this version. `prediction_type` is None where the
     files do not say what the U-Net predicts: then `prediction_hint` says what to give.
     """
 
@@ -114,7 +114,7 @@ class Family:
     `pipelines` are the classes of its model_index.json, `text_encoders` those of a folder, still without configs.
     `encoder_prefix` begins the keys of the encoder `{index}` in a single file, `ignored` are patterns of keys that no
     picture depends on, `ignored_of` more of them for a first encoder, and `refused` says of a key which known but
-    unsupported model has it. `conditions` gives the U-Net's further arguments for a pooled state and a request.
+    unsupported model it belongs to. `conditions` gives the U-Net's further arguments for a pooled state and a request.
     `zeros_for_empty_prompt`: an empty negative prompt means zeros, unless the folder says otherwise.
     """
 

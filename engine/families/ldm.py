@@ -66,7 +66,7 @@ class LdmBertEncoder(TextEncoderSpec):
         return network(ids), None
 
     def folder_name(self, key: str) -> str | None:
-        # The head that was trained along with the encoder plays no part in pictures.
+        # The head that was trained along with the encoder is not used for pictures.
         return None if key.startswith("to_logits.") else renamed(key.removeprefix("model."), _FOLDER_NAMES)
 
     def original_name(self, prefix: str, key: str) -> Origin:
@@ -119,7 +119,7 @@ FAMILY = Family(
     name="latent-diffusion",
     pipelines=("LDMTextToImagePipeline", "LatentDiffusionPipeline"),
     text_encoders=(_ENCODER,),
-    # A file with a codebook is one of the second as well, so the first comes first.
+    # A file with a codebook has the markers of both, so the more special one comes first.
     single_files=(
         SingleFile(
             title="latent diffusion text2img with a VQ autoencoder",

@@ -1,4 +1,4 @@
-"""The table of families. Nothing else in the engine names one."""
+"""The table of families. Nothing outside this folder names one."""
 
 from __future__ import annotations
 

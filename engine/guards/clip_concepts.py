@@ -1,7 +1,7 @@
 """The checker of the original script: CLIP's embedding of a picture against those of unsafe concepts.
 
-The rule and its rounding are those of the published StableDiffusionSafetyChecker; the checker's own folder brings the
-weights, thresholds among them, and the pre-processing.
+The rule and its rounding are those of the published StableDiffusionSafetyChecker. The checker's own folder has the
+weights, the thresholds and the settings of the pre-processing.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class ClipConcepts:
         score = concept_score(
             special[0].cpu().numpy(), concepts[0].cpu().numpy(), self._special_thresholds, self._thresholds
         )
-        # Written so that a score that is not a number is flagged.
+        # A score that is not a number compares as False, and must be flagged.
         return SafetyVerdict(checker="clip-concepts", score=score, flagged=not score <= 0)
 
 

@@ -1,4 +1,4 @@
-"""A model's architecture as one value: the same for a folder, a single file, and any family."""
+"""A model's architecture as one value: whether it comes from a folder or from a single file."""
 
 from __future__ import annotations
 

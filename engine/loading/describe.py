@@ -1,4 +1,4 @@
-"""What a model is, found out without torch: for planning, for the plan's hash, to refuse half a folder."""
+"""What a model is, without torch: for planning, for the plan's hash, and to refuse an incomplete folder."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ class TokenCounts(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class ModelDescription:
-    """A model at rest.
+    """A model on disk.
 
     `factor` is the number of pixels that every size must be a multiple of; `default_size` is (width, height) in
     pixels; `samplers` are the names that it takes, the usual one first; `max_tokens` counts the start and end marks,
-    and is None where the files do not tell. `paths` names everything that can change a pixel. Either the engine knows
-    the architecture, which is then in `layout`, or the library diffusers does, and `pipeline` says which it is.
+    and is None if the files do not say. `paths` names everything that can change a pixel. A model that the engine runs
+    itself has its architecture in `layout`; one that the library diffusers runs is in `pipeline`.
     """
 
     name: str
@@ -64,7 +64,7 @@ class ModelDescription:
     def layout(self) -> ModelLayout:
         """Where its parts lie, and their architecture. Raises EngineError for a pipeline of diffusers."""
         if self.own_layout is None:
-            raise EngineError(f"{self.name} is a {self.family}: it has no U-Net of latent diffusion to speak of")
+            raise EngineError(f"{self.name} is a {self.family}: it has no U-Net of latent diffusion")
         return self.own_layout
 
     def check_steps(self, sampler: str, steps: int) -> None:

@@ -1,4 +1,4 @@
-"""The diffusers folder layout: which file holds what, read without torch."""
+"""The diffusers folder layout: its architecture, and which files count. No torch here."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def read_blueprint(folder: Path) -> Blueprint:
 
 
 def pipeline_parts(index: Path) -> tuple[str, ...]:
-    """The parts of a pipeline that is none of the engine's own, by its model_index.json; none for any other."""
+    """The parts of a pipeline that the engine does not run itself, by its model_index.json; else empty."""
     content = read_json(index)
     if not isinstance(content.get("_class_name"), str) or content["_class_name"] in PIPELINES:
         return ()
@@ -74,7 +74,7 @@ def weights_files(folder: Path, blueprint: Blueprint) -> dict[str, Path]:
 
 
 def pixel_files(folder: Path, blueprint: Blueprint) -> dict[str, Path]:
-    """All files that can change a pixel or a verdict, by relative path, sorted. Raises EngineError for a gap."""
+    """The files that can change a pixel or a verdict, by sorted relative path. Raises EngineError if one is missing."""
     paths = [folder / "model_index.json", folder / "scheduler" / "scheduler_config.json"]
     for encoder in blueprint.encoders:
         paths += tokenizer_files(folder / encoder.tokenizer)

@@ -61,10 +61,10 @@ def _snapshot(repo: str, revision: str | None, patterns: tuple[str, ...], needed
     from huggingface_hub.utils import logging
 
     before = logging.get_verbosity()
-    logging.set_verbosity(ERROR)  # the client tells of every try that failed; the error below tells it once
+    logging.set_verbosity(ERROR)  # the client logs each failed attempt; the error below reports it once
     try:
         return Path(snapshot_download(repo, revision=revision, allow_patterns=list(patterns)))
-    # The client raises its own errors, its transport's and the disk's; whichever it is, the model is not here.
+    # The client raises its own errors, its transport's and the disk's; in each case the model is not here.
     except Exception as error:  # noqa: BLE001
         at = f" at revision {revision}" if revision else ""
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]

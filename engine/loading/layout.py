@@ -1,4 +1,4 @@
-"""Where a model lies and what it is: a diffusers folder, a single file, or a hub id, brought to one form."""
+"""Where a model lies and what it is: a diffusers folder, a single file or a hub id as one value."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from latentmill.engine.types import EngineError, ModelSpec, OriginalModelSpec
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelLayout:
-    """A model at rest, whole as far as names go.
+    """A model on disk whose files are all there.
 
     `weights` gives each component's file (in a single file, the same for all), `tokenizers` a folder per text encoder,
     `files` everything that can change a pixel, by a name that does not depend on this machine. `averaged` takes the
-    running average of the U-Net's weights in place of themselves.
+    running average of the U-Net's weights instead of the weights.
     """
 
     path: Path
@@ -39,7 +39,7 @@ class ModelLayout:
 
     @property
     def folder(self) -> Path:
-        """Where what is beside the weights lies, such as a safety checker."""
+        """The folder with the other files of the model, such as a safety checker."""
         return self.path.parent if self.single_file else self.path
 
 
@@ -103,7 +103,7 @@ def _single_file(path: Path, spec: ModelSpec) -> ModelLayout:
 
 
 def _with_overrides(blueprint: Blueprint, spec: ModelSpec) -> Blueprint:
-    """What the caller knows better than the files: single files are silent on prediction and spacing."""
+    """The caller's prediction type and spacing replace those of the files: single files do not have them."""
     changes: dict[str, Any] = {
         name: value
         for name, value in (

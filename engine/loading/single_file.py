@@ -1,4 +1,4 @@
-"""Checkpoints in one file with the original key names: which model one holds, by its keys and shapes."""
+"""Checkpoints in one file with the original key names: which model it is, by keys and shapes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from latentmill.engine.types import EngineError
 
 
 def recognise(file: WeightsFile, prediction_type: str | None) -> Blueprint:
-    """The architecture of a single file. Raises EngineError where it is unknown, or says what was looked for."""
+    """The architecture of a single file. Raises EngineError for an unknown one, with the keys that were looked for."""
     family, version = _version_of(file)
     where = str(file.path)
     try:

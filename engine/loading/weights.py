@@ -1,4 +1,4 @@
-"""Weights from disk into modules: strict, each key of a file is used once, or is one that the family ignores."""
+"""Weights from files into networks: each key of a file is used exactly once, or is one that the family ignores."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def load_text_encoder(
 
 
 def check_claims(layout: ModelLayout) -> None:
-    """Look over a single file as a whole, before its parts are loaded. Raises EngineError as `claim_single_file`."""
+    """Check a single file as a whole, before its parts are loaded. Raises EngineError as `claim_single_file`."""
     if not layout.single_file:
         return
     shapes = open_weights(layout.path).shapes
@@ -143,7 +143,7 @@ def _read(file: WeightsFile, origin: Origin, expected: Shape) -> Tensor:
 
 
 def place_constants(module: nn.Module, device: torch.device) -> None:
-    """Give a module on the meta device the buffers that no checkpoint holds: CLIP's positions, 0 to the last."""
+    """Give a module on the meta device the buffers that no checkpoint holds: CLIP's positions, counted from 0."""
     for name, buffer in list(module.named_buffers()):
         if not buffer.is_meta:
             continue
