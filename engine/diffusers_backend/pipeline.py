@@ -33,8 +33,7 @@ class DiffusersPipeline:
 
     Guidance is one number for a whole batch, so all rows of a batch have the same guidance. If the number of tokens
     fixes the shape of the denoiser's input, they have the same shape as well. So a row's bits do not depend on its
-    neighbours. The noise is drawn by the pipeline, in its own precision, from each row's CPU
-    generator.
+    neighbours. The noise is drawn by the pipeline, in its own precision, from each row's CPU generator.
     """
 
     def __init__(self, pipeline: Any, folder: DiffusersFolder, device: torch.device) -> None:
