@@ -45,7 +45,7 @@ _COLUMN_TEXTS = {
     "status": "`ok`, `flagged` or `failed`.",
     "error": "Why it failed; null otherwise.",
     "nsfw_score": "The safety checker's highest score; null without a checker.",
-    "nsfw_checker": "Which checker judged: `open-nsfw`, `clip-concepts` or `none`.",
+    "nsfw_checker": "Which checker judged, by its name in `--safety`.",
     "watermark": "How it was marked: `dwtDctSvd`, `dwtDct` or `none`.",
     "watermark_bit_accuracy": "Share of the mark's bits that were read back.",
     "image": "Path of the picture, relative to the output; null if none was written.",

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from latentmill.engine.engine import Engine
+    from latentmill.engine.guards.safety import SAFETY_CHECKERS
     from latentmill.engine.guards.watermark import embed_watermark, read_watermark, watermark_bit_accuracy
     from latentmill.engine.loading.describe import ModelDescription, describe_model, load_tokenizer
     from latentmill.engine.sampling.levels import check_steps
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from latentmill.engine.types import (
         LONG_PROMPTS,
         PROMPT_SYNTAXES,
-        SAFETY_CHECKERS,
         SEED_LIMIT,
         WATERMARK_METHODS,
         WATERMARK_MIN_PIXELS,
@@ -43,6 +43,7 @@ EMBEDDED_MODEL = Path(__file__).parent / "embedded"
 
 _HOME = {
     "FOLDER_SAMPLER": "sampling.table",
+    "SAFETY_CHECKERS": "guards.safety",
     "SAMPLERS": "sampling.table",
     "SAMPLERS_WITH_ETA": "sampling.table",
     "SAMPLER_CHOICES": "sampling.table",

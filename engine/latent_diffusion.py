@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
-from einops import rearrange, repeat
+from einops import rearrange
 from torch import Tensor
 
 from latentmill.engine.acceleration import arrange, decode
@@ -26,7 +26,7 @@ from latentmill.engine.types import GenerationRequest, ModelSpec
 
 @dataclass(frozen=True, slots=True)
 class LatentDiffusion:
-    """The networks at one precision, and the schedule that they were trained on.
+    """The networks at one precision, the schedule that they were trained on, and the U-Net's further conditions.
 
     Each sample draws all its noise from its own CPU generator, seeded with its seed.
     """
@@ -35,6 +35,7 @@ class LatentDiffusion:
     unet: UNet
     vae: Autoencoder
     schedule: NoiseSchedule
+    conditions: Callable[[Tensor, GenerationRequest], Mapping[str, Tensor]] | None
 
     def batch_key(self, request: GenerationRequest) -> int:
         """Runs of the text encoder that the request takes: the length of its context, which is part of a batch's shape.
@@ -89,7 +90,9 @@ class LatentDiffusion:
             negative = self.text.encode_negative([row.negative_prompt for row in rows], chunks)
             conditioning = negative.followed_by(conditioning)
             guidance = _column([row.guidance_scale for row in rows], device)
-        unet = _with_pooled_text_and_size(self.unet, conditioning.pooled, rows[0])
+        unet: PredictNoise = self.unet
+        if self.conditions is not None and conditioning.pooled is not None:
+            unet = partial(unet, **self.conditions(conditioning.pooled, rows[0]))
         return Denoiser(unet, self.schedule, conditioning.context, guidance)
 
 
@@ -105,16 +108,8 @@ def load_latent_diffusion(
     vae = load_vae(layout, torch.float32 if blueprint.vae.force_upcast else dtype, device)
     unet = load_unet(layout, dtype, device)
     text = TextEncoder(layout, spec, dtype, device, batch_size)
-    return LatentDiffusion(text, arrange(unet, device), arrange(vae, device), NoiseSchedule(blueprint.scheduler))
-
-
-def _with_pooled_text_and_size(unet: UNet, pooled: Tensor | None, request: GenerationRequest) -> PredictNoise:
-    """Give SDXL's U-Net its other conditions (arXiv:2307.01952, section 2.2): those of an uncropped picture."""
-    if pooled is None:
-        return unet
-    size = [request.height, request.width]
-    time_ids = torch.tensor([[*size, 0, 0, *size]], dtype=torch.float32, device=pooled.device)
-    return partial(unet, pooled=pooled, time_ids=repeat(time_ids, "1 ids -> n ids", n=len(pooled)))
+    schedule = NoiseSchedule(blueprint.scheduler)
+    return LatentDiffusion(text, arrange(unet, device), arrange(vae, device), schedule, blueprint.family.conditions)
 
 
 def _own_draws(rows: Sequence[GenerationRequest], shape: tuple[int, int, int]) -> Iterator[Tensor]:

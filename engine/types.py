@@ -22,9 +22,6 @@ PROMPT_SYNTAXES = ("plain", "a1111", "novelai")
 LONG_PROMPTS = ("truncate", "chunk", "error")
 """What `ModelSpec.long_prompts` takes: what happens to a prompt with more tokens than the text encoder takes."""
 
-SAFETY_CHECKERS = ("auto", "open-nsfw", "clip-concepts", "none")
-"""What `ModelSpec.safety` takes."""
-
 WATERMARK_METHODS = ("dwtDct", "dwtDctSvd")
 WATERMARK_MIN_PIXELS = 256 * 256
 

@@ -198,9 +198,7 @@ class JobSpec:
     guidance_scale: float | None = parameter("guidance_scale", "How strongly the prompt counts; 1 is without guidance.")
     sampler: str | None = parameter("sampler", f"One of {', '.join(SAMPLER_CHOICES)}.")
     eta: float | None = parameter("eta", "Noise added while sampling (DDIM), 0 to 1.")
-    safety: str = choice(
-        "auto", SAFETY, "Checker: auto, open-nsfw, clip-concepts or none.", SAFETY_CHECKERS, planned=True
-    )
+    safety: str = choice("auto", SAFETY, f"Checker: {', '.join(SAFETY_CHECKERS)}.", SAFETY_CHECKERS, planned=True)
     nsfw_threshold: float = number(0.8, SAFETY, "open-nsfw score that flags a picture.", 1e-6, 1, planned=True)
     on_flagged: str = choice("blank", SAFETY, "Flagged pictures: blank, drop or keep.", ON_FLAGGED, planned=True)
     watermark: str = choice("dwtDctSvd", SAFETY, "Invisible mark: dwtDctSvd, dwtDct or none.", WATERMARKS, planned=True)

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from latentmill.engine.families.table import FAMILIES, PIPELINES
+from latentmill.engine.guards.safety import CHECKERS
 from latentmill.jobs.executor_table import EXECUTORS
 from latentmill.jobs.executors import ray_private
 
@@ -150,6 +152,53 @@ def test_the_command_holds_no_logic():
     assert [node.lineno for node in ast.walk(tree) if isinstance(node, ast.For | ast.While)] == []
 
 
+def words(path: Path) -> Iterator[str]:
+    """Every name and every whole text that a file's code mentions; documentation does not count."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    prose = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in prose:
+            yield node.value
+        elif isinstance(node, ast.Name):
+            yield node.id
+        elif isinstance(node, ast.Attribute):
+            yield node.attr
+
+
+def mentions(home: str, forbidden: set[str]) -> list[str]:
+    """Where a file outside the folder `home` mentions one of the words."""
+    paths = [*sources("engine", "jobs"), ROOT / "cli.py"]
+    others = [path for path in paths if not path.is_relative_to(ROOT / home)]
+    return [f"{path.relative_to(ROOT)} mentions {word}" for path in others for word in {*words(path)} & forbidden]
+
+
+def test_nothing_outside_its_own_room_branches_on_a_family():
+    names = {family.name for family in FAMILIES} | set(PIPELINES)
+    names |= {type(encoder).__name__ for family in FAMILIES for encoder in family.text_encoders}
+    names |= {"BertTokenizer", "CLIPTokenizer", "CLIPTextModel", "CLIPTextModelWithProjection", "LdmBert"}
+    assert mentions("engine/families", names) == []
+
+
+def test_only_the_table_imports_a_family():
+    modules = {f"latentmill.engine.families.{module}" for module in ("clip", "compvis", "sd", "sdxl", "ldm")}
+    others = [path for path in sources("engine", "jobs") if not path.is_relative_to(ROOT / "engine/families")]
+    assert offenders(others, modules) == []
+
+
+def test_nothing_outside_its_own_room_branches_on_a_safety_checker():
+    assert mentions("engine/guards", set(CHECKERS) - {"none"}) == []
+    for entry in CHECKERS.values():
+        assert (ROOT / f"engine/guards/{entry.module}.py").is_file()
+
+
+def test_what_is_commonly_added_takes_three_files_at_most():
+    page = (ROOT / "docs/extending.md").read_text(encoding="utf-8")
+    rows = [line.split(" | ") for line in page.splitlines() if line.startswith("| a")]
+    assert {"| a model family", "| a safety checker"} <= {row[0] for row in rows}
+    for what, files, _ in rows:
+        assert len(files.split(", ")) <= 3, f"{what} changes {files}"
+
+
 @pytest.mark.parametrize(
     ("statement", "heavy"),
     [
@@ -157,6 +206,7 @@ def test_the_command_holds_no_logic():
             "from latentmill import cli; cli.app(['--help'], standalone_mode=False)",
             {"torch", "ray", "pyarrow", "numpy", "pydantic"},
         ),
+        ("import latentmill.engine.loading.describe", {"torch", "transformers", "cv2", "diffusers"}),
         ("import latentmill.engine", {"torch", "transformers", "ray", "pyarrow", "fsspec", "cv2"}),
         ("import latentmill.jobs.runner", {"torch", "ray", "transformers", "cv2"}),
         ("import latentmill.jobs.show.report", {"torch", "ray", "transformers", "cv2"}),

@@ -1,4 +1,4 @@
-"""Folders of pipelines that are none of the engine's own: what their files tell, without torch or diffusers."""
+"""Folders of pipelines that the engine does not run itself: what their files say, without torch or diffusers."""
 
 from __future__ import annotations
 
@@ -9,25 +9,26 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from latentmill.engine.guards.safety import checker_files
 from latentmill.engine.loading.config import LEVELS_LIMIT, WIDTH_LIMIT
 from latentmill.engine.loading.fields import Fields
 from latentmill.engine.loading.files import read_json
-from latentmill.engine.loading.folder import checker_files, pipeline_parts
+from latentmill.engine.loading.folder import pipeline_parts
 from latentmill.engine.loading.vocabulary import check_tokenizer_config
 from latentmill.engine.types import EngineError, ModelSpec
 
 _DENOISERS = ("transformer", "unet", "prior", "decoder")
-_FIRST_STAGES = ("vae", "vqvae", "movq", "vqgan")
+_AUTOENCODERS = ("vae", "vqvae", "movq", "vqgan")
 _USUAL_SIDE = 1024
 _NUMBERS = ("latent_channels", "z_dim", "in_channels", "spatial_compression_ratio", "scale_factor_spatial")
 _SIZES = ("sample_size", "patch_size", "all_patch_size")
 _LEVELS = ("block_out_channels", "encoder_block_out_channels", "dim_mult")
 _COUNTS = ("layers", "blocks", "depth")
 COUNT_LIMIT = 1024
-"""Layers or blocks that a part's config may ask for, under whatever name: the library builds them before it reads."""
+"""Layers or blocks that a part's config may ask for under any name: the library builds them before it reads weights."""
 
 OPTIONAL = ("safety_checker", "feature_extractor")
-"""Parts that no picture is made with."""
+"""Parts that are not used to make a picture."""
 
 _IGNORED = (".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".h5", ".onnx", ".md", ".py")
 """Files that are never read: safetensors alone are loaded, and no code."""
@@ -43,7 +44,7 @@ class DiffusersFolder:
 
     @cached_property
     def files(self) -> dict[str, Path]:
-        """All that can change a pixel or a verdict, by relative path, sorted. Raises EngineError for a gap."""
+        """All that can change a pixel or a verdict, by relative path, sorted. Raises EngineError if one is missing."""
         found = [self.path / "model_index.json"]
         for name, (_, kind) in self.components.items():
             files = [path for path in sorted((self.path / name).rglob("*")) if _counts(path)]
@@ -52,7 +53,7 @@ class DiffusersFolder:
             check_tokenizer_config(self.path / name / "tokenizer_config.json")
             found += files
         files_of_parts = {path.relative_to(self.path).as_posix(): path for path in found}
-        # The engine's own checker judges by these, whether or not the pipeline's index names them.
+        # The engine's checker reads these even if the pipeline's index does not name them.
         return dict(sorted((files_of_parts | checker_files(self.path)).items()))
 
     @property
@@ -69,29 +70,33 @@ class DiffusersFolder:
 
     @property
     def latent_channels(self) -> int:
-        """The first stage's, else what the denoiser takes; 0 where neither says."""
-        stage = self._config(_FIRST_STAGES)
-        return int(stage.get("latent_channels") or stage.get("z_dim") or self._config(_DENOISERS).get("in_channels", 0))
+        """The autoencoder's, else what the denoiser takes; 0 if neither says."""
+        autoencoder = self._config(_AUTOENCODERS)
+        return int(
+            autoencoder.get("latent_channels")
+            or autoencoder.get("z_dim")
+            or self._config(_DENOISERS).get("in_channels", 0)
+        )
 
     @property
     def factor(self) -> int:
-        """Pixels per cell of the first stage, times the cells per patch of the denoiser.
+        """Pixels per cell of the autoencoder's latents, times the cells per patch of the denoiser.
 
-        A denoiser that takes 4 or 9 times the latent channels has patches folded into channels by its pipeline;
-        elsewhere its config gives the patch size. What neither config says counts as 8 pixels and 1 cell.
+        If the denoiser takes 4 or 9 times the latent channels, its pipeline folds patches into channels; otherwise its
+        config has the patch size. The defaults are 8 pixels and 1 cell.
         """
-        stage, denoiser = self._config(_FIRST_STAGES), self._config(_DENOISERS)
+        autoencoder, denoiser = self._config(_AUTOENCODERS), self._config(_DENOISERS)
         folded, rest = divmod(int(denoiser.get("in_channels") or 0), self.latent_channels or 1)
         side = math.isqrt(folded)
         patch = side if folded > 1 and not rest and side * side == folded else _patch_size(denoiser)
-        return _pixels_per_cell(stage) * patch
+        return _pixels_per_cell(autoencoder) * patch
 
     @property
     def default_size(self) -> tuple[int, int]:
         """(width, height): the denoiser's `sample_size` in cells, else 1024, rounded to what `factor` allows."""
         cells = self._config(_DENOISERS).get("sample_size")
         sides = cells if isinstance(cells, list) else [cells, cells]
-        scale = _pixels_per_cell(self._config(_FIRST_STAGES))
+        scale = _pixels_per_cell(self._config(_AUTOENCODERS))
         height, width = (
             max(1, round((side * scale if isinstance(side, int) else _USUAL_SIDE) / self.factor)) * self.factor
             for side in sides[-2:]
@@ -125,9 +130,9 @@ class PlainTokenizer:
 
 
 def find_pipeline(spec: ModelSpec) -> DiffusersFolder | None:
-    """The folder of a pipeline that the engine does not know itself; None for anything else.
+    """The folder of a pipeline that the engine does not run itself; None for anything else.
 
-    Raises EngineError for a broken folder, and for what only the engine's own models can be told.
+    Raises EngineError for a broken folder, and for options that only the engine's own models take.
     """
     folder = Path(spec.model)
     if not (folder / "model_index.json").is_file():
@@ -148,7 +153,7 @@ def find_pipeline(spec: ModelSpec) -> DiffusersFolder | None:
 
 
 def _check_config(path: Path) -> None:
-    """Raises EngineError for numbers that are none, or by which a part would be built without end."""
+    """Raises EngineError for what is not a number, and for numbers that would make a part too large to build."""
     config = read_json(path)
     fields = Fields(config, str(path))
     for name in _NUMBERS:
@@ -195,7 +200,7 @@ def _check_whole(folder: Path, kind: str, files: Sequence[Path]) -> None:
     for index in (path for path in files if path.name.endswith(".safetensors.index.json")):
         weights = read_json(index).get("weight_map")
         shards = {str(name) for name in weights.values()} if isinstance(weights, dict) else set()
-        # A name that leads elsewhere is no file of this folder, and so would be in no digest.
+        # A name that leads out of this folder would be in no digest.
         missing = sorted(shards - {path.relative_to(folder).as_posix() for path in files})
         if missing:
             raise EngineError(f"{folder} lacks {', '.join(missing)}, which {index.name} names")
@@ -203,20 +208,20 @@ def _check_whole(folder: Path, kind: str, files: Sequence[Path]) -> None:
         raise EngineError(f"{folder} has no weights: looked for *.safetensors (pickled weights are not read)")
 
 
-def _pixels_per_cell(stage: Mapping[str, Any]) -> int:
-    """How much a first stage shrinks a side: as it says, or 2 for each level but the first."""
+def _pixels_per_cell(autoencoder: Mapping[str, Any]) -> int:
+    """How much an autoencoder shrinks a side: as its config says, or by 2 for each level but the first."""
     for name in ("spatial_compression_ratio", "scale_factor_spatial"):
-        if isinstance(stage.get(name), int):
-            return int(stage[name])
+        if isinstance(autoencoder.get(name), int):
+            return int(autoencoder[name])
     for name in ("block_out_channels", "encoder_block_out_channels"):
-        if isinstance(stage.get(name), list):
-            return int(2 ** (len(stage[name]) - 1))
-    if isinstance(stage.get("dim_mult"), list):
-        return int(2 ** (len(stage["dim_mult"]) - 1))
+        if isinstance(autoencoder.get(name), list):
+            return int(2 ** (len(autoencoder[name]) - 1))
+    if isinstance(autoencoder.get("dim_mult"), list):
+        return int(2 ** (len(autoencoder["dim_mult"]) - 1))
     return 8
 
 
 def _patch_size(denoiser: Mapping[str, Any]) -> int:
-    """The side of a patch in cells; a list ends with the width's, or holds all that there are."""
+    """The side of a patch in cells: the largest, if there are several."""
     size = denoiser.get("patch_size") or denoiser.get("all_patch_size") or 1
     return max(map(int, size)) if isinstance(size, list) else int(size)

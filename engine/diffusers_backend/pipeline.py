@@ -1,6 +1,6 @@
 """Any other text-to-image pipeline, run by the library diffusers: the optional extra `latentmill[diffusers]`.
 
-Nothing here is made for one family: a pipeline's call signature says what it takes.
+Nothing here is specific to a pipeline: its call signature says what it takes.
 """
 
 from __future__ import annotations
@@ -29,12 +29,11 @@ _SHORT, _LONG = "a", "a red circle left of a blue square " * 5
 
 
 class DiffusersPipeline:
-    """A pipeline at one precision, called as its own documentation says; its defaults hold for all that is not asked.
+    """A pipeline at one precision, with its own defaults for everything that a request does not say.
 
-    Its guidance is one number for a whole batch: rows share a batch only with rows of the same guidance. Where the
-    number of tokens fixes the shape of what the denoiser sees, they share it only with rows of that shape. So a row's
-    bits do not depend on its neighbours. The noise is drawn by the pipeline, in its own precision, from each row's CPU
-    generator.
+    Guidance is one number for a whole batch, so all rows of a batch have the same guidance. If the number of tokens
+    fixes the shape of the denoiser's input, they have the same shape as well. So a row's bits do not depend on its
+    neighbours. The noise is drawn by the pipeline, in its own precision, from each row's CPU generator.
     """
 
     def __init__(self, pipeline: Any, folder: DiffusersFolder, device: torch.device) -> None:
@@ -44,7 +43,7 @@ class DiffusersPipeline:
         self._tokenizer: PlainTokenizer = load_first_tokenizer(folder)
         parameters = inspect.signature(type(pipeline).__call__).parameters
         self._guidance = _guidance_argument(parameters, folder)
-        # Guidance that is an input of the network leaves no unconditional pass for a negative prompt to steer.
+        # If guidance is an input of the network, there is no unconditional pass that a negative prompt could change.
         embedded = self._guidance == "guidance_scale" and bool(folder.guidance_is_embedded)
         self._takes_negatives = "negative_prompt" in parameters and self._guidance is not None and not embedded
         self._shapes: dict[str, Hashable] = {}
@@ -63,7 +62,7 @@ class DiffusersPipeline:
         if request.negative_prompt and not self._takes_negatives:
             raise EngineError(f"{self._name} takes no negative prompt with these weights; leave it out")
         texts = [request.prompt, request.negative_prompt] if self._passes_negative(request) else [request.prompt]
-        counted = [self.count_tokens(text) for text in texts]  # a text that cannot be read is found here, alone
+        counted = [self.count_tokens(text) for text in texts]  # a text that cannot be tokenised fails here, alone
         shapes = () if self._one_shape else tuple(map(self._context_shape, texts))
         return request.guidance_scale, len(counted), shapes
 
@@ -110,12 +109,12 @@ class DiffusersPipeline:
         return pictures.float().clamp(0, 1), finite
 
     def _passes_negative(self, request: GenerationRequest) -> bool:
-        """An empty one is left out, as it stands for none, but where guidance is off without one (true CFG)."""
+        """An empty one is left out, unless guidance is off without one (true CFG)."""
         wanted = bool(request.negative_prompt) or self._guidance == "true_cfg_scale"
         return self._takes_negatives and request.guided and wanted
 
     def _context_shape(self, text: str) -> Hashable:
-        """The shapes of a text's embeddings, or the text itself where they cannot be had: then it shares with none."""
+        """The shapes of a text's embeddings, or, if they are not available, the text itself: it gets its own batch."""
         if text not in self._shapes:
             if len(self._shapes) > 4096:
                 self._shapes.clear()
@@ -131,12 +130,12 @@ class DiffusersPipeline:
         arguments = {name: None for name, entry in parameters.items() if entry.default is entry.empty}
         try:
             return _shapes(encode(**{**arguments, "prompt": [text], "device": self._device}))
-        # Each pipeline has its own encode_prompt, and may want what is not known here; to share with none is right.
+        # Each pipeline has its own encode_prompt, which may need other arguments; the text then gets its own batch.
         except Exception:  # noqa: BLE001
             return text
 
     def _watch_decoder(self) -> None:
-        """Keep what is decoded before it is cut to [0, 1]: infinities would pass for white."""
+        """Keep the decoded picture before it is clamped to [0, 1]: infinities would become white."""
         processor = getattr(self._pipeline, "image_processor", None)
         if processor is None:
             return
@@ -175,7 +174,7 @@ def load_pipeline(folder: DiffusersFolder, dtype: torch.dtype, device: torch.dev
     logging.disable_progress_bar()
     try:
         _check_signature(name, inspect.signature(kind.__call__).parameters)
-        # A checker of the pipeline's own would blacken pictures unseen; the engine's judges them.
+        # The pipeline's own checker would blacken pictures without a record; the engine's checker judges them.
         given: dict[str, Any] = dict.fromkeys(part for part in OPTIONAL if part in folder.components)
         given |= {part: _load_network(folder, part, dtype) for part in _networks(folder)}
         if "requires_safety_checker" in inspect.signature(kind).parameters:
@@ -183,7 +182,7 @@ def load_pipeline(folder: DiffusersFolder, dtype: torch.dtype, device: torch.dev
         pipeline = kind.from_pretrained(folder.path, local_files_only=True, use_safetensors=True, dtype=dtype, **given)
     except EngineError:
         raise
-    # The last is how the library asks for another package.
+    # ImportError is how the library asks for another package.
     except (OSError, ValueError, TypeError, AttributeError, KeyError, ImportError) as error:
         reason = " ".join(str(error).split())
         raise EngineError(f"{folder.path} cannot be loaded by diffusers {library_version()}: {reason}") from error
@@ -201,7 +200,7 @@ def _networks(folder: DiffusersFolder) -> list[str]:
 
 
 def _load_network(folder: DiffusersFolder, part: str, dtype: torch.dtype) -> nn.Module:
-    """One network, whole: the libraries fill gaps with random numbers and a warning. Raises EngineError for a gap."""
+    """One network. Raises EngineError if a weight is missing: the libraries fill it with random numbers and warn."""
     import diffusers
     import transformers
 
@@ -236,8 +235,8 @@ def _check_signature(name: str, parameters: Mapping[str, inspect.Parameter]) -> 
 def _guidance_argument(parameters: Mapping[str, inspect.Parameter], folder: DiffusersFolder) -> str | None:
     """The argument that steers the pipeline with these weights.
 
-    Where there are two, `guidance_scale` is the input of a network that was distilled for it, and does nothing for any
-    other: what guides that is its unconditional pass, `true_cfg_scale`.
+    If there are two, `guidance_scale` is an input of networks that were distilled for it, and has no effect on others:
+    those are guided by an unconditional pass, `true_cfg_scale`.
     """
     if "true_cfg_scale" in parameters and not folder.guidance_is_embedded:
         return "true_cfg_scale"

@@ -1,1 +1,1 @@
-"""What every picture passes: the safety checker, and the invisible watermark."""
+"""What every picture goes through: a safety checker and the invisible watermark."""

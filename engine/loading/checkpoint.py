@@ -1,7 +1,7 @@
-"""Reading weights from a file: what is in it, without torch, and then one tensor at a time.
+"""Weights in a file: names and shapes without torch, then one tensor at a time.
 
-A pickled checkpoint (`.ckpt`, `.bin`) is a program that builds objects. Here only what it says of tensors is read (see
-pickles.py): nothing of it is imported, called or executed, whatever torch's own switches say.
+A pickled checkpoint (`.ckpt`, `.bin`) is a program that builds objects. Only what it says about tensors is read (see
+pickles.py): nothing in it is imported, called or executed.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 
 
 class WeightsFile(Protocol):
-    """A file of named tensors. `metadata` holds the file's own remarks, where the format has any."""
+    """A file of named tensors. `metadata` holds what the file says about itself, if its format allows that."""
 
     @property
     def path(self) -> Path: ...
@@ -102,8 +102,8 @@ class SafetensorsFile:
 class PickledFile:
     """A checkpoint as torch.save writes it: a pickle of what is where, and the raw storages.
 
-    Since torch 1.6 they are members of a zip archive, before they follow one another. Tensors of the top level, or of
-    its `state_dict`, are the file's weights. Anything else beside them is ignored.
+    Since torch 1.6 they are members of a zip archive; before, they follow one another in one file. The weights are the
+    tensors of the top level, or of its `state_dict`. Anything else is ignored.
     """
 
     def __init__(self, path: Path) -> None:
@@ -112,12 +112,12 @@ class PickledFile:
         try:
             size = path.stat().st_size
             content, self._places = (_read_archive if zipfile.is_zipfile(path) else _read_legacy)(path)
-        # A pickle that is broken, or made to break its reader, can raise nearly anything while it is taken apart.
+        # A broken or hostile pickle can raise nearly anything while it is read.
         except Exception as error:  # noqa: BLE001
             _unreadable(path, f"{type(error).__name__}: {error}")
         self._views = _views_of(content)
         self.shapes: dict[str, Shape] = {key: view.shape for key, view in self._views.items()}
-        # Two names may share a storage, but many would take up memory that the file itself does not.
+        # Two names may share a storage, but many would take more memory than the file has bytes.
         claimed = sum(math.prod(view.shape) * view.storage.itemsize for view in self._views.values())
         if claimed > 2 * size:
             _unreadable(path, f"its tensors claim {claimed} bytes, it has {size}")

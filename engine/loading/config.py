@@ -1,4 +1,4 @@
-"""The model folder's JSON files as typed values; every switch that is read here is honoured, any other is refused."""
+"""The model folder's JSON files as typed values. A switch whose effect is not built is refused."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ class UNetConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class VAEConfig:
-    """Shape of the first stage, the KL-regularised autoencoder (arXiv:2112.10752, section 3.1; `vae/config.json`)."""
+    """Shape of the autoencoder, with KL or a codebook (arXiv:2112.10752, section 3.1), as in `vae/config.json`."""
 
     in_channels: int
     out_channels: int
@@ -156,7 +156,7 @@ class VAEConfig:
 
     @property
     def unet_channels(self) -> int:
-        """Channels of the latents that the second stage works on."""
+        """Channels of the latents that the U-Net works on."""
         return self.latent_channels if self.codebook_size is None else self.codebook_dim
 
     @property
@@ -239,8 +239,8 @@ def _mirrored_levels(down: Any, up: Any, kinds: Mapping[str, bool], levels: int,
 class SchedulerConfig:
     """The folder's `scheduler/scheduler_config.json`, less its `_class_name`: the sampler is the user's choice.
 
-    The last two belong to models distilled for few steps (arXiv:2310.04378). The spacing `original` is no folder's, but
-    that of the original command: it is asked for by `ModelSpec.timestep_spacing`.
+    The last two are for models distilled for few steps (arXiv:2310.04378). No folder has the spacing `original`, which
+    is the original command's: `ModelSpec.timestep_spacing` asks for it.
     """
 
     num_train_timesteps: int

@@ -1,4 +1,4 @@
-"""What a model is, found out without torch: for planning, for the plan's hash, to refuse half a folder."""
+"""What a model is, without torch: for planning, for the plan's hash, and to refuse an incomplete folder."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Protocol
 
 from latentmill.engine.diffusers_backend.folder import DiffusersFolder, find_pipeline, load_first_tokenizer
+from latentmill.engine.guards.safety import choose_checker
 from latentmill.engine.loading.files import read_json
 from latentmill.engine.loading.hub import fetch_model, is_hub_id
 from latentmill.engine.loading.layout import ModelLayout, find_model
@@ -30,12 +31,12 @@ class TokenCounts(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class ModelDescription:
-    """A model at rest.
+    """A model on disk.
 
     `factor` is the number of pixels that every size must be a multiple of; `default_size` is (width, height) in
     pixels; `samplers` are the names that it takes, the usual one first; `max_tokens` counts the start and end marks,
-    and is None where the files do not tell. `paths` names everything that can change a pixel. Either the engine knows
-    the architecture, which is then in `layout`, or the library diffusers does, and `pipeline` says which it is.
+    and is None if the files do not say. `paths` names everything that can change a pixel. A model that the engine runs
+    itself has its architecture in `layout`; one that the library diffusers runs is in `pipeline`.
     """
 
     name: str
@@ -60,15 +61,10 @@ class ModelDescription:
         return {name: _sha256(path) for name, path in self.paths.items()}
 
     @property
-    def has_safety_checker(self) -> bool:
-        """Whether a checker of its own lies beside the weights."""
-        return (self.folder / "safety_checker").is_dir()
-
-    @property
     def layout(self) -> ModelLayout:
         """Where its parts lie, and their architecture. Raises EngineError for a pipeline of diffusers."""
         if self.own_layout is None:
-            raise EngineError(f"{self.name} is a {self.family}: it has no U-Net of latent diffusion to speak of")
+            raise EngineError(f"{self.name} is a {self.family}: it has no U-Net of latent diffusion")
         return self.own_layout
 
     def check_steps(self, sampler: str, steps: int) -> None:
@@ -80,6 +76,10 @@ class ModelDescription:
             check_steps(sampler, self.own_layout.blueprint.scheduler, steps)
         elif not 1 <= steps <= self.num_train_timesteps:
             raise EngineError(f"num_inference_steps is {steps}; this model takes 1 to {self.num_train_timesteps}")
+
+    def check_safety(self, safety: str) -> None:
+        """Raises EngineError for a safety checker that the model does not bring along, though it would have to."""
+        choose_checker(safety, self.folder)
 
     def check_prompts(self, prompt_syntax: str, long_prompts: str) -> None:
         """Raises EngineError for a way of reading prompts that the model's text encoders cannot be asked for."""
@@ -105,7 +105,7 @@ def describe_layout(layout: ModelLayout) -> ModelDescription:
     return ModelDescription(
         name=path.stem if layout.single_file else path.name,
         path=layout.path,
-        family=blueprint.family,
+        family=blueprint.family.name,
         factor=blueprint.vae.factor,
         latent_channels=blueprint.vae.unet_channels,
         default_size=(side, side),
@@ -127,7 +127,7 @@ def load_tokenizer(model: str | Path | ModelSpec) -> TokenCounts:
     if pipeline is not None:
         return load_first_tokenizer(pipeline)
     layout = find_model(spec)
-    return load_prompt_tokenizer(layout.tokenizers[0], layout.blueprint.towers[0].kind)
+    return load_prompt_tokenizer(layout.tokenizers[0], layout.blueprint.encoders[0])
 
 
 def _describe_pipeline(pipeline: DiffusersFolder) -> ModelDescription:

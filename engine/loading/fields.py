@@ -1,4 +1,4 @@
-"""One field of a model's JSON at a time: of the kind that is asked for and within its limits, or an error of one line.
+"""One field of a model's JSON at a time: of the right type and within its limits, or an error in one line.
 
 A field that is absent or null has its default.
 """

@@ -1,4 +1,4 @@
-"""The files of a model, which somebody else wrote: each is opened only if it is one, and read within bounds."""
+"""Files of a model, which may be hostile: only regular files are opened, and reading is bounded."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ _short.maxlevel, _short.maxlist, _short.maxtuple, _short.maxstring, _short.maxot
 
 
 def shown(value: object) -> str:
-    """A value from a file, as an error shows it: in one line, and short however long the value is."""
+    """A value from a file as an error shows it: in one line, and cut to a short length."""
     return _short.repr(value)
 
 
 def check_regular(path: Path) -> None:
-    """Raises EngineError for a pipe or device, which would be waited for or read without end, and for a folder.
+    """Raises EngineError for a pipe or device, which could block or never end, and for a folder.
 
     A file that is missing raises FileNotFoundError.
     """

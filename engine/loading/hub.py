@@ -6,14 +6,19 @@ import re
 from logging import ERROR
 from pathlib import Path
 
-from latentmill.engine.loading.folder import PROCESSOR_FILE, pipeline_parts
+from latentmill.engine.families.table import FAMILIES
+from latentmill.engine.guards.safety import CHECKERS
+from latentmill.engine.loading.folder import pipeline_parts
 from latentmill.engine.loading.vocabulary import TOKENIZER_FILES
 from latentmill.engine.types import EngineError
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_CONFIGS = ("model_index.json", "*/config.json", "scheduler/*.json", PROCESSOR_FILE)
-_TOKENIZERS = tuple(f"{folder}/{name}" for folder in ("tokenizer", "tokenizer_2") for name in TOKENIZER_FILES)
-_PARTS = ("unet", "vae", "vqvae", "text_encoder", "text_encoder_2", "bert", "safety_checker")
+_CONFIGS = ("model_index.json", "*/config.json", "scheduler/*.json")
+_CHECKERS = tuple(name for entry in CHECKERS.values() for name in entry.files)
+_ENCODERS = [encoder for family in FAMILIES for encoder in family.text_encoders]
+_TOKENIZERS = tuple(f"{encoder.tokenizer}/{name}" for encoder in _ENCODERS for name in TOKENIZER_FILES)
+_AUTOENCODERS = {family.vae_component for family in FAMILIES}
+_PARTS = sorted({"unet"} | _AUTOENCODERS | {encoder.component for encoder in _ENCODERS})
 _SAFETENSORS = tuple(f"{part}/{name}.safetensors" for part in _PARTS for name in ("diffusion_pytorch_model", "model"))
 _PICKLES = tuple(f"{part}/{name}.bin" for part in _PARTS for name in ("diffusion_pytorch_model", "pytorch_model"))
 _READ = ("json", "safetensors", "txt", "model", "jinja")
@@ -39,9 +44,9 @@ def fetch_model(repo: str, revision: str | None) -> Path:
     if other:
         patterns = ("model_index.json", *(f"{part}/*.{suffix}" for part in other for suffix in _READ))
         return _snapshot(repo, revision, patterns, needed, "diffusers folder")
-    folder = _snapshot(repo, revision, (*_CONFIGS, *_TOKENIZERS, *_SAFETENSORS), needed, "diffusers folder")
+    folder = _snapshot(repo, revision, (*_CONFIGS, *_CHECKERS, *_TOKENIZERS, *_SAFETENSORS), needed, "diffusers folder")
     if not (folder / "unet" / "diffusion_pytorch_model.safetensors").is_file():
-        folder = _snapshot(repo, revision, (*_CONFIGS, *_TOKENIZERS, *_PICKLES), needed, "diffusers folder")
+        folder = _snapshot(repo, revision, (*_CONFIGS, *_CHECKERS, *_TOKENIZERS, *_PICKLES), needed, "diffusers folder")
     return folder
 
 
@@ -56,10 +61,10 @@ def _snapshot(repo: str, revision: str | None, patterns: tuple[str, ...], needed
     from huggingface_hub.utils import logging
 
     before = logging.get_verbosity()
-    logging.set_verbosity(ERROR)  # the client tells of every try that failed; the error below tells it once
+    logging.set_verbosity(ERROR)  # the client logs each failed attempt; the error below reports it once
     try:
         return Path(snapshot_download(repo, revision=revision, allow_patterns=list(patterns)))
-    # The client raises its own errors, its transport's and the disk's; whichever it is, the model is not here.
+    # The client raises its own errors, its transport's and the disk's; in each case the model is not here.
     except Exception as error:  # noqa: BLE001
         at = f" at revision {revision}" if revision else ""
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,4 +1,4 @@
-"""Where a model lies and what it is: a diffusers folder, a single file, or a hub id, brought to one form."""
+"""Where a model lies and what it is: a diffusers folder, a single file or a hub id as one value."""
 
 from __future__ import annotations
 
@@ -8,24 +8,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from latentmill.engine.guards.safety import checker_files
 from latentmill.engine.loading.blueprint import Blueprint
 from latentmill.engine.loading.checkpoint import open_weights
 from latentmill.engine.loading.config import SchedulerConfig
-from latentmill.engine.loading.folder import checker_files, pixel_files, read_blueprint, weights_file
+from latentmill.engine.loading.folder import pixel_files, read_blueprint, weights_files
 from latentmill.engine.loading.hub import fetch_model, fetch_tokenizer, is_hub_id
 from latentmill.engine.loading.original import as_configured
-from latentmill.engine.loading.single_file import default_tokenizer, recognise
+from latentmill.engine.loading.single_file import recognise
 from latentmill.engine.loading.vocabulary import tokenizer_files
 from latentmill.engine.types import EngineError, ModelSpec, OriginalModelSpec
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelLayout:
-    """A model at rest, whole as far as names go.
+    """A model on disk whose files are all there.
 
     `weights` gives each component's file (in a single file, the same for all), `tokenizers` a folder per text encoder,
     `files` everything that can change a pixel, by a name that does not depend on this machine. `averaged` takes the
-    running average of the U-Net's weights in place of themselves.
+    running average of the U-Net's weights instead of the weights.
     """
 
     path: Path
@@ -38,7 +39,7 @@ class ModelLayout:
 
     @property
     def folder(self) -> Path:
-        """Where what is beside the weights lies, such as a safety checker."""
+        """The folder with the other files of the model, such as a safety checker."""
         return self.path.parent if self.single_file else self.path
 
 
@@ -70,8 +71,8 @@ def _folder(path: Path, spec: ModelSpec) -> ModelLayout:
         path=path,
         blueprint=blueprint,
         single_file=False,
-        weights={component: weights_file(path, component) for component in blueprint.components},
-        tokenizers=tuple(path / tower.tokenizer for tower in blueprint.towers),
+        weights=weights_files(path, blueprint),
+        tokenizers=tuple(path / encoder.tokenizer for encoder in blueprint.encoders),
         files=files,
     )
 
@@ -82,7 +83,7 @@ def _single_file(path: Path, spec: ModelSpec) -> ModelLayout:
     averaged = isinstance(spec, OriginalModelSpec) and spec.use_ema
     if isinstance(spec, OriginalModelSpec):
         blueprint = as_configured(blueprint, weights, spec)
-    name = spec.tokenizer or default_tokenizer(blueprint)
+    name = spec.tokenizer or blueprint.encoders[0].usual_tokenizer
     tokenizer = Path(name) if Path(name).is_dir() else fetch_tokenizer(name)
     # Most users know a model's own folder; its tokenizer lies inside.
     if (tokenizer / "tokenizer").is_dir():
@@ -95,14 +96,14 @@ def _single_file(path: Path, spec: ModelSpec) -> ModelLayout:
         blueprint=blueprint,
         single_file=True,
         weights=dict.fromkeys(blueprint.components, path),
-        tokenizers=(tokenizer,) * len(blueprint.towers),
+        tokenizers=(tokenizer,) * len(blueprint.encoders),
         files=files,
         averaged=averaged,
     )
 
 
 def _with_overrides(blueprint: Blueprint, spec: ModelSpec) -> Blueprint:
-    """What the caller knows better than the files: single files are silent on prediction and spacing."""
+    """The caller's prediction type and spacing replace those of the files: single files do not have them."""
     changes: dict[str, Any] = {
         name: value
         for name, value in (

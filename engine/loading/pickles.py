@@ -1,8 +1,8 @@
-"""What a pickle says of tensors, told without running it.
+"""Where a pickle's tensors lie, read without running it.
 
-A pickle is a program for a small stack machine that may import, call and build anything. This reads the same program
-and does none of that: it makes dicts, lists, tuples and texts, notes where tensors lie, and puts one inert stand-in for
-everything else. So it needs no trust, and its steps bound its time and memory.
+A pickle is a program for a small stack machine that may import, call and build anything. This reader does none of that:
+it makes dicts, lists, tuples and texts, notes where tensors lie, and uses one inert placeholder for everything else. So
+the file need not be trusted, and the number of steps bounds time and memory.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class _Mark:
 
 
 _INERT: Final = object()
-"""Stands for whatever is no container, text, number or tensor, and for all that is done to it."""
+"""The placeholder for anything that is not a container, text, number or tensor."""
 
 _MARK: Final = _Mark()
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "MARK": _MARK, "EMPTY_SET": _INERT}
@@ -83,9 +83,9 @@ _REBUILDERS = ("torch._utils _rebuild_tensor", "torch._utils _rebuild_tensor_v2"
 
 
 def read_pickle(file: BinaryIO) -> tuple[Any, dict[str, Storage]]:
-    """The content of the pickle at the file's position, which is afterwards behind it, and the storages it names.
+    """The content of the pickle at the file's position, which moves behind it, and the storages that it names.
 
-    Raises nearly anything for a pickle that is broken or made to break its reader; never takes more than STEPS_LIMIT.
+    Can raise nearly anything for a broken or hostile pickle; never takes more than STEPS_LIMIT steps.
     """
     machine = _Machine()
     for step, (opcode, argument, _) in enumerate(genops(file)):
@@ -98,7 +98,7 @@ def read_pickle(file: BinaryIO) -> tuple[Any, dict[str, Storage]]:
 
 
 class _Machine:
-    """The stack machine: its stack, what it is told to remember, and the storages that were named."""
+    """The stack machine: its stack, its memo, and the storages that were named."""
 
     def __init__(self) -> None:
         self.stack: list[Any] = []
@@ -127,10 +127,10 @@ class _Machine:
         elif argument is not None and name not in _REFUSED:
             stack.append(argument)  # a text, a number or bytes
         else:
-            self._run_in_earnest(name)
+            self._run_effect(name)
 
-    def _run_in_earnest(self, name: str) -> None:
-        """The steps that, elsewhere, would look something up, call it or fill it."""
+    def _run_effect(self, name: str) -> None:
+        """The steps that would import, call or fill something when the pickle is run."""
         stack = self.stack
         if name in _FILLS:
             items = self._pop(_FILLS[name]) if _FILLS[name] else self._pop_to_mark()
@@ -158,7 +158,7 @@ class _Machine:
 
     def _pop(self, count: int) -> list[Any]:
         if count > len(self.stack):
-            raise pickle.UnpicklingError("its pickle takes what is not on its stack")
+            raise pickle.UnpicklingError("its pickle takes more than is on its stack")
         items = self.stack[-count:]
         del self.stack[-count:]
         return items
@@ -175,12 +175,12 @@ def _fill(container: object, items: Sequence[Any]) -> None:
         container.extend(items)
     elif type(container) is dict:
         pairs = zip(items[::2], items[1::2], strict=True)
-        # Other keys are never asked for, and to hash them would be to trust them.
+        # Only texts are used as keys; hashing another type could run its code.
         container.update((key, value) for key, value in pairs if type(key) is str)
 
 
 def _result(function: object, arguments: Any) -> Any:
-    """What a call would give, where it gives a tensor or the dict that holds them."""
+    """The result of a call that makes a tensor or a dict of tensors; the placeholder for any other."""
     if function == "collections OrderedDict":
         return {}
     if function in _REBUILDERS:

@@ -1,4 +1,4 @@
-"""A tokenizer's folder: which of its files can change a token, in the one place that says so."""
+"""A tokenizer's folder: which of its files can change a token."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _REDIRECTING = ("vocab", "merges", "tokenizer_object", "fast_tokenizer_files", "
 def tokenizer_files(folder: Path) -> list[Path]:
     """The files of a tokenizer's folder that can change a token.
 
-    Raises EngineError where there is no vocabulary, and where it is said to lie in another file.
+    Raises EngineError if there is no vocabulary, or if the config takes it from another file.
     """
     files = [folder / name for name in TOKENIZER_FILES if (folder / name).exists()]
     if not files:
@@ -45,6 +45,6 @@ def check_tokenizer_config(path: Path) -> None:
     for name in _REDIRECTING:
         if config.get(name):
             raise EngineError(
-                f"{path} has {name}={shown(config[name])}, so that another file would count, unseen by the model's "
+                f"{path} has {name}={shown(config[name])}, so that a file would count that is not in the model's "
                 f"digest; remove the entry, and call the file tokenizer.json"
             )

@@ -1,4 +1,4 @@
-"""Weights from disk into modules: strict, so that each key of a file is claimed once, or ignored knowingly."""
+"""Weights from files into networks: each key of a file is used exactly once, or is one that the family ignores."""
 
 from __future__ import annotations
 
@@ -8,15 +8,14 @@ from typing import TypeVar
 import torch
 from einops import rearrange
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from latentmill.engine.loading.blueprint import Blueprint, Tower
+from latentmill.engine.families.family import Origin, TextEncoderSpec
+from latentmill.engine.loading.blueprint import Blueprint
 from latentmill.engine.loading.checkpoint import Shape, WeightsFile, open_weights
 from latentmill.engine.loading.files import shown
-from latentmill.engine.loading.keys import Origin, averaged_name, folder_name, is_ignored, original_names
+from latentmill.engine.loading.keys import averaged_name, folder_name, is_ignored, original_names
 from latentmill.engine.loading.layout import ModelLayout
 from latentmill.engine.networks.autoencoder import Autoencoder, build_autoencoder
-from latentmill.engine.networks.bert import LdmBert
 from latentmill.engine.networks.unet import UNet
 from latentmill.engine.types import EngineError
 
@@ -34,27 +33,20 @@ def load_vae(layout: ModelLayout, dtype: torch.dtype, device: torch.device) -> A
     """The model's autoencoder, in `dtype` on `device`, ready for inference."""
     with torch.device("meta"):
         vae = build_autoencoder(layout.blueprint.vae)
-    return _fill(vae, layout, layout.blueprint.vae_component, dtype, device)
+    return _fill(vae, layout, layout.blueprint.family.vae_component, dtype, device)
 
 
-def load_tower(layout: ModelLayout, tower: Tower, dtype: torch.dtype, device: torch.device) -> nn.Module:
+def load_text_encoder(
+    layout: ModelLayout, encoder: TextEncoderSpec, dtype: torch.dtype, device: torch.device
+) -> nn.Module:
     """One text encoder, in `dtype` on `device`, ready for inference."""
     with torch.device("meta"):
-        module = build_tower(tower)
-    return _fill(module, layout, tower.component, dtype, device)
-
-
-def build_tower(tower: Tower) -> nn.Module:
-    """The text encoder's network, from transformers but for latent diffusion's own."""
-    if tower.kind == "ldm-bert":
-        return LdmBert(tower.config)
-    kind = CLIPTextModelWithProjection if tower.kind == "clip-projection" else CLIPTextModel
-    module: nn.Module = kind(CLIPTextConfig(**tower.config))
-    return module
+        module = encoder.build()
+    return _fill(module, layout, encoder.component, dtype, device)
 
 
 def check_claims(layout: ModelLayout) -> None:
-    """Look over a single file as a whole, before its parts are loaded. Raises EngineError as `claim_single_file`."""
+    """Check a single file as a whole, before its parts are loaded. Raises EngineError as `claim_single_file`."""
     if not layout.single_file:
         return
     shapes = open_weights(layout.path).shapes
@@ -67,13 +59,13 @@ def check_claims(layout: ModelLayout) -> None:
 def claim_single_file(blueprint: Blueprint, shapes: Mapping[str, Shape], where: object) -> dict[str, dict[str, Origin]]:
     """For each component, where each of its weights lies in a file of the original names.
 
-    Raises EngineError unless every key of the file is claimed, or knowingly ignored, and none is missing.
+    Raises EngineError unless every key of the file is claimed, or one that the family ignores, and none is missing.
     """
     with torch.device("meta"):
         modules: dict[str, nn.Module] = {
             "unet": UNet(blueprint.unet),
-            blueprint.vae_component: build_autoencoder(blueprint.vae),
-            **{tower.component: build_tower(tower) for tower in blueprint.towers},
+            blueprint.family.vae_component: build_autoencoder(blueprint.vae),
+            **{encoder.component: encoder.build() for encoder in blueprint.encoders},
         }
     claims = {
         component: original_names(blueprint, component, _our_keys(module)) for component, module in modules.items()
@@ -99,7 +91,7 @@ def _fill(module: Module, layout: ModelLayout, component: str, dtype: torch.dtyp
         if layout.averaged and component == "unet":
             origins = {key: averaged_name(origin) for key, origin in origins.items()}
     else:
-        origins = _claim_folder_file(file, component, names)
+        origins = _claim_folder_file(file, layout.blueprint, component, names)
     expected = module.state_dict()
     state = {
         names[key]: _read(file, origin, tuple(expected[names[key]].shape)).to(device, dtype)
@@ -110,10 +102,12 @@ def _fill(module: Module, layout: ModelLayout, component: str, dtype: torch.dtyp
     return module.eval().requires_grad_(requires_grad=False)
 
 
-def _claim_folder_file(file: WeightsFile, component: str, ours: Mapping[str, str]) -> dict[str, Origin]:
+def _claim_folder_file(
+    file: WeightsFile, blueprint: Blueprint, component: str, ours: Mapping[str, str]
+) -> dict[str, Origin]:
     found: dict[str, Origin] = {}
     for key in file.shapes:
-        name = folder_name(component, key)
+        name = folder_name(blueprint, component, key)
         if name is not None:
             found[name] = Origin(key)
     _refuse(
@@ -149,7 +143,7 @@ def _read(file: WeightsFile, origin: Origin, expected: Shape) -> Tensor:
 
 
 def place_constants(module: nn.Module, device: torch.device) -> None:
-    """Give a module on the meta device the buffers that no checkpoint holds: CLIP's positions, 0 to the last."""
+    """Give a module on the meta device the buffers that no checkpoint holds: CLIP's positions, counted from 0."""
     for name, buffer in list(module.named_buffers()):
         if not buffer.is_meta:
             continue

@@ -1,4 +1,4 @@
-"""The autoencoder, the paper's first stage: convolutional, with lightly regularised latents (arXiv:2112.10752, 3.1).
+"""The autoencoder: convolutional, with lightly regularised latents (arXiv:2112.10752, 3.1).
 
 Regularised by a small KL penalty, or by a codebook that the decoder absorbs; the networks are the same.
 """

@@ -1,4 +1,4 @@
-"""The denoising U-Net with cross-attention: the paper's second stage (arXiv:2112.10752, section 3.3)."""
+"""The denoising U-Net with cross-attention (arXiv:2112.10752, section 3.3)."""
 
 from __future__ import annotations
 

@@ -11,9 +11,9 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from latentmill.engine.loading.blueprint import Tower
+from latentmill.engine.families.family import TextEncoderSpec
 from latentmill.engine.loading.layout import ModelLayout
-from latentmill.engine.loading.weights import load_tower
+from latentmill.engine.loading.weights import load_text_encoder
 from latentmill.engine.text.prompts import Chunk, cut_into_chunks, parse_prompt
 from latentmill.engine.text.tokenizer import PromptTokenizer, load_prompt_tokenizer
 from latentmill.engine.types import LONG_PROMPTS, PROMPT_SYNTAXES, EngineError, ModelSpec
@@ -36,24 +36,20 @@ class Conditioning:
 
 
 @dataclass(frozen=True, slots=True)
-class _LoadedTower:
-    tower: Tower
+class _LoadedEncoder:
+    spec: TextEncoderSpec
     tokenizer: PromptTokenizer
-    model: nn.Module
+    network: nn.Module
 
     def framed(self, chunk: Chunk) -> tuple[list[int], list[float]]:
         """A chunk's ids and weights with marks and padding, which weigh 1."""
-        ids = self.tokenizer.framed([token for token, _ in chunk], self.tower.max_tokens, self.tower.pad_id)
+        ids = self.tokenizer.framed([token for token, _ in chunk], self.spec.max_tokens, self.spec.pad_id)
         weights = [1.0, *(weight for _, weight in chunk)]
-        return ids, weights + [1.0] * (self.tower.max_tokens - len(weights))
+        return ids, weights + [1.0] * (self.spec.max_tokens - len(weights))
 
     def encode(self, ids: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor | None]:
         rows = torch.tensor(ids, device=device)
-        if self.tower.kind == "ldm-bert":
-            return self.model(rows), None
-        output = self.model(rows, output_hidden_states=self.tower.penultimate)
-        states = output.hidden_states[-2] if self.tower.penultimate else output.last_hidden_state
-        return states, output.text_embeds if self.tower.kind == "clip-projection" else None
+        return self.spec.encode(self.network, rows)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,11 +76,13 @@ class TextEncoder:
                 f"{', '.join(PROMPT_SYNTAXES)} and one of {', '.join(LONG_PROMPTS)}"
             )
         blueprint = layout.blueprint
-        self._towers = [
-            _LoadedTower(tower, load_prompt_tokenizer(folder, tower.kind), load_tower(layout, tower, dtype, device))
-            for tower, folder in zip(blueprint.towers, layout.tokenizers, strict=True)
+        self._encoders = [
+            _LoadedEncoder(
+                encoder, load_prompt_tokenizer(folder, encoder), load_text_encoder(layout, encoder, dtype, device)
+            )
+            for encoder, folder in zip(blueprint.encoders, layout.tokenizers, strict=True)
         ]
-        for loaded in self._towers:
+        for loaded in self._encoders:
             _check_vocabulary(loaded, exact=layout.single_file)
         self._syntax = spec.prompt_syntax
         self._long_prompts = spec.long_prompts
@@ -98,7 +96,7 @@ class TextEncoder:
     @property
     def networks(self) -> list[nn.Module]:
         """The encoders' networks."""
-        return [loaded.model for loaded in self._towers]
+        return [loaded.network for loaded in self._encoders]
 
     def without_cache(self) -> TextEncoder:
         """The same encoder with no embeddings remembered: for networks whose precision has changed."""
@@ -152,10 +150,10 @@ class TextEncoder:
         if self._long_prompts != "chunk":
             # A BREAK starts a new chunk; where there is only one, its two sides follow one another.
             pieces = [replace(piece, starts_chunk=False) for piece in pieces]
-        ids = [loaded.tokenizer.ids([piece.text for piece in pieces]) for loaded in self._towers]
+        ids = [loaded.tokenizer.ids([piece.text for piece in pieces]) for loaded in self._encoders]
         chunks = tuple(
-            cut_into_chunks(pieces, piece_ids, loaded.tower.max_tokens - 2)
-            for loaded, piece_ids in zip(self._towers, ids, strict=True)
+            cut_into_chunks(pieces, piece_ids, loaded.spec.max_tokens - 2)
+            for loaded, piece_ids in zip(self._encoders, ids, strict=True)
         )
         return _Prompt(sum(map(len, ids[0])), chunks)
 
@@ -164,14 +162,14 @@ class TextEncoder:
         prompts = [self._read(text) for text in texts]
         parts = [
             self._encode_chunks(loaded, [prompt.chunks[number] for prompt in prompts], chunks)
-            for number, loaded in enumerate(self._towers)
+            for number, loaded in enumerate(self._encoders)
         ]
         states = torch.cat([part for part, _ in parts], dim=-1)
         pooled = next((part for _, part in parts if part is not None), None)
         return [(row.clone(), None if pooled is None else pooled[number].clone()) for number, row in enumerate(states)]
 
     def _encode_chunks(
-        self, loaded: _LoadedTower, rows: list[list[Chunk]], chunks: int
+        self, loaded: _LoadedEncoder, rows: list[list[Chunk]], chunks: int
     ) -> tuple[Tensor, Tensor | None]:
         """Chunk by chunk, each at the fixed batch shape; the pooled state is the first chunk's."""
         states, pooled = [], []
@@ -183,12 +181,12 @@ class TextEncoder:
         return torch.cat(states, dim=1), pooled[0]
 
 
-def _check_vocabulary(loaded: _LoadedTower, *, exact: bool) -> None:
+def _check_vocabulary(loaded: _LoadedEncoder, *, exact: bool) -> None:
     """A tokenizer chosen by hand must fit exactly; one in the model's own folder may know fewer tokens."""
-    known, given = int(loaded.tower.config.get("vocab_size", 30522)), loaded.tokenizer.vocabulary
+    known, given = int(loaded.spec.config["vocab_size"]), loaded.tokenizer.vocabulary
     if given > known or (exact and given != known):
         raise EngineError(
-            f"{loaded.tower.component} knows {known} tokens, the tokenizer has {given}: the model was trained with "
+            f"{loaded.spec.component} knows {known} tokens, the tokenizer has {given}: the model was trained with "
             "another one"
         )
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from latentmill.engine.loading.blueprint import TowerKind
+from latentmill.engine.families.family import TextEncoderSpec
 from latentmill.engine.loading.vocabulary import tokenizer_files
 
 
@@ -49,15 +49,15 @@ class PromptTokenizer:
         return framed + [int(pad)] * (length - len(framed))
 
 
-def load_prompt_tokenizer(folder: Path, kind: TowerKind) -> PromptTokenizer:
+def load_prompt_tokenizer(folder: Path, encoder: TextEncoderSpec) -> PromptTokenizer:
     """The tokenizer in a folder, of the kind that the text encoder was trained with.
 
     It is given a folder with the files that the model's digest covers, and no others: what else lies there, and what a
     later version of transformers may look for, changes no token.
     """
-    from transformers import BertTokenizer, CLIPTokenizer
+    import transformers
 
-    tokenizer = BertTokenizer if kind == "ldm-bert" else CLIPTokenizer
+    tokenizer = getattr(transformers, encoder.tokenizer_class)
     with tempfile.TemporaryDirectory() as listed:
         for file in tokenizer_files(folder):
             shutil.copyfile(file, Path(listed) / file.name)

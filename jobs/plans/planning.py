@@ -50,11 +50,8 @@ def draft_plan(spec: JobSpec, *, on_stage: Callable[[str], None] = lambda _: Non
             timestep_spacing=spec.timestep_spacing,
         )
     )
-    if spec.safety == "clip-concepts" and not described.has_safety_checker:
-        raise UsageError(
-            f"safety clip-concepts needs the folder safety_checker, which {model.name} lacks; use open-nsfw"
-        )
     try:
+        described.check_safety(spec.safety)
         described.check_prompts(spec.prompt_syntax, spec.long_prompts)
     except EngineError as error:
         raise UsageError(str(error)) from None

@@ -188,11 +188,11 @@ class CompVisConfig:
         yield f"{DDCONFIG}.ch", vae.channels[0], None
         yield f"{DDCONFIG}.ch_mult", _multiples(vae.channels), [1, 2, 4, 8]
         yield f"{DDCONFIG}.num_res_blocks", vae.layers_per_block, None
-        yield from self._attention_of_the_first_stage(vae.attention)
+        yield from self._attention_of_the_autoencoder(vae.attention)
         yield from self._class_fact(FIRST, "AutoencoderKL" if vae.codebook_size is None else "VQModelInterface")
         yield from self._text_facts(model)
 
-    def _attention_of_the_first_stage(self, attention: tuple[bool, ...]) -> Iterator[tuple[str, Any, Any]]:
+    def _attention_of_the_autoencoder(self, attention: tuple[bool, ...]) -> Iterator[tuple[str, Any, Any]]:
         path, resolution = f"{DDCONFIG}.attn_resolutions", self.get(f"{DDCONFIG}.resolution")
         if isinstance(resolution, int) and isinstance(self.get(path), list):
             sides = [resolution // 2**level for level in range(len(attention))]
@@ -205,19 +205,10 @@ class CompVisConfig:
             yield f"{path}.target", name, None
 
     def _text_facts(self, model: ModelDescription) -> Iterator[tuple[str, Any, Any]]:
-        encoder, params = model.layout.blueprint.towers[0], f"{TEXT}.params"
-        if encoder.kind == "ldm-bert":
-            yield from self._class_fact(TEXT, "BERTEmbedder")
-            yield f"{params}.n_embed", encoder.width, None
-            yield f"{params}.n_layer", encoder.config["encoder_layers"], None
-            yield f"{params}.max_seq_len", encoder.max_tokens, 77
-        elif encoder.config["hidden_act"] == "gelu":
-            yield from self._class_fact(TEXT, "FrozenOpenCLIPEmbedder")
-            yield f"{params}.layer", "penultimate", "last"
-        else:
-            yield from self._class_fact(TEXT, "FrozenCLIPEmbedder")
-            yield f"{params}.layer", "last", "last"
-            yield f"{params}.max_length", encoder.max_tokens, 77
+        name, facts = model.layout.blueprint.encoders[0].original_facts()
+        yield from self._class_fact(TEXT, name)
+        for parameter, value, default in facts:
+            yield f"{TEXT}.params.{parameter}", value, default
 
 
 def _multiples(widths: tuple[int, ...]) -> list[float]:

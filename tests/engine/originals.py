@@ -17,7 +17,7 @@ from torch import Tensor
 from latentmill.engine.loading.blueprint import Blueprint
 from latentmill.engine.loading.keys import original_names
 from latentmill.engine.loading.layout import find_model
-from latentmill.engine.loading.weights import load_tower, load_unet, load_vae
+from latentmill.engine.loading.weights import load_text_encoder, load_unet, load_vae
 from latentmill.engine.types import ModelSpec
 
 CPU = torch.device("cpu")
@@ -29,8 +29,8 @@ def original_weights(folder: Path) -> dict[str, Tensor]:
     blueprint = layout.blueprint
     modules = {
         "unet": load_unet(layout, torch.float32, CPU),
-        blueprint.vae_component: load_vae(layout, torch.float32, CPU),
-        **{tower.component: load_tower(layout, tower, torch.float32, CPU) for tower in blueprint.towers},
+        blueprint.family.vae_component: load_vae(layout, torch.float32, CPU),
+        **{encoder.component: load_text_encoder(layout, encoder, torch.float32, CPU) for encoder in blueprint.encoders},
     }
     weights: dict[str, Tensor] = {}
     for component, module in modules.items():
@@ -45,7 +45,7 @@ def original_weights(folder: Path) -> dict[str, Tensor]:
     for key in list(weights):
         if weights[key].ndim == 2 and is_convolution(blueprint, key):
             weights[key] = weights[key][:, :, None, None]
-    return weights | _beside(blueprint.family, weights)
+    return weights | _beside(blueprint.family.name, weights)
 
 
 def is_convolution(blueprint: Blueprint, key: str) -> bool:

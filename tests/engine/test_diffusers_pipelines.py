@@ -248,7 +248,7 @@ def test_the_description_is_read_from_the_files(folders, name, facts):
         found.prediction_type,
         counts,
     )
-    assert (found.samplers, found.max_tokens, found.has_safety_checker) == (("default",), None, False)
+    assert (found.samplers, found.max_tokens) == (("default",), None)
     on_disk = {path.relative_to(folders[name]).as_posix() for path in folders[name].rglob("*") if path.is_file()}
     assert found.files.keys() == on_disk
 

@@ -187,7 +187,7 @@ def test_nothing_else_of_a_text_encoders_config_reaches_the_library(folder):
         "dtype": "nonsense",
     }
     path.write_text(json.dumps({**json.loads(path.read_text()), **evil}))
-    model = load(folder)._models.text._towers[0].model
+    model = load(folder)._models.text.networks[0]
     assert model.config._attn_implementation == "sdpa"
     for name in ("auto_map", "quantization_config", "self"):
         assert not hasattr(model.config, name)

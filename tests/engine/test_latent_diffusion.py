@@ -11,10 +11,8 @@ from diffusers import LDMTextToImagePipeline, VQModel
 from safetensors.torch import load_file
 
 from latentmill.engine import Engine, EngineError, ModelSpec, describe_model, load_tokenizer
-from latentmill.engine.loading.blueprint import Tower
+from latentmill.engine.families.ldm import LdmBertEncoder
 from latentmill.engine.loading.config import VAEConfig
-from latentmill.engine.loading.keys import folder_name
-from latentmill.engine.loading.weights import build_tower
 from latentmill.engine.networks.autoencoder import build_autoencoder
 from tests.engine.families import (
     assert_same_pictures,
@@ -78,8 +76,9 @@ def test_the_weights_of_the_first_published_folders_are_pickles(folders, tmp_pat
 def test_the_text_encoder_computes_what_the_reference_computes():
     torch.manual_seed(0)
     reference = ldm_bert(50, 96, 3)
-    ours = build_tower(Tower(kind="ldm-bert", config=reference.config.to_dict(), component="bert", tokenizer=""))
-    weights = {folder_name("bert", key): tensor for key, tensor in reference.state_dict().items()}
+    encoder = LdmBertEncoder(config=reference.config.to_dict(), component="bert", tokenizer="")
+    ours = encoder.build()
+    weights = {encoder.folder_name(key): tensor for key, tensor in reference.state_dict().items()}
     ours.load_state_dict({key: tensor for key, tensor in weights.items() if key is not None})
     ids = torch.randint(0, 50, (3, 77))
     with torch.no_grad():

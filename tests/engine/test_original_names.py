@@ -16,11 +16,15 @@ import torch
 from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import LDMBertConfig, LDMBertModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from latentmill.engine.loading.blueprint import Blueprint, Tower
+from latentmill.engine.families import ldm, sd, sdxl
+from latentmill.engine.families.clip import ClipEncoder
+from latentmill.engine.families.family import Family, TextEncoderSpec
+from latentmill.engine.families.ldm import LdmBertEncoder
+from latentmill.engine.loading.blueprint import Blueprint
 from latentmill.engine.loading.config import SchedulerConfig, UNetConfig, VAEConfig
-from latentmill.engine.loading.keys import folder_name, is_ignored, original_names
+from latentmill.engine.loading.keys import is_ignored, original_names
 from latentmill.engine.loading.single_file import recognise
-from latentmill.engine.loading.weights import build_tower, claim_single_file
+from latentmill.engine.loading.weights import claim_single_file
 from latentmill.engine.networks.autoencoder import build_autoencoder
 from latentmill.engine.networks.unet import UNet
 from tests.engine.originals import is_convolution
@@ -71,22 +75,22 @@ VQ_F8 = {
 }
 
 
-def bert(width: int) -> Tower:
+def bert(width: int) -> LdmBertEncoder:
     config = {"d_model": width, "encoder_ffn_dim": 4 * width, "encoder_layers": 32}
-    return Tower(kind="ldm-bert", config=config, component="bert", tokenizer="tokenizer")
+    return LdmBertEncoder(config=config, component="bert", tokenizer="tokenizer")
 
 
-def clip(config: dict, component: str = "text_encoder", kind: str = "clip") -> Tower:
-    return Tower(kind=kind, config=config, component=component, tokenizer="tokenizer")
+def clip(config: dict, component: str = "text_encoder", *, projection: bool = False) -> ClipEncoder:
+    return ClipEncoder(config=config, component=component, tokenizer="tokenizer", projection=projection)
 
 
-def blueprint(family: str, unet: dict, vae: dict, *towers: Tower) -> Blueprint:
+def blueprint(family: Family, unet: dict, vae: dict, *encoders: TextEncoderSpec) -> Blueprint:
     return Blueprint(
         family=family,
         unet=UNetConfig.from_dict(unet),
         vae=VAEConfig.from_dict(vae),
         scheduler=SchedulerConfig.from_dict({}),
-        towers=towers,
+        encoders=encoders,
     )
 
 
@@ -121,12 +125,12 @@ class Published:
 
 PUBLISHED = {
     "sd1": Published(
-        blueprint("stable-diffusion", SD15_UNET, SD_VAE, clip(CLIP_L)),
+        blueprint(sd.FAMILY, SD15_UNET, SD_VAE, clip(CLIP_L)),
         1130,
         "21503364ca61d806acb658b579a19b5a1c418f8496f5647379e151adfab3c318",
     ),
     "sd2": Published(
-        blueprint("stable-diffusion", SD21_UNET, SD_VAE, clip(OPEN_CLIP_H)),
+        blueprint(sd.FAMILY, SD21_UNET, SD_VAE, clip(OPEN_CLIP_H)),
         1228,
         "9ead00576b208d09c432510a038f38fe9255e2771ff6069d377874fdeddcc3a4",
         {
@@ -138,24 +142,24 @@ PUBLISHED = {
     ),
     "sdxl": Published(
         blueprint(
-            "stable-diffusion-xl",
+            sdxl.FAMILY,
             SDXL_UNET,
             SD_VAE,
             clip(CLIP_L),
-            clip(OPEN_CLIP_G, "text_encoder_2", "clip-projection"),
+            clip(OPEN_CLIP_G, "text_encoder_2", projection=True),
         ),
         2514,
         "0e7097ed9dccb5ed61425a5c85431991af68b5237dd23b128f6c5c0d992d71eb",
         {"conditioner.embedders.1.model.logit_scale": ()},
     ),
     "ldm-kl": Published(
-        blueprint("latent-diffusion", LDM_UNET, SD_VAE, bert(1280)),
+        blueprint(ldm.FAMILY, LDM_UNET, SD_VAE, bert(1280)),
         1356,
         "fdc7c6078940143e870f78eced5ce7d6defcc516a428585e47087af3c435191a",
         {f"{TO_LOGITS}weight": (30522, 1280), f"{TO_LOGITS}bias": (30522,)},
     ),
     "ldm-vq": Published(
-        blueprint("latent-diffusion", VQ_UNET, VQ_F4, bert(640)),
+        blueprint(ldm.FAMILY, VQ_UNET, VQ_F4, bert(640)),
         1315,
         "10a13669c360e053e5dfc44bb5aaac83dfb9c4b99ce729f3ee76c45c7c2a2dcd",
         {f"{TO_LOGITS}weight": (30522, 640), f"{TO_LOGITS}bias": (30522,)},
@@ -168,8 +172,8 @@ def original_shapes(plan: Blueprint) -> dict[str, tuple[int, ...]]:
     with torch.device("meta"):
         modules = {
             "unet": UNet(plan.unet),
-            "vae": build_autoencoder(plan.vae),
-            **{tower.component: build_tower(tower) for tower in plan.towers},
+            plan.family.vae_component: build_autoencoder(plan.vae),
+            **{encoder.component: encoder.build() for encoder in plan.encoders},
         }
     shapes: dict[str, tuple[int, ...]] = {}
     for component, module in modules.items():
@@ -226,24 +230,24 @@ def test_a_listing_of_the_real_names_is_recognised_and_claimed_whole(name):
 
 
 def test_the_codebook_stage_with_attention_has_the_original_names():
-    plan = blueprint("latent-diffusion", LDM_UNET, VQ_F8, bert(1280))
+    plan = blueprint(ldm.FAMILY, LDM_UNET, VQ_F8, bert(1280))
     shapes = {key: shape for key, shape in original_shapes(plan).items() if key.startswith("first_stage_model.")}
     assert len(shapes) == 299
     assert digest(shapes) == "64bbe90034b0cd28624f9bd3f4fcf5a0bb294d1415d107d7b53990a435c7ba3f"
 
 
 @pytest.mark.parametrize(
-    ("tower", "reference", "parameters"),
+    ("encoder", "reference", "parameters"),
     [
         (clip(CLIP_L), CLIPTextModel, 123_060_480),
         (clip(OPEN_CLIP_H), CLIPTextModel, 340_387_840),
-        (clip(OPEN_CLIP_G, kind="clip-projection"), CLIPTextModelWithProjection, 694_659_840),
+        (clip(OPEN_CLIP_G, projection=True), CLIPTextModelWithProjection, 694_659_840),
     ],
     ids=["clip-l", "open-clip-h", "open-clip-g"],
 )
-def test_text_encoders_have_their_published_size(tower, reference, parameters):
+def test_text_encoders_have_their_published_size(encoder, reference, parameters):
     with torch.device("meta"):
-        ours, theirs = build_tower(tower), reference(CLIPTextConfig(**tower.config))
+        ours, theirs = encoder.build(), reference(CLIPTextConfig(**encoder.config))
     assert {key: part.shape for key, part in ours.state_dict().items()} == {
         key: part.shape for key, part in theirs.state_dict().items()
     }
@@ -252,7 +256,7 @@ def test_text_encoders_have_their_published_size(tower, reference, parameters):
 
 def test_the_encoder_of_latent_diffusion_claims_all_of_the_references_keys_but_its_head():
     with torch.device("meta"):
-        ours, theirs = build_tower(bert(1280)), LDMBertModel(LDMBertConfig())
-    renamed = {folder_name("bert", key): tuple(part.shape) for key, part in theirs.state_dict().items()}
+        ours, theirs = bert(1280).build(), LDMBertModel(LDMBertConfig())
+    renamed = {bert(1280).folder_name(key): tuple(part.shape) for key, part in theirs.state_dict().items()}
     renamed.pop(None)
     assert renamed == {key: tuple(part.shape) for key, part in ours.state_dict().items()}

@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPImageProcessorPil
 
 from latentmill.engine import Engine, EngineError, GenerationRequest, ModelSpec
+from latentmill.engine.guards.clip_concepts import ClipConcepts, concept_score
 from latentmill.engine.guards.safety import load_safety_checker
-from latentmill.engine.guards.safety_clip import ClipConcepts, concept_score
 
 CPU = torch.device("cpu")
 

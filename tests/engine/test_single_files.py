@@ -85,8 +85,12 @@ def test_a_single_file_is_described_as_the_folder_that_it_came_from(name, files,
         assert getattr(found.layout.blueprint.unet, part) == getattr(expected.layout.blueprint.unet, part)
     assert found.layout.blueprint.vae.channels == expected.layout.blueprint.vae.channels
     assert found.layout.blueprint.vae.scaling_factor == expected.layout.blueprint.vae.scaling_factor
-    for ours, theirs in zip(found.layout.blueprint.towers, expected.layout.blueprint.towers, strict=True):
-        assert (ours.kind, ours.penultimate) == (theirs.kind, theirs.penultimate)
+    for ours, theirs in zip(found.layout.blueprint.encoders, expected.layout.blueprint.encoders, strict=True):
+        assert (ours.component, ours.penultimate, ours.projection) == (
+            theirs.component,
+            theirs.penultimate,
+            theirs.projection,
+        )
         assert {key: theirs.config[key] for key in ours.config if key != "pad_token_id"} == {
             key: value for key, value in ours.config.items() if key != "pad_token_id"
         }

@@ -136,7 +136,7 @@ def test_an_unknown_choice_is_refused(eps_model, option):
 def test_emphasis_weighs_in_each_of_two_encoders_and_leaves_the_pooled_state(tmp_path):
     folder = write_sdxl(tmp_path / "sdxl")
     text = load(folder, prompt_syntax="a1111")._models.text
-    widths = [loaded.tower.width for loaded in text._towers]
+    widths = [loaded.spec.width for loaded in text._encoders]
     with torch.inference_mode():
         plain, weighted = text.encode(["a red cat"]), text.encode(["a (red:1.6) cat"])
     changed = (plain.context - weighted.context).abs()[0].split(widths, dim=-1)
@@ -148,7 +148,7 @@ def test_emphasis_weighs_in_each_of_two_encoders_and_leaves_the_pooled_state(tmp
 def test_a_prompt_is_tokenised_once_a_request(eps_model):
     for options in ({}, {"prompt_syntax": "a1111", "long_prompts": "chunk"}):
         engine = load(eps_model, **options)
-        tokenizer = engine._models.text._towers[0].tokenizer
+        tokenizer = engine._models.text._encoders[0].tokenizer
         seen = []
         ids = tokenizer.ids
         tokenizer.ids = lambda texts, seen=seen, ids=ids: (seen.extend(texts), ids(texts))[1]

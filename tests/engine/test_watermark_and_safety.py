@@ -11,7 +11,8 @@ import torch
 from imwatermark import WatermarkDecoder, WatermarkEncoder
 
 from latentmill.engine import EngineError, ModelSpec, embed_watermark, read_watermark, watermark_bit_accuracy
-from latentmill.engine.guards.safety import OpenNsfw, load_safety_checker
+from latentmill.engine.guards.open_nsfw import OpenNsfw
+from latentmill.engine.guards.safety import load_safety_checker
 
 TEXT = "StableDiffusionV1"
 

@@ -1,7 +1,7 @@
-"""The configs of CLIP's two towers and of latent diffusion's text encoder: what shapes them, each field checked.
+"""The configs of CLIP's text and image encoders: the fields that shape the networks, each checked.
 
-Nothing else of a file reaches a library: a config may name code, devices and much more. What a file leaves out has the
-library's own default, as the library leaves such fields out when it writes one.
+No other field reaches a library, as a config may also name code or devices. A field that is left out has the library's
+own default, since the library leaves such fields out when it writes a file.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def clip_text_config(config: Json, where: str) -> dict[str, Any]:
         "projection_dim": fields.whole("projection_dim", 512, WIDTH_LIMIT),
         # The pooled state is that of the first end mark, or of the highest token where this is 2.
         "eos_token_id": fields.whole("eos_token_id", 49407, TOKENS_LIMIT, least=0),
-        # No computation reads these two, but the library checks them against the vocabulary.
+        # No computation uses these two, but the library checks them against the vocabulary.
         "bos_token_id": None,
         "pad_token_id": None,
     }
@@ -47,24 +47,8 @@ def clip_vision_config(config: Json, where: str) -> dict[str, Any]:
     }
 
 
-def ldm_bert_config(config: Json, where: str) -> dict[str, Any]:
-    """The fields of diffusers' LDMBertConfig. Raises EngineError for a field that is not what it should be."""
-    fields = Fields(config, where)
-    if config.get("activation_function", "gelu") != "gelu":
-        raise fields.refusal("activation_function", "gelu")
-    return {
-        "vocab_size": fields.whole("vocab_size", 30522, TOKENS_LIMIT),
-        "max_position_embeddings": fields.whole("max_position_embeddings", 77, POSITIONS_LIMIT, least=2),
-        "encoder_layers": fields.whole("encoder_layers", 32, LAYERS_LIMIT),
-        "encoder_ffn_dim": fields.whole("encoder_ffn_dim", 5120, WIDTH_LIMIT),
-        "encoder_attention_heads": fields.whole("encoder_attention_heads", 8, WIDTH_LIMIT),
-        "head_dim": fields.whole("head_dim", 64, WIDTH_LIMIT),
-        "d_model": fields.whole("d_model", 1024, WIDTH_LIMIT),
-    }
-
-
 def _clip_layers(fields: Fields, config: Json, *, width: int, heads: int, hidden: int) -> dict[str, Any]:
-    """What shapes the transformer layers of either of CLIP's towers."""
+    """What shapes the transformer layers of either of CLIP's encoders."""
     width = fields.whole("hidden_size", width, WIDTH_LIMIT)
     heads = fields.whole("num_attention_heads", heads, WIDTH_LIMIT)
     activation = config.get("hidden_act", "quick_gelu")
@@ -79,6 +63,6 @@ def _clip_layers(fields: Fields, config: Json, *, width: int, heads: int, hidden
         "num_hidden_layers": fields.whole("num_hidden_layers", 12, LAYERS_LIMIT),
         "hidden_act": activation,
         "layer_norm_eps": fields.number("layer_norm_eps", 1e-5, 1.0),
-        # Of several ways to compute attention, whose bits differ, always the same one.
+        # There are several ways to compute attention, and their bits differ: always use the same one.
         "attn_implementation": "sdpa",
     }

@@ -1,7 +1,7 @@
-"""The checker of the original script: CLIP's image embedding against the embeddings of unsafe concepts.
+"""The checker of the original script: CLIP's embedding of a picture against those of unsafe concepts.
 
-The rule and its rounding are those of the published StableDiffusionSafetyChecker; the checker's own folder brings the
-weights, thresholds among them, and the pre-processing.
+The rule and its rounding are those of the published StableDiffusionSafetyChecker. The checker's own folder has the
+weights, the thresholds and the settings of the pre-processing.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from torch.nn import functional as F
 from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModel
 
 from latentmill.engine.loading.checkpoint import open_weights
+from latentmill.engine.loading.clip_config import SIDE_LIMIT, clip_vision_config
 from latentmill.engine.loading.config import WIDTH_LIMIT
-from latentmill.engine.loading.encoder_config import SIDE_LIMIT, clip_vision_config
 from latentmill.engine.loading.fields import Fields
 from latentmill.engine.loading.files import read_json, shown
-from latentmill.engine.loading.folder import PROCESSOR_FILE
 from latentmill.engine.loading.weights import place_constants
-from latentmill.engine.types import EngineError, Pixels, SafetyVerdict
+from latentmill.engine.types import EngineError, ModelSpec, Pixels, SafetyVerdict
 
+_PROCESSOR_FILE = "feature_extractor/preprocessor_config.json"
 _CONCEPTS, _SPECIAL = 17, 3
 _SPECIAL_ADJUSTMENT = 0.01
 
 
 class _ConceptModel(nn.Module):
-    """CLIP's vision tower with the concepts beside it; attribute names are the checkpoint's keys."""
+    """CLIP's image encoder and the concepts; attribute names are the checkpoint's keys."""
 
     def __init__(self, config: CLIPVisionConfig, width: int) -> None:
         super().__init__()
@@ -73,8 +73,13 @@ class ClipConcepts:
         score = concept_score(
             special[0].cpu().numpy(), concepts[0].cpu().numpy(), self._special_thresholds, self._thresholds
         )
-        # Written so that a score that is not a number is flagged.
+        # A score that is not a number compares as False, and must be flagged.
         return SafetyVerdict(checker="clip-concepts", score=score, flagged=not score <= 0)
+
+
+def load(spec: ModelSpec, folder: Path, device: torch.device) -> ClipConcepts:  # noqa: ARG001 - as all are loaded
+    """The checker in a model's folder. Raises EngineError for files that are missing or do not fit."""
+    return ClipConcepts(folder, device)
 
 
 def concept_score(
@@ -100,7 +105,7 @@ def concept_score(
 
 def _processor_settings(model_folder: Path) -> dict[str, object]:
     """The image processor's own settings; without the file, those of CLIP ViT-L/14, which every published one has."""
-    path = model_folder / PROCESSOR_FILE
+    path = model_folder / _PROCESSOR_FILE
     if not path.is_file():
         return {}
     settings = read_json(path)
@@ -142,7 +147,7 @@ def _load(folder: Path) -> _ConceptModel:
             f"{path} is missing: the model names a safety checker without weights; add the file, or choose open-nsfw"
         )
     file = open_weights(path)
-    # The published file nests the tower twice and stores position numbers; later versions do neither.
+    # The published file nests the encoder twice and stores position numbers; later versions do neither.
     keys = {
         key.replace("vision_model.vision_model.", "vision_model."): key
         for key in file.shapes

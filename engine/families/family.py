@@ -1,0 +1,156 @@
+"""What a family declares: names, text encoders, key names, single files, further conditions. No torch here."""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+from latentmill.engine.loading.config import Json, PredictionType, UNetConfig, VAEConfig
+from latentmill.engine.types import EngineError, GenerationRequest
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+Shapes = Mapping[str, tuple[int, ...]]
+"""The shape of each tensor of a file, by key."""
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where a weight comes from: a key of the file, one third of it where `third` is given, or its transpose."""
+
+    key: str
+    third: int | None = None
+    transposed: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TextEncoderSpec(ABC):
+    """One text encoder: its parts in a folder, its config.json once it has been read, and all that its kind needs.
+
+    `pad_id` overrides the tokenizer's own padding. `tokenizer_class` is a class of transformers, `usual_tokenizer` the
+    hub id of the vocabulary that such encoders were trained with.
+    """
+
+    component: str
+    tokenizer: str
+    config: Json = field(default_factory=dict)
+    pad_id: int | None = None
+
+    tokenizer_class: ClassVar[str]
+    usual_tokenizer: ClassVar[str]
+
+    @property
+    @abstractmethod
+    def width(self) -> int:
+        """Features of one token's state."""
+
+    @property
+    def pooled_width(self) -> int:
+        """Features of the prompt's pooled embedding; 0 where there is none."""
+        return 0
+
+    @property
+    def max_tokens(self) -> int:
+        """Tokens per prompt, start and end marks included."""
+        return int(self.config.get("max_position_embeddings", 77))
+
+    def configured(self, config: Json, where: str) -> Self:
+        """The same encoder with a config. Raises EngineError for a field that is not what it should be."""
+        return replace(self, config=self.checked_config(config, where))
+
+    @staticmethod
+    @abstractmethod
+    def checked_config(config: Json, where: str) -> dict[str, Any]:
+        """What shapes the network, each field checked. Raises EngineError."""
+
+    @abstractmethod
+    def build(self) -> nn.Module:
+        """The network, without weights."""
+
+    @abstractmethod
+    def encode(self, network: nn.Module, ids: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Token ids `(n, l)` -> token states `(n, l, width)`, and the pooled state `(n, pooled_width)` if any."""
+
+    @abstractmethod
+    def folder_name(self, key: str) -> str | None:
+        """Our name of a key of a folder's file; None for a key that no picture depends on."""
+
+    @abstractmethod
+    def original_name(self, prefix: str, key: str) -> Origin:
+        """Where one of our weights lies in a single file whose encoder has this prefix."""
+
+    @abstractmethod
+    def original_facts(self) -> tuple[str, tuple[tuple[str, Any, Any], ...]]:
+        """The class in configs of the original command, and its parameters: name, value, the class's default."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SingleFile:
+    """One version of a family as a single file: how it is told by its keys, and what no shape shows.
+
+    All of `markers` must be in the file. `unet`, `vae` and `text_encoders` read configs from its shapes; they raise
+    KeyError, IndexError or ValueError for a file that is not of this version. `prediction_type` is None where the
+    files do not say what the U-Net predicts: then `prediction_hint` says what to give.
+    """
+
+    title: str
+    markers: tuple[str, ...]
+    unet: Callable[[Shapes], Json]
+    vae: Callable[[Shapes], Json]
+    text_encoders: Callable[[Shapes], tuple[TextEncoderSpec, ...]]
+    scheduler: Json
+    prediction_type: PredictionType | None = "epsilon"
+    prediction_hint: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Family:
+    """Everything that the engine knows of one family.
+
+    `pipelines` are the classes of its model_index.json, `text_encoders` those of a folder, still without configs.
+    `encoder_prefix` begins the keys of the encoder `{index}` in a single file, `ignored` are patterns of keys that no
+    picture depends on, `ignored_of` more of them for a first encoder, and `refused` says of a key which known but
+    unsupported model it belongs to. `conditions` gives the U-Net's further arguments for a pooled state and a request.
+    `zeros_for_empty_prompt`: an empty negative prompt means zeros, unless the folder says otherwise.
+    """
+
+    name: str
+    pipelines: tuple[str, ...]
+    text_encoders: tuple[TextEncoderSpec, ...]
+    single_files: tuple[SingleFile, ...]
+    unet_origins: Callable[[UNetConfig, Iterable[str]], dict[str, Origin]]
+    vae_origins: Callable[[VAEConfig, Iterable[str]], dict[str, Origin]]
+    encoder_prefix: str
+    ignored: tuple[str, ...]
+    ignored_of: Callable[[TextEncoderSpec], tuple[str, ...]] | None = None
+    refused: Mapping[str, str] = field(default_factory=dict)
+    vae_component: str = "vae"
+    conditions: Callable[[Tensor, GenerationRequest], Mapping[str, Tensor]] | None = None
+    zeros_for_empty_prompt: bool = False
+
+
+def renamed(key: str, table: Mapping[str, str]) -> str:
+    """The key with the first pattern that it begins with replaced."""
+    for pattern, replacement in table.items():
+        name, changes = re.subn(f"^{pattern}", replacement, key)
+        if changes:
+            return name
+    return key
+
+
+def unnamed(key: str) -> EngineError:
+    """The error for a weight of ours that single files have no name for."""
+    return EngineError(f"{key} has no name in the original checkpoints")
+
+
+def count(shapes: Shapes, pattern: str) -> int:
+    """One more than the highest number that the pattern's group takes among the keys; 0 if it matches none.
+
+    Patterns take three digits: a key with more is none of a known model, and is refused as unexpected.
+    """
+    matches = map(re.compile(pattern).match, shapes)
+    return 1 + max((int(match[1]) for match in matches if match), default=-1)
