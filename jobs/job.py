@@ -7,7 +7,7 @@ from functools import lru_cache
 
 from latentmill.jobs.errors import UsageError
 from latentmill.jobs.ledger.ledger import Ledger
-from latentmill.jobs.ledger.sinks import Sink, open_sink
+from latentmill.jobs.ledger.picture_store import PictureStore
 from latentmill.jobs.plans.plan import Plan, load_plan
 from latentmill.jobs.store.errors import StorageError
 from latentmill.jobs.store.storage import Storage
@@ -20,7 +20,7 @@ class Job:
     storage: Storage
     plan: Plan
     ledger: Ledger
-    sink: Sink
+    pictures: PictureStore
 
 
 @lru_cache(maxsize=4)
@@ -42,4 +42,4 @@ def open_job(out_url: str) -> Job:
         schema=plan.record_schema.remove_metadata(),
         chunk_size=plan.chunk_size,
     )
-    return Job(storage=storage, plan=plan, ledger=ledger, sink=open_sink(plan.format, storage))
+    return Job(storage=storage, plan=plan, ledger=ledger, pictures=PictureStore(storage))

@@ -306,7 +306,7 @@ def _store_pictures(
     job: Job, chunk: int, attempt: str, repair: int, finished: Sequence[FinishedSample]
 ) -> list[dict[str, Any]]:
     images = [(item.row["sample_id"], item.data) for item in finished if item.data is not None]
-    stored = job.sink.write(chunk, attempt, images, repair=repair)
+    stored = job.pictures.write(chunk, attempt, images, repair=repair)
     rows = []
     for item in finished:
         image = stored.get(item.row["sample_id"])

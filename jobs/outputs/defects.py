@@ -8,8 +8,8 @@ from typing import Any, Literal
 
 import numpy as np
 
+from latentmill.jobs.ledger.picture_store import picture_path
 from latentmill.jobs.ledger.records import STATUSES, CommitRecord
-from latentmill.jobs.ledger.sinks import picture_path
 from latentmill.jobs.plans.plan import Plan, PlannedSample
 
 Kind = Literal[

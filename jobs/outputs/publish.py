@@ -347,7 +347,7 @@ def _fetch(job: Job, repairs: Mapping[int, int], *, present: bool) -> Fetch:
         wanted = {row["image"]: row["bytes"] for row in rows if row["image"] is not None} if present else {}
         found: dict[str, int] = {}
         for repair, attempt in enumerate(record.attempts if wanted else ()):
-            found |= job.sink.sizes(chunk, attempt, repair)
+            found |= job.pictures.sizes(chunk, attempt, repair)
         missing = sorted(path for path, size in wanted.items() if found.get(path) != size)
         if missing:
             raise JobError(

@@ -219,7 +219,7 @@ class _Checker:
     def _picture_defects(self, row: dict[str, Any], findings: _ChunkFindings) -> Iterator[Defect]:
         path = row["image"]
         try:
-            data = self._job.sink.read(path, row["bytes"] or 0)
+            data = self._job.pictures.read(path, row["bytes"] or 0)
         except FileNotFoundError:
             yield Defect(kind="image-missing", path=path, detail=f"sample {row['sample_id']} refers to it")
             return

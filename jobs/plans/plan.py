@@ -73,6 +73,8 @@ def _same_plan(draft: DraftPlan, existing: Plan) -> Plan:
     if draft.spec.threads_per_actor is None:
         # not asked for, only derived from this machine: a resumed job keeps its own
         identity["threads_per_actor"] = existing.threads_per_actor
+    if existing.identity.get("format") == "files":
+        identity["format"] = "files"  # what older versions could be asked for, and all that pictures ever were
     if fingerprint(identity) == existing.plan_hash:
         return existing
     differences = list(_differences(existing.identity, identity))

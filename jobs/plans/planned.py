@@ -105,7 +105,6 @@ class Plan:
         self.watermark_policy: str = identity["watermark_policy"]
         self.prompt_syntax: str = identity["prompt_syntax"]
         self.long_prompts: str = identity["long_prompts"]
-        self.format: str = identity["format"]
         self.sources: tuple[str, ...] = tuple(manifest["sources"])
         self.n_rows: int = manifest["rows"]
         self.n_rejected: int = manifest["rejected"]

@@ -114,7 +114,6 @@ IDENTITY: Mapping[str, Callable[[Recipe, dict[str, Any]], object]] = {
     "dtype": lambda recipe, _: recipe.dtype,
     "threads_per_actor": lambda recipe, _: recipe.threads,
     "device": lambda recipe, _: "cpu" if recipe.threads else "cuda",
-    "format": lambda _, row: "files" if row["image"].startswith("images/") else "",
 }
 """The plan's identity, told from a row."""
 SAMPLES_OWN = {"parameters", "axes", "manifest"}

@@ -43,7 +43,6 @@ class SimulatedPlan:
     row_constants: Mapping[str, Any] = {}
     file_metadata: Mapping[str, str] = {}
     n_chunks = len(CHUNKS)
-    format = "files"
     device = "cpu"
     batch_size = chunk_size = 2
     on_flagged = "blank"

@@ -172,6 +172,19 @@ def test_a_resumed_job_keeps_its_threads_unless_told_otherwise(job):
         publish(job(threads_per_actor=2))
 
 
+def test_a_job_is_resumed_that_an_older_version_began_with_format_files(job):
+    with draft_plan(job()) as draft:
+        document = draft.document()
+        document["identity"] = {**document["identity"], "format": "files"}
+        document["plan_hash"] = fingerprint(document["identity"])
+        del document["checksum"]
+        storage = Storage.open(draft.spec.out)
+        storage.create("_job/plan.json", json.dumps({**document, "checksum": fingerprint(document)}).encode())
+        assert adopt(draft, storage).plan_hash == document["plan_hash"]
+    with pytest.raises(OutputConflictError, match=r"plan: chunk_size: 32 -> 7\. Use another"):
+        publish(job(chunk_size=7))
+
+
 def test_threads_and_dtype_have_plain_defaults(job):
     plan = publish(job(device="cpu"))
     assert (plan.device, plan.dtype, plan.threads_per_actor) == ("cpu", "float32", 1)
