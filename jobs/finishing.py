@@ -33,7 +33,7 @@ def failed_sample(plan: Plan, sample: PlannedSample, slot: int, error: str, exec
         error=error,
         safety=None,
         prompt_tokens=0,
-        precision="fp16" if plan.dtype == "float16" else "fp32",
+        precision="fp16" if plan.settings.dtype == "float16" else "fp32",
         batch_size=plan.batch_size,
         batch_slot=slot,
     )
@@ -68,9 +68,9 @@ def finish_sample(plan: Plan, sample: PlannedSample, result: GenerationResult, e
 def _kept_pixels(plan: Plan, result: GenerationResult) -> Pixels | None:
     """The policy on flagged pictures; the status stays `flagged` under each of them."""
     assert result.pixels is not None  # noqa: S101 - a result that is not `failed` has pixels
-    if result.status == "ok" or plan.on_flagged == "keep":
+    if result.status == "ok" or plan.settings.on_flagged == "keep":
         return result.pixels
-    return blank(result.pixels) if plan.on_flagged == "blank" else None
+    return blank(result.pixels) if plan.settings.on_flagged == "blank" else None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -84,24 +84,24 @@ class _Mark:
 
 def _marked(plan: Plan, pixels: Pixels, *, required: bool) -> tuple[Pixels, _Mark]:
     """The picture with the plan's mark; a blank one in a flagged picture's place need not be readable (`required`)."""
-    if plan.watermark == "none":
+    if plan.settings.watermark == "none":
         return pixels, _Mark(method="none")
     from latentmill.engine import embed_watermark, watermark_bit_accuracy
 
-    methods = [plan.watermark]
-    if plan.watermark_policy == "retry" and plan.watermark != RETRY_METHOD:
+    methods = [plan.settings.watermark]
+    if plan.settings.watermark_policy == "retry" and plan.settings.watermark != RETRY_METHOD:
         methods.append(RETRY_METHOD)
-    n_bits = 8 * len(plan.watermark_text.encode())
-    needed = bits_needed(n_bits) if required and plan.watermark_policy != "record" else None
+    n_bits = 8 * len(plan.settings.watermark_text.encode())
+    needed = bits_needed(n_bits) if required and plan.settings.watermark_policy != "record" else None
     tried = []
     for method in methods:
-        picture = embed_watermark(pixels, plan.watermark_text, method)
-        accuracy = watermark_bit_accuracy(picture, plan.watermark_text, method)
+        picture = embed_watermark(pixels, plan.settings.watermark_text, method)
+        accuracy = watermark_bit_accuracy(picture, plan.settings.watermark_text, method)
         if needed is None or matching_bits(accuracy, n_bits) >= needed:
             return picture, _Mark(method=method, accuracy=accuracy)
         tried.append(f"{method} {matching_bits(accuracy, n_bits)}")
     fault = f"the mark cannot be read back: {', '.join(tried)} of {n_bits} bits, {needed} are needed"
-    return pixels, _Mark(method=plan.watermark, fault=fault)
+    return pixels, _Mark(method=plan.settings.watermark, fault=fault)
 
 
 def _text(plan: Plan, request: GenerationRequest) -> str:

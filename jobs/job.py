@@ -40,6 +40,6 @@ def open_job(out_url: str) -> Job:
         plan_hash=plan.plan_hash,
         n_chunks=plan.n_chunks,
         schema=plan.record_schema.remove_metadata(),
-        chunk_size=plan.chunk_size,
+        chunk_size=plan.settings.chunk_size,
     )
     return Job(storage=storage, plan=plan, ledger=ledger, pictures=PictureStore(storage))

@@ -124,7 +124,7 @@ def _open_executor(spec: JobSpec, plan: Plan, engine_factory: EngineFactory) -> 
     if spec.runtime.executor == "inline":
         from latentmill.jobs.executors.inline import InlineExecutor
 
-        return InlineExecutor(device=plan.device, engine_factory=engine_factory)
+        return InlineExecutor(device=plan.settings.device, engine_factory=engine_factory)
     from latentmill.jobs.executors.ray import RayExecutor
 
     return RayExecutor(plan, spec.runtime, engine_factory=engine_factory)

@@ -13,7 +13,6 @@ from latentmill.jobs.errors import UsageError
 from latentmill.jobs.manifests.fields import FieldError, nearest, shorten, text_fault
 from latentmill.jobs.manifests.parameters import MANIFEST_FORMATS
 from latentmill.jobs.night import PLACEHOLDER, Night, tonight
-from latentmill.jobs.plans.sweep import build_axes, parse_axis
 from latentmill.jobs.settings import (
     CUTTING,
     INPUT,
@@ -31,6 +30,7 @@ from latentmill.jobs.settings import (
     whole,
 )
 from latentmill.jobs.store.urls import allowed_filesystem, display_url
+from latentmill.jobs.sweep import build_axes, parse_axis
 
 if TYPE_CHECKING:
     import datetime

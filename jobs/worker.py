@@ -102,16 +102,16 @@ def load_engine(plan: Plan, device: str) -> ChunkEngine:
 
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if plan.threads_per_actor:
-        torch.set_num_threads(plan.threads_per_actor)
+    if plan.settings.threads_per_actor:
+        torch.set_num_threads(plan.settings.threads_per_actor)
     spec = replace(
         place_model(plan.model),
-        safety=plan.safety,
-        safety_threshold=plan.nsfw_threshold,
-        prompt_syntax=plan.prompt_syntax,
-        long_prompts=plan.long_prompts,
+        safety=plan.settings.safety,
+        safety_threshold=plan.settings.nsfw_threshold,
+        prompt_syntax=plan.settings.prompt_syntax,
+        long_prompts=plan.settings.long_prompts,
     )
-    return Engine.load(spec, device=device, dtype=plan.dtype, batch_size=plan.batch_size)
+    return Engine.load(spec, device=device, dtype=plan.settings.dtype, batch_size=plan.batch_size)
 
 
 class ChunkGenerator:

@@ -49,7 +49,7 @@ class RayExecutor:
     def __init__(self, plan: Plan, runtime: Runtime, *, engine_factory: EngineFactory = load_engine) -> None:
         self._engine_factory = engine_factory
         self._plan = plan
-        self._threads = plan.threads_per_actor or 1
+        self._threads = plan.settings.threads_per_actor or 1
         self._connection = connect(runtime.address, insecure=runtime.insecure_ray)
         send_by_value()
         try:
@@ -153,7 +153,7 @@ class RayExecutor:
             max_tasks_in_flight_per_actor=2,
         )
         finishers = None if self._pool.finishers is None else min(self._pool.finishers, len(blocks))
-        arguments = pickle.dumps((out_url, self._plan.device, self._engine_factory, repair))
+        arguments = pickle.dumps((out_url, self._plan.settings.device, self._engine_factory, repair))
         with warnings.catch_warnings():
             # Ray 2.60 has no other name for max_restarts and max_task_retries, and calls every loose keyword deprecated
             warnings.simplefilter("ignore")
@@ -205,7 +205,7 @@ class RayExecutor:
         cell = RayCell(
             own_code(),
             out_url,
-            self._plan.device,
+            self._plan.settings.device,
             self._engine_factory,
             repair=repair,
             options=self._worker_options(),

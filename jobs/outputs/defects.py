@@ -96,11 +96,11 @@ def status_defects(path: str, row: dict[str, Any], plan: Plan) -> Iterator[Defec
         wrong = "it failed, without a reason or with a picture"
     elif status == "ok" and row["image"] is None:
         wrong = "it is ok, without a picture"
-    elif status == "flagged" and (row["image"] is None) != (plan.on_flagged == "drop"):
-        wrong = f"it is flagged, and its picture does not follow the policy {plan.on_flagged!r}"
+    elif status == "flagged" and (row["image"] is None) != (plan.settings.on_flagged == "drop"):
+        wrong = f"it is flagged, and its picture does not follow the policy {plan.settings.on_flagged!r}"
     elif status != "failed" and (
-        row["nsfw_checker"] is None or (row["nsfw_checker"] == "none") != (plan.safety == "none")
+        row["nsfw_checker"] is None or (row["nsfw_checker"] == "none") != (plan.settings.safety == "none")
     ):
-        wrong = f"its safety checker is {row['nsfw_checker']!r}, the plan says {plan.safety!r}"
+        wrong = f"its safety checker is {row['nsfw_checker']!r}, the plan says {plan.settings.safety!r}"
     if wrong is not None:
         yield Defect(kind="row-wrong", path=path, detail=f"sample {row['sample_id']}: {wrong}")

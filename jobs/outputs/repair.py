@@ -124,7 +124,9 @@ class _Healer:
         total, fault = len(wanted), "no commit record refers to it any more"
         on_picture(0, total)
         try:
-            generator = ChunkGenerator(self._out_url, device=self._job.plan.device, engine_factory=self._engine_factory)
+            generator = ChunkGenerator(
+                self._out_url, device=self._job.plan.settings.device, engine_factory=self._engine_factory
+            )
         except (JobError, EngineError) as error:
             for defect in wanted.values():
                 self._leave(defect, f"the model is not at hand: {error}")

@@ -40,10 +40,10 @@ from latentmill.jobs.plans.summary import (
     manifest_notes,
     suspect_note,
 )
-from latentmill.jobs.plans.sweep import Axis, build_axes
 from latentmill.jobs.scratch import PLAN_PREFIX, scratch_folder
 from latentmill.jobs.spec import JobSpec
 from latentmill.jobs.store.urls import display_url
+from latentmill.jobs.sweep import Axis, build_axes
 
 MAX_PROMPTS_TOKENIZED = 100_000
 _TOKENIZER_BATCH = 1_000

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from latentmill.engine import SAMPLER_CHOICES
 from latentmill.jobs.errors import JobError, UsageError
 from latentmill.jobs.manifests.fields import Value
-from latentmill.jobs.plans.sweep import Axis, count_combinations
+from latentmill.jobs.sweep import Axis, count_combinations
 
 LOOP_FIELDS = ("width", "height", "num_inference_steps", "sampler", "guided")
 MAX_GROUPS = 1024

@@ -10,9 +10,9 @@ from typing import Any
 from latentmill.jobs.errors import UsageError
 from latentmill.jobs.manifests.fields import FIELDS, Value
 from latentmill.jobs.models.presets import ModelDefaults, ResolvedModel
-from latentmill.jobs.plans.sweep import Axis
 from latentmill.jobs.settings import settings_of
 from latentmill.jobs.spec import JobSpec
+from latentmill.jobs.sweep import Axis
 
 
 def default_parameters(spec: JobSpec, defaults: ModelDefaults) -> dict[str, Value]:

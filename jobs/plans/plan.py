@@ -72,7 +72,7 @@ def _same_plan(draft: DraftPlan, existing: Plan) -> Plan:
     identity = dict(draft.identity)
     if draft.spec.threads_per_actor is None:
         # not asked for, only derived from this machine: a resumed job keeps its own
-        identity["threads_per_actor"] = existing.threads_per_actor
+        identity["threads_per_actor"] = existing.settings.threads_per_actor
     if existing.identity.get("format") == "files":
         identity["format"] = "files"  # what older versions could be asked for, and all that pictures ever were
     if fingerprint(identity) == existing.plan_hash:

@@ -14,9 +14,9 @@ from latentmill.jobs.errors import JobError, UsageError
 from latentmill.jobs.job import Job, open_job
 from latentmill.jobs.ledger.pictures import decode_png
 from latentmill.jobs.outputs.publish import Publication, load_publication, read_columns
-from latentmill.jobs.plans.sweep import Axis
 from latentmill.jobs.show.sheets import CAPTION_SIZE, TILE, TITLE_SIZE, Cell, Sheet, draw_sheet, wrap
 from latentmill.jobs.store.errors import ForeignObjectError, StorageError
+from latentmill.jobs.sweep import Axis
 
 REPORT_PREFIX = "report"
 _SHEET = re.compile(rf"{REPORT_PREFIX}/sheet-\d{{4,}}\.png", re.ASCII)

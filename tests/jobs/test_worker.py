@@ -110,7 +110,7 @@ def test_the_mark_is_read_back_from_the_saved_pixels(start_job: Callable[..., st
         pixels = decode_png(job.pictures.read(row["image"]))
         assert row["watermark"] == "dwtDctSvd"
         assert row["watermark_bit_accuracy"] == pytest.approx(
-            watermark_bit_accuracy(pixels, job.plan.watermark_text, "dwtDctSvd")
+            watermark_bit_accuracy(pixels, job.plan.settings.watermark_text, "dwtDctSvd")
         )
         assert row["pixel_sha256"] == pixel_sha256(pixels)
 

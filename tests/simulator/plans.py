@@ -14,6 +14,7 @@ import pyarrow as pa
 from latentmill.engine import GenerationRequest, GenerationResult, SafetyVerdict
 from latentmill.jobs.ledger.records import OWN_FIELDS
 from latentmill.jobs.plans.planned import FORMAT_VERSION, PlannedSample, fingerprint
+from latentmill.jobs.spec import JobSpec
 from tests.simulator.world import URL
 
 COLUMNS = (
@@ -43,10 +44,8 @@ class SimulatedPlan:
     row_constants: Mapping[str, Any] = {}
     file_metadata: Mapping[str, str] = {}
     n_chunks = len(CHUNKS)
-    device = "cpu"
-    batch_size = chunk_size = 2
-    on_flagged = "blank"
-    watermark, watermark_policy, watermark_text = "none", "record", ""
+    batch_size = 2
+    settings = JobSpec(prompts=(), device="cpu", chunk_size=2, batch_size=2, watermark="none", watermark_text="")
     model = SimpleNamespace(name="simulated", weights_digest="0" * 64)
     versions: Mapping[str, str] = {"latentmill": "0"}
     groups = (SimpleNamespace(first_chunk=0, n_chunks=2), SimpleNamespace(first_chunk=2, n_chunks=1))

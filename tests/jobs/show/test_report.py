@@ -9,11 +9,11 @@ import pytest
 from PIL import Image
 
 from latentmill.jobs.errors import JobError, UsageError
-from latentmill.jobs.plans.sweep import Axis
 from latentmill.jobs.show.report import plan_sheets as plan_any_sheets
 from latentmill.jobs.show.report import report
 from latentmill.jobs.show.sheets import CAPTION_SIZE, TILE, Cell, Sheet, draw_sheet, wrap
 from latentmill.jobs.store.storage import Storage
+from latentmill.jobs.sweep import Axis
 from tests.jobs.driver import job_spec, run
 
 GUIDANCE = Axis(name="guidance_scale", values=(3.0, 5.1, 7.5))

@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 
 from latentmill.jobs.errors import UsageError
-from latentmill.jobs.plans.sweep import build_axes, count_combinations, parse_axis
 from latentmill.jobs.spec import resolve
+from latentmill.jobs.sweep import build_axes, count_combinations, parse_axis
 
 
 def axes_of(*flags):
