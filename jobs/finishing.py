@@ -10,6 +10,7 @@ from latentmill.engine.types import Pixels
 from latentmill.jobs.ledger.pictures import blank, encode_png, pixel_sha256
 from latentmill.jobs.manifests.parameters import parameters_text
 from latentmill.jobs.mark_bits import bits_needed, matching_bits
+from latentmill.jobs.plans.columns import columns_of, values
 from latentmill.jobs.plans.plan import Plan, PlannedSample
 
 RETRY_METHOD = "dwtDctSvd"
@@ -115,31 +116,15 @@ def _row(
     plan: Plan, sample: PlannedSample, result: GenerationResult, execution_class: str, *, error: str | None = None
 ) -> dict[str, Any]:
     """The row of one sample, with no picture yet."""
-    request = sample.request
-    verdict = result.safety
+    columns = columns_of(plan.format_version)
     return (
         dict.fromkeys(plan.record_schema.names)
         | sample.extra
+        | values(columns, "sample", sample)
+        | values(columns, "result", result)
         | {
-            "sample_id": sample.sample_id,
-            "row_id": sample.row_id,
-            "prompt": request.prompt,
-            "negative_prompt": request.negative_prompt,
-            "seed": request.seed,
-            "width": request.width,
-            "height": request.height,
-            "num_inference_steps": request.num_inference_steps,
-            "guidance_scale": request.guidance_scale,
-            "sampler": request.sampler,
-            "eta": request.eta,
             "status": "failed" if error is not None else result.status,
             "error": None if error is None else " ".join(error.split())[:_ERROR_LIMIT],
-            "nsfw_score": None if verdict is None else verdict.score,
-            "nsfw_checker": None if verdict is None else verdict.checker,
-            "prompt_tokens": result.prompt_tokens,
-            "precision": result.precision,
-            "batch_size": result.batch_size,
-            "batch_slot": result.batch_slot,
             "execution_class": execution_class,
         }
         | plan.row_constants

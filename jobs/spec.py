@@ -44,6 +44,7 @@ TIMESTEP_SPACINGS = ("leading", "trailing", "linspace", "original")
 DTYPES = ("auto", "float32", "float16")
 DEVICES = ("auto", "cpu", "cuda")
 MAX_CHUNK = 4096
+"""The most samples of a chunk, and so the most rows of a commit record."""
 MAX_JOB_FILE_BYTES = 1_000_000
 SAMPLE_MANIFEST = Path(__file__).parents[1] / "configs" / "prompts" / "sample.txt"
 """The prompts in the package, which are drawn where none are named."""

@@ -17,7 +17,7 @@ from latentmill.jobs.ledger.ledger import chunk_of_path, record_path, repair_of_
 from latentmill.jobs.ledger.pictures import decode_png, pixel_sha256
 from latentmill.jobs.ledger.records import CommitRecord, WrongRepairError
 from latentmill.jobs.outputs.captions import CaptionShelf, Fetch
-from latentmill.jobs.outputs.defects import Defect, Kind, is_own_picture, row_defects, status_defects
+from latentmill.jobs.outputs.defects import Defect, Kind, is_own_picture, row_defects, rule_defects
 from latentmill.jobs.outputs.publish import (
     MANIFEST_PATH,
     MAX_PART_BYTES,
@@ -185,7 +185,7 @@ class _Checker:
         findings = _ChunkFindings(rows=len(rows))
         defects.extend(row_defects(path, rows, self._job.plan.samples_of_chunk(chunk), self._job.plan))
         for row in rows:
-            defects.extend(status_defects(path, row, self._job.plan))
+            defects.extend(rule_defects(path, row, self._job.plan))
             if row["image"] is None:
                 continue
             if not is_own_picture(row, record):

@@ -27,10 +27,11 @@ from latentmill.jobs.manifests.validate import Rules, check_job, snapshot_schema
 from latentmill.jobs.mark_bits import bits_needed
 from latentmill.jobs.models.place import place_model
 from latentmill.jobs.models.presets import ModelChoice, ModelDefaults, ResolvedModel, resolve_model
+from latentmill.jobs.plans.columns import formats
 from latentmill.jobs.plans.grid import Grid, class_fields, decode_class
 from latentmill.jobs.plans.identity import default_parameters, plan_identity
 from latentmill.jobs.plans.ids import MAX_IDS_COMPARED, IdCounter
-from latentmill.jobs.plans.planned import FORMAT_VERSION, fingerprint
+from latentmill.jobs.plans.planned import fingerprint
 from latentmill.jobs.plans.snapshot import RejectWriter, SnapshotWriter
 from latentmill.jobs.plans.summary import (
     PlanSummary,
@@ -96,7 +97,7 @@ class DraftPlan:
     def document(self) -> dict[str, Any]:
         """The content of plan.json."""
         content = {
-            "format_version": FORMAT_VERSION,
+            "format_version": formats()[-1],
             "plan_hash": self.plan_hash,
             "identity": self.identity,
             "nsfw_threshold": self.spec.nsfw_threshold,

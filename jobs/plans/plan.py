@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from latentmill.jobs.errors import OutputConflictError, UsageError
 from latentmill.jobs.manifests.fields import shorten
+from latentmill.jobs.plans.columns import formats
 from latentmill.jobs.plans.draft import DraftPlan, draft_plan
 from latentmill.jobs.plans.planned import (
-    FORMAT_VERSION,
     MAX_PLAN_BYTES,
     PLAN_PATH,
     REJECTED_PATH,
@@ -63,7 +63,7 @@ def _read_plan(storage: Storage) -> Plan | None:
 
 
 def _same_plan(draft: DraftPlan, existing: Plan) -> Plan:
-    if existing.format_version != FORMAT_VERSION:
+    if existing.format_version != formats()[-1]:
         raise OutputConflictError(
             f"{display_url(draft.spec.out)} was begun by latentmill {existing.versions['latentmill']} in format "
             f"{existing.format_version}, which this version reads but does not go on with; use another --out, or the "

@@ -15,14 +15,14 @@ from numpy.typing import NDArray
 
 from latentmill.engine import GenerationRequest
 from latentmill.jobs.errors import JobError, UsageError
-from latentmill.jobs.ledger.records import MAX_ROWS, OWN_FIELDS_BY_FORMAT
 from latentmill.jobs.manifests.fields import Value, shorten
 from latentmill.jobs.manifests.validate import CARRIED_PREFIX, snapshot_schema
 from latentmill.jobs.models.presets import ResolvedModel
+from latentmill.jobs.plans.columns import columns_of, formats, own_fields, values
 from latentmill.jobs.plans.grid import MAX_SAMPLES, Grid, Group, Place, class_fields, encode_class
 from latentmill.jobs.plans.snapshot import PartInfo, SnapshotReader
 from latentmill.jobs.settings import settings_of
-from latentmill.jobs.spec import JobSpec
+from latentmill.jobs.spec import MAX_CHUNK, JobSpec
 from latentmill.jobs.sweep import Axis
 
 if TYPE_CHECKING:
@@ -30,9 +30,6 @@ if TYPE_CHECKING:
 
 PLAN_PATH = "_job/plan.json"
 REJECTED_PATH = "_job/rejected.parquet"
-FORMAT_VERSION = 3
-"""Of what is planned now. Outputs of the formats before it are read and healed, but not gone on with."""
-
 MAX_PLAN_BYTES = 64 << 20
 
 _MIN_ID_DIGITS = 8
@@ -110,10 +107,10 @@ class Plan:
         self.plan_hash: str = document["plan_hash"]
         self.identity: Mapping[str, Any] = identity
         self.versions: Mapping[str, str] = document["versions"]
-        self.model = ResolvedModel(**document["model"])
+        self.model: ResolvedModel = ResolvedModel(**document["model"])
         self.parameters: Mapping[str, Value] = identity["parameters"]
         self.axes = tuple(Axis(name=name, values=tuple(values)) for name, values in identity["axes"])
-        self.settings = _settings(document, storage.url)
+        self.settings: JobSpec = _settings(document, storage.url)
         self.batch_size: int = identity["batch_size"]
         self.sources: tuple[str, ...] = tuple(manifest["sources"])
         self.n_rows: int = manifest["rows"]
@@ -124,7 +121,7 @@ class Plan:
             images=np.array(manifest["images"], dtype=np.int64).reshape(len(manifest["parts"]), -1),
             chunk_size=self.settings.chunk_size,
         )
-        own = OWN_FIELDS_BY_FORMAT[self.format_version]
+        own = own_fields(self.format_version)
         carried = pa.ipc.read_schema(pa.py_buffer(bytes.fromhex(manifest["carried"])))
         self._names = record_names(carried.names, [field.name for field in own])
         self.record_schema = pa.schema(
@@ -141,23 +138,7 @@ class Plan:
     @property
     def row_constants(self) -> dict[str, Any]:
         """What is the same in all rows: what, beside its own columns, a row's picture was made with."""
-        if self.format_version < 3:
-            return {}
-        model = self.model
-        return {
-            "model": model.source,
-            "model_sha256": model.digest,
-            "revision": model.revision,
-            "tokenizer": model.tokenizer,
-            "prediction_type": model.predicts,
-            "timestep_spacing": model.spacing,
-            "prompt_syntax": self.settings.prompt_syntax,
-            "long_prompts": self.settings.long_prompts,
-            "safety_threshold": None if self.settings.safety == "none" else self.settings.nsfw_threshold,
-            "on_flagged": self.settings.on_flagged,
-            "watermark_text": self.settings.watermark_text,
-            "version": self.versions["latentmill"],
-        }
+        return values(columns_of(self.format_version), "job", self)
 
     @property
     def file_metadata(self) -> dict[str, str]:
@@ -287,9 +268,9 @@ def parse_plan(data: bytes, storage: Storage) -> Plan:
         raise JobError(
             f"{PLAN_PATH} cannot be read: {shorten(error)}; restore it from a copy, or use another output"
         ) from error
-    if version not in OWN_FIELDS_BY_FORMAT:
+    if version not in formats():
         raise JobError(
-            f"{PLAN_PATH} has format {version}, this version reads {', '.join(map(str, OWN_FIELDS_BY_FORMAT))}; "
+            f"{PLAN_PATH} has format {version}, this version reads {', '.join(map(str, formats()))}; "
             f"use the version that made it"
         )
     try:
@@ -299,7 +280,7 @@ def parse_plan(data: bytes, storage: Storage) -> Plan:
         if ((plan.grid.images < 0) | (plan.grid.images > MAX_SAMPLES)).any():
             raise ValueError("its counts of images are impossible")
         plan.grid.check_limits()
-        if not 1 <= plan.settings.chunk_size <= MAX_ROWS or not plan.n_samples:
+        if not 1 <= plan.settings.chunk_size <= MAX_CHUNK or not plan.n_samples:
             raise ValueError(f"its chunks have {plan.settings.chunk_size} samples")
     except (*_FAULTS, pa.ArrowException, UsageError) as error:
         raise JobError(

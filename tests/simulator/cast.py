@@ -267,7 +267,7 @@ def _truthful(cast: Cast, create: Callable[..., str]) -> Callable[..., str]:
 
 
 @contextmanager
-def _draft(spec: Any) -> Iterator[Draft]:
+def _draft(spec: Any, **_: Any) -> Iterator[Draft]:
     yield Draft(spec.plan)
 
 
