@@ -27,7 +27,7 @@ class Column:
     (jobs/finishing.py) or `storage` (jobs/worker.py) puts it into the row by its name. `value` takes it from a planned
     sample, a plan or a result. `rule` says what is wrong with it in a row of that plan; where the plan knows the value,
     `verify` demands that one. What is the same for the whole job is in the metadata of Parquet files as well.
-    `since` is the first format of outputs that has it.
+    `of_picture`: it is held against the picture's file. `since` is the first format of outputs that has it.
     """
 
     name: str
@@ -36,13 +36,16 @@ class Column:
     source: Source
     value: Callable[[Any], Any] | None = None
     rule: Rule | None = None
+    of_picture: bool = False
     since: int = 2
 
     @property
     def demand(self) -> str:
-        """What `verify` demands of it, in words; empty for what only its picture can show."""
+        """What `verify` demands of it, in words; empty if nothing."""
         if self.source in {"sample", "job"}:
             return "as planned"
+        if self.of_picture:
+            return "as its picture"
         return ((self.rule.__doc__ if self.rule else None) or "").rstrip(".")
 
 
@@ -73,7 +76,7 @@ def _finishing(name: str, type_: pa.DataType, text: str, rule: Rule | None = Non
 
 
 def _storage(name: str, type_: pa.DataType, text: str, rule: Rule | None = None) -> Column:
-    return Column(name=name, type=type_, text=text, source="storage", rule=rule)
+    return Column(name=name, type=type_, text=text, source="storage", rule=rule, of_picture=rule is None)
 
 
 def _status_rule(row: Row, _: Plan) -> str | None:
@@ -82,12 +85,12 @@ def _status_rule(row: Row, _: Plan) -> str | None:
 
 
 def _error_rule(row: Row, _: Plan) -> str | None:
-    """There, if it failed."""
+    """there, if it failed."""
     return "it failed, without a reason" if row["status"] == "failed" and row["error"] is None else None
 
 
 def _image_rule(row: Row, plan: Plan) -> str | None:
-    """There, if it is ok; absent, if it failed; as `on_flagged` says, if it is flagged."""
+    """there, if it is ok; absent, if it failed; as `on_flagged` says, if it is flagged."""
     status, policy, absent = row["status"], plan.settings.on_flagged, row["image"] is None
     if status == "failed" and not absent:
         return "it failed, with a picture"
@@ -99,7 +102,7 @@ def _image_rule(row: Row, plan: Plan) -> str | None:
 
 
 def _checker_rule(row: Row, plan: Plan) -> str | None:
-    """There, unless it failed; `none` only if that was planned."""
+    """there, unless it failed; `none` only if that was planned."""
     checker, planned = row["nsfw_checker"], plan.settings.safety
     if row["status"] != "failed" and (checker is None or (checker == "none") != (planned == "none")):
         return f"its safety checker is {checker!r}, the plan says {planned!r}"
@@ -145,7 +148,13 @@ COLUMNS: tuple[Column, ...] = (
     ),
     _storage("bytes", pa.uint32(), "Size of the picture's file."),
     _storage("sha256", pa.string(), "Digest of the picture's file."),
-    _finishing("pixel_sha256", pa.string(), "Digest of the pixels as they were encoded, after the watermark."),
+    Column(
+        name="pixel_sha256",
+        type=pa.string(),
+        text="Digest of the pixels as they were encoded, after the watermark.",
+        source="finishing",
+        of_picture=True,
+    ),
     _result(
         "prompt_tokens",
         pa.uint32(),

@@ -110,7 +110,10 @@ class Cast:
         name = f"driver{next(self.numbers)}"
         ready = [True]
         spec = SimpleNamespace(
-            out=URL, plan=plan, night=None, runtime=SimpleNamespace(single_writer=False, retry_failed=retry)
+            out=URL,
+            plan=plan,
+            night=None,
+            runtime=SimpleNamespace(executor="inline", single_writer=False, retry_failed=retry),
         )
 
         def restart() -> None:

@@ -130,6 +130,7 @@ class Draft:
         self.spec = SimpleNamespace(threads_per_actor=1, out=URL)
         self.snapshot = SimpleNamespace(parts=(0,), path=lambda _: _Bytes(b"the snapshot of a manifest"))
         self.rejects = SimpleNamespace(path=_Bytes(plan.rejected))
+        self.notes = ()
         self._hash = plan.plan_hash
 
     def document(self) -> dict[str, Any]:
