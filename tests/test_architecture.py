@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
 STORAGE_AND_CLUSTER = {"ray", "fsspec", "s3fs", "pyarrow"}
+KNOWN_UPWARD = {("executors", "show"), ("submission", "show")}
+"""Imports that run upward among the parts of jobs/ and are known. It only ever gets shorter."""
 
 
 def sources(*folders: str) -> list[Path]:
@@ -34,6 +38,8 @@ def imports(path: Path) -> Iterator[tuple[str, bool]]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}:{node.lineno} imports relatively"
             names = [node.module or ""]
+            if node.module == "latentmill.jobs":
+                names = [f"{node.module}.{alias.name}" for alias in node.names]
         else:
             continue
         yield from ((name, id(node) not in lazy) for name in names)
@@ -101,6 +107,56 @@ def test_the_command_holds_no_logic():
     assert ours == {"latentmill.jobs.flags", "latentmill.jobs.settings"}
     tree = ast.parse((ROOT / "cli.py").read_text(encoding="utf-8"))
     assert [node.lineno for node in ast.walk(tree) if isinstance(node, ast.For | ast.While)] == []
+
+
+def parts_of_jobs(root: Path = ROOT) -> dict[str, set[str]]:
+    """Each folder of jobs/, each module beside them, and the command, with those of them that it ever imports."""
+    found: dict[str, set[str]] = {}
+    for path in [*sorted((root / "jobs").rglob("*.py")), root / "cli.py"]:
+        own = path.relative_to(root / "jobs").parts[0].removesuffix(".py") if path.name != "cli.py" else "cli"
+        if own == "__init__":
+            continue
+        names = {name.split(".")[2] for name, _ in imports(path) if name.startswith("latentmill.jobs.")}
+        found.setdefault(own, set()).update(names - {own})
+    return found
+
+
+def floors(imported: Mapping[str, set[str]]) -> dict[str, int]:
+    """On which floor each part stands, by what it imports: 0 imports none. Raises CycleError for a circle."""
+    found: dict[str, int] = {}
+    for part in TopologicalSorter(imported).static_order():
+        found[part] = 1 + max((found[below] for below in imported[part]), default=-1)
+    return found
+
+
+def documented_floors() -> dict[str, int]:
+    """The order that docs/architecture.md tells, lowest first."""
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"lowest first.*?```\n(.*?)```", page, re.DOTALL)
+    return {part: floor for floor, line in enumerate(block.splitlines()) for part in line.split()}
+
+
+def upward(imported: Mapping[str, set[str]], order: Mapping[str, int]) -> set[tuple[str, str]]:
+    """Imports of a part that stands on the same line as the importer, or above it."""
+    return {(part, other) for part, others in imported.items() for other in others if order[other] >= order[part]}
+
+
+def test_no_import_runs_upward_among_the_parts_of_jobs():
+    imported, order = parts_of_jobs(), documented_floors()
+    assert imported.keys() == order.keys(), "docs/architecture.md must name every part of jobs/ once"
+    assert upward(imported, order) == KNOWN_UPWARD
+
+
+def test_there_is_no_circle_among_the_parts_of_jobs():
+    imported = parts_of_jobs()
+    for part, other in KNOWN_UPWARD:
+        imported[part].discard(other)
+    found = floors(imported)
+    assert found["ledger"] < found["job"] < found["worker"] < found["executors"] < found["runner"]
+    assert found["plans"] < found["ledger"]
+    assert found["job"] < found["outputs"] < found["show"]
+    with pytest.raises(CycleError):
+        floors({**imported, "store": imported["store"] | {"job"}})
 
 
 @pytest.mark.parametrize(
