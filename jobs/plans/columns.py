@@ -49,34 +49,44 @@ class Column:
         return ((self.rule.__doc__ if self.rule else None) or "").rstrip(".")
 
 
-def _request(name: str, type_: pa.DataType, text: str) -> Column:
-    return Column(name=name, type=type_, text=text, source="sample", value=lambda sample: getattr(sample.request, name))
+def _request(name: str, type_: pa.DataType, text: str, since: int = 2) -> Column:
+    return _sample(name, type_, text, lambda sample: getattr(sample.request, name), since)
 
 
-def _sample(name: str, type_: pa.DataType, text: str, value: Callable[[PlannedSample], Any]) -> Column:
-    return Column(name=name, type=type_, text=text, source="sample", value=value)
+def _sample(name: str, type_: pa.DataType, text: str, value: Callable[[PlannedSample], Any], since: int = 2) -> Column:
+    return Column(name=name, type=type_, text=text, source="sample", value=value, since=since)
+
+
+def _setting(name: str, type_: pa.DataType, text: str, since: int = 3) -> Column:
+    return _job(name, type_, text, lambda plan: getattr(plan.settings, name), since)
 
 
 def _job(name: str, type_: pa.DataType, text: str, value: Callable[[Plan], Any], since: int = 3) -> Column:
     return Column(name=name, type=type_, text=text, source="job", value=value, since=since)
 
 
-def _setting(name: str, type_: pa.DataType, text: str) -> Column:
-    return _job(name, type_, text, lambda plan: getattr(plan.settings, name))
-
-
 def _result(
-    name: str, type_: pa.DataType, text: str, value: Callable[[GenerationResult], Any], rule: Rule | None = None
+    name: str,
+    type_: pa.DataType,
+    text: str,
+    value: Callable[[GenerationResult], Any],
+    rule: Rule | None = None,
+    since: int = 2,
 ) -> Column:
-    return Column(name=name, type=type_, text=text, source="result", value=value, rule=rule)
+    return Column(name=name, type=type_, text=text, source="result", value=value, rule=rule, since=since)
 
 
-def _finishing(name: str, type_: pa.DataType, text: str, rule: Rule | None = None) -> Column:
-    return Column(name=name, type=type_, text=text, source="finishing", rule=rule)
-
-
-def _storage(name: str, type_: pa.DataType, text: str, rule: Rule | None = None) -> Column:
-    return Column(name=name, type=type_, text=text, source="storage", rule=rule, of_picture=rule is None)
+def _by_name(
+    source: Literal["finishing", "storage"],
+    name: str,
+    type_: pa.DataType,
+    text: str,
+    rule: Rule | None = None,
+    *,
+    of_picture: bool = False,
+    since: int = 2,
+) -> Column:
+    return Column(name=name, type=type_, text=text, source=source, rule=rule, of_picture=of_picture, since=since)
 
 
 def _status_rule(row: Row, _: Plan) -> str | None:
@@ -126,8 +136,8 @@ COLUMNS: tuple[Column, ...] = (
     _request("guidance_scale", pa.float32(), "Weight of the prompt."),
     _request("sampler", pa.string(), "Name from the table of samplers."),
     _request("eta", pa.float32(), "Noise added by DDIM."),
-    _finishing("status", pa.string(), "`ok`, `flagged` or `failed`.", _status_rule),
-    _finishing("error", pa.string(), "Why it failed; null otherwise.", _error_rule),
+    _by_name("finishing", "status", pa.string(), "`ok`, `flagged` or `failed`.", _status_rule),
+    _by_name("finishing", "error", pa.string(), "Why it failed; null otherwise.", _error_rule),
     _result(
         "nsfw_score",
         pa.float32(),
@@ -141,18 +151,22 @@ COLUMNS: tuple[Column, ...] = (
         lambda result: None if result.safety is None else result.safety.checker,
         _checker_rule,
     ),
-    _finishing("watermark", pa.string(), "How it was marked: `dwtDctSvd`, `dwtDct` or `none`."),
-    _finishing("watermark_bit_accuracy", pa.float32(), "Share of the mark's bits that were read back."),
-    _storage(
-        "image", pa.string(), "Path of the picture, relative to the output; null if none was written.", _image_rule
+    _by_name("finishing", "watermark", pa.string(), "How it was marked: `dwtDctSvd`, `dwtDct` or `none`."),
+    _by_name("finishing", "watermark_bit_accuracy", pa.float32(), "Share of the mark's bits that were read back."),
+    _by_name(
+        "storage",
+        "image",
+        pa.string(),
+        "Path of the picture, relative to the output; null if none was written.",
+        _image_rule,
     ),
-    _storage("bytes", pa.uint32(), "Size of the picture's file."),
-    _storage("sha256", pa.string(), "Digest of the picture's file."),
-    Column(
-        name="pixel_sha256",
-        type=pa.string(),
-        text="Digest of the pixels as they were encoded, after the watermark.",
-        source="finishing",
+    _by_name("storage", "bytes", pa.uint32(), "Size of the picture's file.", of_picture=True),
+    _by_name("storage", "sha256", pa.string(), "Digest of the picture's file.", of_picture=True),
+    _by_name(
+        "finishing",
+        "pixel_sha256",
+        pa.string(),
+        "Digest of the pixels as they were encoded, after the watermark.",
         of_picture=True,
     ),
     _result(
@@ -169,7 +183,8 @@ COLUMNS: tuple[Column, ...] = (
     ),
     _result("batch_size", pa.uint16(), "Rows of the batch it was drawn in.", lambda result: result.batch_size),
     _result("batch_slot", pa.uint16(), "Its place in that batch.", lambda result: result.batch_slot),
-    _finishing(
+    _by_name(
+        "finishing",
         "execution_class",
         pa.string(),
         "Device, dtype, torch version, threads, batch size: what bitwise equality depends on.",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import runpy
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,7 @@ from latentmill.jobs.ledger.records import encode_record
 from latentmill.jobs.outputs.publish import load_publication
 from latentmill.jobs.outputs.verify import verify
 from latentmill.jobs.plans import columns
-from latentmill.jobs.plans.columns import COLUMNS, Column, Source, formats
+from latentmill.jobs.plans.columns import COLUMNS, Column, Source, formats, own_fields
 from tests.jobs.driver import job_spec, run
 
 ROOT = Path(__file__).parents[2]
@@ -120,4 +121,10 @@ def test_every_column_says_where_it_comes_from() -> None:
     for column in COLUMNS:
         assert column.text.endswith("."), column.name
         assert (column.value is None) == (column.source in {"finishing", "storage"}), column.name
-    assert [column.since for column in COLUMNS] == sorted(column.since for column in COLUMNS)
+
+
+@pytest.mark.parametrize(("version", "digest"), [(2, "4cb244c56f51226b"), (3, "1f91cc123bb6ed39")])
+def test_the_columns_of_a_format_that_is_in_use_never_change(version: int, digest: str) -> None:
+    """A new column says `since=` the next format, or outputs that lie somewhere could not be read any more."""
+    schema = "\n".join(f"{field.name} {field.type}" for field in own_fields(version))
+    assert hashlib.sha256(schema.encode()).hexdigest()[:16] == digest
