@@ -336,7 +336,12 @@ def _say_what_was_meant(error: Any) -> None:
         error.possibilities = None
         return
     from latentmill.jobs.manifests.aliases import flag_meant_by
+    from latentmill.jobs.spec import REMOVED
 
+    remedy = REMOVED.get(error.option_name.lstrip("-").replace("-", "_"))
+    if remedy is not None and "--config" in flags:
+        error.message, error.possibilities = f"No such option: {error.option_name}; {remedy}", None
+        return
     meant = flag_meant_by(error.option_name)
     if meant in flags:
         error.possibilities = [meant]

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from latentmill.engine.sampling.table import SAMPLER_TABLE
-from latentmill.jobs.ledger.records import OWN_FIELDS
 from latentmill.jobs.manifests.aliases import ALIASES
 from latentmill.jobs.manifests.fields import AXES, FIELDS
 from latentmill.jobs.manifests.formats import FORMATS, formats_of
 from latentmill.jobs.models.presets import list_presets
+from latentmill.jobs.plans.columns import COLUMNS
 from latentmill.jobs.settings import Setting
 from latentmill.jobs.spec import SETTINGS, JobSpec, Runtime
 from latentmill.jobs.txt2img.options import build_parser
@@ -30,46 +30,6 @@ SOURCES = ("engine", "jobs", "docs", "training", "bench")
 
 _PART = re.compile(r"(?P<begin><!-- generated: (?P<name>[a-z]+) -->\n).*?(?P<end><!-- end -->)", re.DOTALL)
 _KINDS = {bool: "switch", int: "whole number", float: "number", str: "text"}
-_COLUMN_TEXTS = {
-    "sample_id": "Number of the sample in the plan, padded with zeros; the name of its picture.",
-    "row_id": "The manifest's `id`, else the row's number.",
-    "prompt": "As it was drawn.",
-    "negative_prompt": "As it was drawn; empty for none.",
-    "seed": "Of all noise of this sample.",
-    "width": "Pixels.",
-    "height": "Pixels.",
-    "num_inference_steps": "Denoising steps.",
-    "guidance_scale": "Weight of the prompt.",
-    "sampler": "Name from the table of samplers.",
-    "eta": "Noise added by DDIM.",
-    "status": "`ok`, `flagged` or `failed`.",
-    "error": "Why it failed; null otherwise.",
-    "nsfw_score": "The safety checker's highest score; null without a checker.",
-    "nsfw_checker": "Which checker judged, by its name in `--safety`.",
-    "watermark": "How it was marked: `dwtDctSvd`, `dwtDct` or `none`.",
-    "watermark_bit_accuracy": "Share of the mark's bits that were read back.",
-    "image": "Path of the picture, relative to the output; null if none was written.",
-    "bytes": "Size of the picture's file.",
-    "sha256": "Digest of the picture's file.",
-    "pixel_sha256": "Digest of the pixels as they were encoded, after the watermark.",
-    "prompt_tokens": "Length of the prompt, before truncation.",
-    "precision": "`fp16`, `fp32`, or `fp32-retry` where half precision overflowed.",
-    "batch_size": "Rows of the batch it was drawn in.",
-    "batch_slot": "Its place in that batch.",
-    "execution_class": "Device, dtype, torch version, threads, batch size: what bitwise equality depends on.",
-    "model": "Preset, path, URL or hub id, as it was named.",
-    "model_sha256": "One digest of all the model's files.",
-    "revision": "The commit of a hub id.",
-    "tokenizer": "The vocabulary's place, where it was named.",
-    "prediction_type": "What the U-Net predicts.",
-    "timestep_spacing": "How timesteps were placed.",
-    "prompt_syntax": "How brackets in prompts were read.",
-    "long_prompts": "What happened to prompts that are too long.",
-    "safety_threshold": "Score that flags a picture.",
-    "on_flagged": "What was stored in place of a flagged picture.",
-    "watermark_text": "The mark's text.",
-    "version": "Of latentmill.",
-}
 
 
 def modules() -> str:
@@ -126,8 +86,8 @@ def parameters() -> str:
 def columns() -> str:
     """The columns of a published row."""
     return _table(
-        ("column", "type", "what it says"),
-        [(f"`{field.name}`", str(field.type), _COLUMN_TEXTS[field.name]) for field in OWN_FIELDS],
+        ("column", "type", "from", "what it says", "what `verify` demands"),
+        [(f"`{column.name}`", str(column.type), column.source, column.text, column.demand) for column in COLUMNS],
     )
 
 

@@ -100,7 +100,7 @@ class Dataset:
         if row["image"] is None:
             raise JobError(f"sample {row['sample_id']} has no picture: it is {row['status']} ({row['error']})")
         try:
-            return Image.fromarray(decode_png(self._job.sink.read(row["image"]), (row["width"], row["height"])))
+            return Image.fromarray(decode_png(self._job.pictures.read(row["image"]), (row["width"], row["height"])))
         except (FileNotFoundError, ValueError) as error:
             url = self._job.storage.url
             raise JobError(

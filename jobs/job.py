@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from latentmill.jobs.errors import UsageError
 from latentmill.jobs.ledger.ledger import Ledger
-from latentmill.jobs.ledger.sinks import Sink, open_sink
+from latentmill.jobs.ledger.picture_store import PictureStore
 from latentmill.jobs.plans.plan import Plan, load_plan
 from latentmill.jobs.store.errors import StorageError
 from latentmill.jobs.store.storage import Storage
@@ -20,7 +20,7 @@ class Job:
     storage: Storage
     plan: Plan
     ledger: Ledger
-    sink: Sink
+    pictures: PictureStore
 
 
 def open_job(out_url: str) -> Job:
@@ -35,6 +35,6 @@ def open_job(out_url: str) -> Job:
         plan_hash=plan.plan_hash,
         n_chunks=plan.n_chunks,
         schema=plan.record_schema.remove_metadata(),
-        chunk_size=plan.chunk_size,
+        chunk_size=plan.settings.chunk_size,
     )
-    return Job(url=out_url, storage=storage, plan=plan, ledger=ledger, sink=open_sink(plan.format, storage))
+    return Job(url=out_url, storage=storage, plan=plan, ledger=ledger, pictures=PictureStore(storage))

@@ -9,6 +9,7 @@ from latentmill.engine import GenerationRequest, GenerationResult
 from latentmill.engine.types import Pixels
 from latentmill.jobs.ledger.pictures import blank, encode_png, pixel_sha256
 from latentmill.jobs.manifests.parameters import parameters_text
+from latentmill.jobs.plans.columns import columns_of, values
 from latentmill.jobs.plans.plan import Plan, PlannedSample
 from latentmill.jobs.watermark_bits import bits_needed, matching_bits
 
@@ -33,7 +34,7 @@ def failed_sample(plan: Plan, sample: PlannedSample, slot: int, error: str, exec
         error=error,
         safety=None,
         prompt_tokens=0,
-        precision="fp16" if plan.dtype == "float16" else "fp32",
+        precision="fp16" if plan.settings.dtype == "float16" else "fp32",
         batch_size=plan.batch_size,
         batch_slot=slot,
     )
@@ -74,9 +75,9 @@ def postprocess_sample(
 def _kept_pixels(plan: Plan, result: GenerationResult) -> Pixels | None:
     """The policy on flagged pictures; the status stays `flagged` under each of them."""
     assert result.pixels is not None  # noqa: S101 - a result that is not `failed` has pixels
-    if result.status == "ok" or plan.on_flagged == "keep":
+    if result.status == "ok" or plan.settings.on_flagged == "keep":
         return result.pixels
-    return blank(result.pixels) if plan.on_flagged == "blank" else None
+    return blank(result.pixels) if plan.settings.on_flagged == "blank" else None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -90,24 +91,24 @@ class _Watermark:
 
 def _watermarked(plan: Plan, pixels: Pixels, *, required: bool) -> tuple[Pixels, _Watermark]:
     """The picture with the plan's watermark, which need not be readable in a flagged picture's blank (`required`)."""
-    if plan.watermark == "none":
+    if plan.settings.watermark == "none":
         return pixels, _Watermark(method="none")
     from latentmill.engine import embed_watermark, watermark_bit_accuracy
 
-    methods = [plan.watermark]
-    if plan.watermark_policy == "retry" and plan.watermark != RETRY_METHOD:
+    methods = [plan.settings.watermark]
+    if plan.settings.watermark_policy == "retry" and plan.settings.watermark != RETRY_METHOD:
         methods.append(RETRY_METHOD)
-    n_bits = 8 * len(plan.watermark_text.encode())
-    needed = bits_needed(n_bits) if required and plan.watermark_policy != "record" else None
+    n_bits = 8 * len(plan.settings.watermark_text.encode())
+    needed = bits_needed(n_bits) if required and plan.settings.watermark_policy != "record" else None
     tried = []
     for method in methods:
-        picture = embed_watermark(pixels, plan.watermark_text, method)
-        accuracy = watermark_bit_accuracy(picture, plan.watermark_text, method)
+        picture = embed_watermark(pixels, plan.settings.watermark_text, method)
+        accuracy = watermark_bit_accuracy(picture, plan.settings.watermark_text, method)
         if needed is None or matching_bits(accuracy, n_bits) >= needed:
             return picture, _Watermark(method=method, accuracy=accuracy)
         tried.append(f"{method} {matching_bits(accuracy, n_bits)}")
     fault = f"the mark cannot be read back: {', '.join(tried)} of {n_bits} bits, {needed} are needed"
-    return pixels, _Watermark(method=plan.watermark, fault=fault)
+    return pixels, _Watermark(method=plan.settings.watermark, fault=fault)
 
 
 def _text(plan: Plan, request: GenerationRequest) -> str:
@@ -121,31 +122,15 @@ def _row(
     plan: Plan, sample: PlannedSample, result: GenerationResult, execution_class: str, *, error: str | None = None
 ) -> dict[str, Any]:
     """The row of one sample, with no picture yet."""
-    request = sample.request
-    verdict = result.safety
+    columns = columns_of(plan.format_version)
     return (
         dict.fromkeys(plan.record_schema.names)
         | sample.extra
+        | values(columns, "sample", sample)
+        | values(columns, "result", result)
         | {
-            "sample_id": sample.sample_id,
-            "row_id": sample.row_id,
-            "prompt": request.prompt,
-            "negative_prompt": request.negative_prompt,
-            "seed": request.seed,
-            "width": request.width,
-            "height": request.height,
-            "num_inference_steps": request.num_inference_steps,
-            "guidance_scale": request.guidance_scale,
-            "sampler": request.sampler,
-            "eta": request.eta,
             "status": "failed" if error is not None else result.status,
             "error": None if error is None else " ".join(error.split())[:_ERROR_LIMIT],
-            "nsfw_score": None if verdict is None else verdict.score,
-            "nsfw_checker": None if verdict is None else verdict.checker,
-            "prompt_tokens": result.prompt_tokens,
-            "precision": result.precision,
-            "batch_size": result.batch_size,
-            "batch_slot": result.batch_slot,
             "execution_class": execution_class,
         }
         | plan.row_constants

@@ -16,15 +16,18 @@ from latentmill.engine import GenerationRequest, GenerationResult, ModelSpec
 from latentmill.engine.types import Pixels
 from latentmill.jobs.errors import JobError, UsageError
 from latentmill.jobs.ledger.pictures import blank
-from latentmill.jobs.ledger.records import OWN_NAMES
 from latentmill.jobs.models.place import place_model
 from latentmill.jobs.models.presets import ModelChoice, ResolvedModel, resolve_model
+from latentmill.jobs.plans.columns import own_fields
 
 if TYPE_CHECKING:
     from latentmill.engine import Engine
 
 DTYPES = {"fp32": "float32", "fp16": "float16", "fp32-retry": "float16"}
 """What the model was loaded as, by the precision of a row: only a half-precision model has anything to retry."""
+
+_FORMAT = 3
+"""The first format whose rows have all that it takes."""
 
 _THREADS = re.compile(r", (\d+) threads, ")
 
@@ -106,7 +109,7 @@ class Recipe:
 
 def recipe_of(row: Mapping[str, Any]) -> Recipe:
     """The recipe that a row is. Raises UsageError for a row without a picture, or of a dataset that lacks columns."""
-    missing = sorted(OWN_NAMES - row.keys())
+    missing = sorted({field.name for field in own_fields(_FORMAT)} - row.keys())
     if missing:
         raise UsageError(
             f"the row has no column {', '.join(missing)}: it is of an older format, or was cut; use the whole row"

@@ -37,7 +37,6 @@ from latentmill.jobs.store.urls import allowed_filesystem, display_url
 if TYPE_CHECKING:
     import datetime
 
-FORMATS = ("files",)
 ON_FLAGGED = ("blank", "drop", "keep")
 WATERMARKS = ("dwtDctSvd", "dwtDct", "none")
 WATERMARK_POLICIES = ("record", "require", "retry")
@@ -46,6 +45,7 @@ TIMESTEP_SPACINGS = ("leading", "trailing", "linspace", "original")
 DTYPES = ("auto", "float32", "float16")
 DEVICES = ("auto", "cpu", "cuda")
 MAX_CHUNK = 4096
+"""The most samples of a chunk, and so the most rows of a commit record."""
 MAX_JOB_FILE_BYTES = 1_000_000
 SAMPLE_MANIFEST = Path(__file__).parents[1] / "configs" / "prompts" / "sample.txt"
 """The prompts in the package, which are drawn where none are named."""
@@ -153,7 +153,6 @@ class JobSpec:
     )
     out: str = special(INPUT, "Folder or URL (s3://...) of the dataset.", _out, default="out")
     date: str | None = text(None, INPUT, "The day that {date} in --out stands for, YYYY-MM-DD. Default: today, UTC.")
-    format: str = choice("files", INPUT, "How pictures are stored: files.", FORMATS, planned=True)
     strict: bool = switch(INPUT, "Refuse the job if any row is bad, or a column looks misspelled.")
     accept_aliases: bool = switch(INPUT, "Read columns named as elsewhere: steps, cfg_scale, neg_prompt, caption, ...")
     model: str = text(
@@ -229,6 +228,8 @@ SETTINGS: Mapping[str, Setting] = {**settings_of(JobSpec), **settings_of(Runtime
 """Every setting by its name: a key of a job file, and a flag once its underscores are hyphens."""
 
 _RUNTIME = frozenset(settings_of(Runtime))
+REMOVED = {"format": "pictures are always files; leave it out"}
+"""What to do about a setting that older versions had."""
 
 
 def make_spec(values: Mapping[str, Any]) -> JobSpec:
@@ -236,7 +237,7 @@ def make_spec(values: Mapping[str, Any]) -> JobSpec:
     parsed = {}
     for name, value in values.items():
         if name not in SETTINGS:
-            raise UsageError(f"unknown key {shorten(name)}{nearest(str(name), SETTINGS)}")
+            raise UsageError(_unknown(name))
         if value is not None:
             parsed[name] = _parsed(name, value)
     if "prompts" not in parsed:
@@ -245,6 +246,11 @@ def make_spec(values: Mapping[str, Any]) -> JobSpec:
     spec = JobSpec(**{name: value for name, value in parsed.items() if name not in _RUNTIME}, runtime=runtime)
     _check_together(spec)
     return spec
+
+
+def _unknown(key: Any) -> str:
+    remedy = f"; {REMOVED[key]}" if key in REMOVED else nearest(str(key), SETTINGS)
+    return f"unknown key {shorten(key)}{remedy}"
 
 
 def given_settings(spec: JobSpec) -> dict[str, Any]:
@@ -311,7 +317,7 @@ def load_job_file(path: str) -> dict[str, Any]:
     flat = _flatten(content)
     for key in flat:
         if key not in SETTINGS:
-            raise UsageError(f"job file {display_url(path)}: unknown key {shorten(key)}{nearest(str(key), SETTINGS)}")
+            raise UsageError(f"job file {display_url(path)}: {_unknown(key)}")
     return flat
 
 

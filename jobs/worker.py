@@ -60,16 +60,16 @@ def load_engine(plan: Plan, device: str) -> ChunkEngine:
 
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if plan.threads_per_actor:
-        torch.set_num_threads(plan.threads_per_actor)
+    if plan.settings.threads_per_actor:
+        torch.set_num_threads(plan.settings.threads_per_actor)
     spec = replace(
         place_model(plan.model),
-        safety=plan.safety,
-        safety_threshold=plan.nsfw_threshold,
-        prompt_syntax=plan.prompt_syntax,
-        long_prompts=plan.long_prompts,
+        safety=plan.settings.safety,
+        safety_threshold=plan.settings.nsfw_threshold,
+        prompt_syntax=plan.settings.prompt_syntax,
+        long_prompts=plan.settings.long_prompts,
     )
-    return Engine.load(spec, device=device, dtype=plan.dtype, batch_size=plan.batch_size)
+    return Engine.load(spec, device=device, dtype=plan.settings.dtype, batch_size=plan.batch_size)
 
 
 class ChunkGenerator:
@@ -77,7 +77,7 @@ class ChunkGenerator:
 
     def __init__(self, job: Job, *, engine_factory: EngineFactory = load_engine) -> None:
         self._job = job
-        self._engine = engine_factory(job.plan, job.plan.device)
+        self._engine = engine_factory(job.plan, job.plan.settings.device)
         self.actor = f"{socket.gethostname()}:{os.getpid()}"
 
     @property
@@ -257,7 +257,7 @@ def _store_pictures(
     job: Job, chunk: int, attempt: str, repair: int, processed: Sequence[ProcessedSample]
 ) -> list[dict[str, Any]]:
     images = [(item.row["sample_id"], item.data) for item in processed if item.data is not None]
-    stored = job.sink.write(chunk, attempt, images, repair=repair)
+    stored = job.pictures.write(chunk, attempt, images, repair=repair)
     rows = []
     for item in processed:
         image = stored.get(item.row["sample_id"])

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import ast
-import graphlib
 import re
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from graphlib import CycleError, TopologicalSorter
 from importlib.metadata import version
 from pathlib import Path
 
@@ -42,6 +42,8 @@ def imports(path: Path) -> Iterator[tuple[str, bool]]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}:{node.lineno} imports relatively"
             names = [node.module or ""]
+            if node.module == "latentmill.jobs":
+                names = [f"{node.module}.{alias.name}" for alias in node.names]
         else:
             continue
         yield from ((name, id(node) not in lazy) for name in names)
@@ -99,20 +101,9 @@ def imported(path: Path) -> set[str]:
     return {name.removeprefix("latentmill.jobs.") for name in names if name.startswith("latentmill.jobs.")}
 
 
-def test_no_import_of_jobs_runs_upward():
-    """No circle among its folders and the files beside them: so one of any two is the lower one."""
-    rooms: dict[str, set[str]] = {}
-    for path in sources("jobs"):
-        own = path.relative_to(ROOT / "jobs").parts[0].removesuffix(".py")
-        rooms.setdefault(own, set()).update({name.split(".")[0] for name in imported(path)} - {own})
-    graphlib.TopologicalSorter(rooms).prepare()
-
-
 @pytest.mark.parametrize("folder", ["executors", "submission"])
 def test_the_files_of_a_folder_hold_no_circle(folder: str):
-    graphlib.TopologicalSorter(
-        {f"{folder}.{path.stem}": imported(path) for path in sources(f"jobs/{folder}")}
-    ).prepare()
+    TopologicalSorter({f"{folder}.{path.stem}": imported(path) for path in sources(f"jobs/{folder}")}).prepare()
 
 
 def test_an_executor_is_one_entry_of_the_table_and_one_file():
@@ -197,6 +188,54 @@ def test_what_is_commonly_added_takes_three_files_at_most():
     assert {"| a model family", "| a safety checker"} <= {row[0] for row in rows}
     for what, files, _ in rows:
         assert len(files.split(", ")) <= 3, f"{what} changes {files}"
+
+
+def parts_of_jobs(root: Path = ROOT) -> dict[str, set[str]]:
+    """Each folder of jobs/, each module beside them, and the command, with those of them that it ever imports."""
+    found: dict[str, set[str]] = {}
+    for path in [*sorted((root / "jobs").rglob("*.py")), root / "cli.py"]:
+        own = path.relative_to(root / "jobs").parts[0].removesuffix(".py") if path.name != "cli.py" else "cli"
+        if own == "__init__":
+            continue
+        names = {name.split(".")[2] for name, _ in imports(path) if name.startswith("latentmill.jobs.")}
+        found.setdefault(own, set()).update(names - {own})
+    return found
+
+
+def floors(imported: Mapping[str, set[str]]) -> dict[str, int]:
+    """On which floor each part stands, by what it imports: 0 imports none. Raises CycleError for a circle."""
+    found: dict[str, int] = {}
+    for part in TopologicalSorter(imported).static_order():
+        found[part] = 1 + max((found[below] for below in imported[part]), default=-1)
+    return found
+
+
+def documented_floors() -> dict[str, int]:
+    """The order that docs/architecture.md tells, lowest first."""
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"lowest first.*?```\n(.*?)```", page, re.DOTALL)
+    return {part: floor for floor, line in enumerate(block.splitlines()) for part in line.split()}
+
+
+def upward(imported: Mapping[str, set[str]], order: Mapping[str, int]) -> set[tuple[str, str]]:
+    """Imports of a part that stands on the same line as the importer, or above it."""
+    return {(part, other) for part, others in imported.items() for other in others if order[other] >= order[part]}
+
+
+def test_no_import_runs_upward_among_the_parts_of_jobs():
+    parts, order = parts_of_jobs(), documented_floors()
+    assert parts.keys() == order.keys(), "docs/architecture.md must name every part of jobs/ once"
+    assert upward(parts, order) == set()
+
+
+def test_there_is_no_circle_among_the_parts_of_jobs():
+    imported = parts_of_jobs()
+    found = floors(imported)
+    assert found["ledger"] < found["job"] < found["worker"] < found["executors"] < found["runner"]
+    assert found["plans"] < found["ledger"]
+    assert found["job"] < found["outputs"] < found["show"]
+    with pytest.raises(CycleError):
+        floors({**imported, "store": imported["store"] | {"job"}})
 
 
 @pytest.mark.parametrize(

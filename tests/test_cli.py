@@ -198,6 +198,7 @@ def test_wrong_usage_exits_with_two_and_without_a_traceback(call: Call, argument
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
+        (["run", "x.txt", "--format", "files"], "pictures are always files"),
         (["run", "x.txt", "--dry-run"], "`latentmill plan` takes the same flags"),
         (["run", "x.txt", "--steps", "3"], "--num-inference-steps"),
         (["plan", "x.txt", "--cfg=3"], "--guidance-scale"),

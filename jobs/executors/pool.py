@@ -46,21 +46,23 @@ def size_pool(plan: Plan, runtime: Runtime, nodes: Iterable[Mapping[str, Any]], 
     chosen = _accelerators(plan, runtime, alive)
     have_cpus = sum(node["Resources"].get("CPU", 0.0) for node in alive)
     awaited = growing and runtime.num_actors is not None  # an autoscaler brings nodes once something asks for them
-    if plan.device == "cuda" and not chosen.gpus and not awaited:
+    if plan.settings.device == "cuda" and not chosen.gpus and not awaited:
         raise JobError(
             "device is cuda but the Ray cluster has no GPU; add GPU nodes, give --num-actors if an autoscaler brings "
             "them, or plan the job with device cpu"
         )
-    on_gpu = plan.device == "cuda" or (chosen.gpus > 0 and plan.device != "cpu" and runtime.gpus_per_actor != 0)
+    on_gpu = plan.settings.device == "cuda" or (
+        chosen.gpus > 0 and plan.settings.device != "cpu" and runtime.gpus_per_actor != 0
+    )
     if runtime.gpus_per_actor and not on_gpu:
         raise JobError(
             f"gpus_per_actor is {runtime.gpus_per_actor:g} but the job can use no GPU here (the cluster has "
-            f"{chosen.gpus:g}, device is {plan.device}); leave gpus_per_actor out"
+            f"{chosen.gpus:g}, device is {plan.settings.device}); leave gpus_per_actor out"
         )
     gpus = (runtime.gpus_per_actor or 1.0) if on_gpu else 0.0
     cpus = runtime.cpus_per_actor
     if cpus is None:
-        cpus = 0.0 if on_gpu else float(plan.threads_per_actor or 1)
+        cpus = 0.0 if on_gpu else float(plan.settings.threads_per_actor or 1)
     postprocess = GPU_POSTPROCESS if on_gpu else CPU_POSTPROCESS
     fits = _fitting([node["Resources"] for node in alive if _is_of(node, chosen)], cpus, gpus)
     if fits and have_cpus - fits * cpus < postprocess - 1e-6:
@@ -85,7 +87,7 @@ def size_pool(plan: Plan, runtime: Runtime, nodes: Iterable[Mapping[str, Any]], 
 
 
 def _accelerators(plan: Plan, runtime: Runtime, nodes: Iterable[Mapping[str, Any]]) -> Accelerators:
-    if plan.device == "cpu":
+    if plan.settings.device == "cpu":
         if runtime.accelerator_type is not None:
             raise UsageError(
                 f"accelerator_type is {runtime.accelerator_type} but the job is planned for the CPU; leave it out, or "

@@ -50,7 +50,7 @@ class RayExecutor:
         self._engine_factory = engine_factory
         self._job = job
         self._place = (_shared_url(job.url), job.plan.plan_hash)
-        self._threads = job.plan.threads_per_actor or 1
+        self._threads = job.plan.settings.threads_per_actor or 1
         self._connection = connect(runtime.address, insecure=runtime.insecure_ray)
         send_by_value()
         try:

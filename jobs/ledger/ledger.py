@@ -24,12 +24,12 @@ from numpy.typing import NDArray
 from latentmill.jobs.errors import OutputConflictError
 from latentmill.jobs.ledger.records import (
     MAX_BYTES,
-    MAX_ROWS,
     CommitRecord,
     DamagedRecordError,
     WrongRepairError,
     decode_record,
 )
+from latentmill.jobs.spec import MAX_CHUNK
 from latentmill.jobs.store.errors import StorageError
 from latentmill.jobs.store.storage import Storage
 
@@ -92,7 +92,7 @@ class Ledger:
     plan_hash: str
     n_chunks: int
     schema: pa.Schema
-    chunk_size: int = MAX_ROWS
+    chunk_size: int = MAX_CHUNK
     """The most rows of a record."""
 
     def commit(self, chunk: int, attempt: str, data: bytes) -> Outcome:

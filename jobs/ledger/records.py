@@ -20,64 +20,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from latentmill.jobs.errors import JobError
+from latentmill.jobs.plans.columns import STATUSES
+from latentmill.jobs.spec import MAX_CHUNK
 from latentmill.jobs.store.parquet import OversizeError, read_parquet
-
-OWN_FIELDS: tuple[pa.Field, ...] = (
-    pa.field("sample_id", pa.string()),
-    pa.field("row_id", pa.string()),
-    pa.field("prompt", pa.string()),
-    pa.field("negative_prompt", pa.string()),
-    pa.field("seed", pa.uint32()),
-    pa.field("width", pa.uint16()),
-    pa.field("height", pa.uint16()),
-    pa.field("num_inference_steps", pa.uint16()),
-    pa.field("guidance_scale", pa.float32()),
-    pa.field("sampler", pa.string()),
-    pa.field("eta", pa.float32()),
-    pa.field("status", pa.string()),
-    pa.field("error", pa.string()),
-    pa.field("nsfw_score", pa.float32()),
-    pa.field("nsfw_checker", pa.string()),
-    pa.field("watermark", pa.string()),
-    pa.field("watermark_bit_accuracy", pa.float32()),
-    pa.field("image", pa.string()),
-    pa.field("bytes", pa.uint32()),
-    pa.field("sha256", pa.string()),
-    pa.field("pixel_sha256", pa.string()),
-    pa.field("prompt_tokens", pa.uint32()),
-    pa.field("precision", pa.string()),
-    pa.field("batch_size", pa.uint16()),
-    pa.field("batch_slot", pa.uint16()),
-    pa.field("execution_class", pa.string()),
-    pa.field("model", pa.string()),
-    pa.field("model_sha256", pa.string()),
-    pa.field("revision", pa.string()),
-    pa.field("tokenizer", pa.string()),
-    pa.field("prediction_type", pa.string()),
-    pa.field("timestep_spacing", pa.string()),
-    pa.field("prompt_syntax", pa.string()),
-    pa.field("long_prompts", pa.string()),
-    pa.field("safety_threshold", pa.float32()),
-    pa.field("on_flagged", pa.string()),
-    pa.field("watermark_text", pa.string()),
-    pa.field("version", pa.string()),
-)
-"""The columns that the project writes itself, in order; a plan appends the manifest's other columns.
-
-Those from `model` on are one job's own, the same in all its rows: with them, a row can leave its dataset and still be
-made again (jobs/recipe.py).
-"""
-
-OWN_NAMES = frozenset(field.name for field in OWN_FIELDS)
-
-_FIELDS_OF_FORMAT_2 = 26
-OWN_FIELDS_BY_FORMAT: Mapping[int, tuple[pa.Field, ...]] = {2: OWN_FIELDS[:_FIELDS_OF_FORMAT_2], 3: OWN_FIELDS}
-"""The same by the plan's format: an output keeps the columns that it began with."""
-
-STATUSES = ("ok", "flagged", "failed")
-
-MAX_ROWS = 4096
-"""The largest chunk that a job can have."""
 
 MAX_BYTES = 1 << 30
 """The largest record, packed or unpacked."""
@@ -206,7 +151,7 @@ def encode_record(
     return _seal(buffer.getvalue())
 
 
-def decode_record(data: bytes, *, max_rows: int = MAX_ROWS) -> CommitRecord:
+def decode_record(data: bytes, *, max_rows: int = MAX_CHUNK) -> CommitRecord:
     """The record, once its seal has been checked; `DamagedRecordError` says what is wrong otherwise.
 
     Anybody can seal a file, so it is not unpacked if it has more rows or bytes than a record may have.

@@ -18,8 +18,8 @@ from typing import Any
 
 from latentmill.jobs.job import Job, open_job
 from latentmill.jobs.ledger.ledger import PER_FOLDER
+from latentmill.jobs.ledger.picture_store import attempt_folder
 from latentmill.jobs.ledger.records import DamagedRecordError
-from latentmill.jobs.ledger.sinks import attempt_folder
 from latentmill.jobs.outputs.publish import PART_NAME, standing_publication
 from latentmill.jobs.store.storage import Storage
 

@@ -1,4 +1,4 @@
-"""What can be wrong with an output, and the rules that a single row has to obey."""
+"""What can be wrong with an output, and how a single row is held to its plan and to the rules of its columns."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
+import pyarrow as pa
 
-from latentmill.jobs.ledger.records import STATUSES, CommitRecord
-from latentmill.jobs.ledger.sinks import picture_path
+from latentmill.jobs.ledger.picture_store import picture_path
+from latentmill.jobs.ledger.records import CommitRecord
+from latentmill.jobs.plans.columns import Column, columns_of, values
 from latentmill.jobs.plans.plan import Plan, PlannedSample
 
 Kind = Literal[
@@ -47,36 +49,22 @@ def row_defects(path: str, rows: list[dict[str, Any]], samples: list[PlannedSamp
         detail = f"sample {repeated[0]} is there more than once" if repeated else "its samples are not those planned"
         yield Defect(kind="row-wrong", path=path, detail=detail)
         return
-    constants = _stored({name: value for name, value in plan.row_constants.items() if name in rows[0]})
+    columns, constants = columns_of(plan.format_version), plan.row_constants
     for row, sample in zip(rows, samples, strict=True):
-        wrong = [name for name, value in {**_expected(sample), **constants}.items() if row[name] != value]
+        expected = values(columns, "sample", sample) | constants
+        wrong = [
+            column.name
+            for column in columns
+            if column.name in expected and row[column.name] != _stored(column, expected[column.name])
+        ]
         if wrong:
             detail = f"sample {sample.sample_id}: {', '.join(wrong)} not as the plan asked for"
             yield Defect(kind="row-wrong", path=path, detail=detail)
 
 
-def _expected(sample: PlannedSample) -> dict[str, Any]:
-    """What the plan fixes of one row."""
-    request = sample.request
-    return _stored(
-        {
-            "row_id": sample.row_id,
-            "prompt": request.prompt,
-            "negative_prompt": request.negative_prompt,
-            "seed": request.seed,
-            "width": request.width,
-            "height": request.height,
-            "num_inference_steps": request.num_inference_steps,
-            "guidance_scale": request.guidance_scale,
-            "sampler": request.sampler,
-            "eta": request.eta,
-        }
-    )
-
-
-def _stored(values: dict[str, Any]) -> dict[str, Any]:
-    """The values as a row's types store them."""
-    return {name: float(np.float32(value)) if isinstance(value, float) else value for name, value in values.items()}
+def _stored(column: Column, value: Any) -> Any:
+    """The value as the column's type stores it."""
+    return float(np.float32(value)) if isinstance(value, float) and column.type == pa.float32() else value
 
 
 def is_own_picture(row: dict[str, Any], record: CommitRecord) -> bool:
@@ -87,20 +75,9 @@ def is_own_picture(row: dict[str, Any], record: CommitRecord) -> bool:
     )
 
 
-def status_defects(path: str, row: dict[str, Any], plan: Plan) -> Iterator[Defect]:
-    """No row may claim what it cannot: `ok` needs a picture and a verdict, `failed` a reason."""
-    status, wrong = row["status"], None
-    if status not in STATUSES:
-        wrong = f"its status is {status!r}"
-    elif status == "failed" and (row["error"] is None or row["image"] is not None):
-        wrong = "it failed, without a reason or with a picture"
-    elif status == "ok" and row["image"] is None:
-        wrong = "it is ok, without a picture"
-    elif status == "flagged" and (row["image"] is None) != (plan.on_flagged == "drop"):
-        wrong = f"it is flagged, and its picture does not follow the policy {plan.on_flagged!r}"
-    elif status != "failed" and (
-        row["nsfw_checker"] is None or (row["nsfw_checker"] == "none") != (plan.safety == "none")
-    ):
-        wrong = f"its safety checker is {row['nsfw_checker']!r}, the plan says {plan.safety!r}"
+def rule_defects(path: str, row: dict[str, Any], plan: Plan) -> Iterator[Defect]:
+    """No row may claim what it cannot: the first column whose rule it breaks."""
+    rules = (column.rule for column in columns_of(plan.format_version) if column.rule is not None)
+    wrong = next((fault for rule in rules if (fault := rule(row, plan)) is not None), None)
     if wrong is not None:
         yield Defect(kind="row-wrong", path=path, detail=f"sample {row['sample_id']}: {wrong}")

@@ -29,9 +29,11 @@ from numpy.typing import NDArray
 from latentmill.jobs.errors import JobError
 from latentmill.jobs.job import Job
 from latentmill.jobs.ledger.ledger import PER_FOLDER, LedgerListing
-from latentmill.jobs.ledger.records import MAX_ROWS, STATUSES, CommitRecord, count_statuses
+from latentmill.jobs.ledger.records import CommitRecord, count_statuses
 from latentmill.jobs.outputs.captions import CAPTIONS_NAME, CARD, CARD_PATH, CaptionShelf, Fetch, encode_captions
+from latentmill.jobs.plans.columns import STATUSES
 from latentmill.jobs.plans.planned import PLAN_PATH, Plan
+from latentmill.jobs.spec import MAX_CHUNK
 from latentmill.jobs.store.parquet import OversizeError, read_parquet
 from latentmill.jobs.store.storage import Storage
 
@@ -44,7 +46,7 @@ ROWS_PER_PART = 50_000
 MAX_PART_BYTES = 2 << 30
 """The largest part, packed or unpacked."""
 MAX_MANIFEST_BYTES = 64 << 20
-_MOST_ROWS = {PART_NAME: ROWS_PER_PART, CAPTIONS_NAME: PER_FOLDER * MAX_ROWS}
+_MOST_ROWS = {PART_NAME: ROWS_PER_PART, CAPTIONS_NAME: PER_FOLDER * MAX_CHUNK}
 _ROUNDS = 10
 _READ_AHEAD = 32
 _READ_THREADS = 16
@@ -347,7 +349,7 @@ def _fetch(job: Job, repairs: Mapping[int, int], *, present: bool) -> Fetch:
         wanted = {row["image"]: row["bytes"] for row in rows if row["image"] is not None} if present else {}
         found: dict[str, int] = {}
         for repair, attempt in enumerate(record.attempts if wanted else ()):
-            found |= job.sink.sizes(chunk, attempt, repair)
+            found |= job.pictures.sizes(chunk, attempt, repair)
         missing = sorted(path for path, size in wanted.items() if found.get(path) != size)
         if missing:
             raise JobError(

@@ -10,8 +10,8 @@ import numpy as np
 
 from latentmill.jobs.errors import JobError
 from latentmill.jobs.job import open_job
-from latentmill.jobs.ledger.records import STATUSES
 from latentmill.jobs.outputs.publish import standing_publication
+from latentmill.jobs.plans.columns import STATUSES
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

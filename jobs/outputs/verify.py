@@ -17,7 +17,7 @@ from latentmill.jobs.ledger.ledger import chunk_of_path, record_path, repair_of_
 from latentmill.jobs.ledger.pictures import decode_png, pixel_sha256
 from latentmill.jobs.ledger.records import CommitRecord, WrongRepairError
 from latentmill.jobs.outputs.captions import CaptionShelf, Fetch
-from latentmill.jobs.outputs.defects import Defect, Kind, is_own_picture, row_defects, status_defects
+from latentmill.jobs.outputs.defects import Defect, Kind, is_own_picture, row_defects, rule_defects
 from latentmill.jobs.outputs.publish import (
     MANIFEST_PATH,
     MAX_PART_BYTES,
@@ -184,7 +184,7 @@ class _Checker:
         findings = _ChunkFindings(rows=len(rows))
         defects.extend(row_defects(path, rows, self._job.plan.samples_of_chunk(chunk), self._job.plan))
         for row in rows:
-            defects.extend(status_defects(path, row, self._job.plan))
+            defects.extend(rule_defects(path, row, self._job.plan))
             if row["image"] is None:
                 continue
             if not is_own_picture(row, record):
@@ -218,7 +218,7 @@ class _Checker:
     def _picture_defects(self, row: dict[str, Any], findings: _ChunkFindings) -> Iterator[Defect]:
         path = row["image"]
         try:
-            data = self._job.sink.read(path, row["bytes"] or 0)
+            data = self._job.pictures.read(path, row["bytes"] or 0)
         except FileNotFoundError:
             yield Defect(kind="image-missing", path=path, detail=f"sample {row['sample_id']} refers to it")
             return

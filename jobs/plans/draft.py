@@ -20,9 +20,10 @@ from latentmill.jobs.code import own_code
 from latentmill.jobs.manifests.manifest import Manifest
 from latentmill.jobs.manifests.tokens import TokenCounter
 from latentmill.jobs.models.presets import ResolvedModel
+from latentmill.jobs.plans.columns import formats
 from latentmill.jobs.plans.grid import Grid, class_fields, decode_class
 from latentmill.jobs.plans.ids import IdCounter
-from latentmill.jobs.plans.planned import FORMAT_VERSION, fingerprint
+from latentmill.jobs.plans.planned import fingerprint
 from latentmill.jobs.plans.snapshot import RejectWriter, SnapshotWriter
 from latentmill.jobs.plans.summary import (
     PlanSummary,
@@ -85,7 +86,7 @@ class DraftPlan:
     def document(self) -> dict[str, Any]:
         """The content of plan.json."""
         content = {
-            "format_version": FORMAT_VERSION,
+            "format_version": formats()[-1],
             "plan_hash": self.plan_hash,
             "identity": self.identity,
             "nsfw_threshold": self.spec.nsfw_threshold,

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from latentmill.jobs.errors import OutputConflictError, UsageError
 from latentmill.jobs.manifests.fields import shorten
+from latentmill.jobs.plans.columns import formats
 from latentmill.jobs.plans.draft import DraftPlan
 from latentmill.jobs.plans.planned import (
-    FORMAT_VERSION,
     MAX_PLAN_BYTES,
     PLAN_PATH,
     REJECTED_PATH,
@@ -64,7 +64,7 @@ def _read_plan(storage: Storage) -> Plan | None:
 
 
 def _same_plan(draft: DraftPlan, existing: Plan) -> Plan:
-    if existing.format_version != FORMAT_VERSION:
+    if existing.format_version != formats()[-1]:
         raise OutputConflictError(
             f"{display_url(draft.spec.out)} was begun by latentmill {existing.versions['latentmill']} in format "
             f"{existing.format_version}, which this version reads but does not go on with; use another --out, or the "
@@ -72,8 +72,10 @@ def _same_plan(draft: DraftPlan, existing: Plan) -> Plan:
         )
     identity = dict(draft.identity)
     if draft.spec.threads_per_actor is None:
-        # derived from this machine, not requested: a resumed job keeps its number
-        identity["threads_per_actor"] = existing.threads_per_actor
+        # not asked for, only derived from this machine: a resumed job keeps its own
+        identity["threads_per_actor"] = existing.settings.threads_per_actor
+    if existing.identity.get("format") == "files":
+        identity["format"] = "files"  # what older versions could be asked for, and all that pictures ever were
     if fingerprint(identity) == existing.plan_hash:
         return existing
     differences = list(_differences(existing.identity, identity))

@@ -15,22 +15,21 @@ from numpy.typing import NDArray
 
 from latentmill.engine import GenerationRequest
 from latentmill.jobs.errors import JobError, UsageError
-from latentmill.jobs.ledger.records import MAX_ROWS, OWN_FIELDS_BY_FORMAT
 from latentmill.jobs.manifests.axes import Axis
 from latentmill.jobs.manifests.fields import Value, shorten
 from latentmill.jobs.manifests.validate import CARRIED_PREFIX, snapshot_schema
 from latentmill.jobs.models.presets import ResolvedModel
+from latentmill.jobs.plans.columns import columns_of, formats, own_fields, values
 from latentmill.jobs.plans.grid import MAX_SAMPLES, Grid, Group, Place, class_fields, encode_class
 from latentmill.jobs.plans.snapshot import PartInfo, SnapshotReader
+from latentmill.jobs.settings import settings_of
+from latentmill.jobs.spec import MAX_CHUNK, JobSpec
 
 if TYPE_CHECKING:
     from latentmill.jobs.store.storage import Storage
 
 PLAN_PATH = "_job/plan.json"
 REJECTED_PATH = "_job/rejected.parquet"
-FORMAT_VERSION = 3
-"""Of what is planned now. Outputs of the formats before it are read and healed, but not gone on with."""
-
 MAX_PLAN_BYTES = 64 << 20
 
 _MIN_ID_DIGITS = 8
@@ -78,8 +77,27 @@ def record_names(carried: Sequence[str], own: Collection[str]) -> list[str]:
     return names
 
 
+def _settings(document: Mapping[str, Any], out: str) -> JobSpec:
+    identity, model = document["identity"], document["model"]
+    names = [name for name, setting in settings_of(JobSpec).items() if setting.planned and name in identity]
+    chosen = ("revision", "tokenizer", "prediction_type", "timestep_spacing")
+    return JobSpec(
+        prompts=tuple(document["manifest"]["sources"]),
+        out=out,
+        model=model["source"],
+        sweep=dict(identity["axes"]),
+        **{name: model[name] for name in chosen},
+        **identity["parameters"],
+        **({name: identity[name] for name in names} | {"nsfw_threshold": document["nsfw_threshold"]}),
+    )
+
+
 class Plan:
-    """What the output's plan.json says. Two plans with one `plan_hash` make the same rows and pixels."""
+    """What the output's plan.json says. Two plans with one `plan_hash` make the same rows and pixels.
+
+    `settings` is the job as it was planned: with what was computed filled in, and with defaults for what changes no
+    row. `batch_size` is the one in it, which is never left open here.
+    """
 
     def __init__(self, document: Mapping[str, Any], storage: Storage) -> None:
         self._document = document
@@ -89,23 +107,11 @@ class Plan:
         self.plan_hash: str = document["plan_hash"]
         self.identity: Mapping[str, Any] = identity
         self.versions: Mapping[str, str] = document["versions"]
-        self.model = ResolvedModel(**document["model"])
+        self.model: ResolvedModel = ResolvedModel(**document["model"])
         self.parameters: Mapping[str, Value] = identity["parameters"]
         self.axes = tuple(Axis(name=name, values=tuple(values)) for name, values in identity["axes"])
-        self.chunk_size: int = identity["chunk_size"]
+        self.settings: JobSpec = _settings(document, storage.url)
         self.batch_size: int = identity["batch_size"]
-        self.dtype: str = identity["dtype"]
-        self.device: str = identity["device"]
-        self.threads_per_actor: int = identity["threads_per_actor"]
-        self.safety: str = identity["safety"]
-        self.nsfw_threshold: float = document["nsfw_threshold"]
-        self.on_flagged: str = identity["on_flagged"]
-        self.watermark: str = identity["watermark"]
-        self.watermark_text: str = identity["watermark_text"]
-        self.watermark_policy: str = identity["watermark_policy"]
-        self.prompt_syntax: str = identity["prompt_syntax"]
-        self.long_prompts: str = identity["long_prompts"]
-        self.format: str = identity["format"]
         self.sources: tuple[str, ...] = tuple(manifest["sources"])
         self.n_rows: int = manifest["rows"]
         self.n_rejected: int = manifest["rejected"]
@@ -113,9 +119,9 @@ class Plan:
             axes=self.axes,
             classes=tuple(encode_class(class_fields(self.axes), values) for values in manifest["classes"]),
             images=np.array(manifest["images"], dtype=np.int64).reshape(len(manifest["parts"]), -1),
-            chunk_size=self.chunk_size,
+            chunk_size=self.settings.chunk_size,
         )
-        own = OWN_FIELDS_BY_FORMAT[self.format_version]
+        own = own_fields(self.format_version)
         carried = pa.ipc.read_schema(pa.py_buffer(bytes.fromhex(manifest["carried"])))
         self._names = record_names(carried.names, [field.name for field in own])
         self.record_schema = pa.schema(
@@ -132,23 +138,7 @@ class Plan:
     @property
     def row_constants(self) -> dict[str, Any]:
         """What is the same in all rows: what, beside its own columns, a row's picture was made with."""
-        if self.format_version < 3:
-            return {}
-        model = self.model
-        return {
-            "model": model.source,
-            "model_sha256": model.digest,
-            "revision": model.revision,
-            "tokenizer": model.tokenizer,
-            "prediction_type": model.predicts,
-            "timestep_spacing": model.spacing,
-            "prompt_syntax": self.prompt_syntax,
-            "long_prompts": self.long_prompts,
-            "safety_threshold": None if self.safety == "none" else self.nsfw_threshold,
-            "on_flagged": self.on_flagged,
-            "watermark_text": self.watermark_text,
-            "version": self.versions["latentmill"],
-        }
+        return values(columns_of(self.format_version), "job", self)
 
     @property
     def file_metadata(self) -> dict[str, str]:
@@ -175,10 +165,10 @@ class Plan:
 
     def samples_in_chunks(self, chosen: NDArray[np.bool_]) -> int:
         """How many samples the chosen chunks hold; `chosen` has one entry per chunk."""
-        total = int(np.count_nonzero(chosen)) * self.chunk_size
+        total = int(np.count_nonzero(chosen)) * self.settings.chunk_size
         for group in self.groups:
             if chosen[group.first_chunk + group.n_chunks - 1]:
-                total -= group.n_chunks * self.chunk_size - group.n_samples
+                total -= group.n_chunks * self.settings.chunk_size - group.n_samples
         return total
 
     def images_per_row(self) -> Iterator[int]:
@@ -278,9 +268,9 @@ def parse_plan(data: bytes, storage: Storage) -> Plan:
         raise JobError(
             f"{PLAN_PATH} cannot be read: {shorten(error)}; restore it from a copy, or use another output"
         ) from error
-    if version not in OWN_FIELDS_BY_FORMAT:
+    if version not in formats():
         raise JobError(
-            f"{PLAN_PATH} has format {version}, this version reads {', '.join(map(str, OWN_FIELDS_BY_FORMAT))}; "
+            f"{PLAN_PATH} has format {version}, this version reads {', '.join(map(str, formats()))}; "
             f"use the version that made it"
         )
     try:
@@ -290,8 +280,8 @@ def parse_plan(data: bytes, storage: Storage) -> Plan:
         if ((plan.grid.images < 0) | (plan.grid.images > MAX_SAMPLES)).any():
             raise ValueError("its counts of images are impossible")
         plan.grid.check_limits()
-        if not 1 <= plan.chunk_size <= MAX_ROWS or not plan.n_samples:
-            raise ValueError(f"its chunks have {plan.chunk_size} samples")
+        if not 1 <= plan.settings.chunk_size <= MAX_CHUNK or not plan.n_samples:
+            raise ValueError(f"its chunks have {plan.settings.chunk_size} samples")
     except (*_FAULTS, pa.ArrowException, UsageError) as error:
         raise JobError(
             f"{PLAN_PATH} was changed after it was written ({shorten(error)}); restore it from a copy, or use another "

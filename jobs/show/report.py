@@ -264,7 +264,7 @@ def _rows(job: Job, publication: Publication) -> Iterator[dict[str, Any]]:
 
 def _pixels(job: Job, image: str, size: tuple[int, int] | None) -> Pixels | None:
     try:
-        return decode_png(job.sink.read(image), size)
+        return decode_png(job.pictures.read(image), size)
     except (FileNotFoundError, ForeignObjectError, ValueError):
         return None
     except StorageError as error:

@@ -81,7 +81,7 @@ def fake_pixels(request: GenerationRequest) -> np.ndarray:
 
 def fake_engine(plan: Plan, device: str) -> FakeEngine:
     """The engine factory of fast tests."""
-    return FakeEngine(batch_size=plan.batch_size, checker="none" if plan.safety == "none" else "fake")
+    return FakeEngine(batch_size=plan.batch_size, checker="none" if plan.settings.safety == "none" else "fake")
 
 
 def slow_engine(plan: Plan, device: str) -> FakeEngine:

@@ -13,9 +13,9 @@ import pytest
 from latentmill.jobs.errors import JobError, UsageError
 from latentmill.jobs.job import Job, open_job
 from latentmill.jobs.ledger.pictures import pixel_sha256
-from latentmill.jobs.ledger.records import OWN_FIELDS
 from latentmill.jobs.models.cache import listing_digest
 from latentmill.jobs.outputs.verify import verify
+from latentmill.jobs.plans.columns import own_names
 from latentmill.jobs.recipe import Recipe, recipe_of
 from latentmill.jobs.spec import JobSpec
 from latentmill.jobs.worker import load_engine
@@ -113,7 +113,6 @@ IDENTITY: Mapping[str, Callable[[Recipe, dict[str, Any]], object]] = {
     "dtype": lambda recipe, _: recipe.dtype,
     "threads_per_actor": lambda recipe, _: recipe.threads,
     "device": lambda recipe, _: "cpu" if recipe.threads else "cuda",
-    "format": lambda _, row: "files" if row["image"].startswith("images/") else "",
 }
 """The plan's identity, told from a row."""
 SAMPLES_OWN = {"parameters", "axes", "manifest"}
@@ -180,4 +179,4 @@ def test_what_is_no_recipe_is_refused(two_jobs: list[dict[str, Any]]) -> None:
         recipe_of(row | {"status": "failed", "pixel_sha256": None})
     with pytest.raises(JobError, match="is not the row's"):
         recipe_of(row | {"model": two_jobs[2]["model"]}).load("cpu")
-    assert row.keys() == {field.name for field in OWN_FIELDS}
+    assert row.keys() == own_names()

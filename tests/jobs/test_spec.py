@@ -63,7 +63,7 @@ def test_there_is_an_example_for_each_use():
         ({"num_inference_steps": 10**5}, ["num_inference_steps 100000 is outside 1..1000"]),
         ({"eta": 2.0}, ["eta 2.0 is outside 0..1"]),
         ({"sampler": "dimm"}, ["sampler 'dimm' is unknown, did you mean 'ddim'"]),
-        ({"format": "webdataset"}, ["format 'webdataset'", "files"]),
+        ({"format": "files"}, ["unknown key 'format'; pictures are always files; leave it out"]),
         ({"safety": "off"}, ["safety 'off'", "open-nsfw", "none"]),
         ({"watermark": "dwtdct"}, ["watermark 'dwtdct'", "did you mean 'dwtDct'"]),
         ({"watermark_text": ""}, ["watermark_text ''", "1 to 32 bytes"]),
@@ -92,6 +92,7 @@ def test_a_bad_value_is_refused_in_one_line(flags, words):
     [
         ("promts: a.txt\n", ["unknown key 'promts'", "did you mean 'prompts'"]),
         ("runtime: {adress: x}\n", ["unknown key 'adress'", "'address'"]),
+        ("format: files\n", ["unknown key 'format'; pictures are always files; leave it out"]),
         ("- a\n- b\n", ["not a mapping"]),
         ("a: [\n", ["not YAML"]),
         ("", ["not a mapping"]),

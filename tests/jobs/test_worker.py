@@ -75,7 +75,7 @@ def test_flagged_pictures_follow_the_policy_and_stay_flagged(policy: str, start_
         assert {flagged[name] for name in ("image", "bytes", "sha256", "pixel_sha256", "watermark")} == {None}
     else:
         expected = np.zeros((64, 64, 3), np.uint8) if policy == "blank" else fake_pixels(request)
-        assert np.array_equal(decode_png(job.sink.read(flagged["image"])), expected)
+        assert np.array_equal(decode_png(job.pictures.read(flagged["image"])), expected)
     written = {path for path, _ in job.storage.list("images")}
     assert written == {row["image"] for row in rows if row["image"] is not None}
 
@@ -96,7 +96,7 @@ def test_rows_say_what_was_asked_and_what_was_made(start_job: Callable[..., str]
     assert row["image"].endswith(f"/{sample.sample_id}.png")
     assert row["pixel_sha256"] == pixel_sha256(fake_pixels(sample.request))
     assert (row["batch_size"], row["batch_slot"], row["execution_class"]) == (4, 0, "fake")
-    with Image.open(io.BytesIO(job.sink.read(row["image"]))) as image:
+    with Image.open(io.BytesIO(job.pictures.read(row["image"]))) as image:
         assert image.text["parameters"].startswith(lines[0]["prompt"] + "\nSteps: 2, Sampler: DDIM, CFG scale: ")
 
 
@@ -107,10 +107,10 @@ def test_the_mark_is_read_back_from_the_saved_pixels(start_job: Callable[..., st
     postprocess_chunk(open_job(out), generate(out))
     job = open_job(out)
     for row in rows_of(job):
-        pixels = decode_png(job.sink.read(row["image"]))
+        pixels = decode_png(job.pictures.read(row["image"]))
         assert row["watermark"] == "dwtDctSvd"
         assert row["watermark_bit_accuracy"] == pytest.approx(
-            watermark_bit_accuracy(pixels, job.plan.watermark_text, "dwtDctSvd")
+            watermark_bit_accuracy(pixels, job.plan.settings.watermark_text, "dwtDctSvd")
         )
         assert row["pixel_sha256"] == pixel_sha256(pixels)
 

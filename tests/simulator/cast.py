@@ -12,7 +12,7 @@ from typing import Any
 from unittest.mock import patch
 
 import latentmill.jobs.ledger.ledger
-import latentmill.jobs.ledger.sinks
+import latentmill.jobs.ledger.picture_store
 import latentmill.jobs.outputs.clean
 import latentmill.jobs.outputs.publish
 import latentmill.jobs.plans.plan
@@ -206,7 +206,7 @@ def installed(world: World, cast: Cast) -> Iterator[None]:
             (latentmill.jobs.worker, "secrets", tokens),
             (latentmill.jobs.outputs.clean, "secrets", tokens),
             (latentmill.jobs.ledger.ledger, "ThreadPoolExecutor", pool),
-            (latentmill.jobs.ledger.sinks, "ThreadPoolExecutor", pool),
+            (latentmill.jobs.ledger.picture_store, "ThreadPoolExecutor", pool),
             (latentmill.jobs.outputs.publish, "ThreadPoolExecutor", pool),
             (latentmill.jobs.outputs.clean, "ThreadPoolExecutor", pool),
             (latentmill.jobs.plans.plan, "parse_plan", lambda data, _: PLAN_BY_HASH[json.loads(data)["plan_hash"]]),

@@ -12,8 +12,9 @@ import numpy as np
 import pyarrow as pa
 
 from latentmill.engine import GenerationRequest, GenerationResult, SafetyVerdict
-from latentmill.jobs.ledger.records import OWN_FIELDS
-from latentmill.jobs.plans.planned import FORMAT_VERSION, PlannedSample, fingerprint
+from latentmill.jobs.plans.columns import formats, own_fields
+from latentmill.jobs.plans.planned import PlannedSample, fingerprint
+from latentmill.jobs.spec import JobSpec
 from tests.simulator.world import URL
 
 COLUMNS = (
@@ -39,19 +40,16 @@ class SimulatedPlan:
 
     n_rows = n_samples = 5
     n_rejected = 0
-    format_version = FORMAT_VERSION
+    format_version = formats()[-1]
     row_constants: Mapping[str, Any] = {}
     file_metadata: Mapping[str, str] = {}
     n_chunks = len(CHUNKS)
-    format = "files"
-    device = "cpu"
-    batch_size = chunk_size = 2
-    on_flagged = "blank"
-    watermark, watermark_policy, watermark_text = "none", "record", ""
+    batch_size = 2
+    settings = JobSpec(prompts=(), device="cpu", chunk_size=2, batch_size=2, watermark="none", watermark_text="")
     model = SimpleNamespace(name="simulated", weights_digest="0" * 64)
     versions: Mapping[str, str] = {"latentmill": "0"}
     groups = (SimpleNamespace(first_chunk=0, n_chunks=2), SimpleNamespace(first_chunk=2, n_chunks=1))
-    record_schema = pa.schema([entry for entry in OWN_FIELDS if entry.name in COLUMNS])
+    record_schema = pa.schema([entry for entry in own_fields() if entry.name in COLUMNS])
 
     def __init__(self, first_seed: int, poisoned: frozenset[int]) -> None:
         self.first_seed = first_seed

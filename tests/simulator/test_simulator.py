@@ -14,8 +14,8 @@ import pytest
 import latentmill.jobs.runner
 from latentmill.jobs.job import Job
 from latentmill.jobs.ledger.ledger import Ledger, _path
+from latentmill.jobs.ledger.picture_store import PictureStore, StoredImage, attempt_folder
 from latentmill.jobs.ledger.records import CommitRecord, decode_record, encode_record
-from latentmill.jobs.ledger.sinks import FilesSink, StoredImage, attempt_folder
 from latentmill.jobs.outputs import clean as clean_module
 from latentmill.jobs.outputs import publish as publish_module
 from latentmill.jobs.outputs.publish import load_publication
@@ -54,11 +54,11 @@ def assert_caught(invariants: str, *, within: int) -> None:
 
 
 def test_committing_before_the_images_are_written_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    write, commit = FilesSink.write, Ledger.commit
+    write, commit = PictureStore.write, Ledger.commit
     waiting: dict[str, Callable[[], object]] = {}
 
     def promise(
-        self: FilesSink, chunk: int, attempt: str, images: Sequence[tuple[str, bytes]], repair: int = 0
+        self: PictureStore, chunk: int, attempt: str, images: Sequence[tuple[str, bytes]], repair: int = 0
     ) -> dict[str, StoredImage]:
         waiting[attempt] = lambda: write(self, chunk, attempt, images, repair)
         folder = attempt_folder(chunk, attempt, repair)
@@ -72,7 +72,7 @@ def test_committing_before_the_images_are_written_is_caught(monkeypatch: pytest.
         waiting.pop(attempt)()
         return outcome
 
-    monkeypatch.setattr(FilesSink, "write", promise)
+    monkeypatch.setattr(PictureStore, "write", promise)
     monkeypatch.setattr(Ledger, "commit", commit_first)
     assert_caught("I2", within=10)
 

@@ -30,7 +30,7 @@ class CountedEngine(FakeEngine):
 
 def counted_engine(plan: Plan, device: str) -> CountedEngine:
     """The engine factory."""
-    return CountedEngine(batch_size=plan.batch_size, checker="none" if plan.safety == "none" else "fake")
+    return CountedEngine(batch_size=plan.batch_size, checker="none" if plan.settings.safety == "none" else "fake")
 
 
 def calls(path: Path) -> int:

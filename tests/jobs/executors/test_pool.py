@@ -12,7 +12,7 @@ from latentmill.jobs.spec import Runtime
 
 
 def plan_like(**changes) -> SimpleNamespace:
-    return SimpleNamespace(**{"device": "cpu", "threads_per_actor": 1, **changes})
+    return SimpleNamespace(settings=SimpleNamespace(**{"device": "cpu", "threads_per_actor": 1, **changes}))
 
 
 CUDA = plan_like(device="cuda")

@@ -13,7 +13,7 @@ import pytest
 from latentmill.jobs.errors import OutputConflictError
 from latentmill.jobs.job import open_job
 from latentmill.jobs.ledger.ledger import record_path, repair_path
-from latentmill.jobs.ledger.sinks import attempt_folder
+from latentmill.jobs.ledger.picture_store import attempt_folder
 from latentmill.jobs.outputs import clean as clean_module
 from latentmill.jobs.outputs.clean import GRACE_SECONDS, clean
 from latentmill.jobs.outputs.publish import MANIFEST_PATH, publish

@@ -15,17 +15,17 @@ import pytest
 from latentmill.jobs.errors import OutputConflictError
 from latentmill.jobs.ledger.ledger import Ledger, chunk_of_path, record_path, repair_of_path, repair_path
 from latentmill.jobs.ledger.records import (
-    OWN_FIELDS,
     DamagedRecordError,
     WrongRepairError,
     decode_record,
     encode_record,
 )
+from latentmill.jobs.plans.columns import own_fields
 from latentmill.jobs.store import storage as storage_module
 from latentmill.jobs.store.errors import StorageError
 from latentmill.jobs.store.storage import Storage
 
-SCHEMA = pa.schema([*OWN_FIELDS, pa.field("topic", pa.string())])
+SCHEMA = pa.schema([*own_fields(), pa.field("topic", pa.string())])
 PLAN = "a" * 64
 
 

@@ -21,7 +21,8 @@ from latentmill.jobs.plans import plan as plan_module
 from latentmill.jobs.plans import snapshot
 from latentmill.jobs.plans.plan import adopt, draft_plan, load_plan
 from latentmill.jobs.plans.planned import fingerprint
-from latentmill.jobs.spec import resolve
+from latentmill.jobs.settings import settings_of
+from latentmill.jobs.spec import JobSpec, Runtime, resolve
 from latentmill.jobs.store.storage import Storage
 
 
@@ -165,16 +166,29 @@ def test_what_cannot_change_anything_does_not_change_the_hash(job, flags):
 
 
 def test_a_resumed_job_keeps_its_threads_unless_told_otherwise(job):
-    assert publish(job(threads_per_actor=3)).threads_per_actor == 3
-    assert publish(job()).threads_per_actor == 3
-    assert publish(job(num_actors=1)).threads_per_actor == 3
+    assert publish(job(threads_per_actor=3)).settings.threads_per_actor == 3
+    assert publish(job()).settings.threads_per_actor == 3
+    assert publish(job(num_actors=1)).settings.threads_per_actor == 3
     with pytest.raises(OutputConflictError, match="threads_per_actor: 3 -> 2"):
         publish(job(threads_per_actor=2))
 
 
+def test_a_job_is_resumed_that_an_older_version_began_with_format_files(job):
+    with draft_plan(job()) as draft:
+        document = draft.document()
+        document["identity"] = {**document["identity"], "format": "files"}
+        document["plan_hash"] = fingerprint(document["identity"])
+        del document["checksum"]
+        storage = Storage.open(draft.spec.out)
+        storage.create("_job/plan.json", json.dumps({**document, "checksum": fingerprint(document)}).encode())
+        assert adopt(draft, storage).plan_hash == document["plan_hash"]
+    with pytest.raises(OutputConflictError, match=r"plan: chunk_size: 32 -> 7\. Use another"):
+        publish(job(chunk_size=7))
+
+
 def test_threads_and_dtype_have_plain_defaults(job):
     plan = publish(job(device="cpu"))
-    assert (plan.device, plan.dtype, plan.threads_per_actor) == ("cpu", "float32", 1)
+    assert (plan.settings.device, plan.settings.dtype, plan.settings.threads_per_actor) == ("cpu", "float32", 1)
     with draft_plan(job(device="cuda")) as draft:
         assert draft.identity["dtype"] == "float16"
     with pytest.raises(UsageError, match="float16 does not run on cpu"):
@@ -196,7 +210,8 @@ PEAK = """
 import re, sys
 from pathlib import Path
 from latentmill.jobs.plans.plan import draft_plan
-from latentmill.jobs.spec import resolve
+from latentmill.jobs.settings import settings_of
+from latentmill.jobs.spec import JobSpec, Runtime, resolve
 with draft_plan(resolve(None, {"prompts": [sys.argv[1]], "model": sys.argv[2], "sweep": ["seed=0:1000"]})) as draft:
     peak = int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) // 1024
     print(draft.grid.n_samples, peak)
@@ -502,3 +517,19 @@ def test_a_machine_that_cannot_load_opencv_is_told_before_a_model_is_loaded(job,
     with pytest.raises(UsageError, match="install libgl1, or put opencv-python-headless in its place"):
         draft_plan(job())
     draft_plan(job(watermark="none")).close()
+
+
+def test_a_plan_knows_the_job_that_was_planned_with_nothing_left_open(job):
+    spec = job(sweep=["seed=1,2"], safety="none", watermark="none", chunk_size=7)
+    plan = publish(spec)
+    assert plan.settings.runtime == Runtime()
+    assert (plan.settings.out, plan.settings.model, plan.settings.sweep) == (
+        Storage.open(spec.out).url,
+        spec.model,
+        {"seed": [1, 2]},
+    )
+    planned = {name: getattr(plan.settings, name) for name, setting in settings_of(JobSpec).items() if setting.planned}
+    known = {**plan.identity, **plan.parameters, "nsfw_threshold": spec.nsfw_threshold}
+    assert planned == {name: known[name] for name in planned}
+    assert None not in planned.values()
+    assert (plan.settings.batch_size, plan.settings.chunk_size) == (plan.batch_size, 7)

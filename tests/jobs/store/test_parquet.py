@@ -11,8 +11,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from latentmill.jobs.ledger.records import MAX_ROWS
-from latentmill.jobs.spec import MAX_CHUNK
 from latentmill.jobs.store import parquet as parquet_module
 from latentmill.jobs.store.parquet import OversizeError, read_parquet
 
@@ -74,7 +72,3 @@ def test_what_is_counted_is_read_the_same(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(parquet_module, "_UNCOUNTED_BYTES", 0)
     assert read_parquet(parquet(table), max_bytes=10**6).equals(plain, check_metadata=True)
     assert read_parquet(parquet(table), ["number", "text"], max_bytes=10**6).equals(plain.select(["number", "text"]))
-
-
-def test_a_record_may_have_as_many_rows_as_a_chunk() -> None:
-    assert MAX_ROWS == MAX_CHUNK

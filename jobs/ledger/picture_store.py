@@ -1,4 +1,4 @@
-"""Where the pictures of an attempt go. A sink writes under the attempt's own names, so attempts never meet."""
+"""Where the pictures of an attempt lie: under the attempt's own names, so attempts never meet."""
 
 from __future__ import annotations
 
@@ -7,9 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Protocol
 
-from latentmill.jobs.errors import UsageError
 from latentmill.jobs.store.errors import FOREIGN_REMEDY, ForeignObjectError
 from latentmill.jobs.store.storage import Storage
 
@@ -29,28 +27,7 @@ class StoredImage:
     sha256: str
 
 
-class Sink(Protocol):
-    """Writes the pictures of one attempt, and finds them again by the paths in the commit record."""
-
-    def write(
-        self, chunk: int, attempt: str, images: Sequence[tuple[str, bytes]], repair: int = 0
-    ) -> dict[str, StoredImage]:
-        """Store `(sample_id, file bytes)` pairs; afterwards all of them are durable.
-
-        `repair` is the number of the repair that the attempt is one at, 0 if it is one at the chunk itself.
-        """
-
-    def read(self, path: str, limit: int = MAX_PICTURE_BYTES) -> bytes:
-        """The file bytes of one picture. Raises FileNotFoundError if it is gone.
-
-        Raises ForeignObjectError if the path is not one that `write` gives, or the picture has more than `limit` bytes.
-        """
-
-    def sizes(self, chunk: int, attempt: str, repair: int = 0) -> Mapping[str, int]:
-        """Size by path of everything that lies under one attempt, with as few requests as the store allows."""
-
-
-class FilesSink:
+class PictureStore:
     """One PNG per sample: `images/00000/00000007-{attempt}/{sample_id}.png`, of a repair `00000007-r1-{attempt}`."""
 
     def __init__(self, storage: Storage) -> None:
@@ -59,7 +36,10 @@ class FilesSink:
     def write(
         self, chunk: int, attempt: str, images: Sequence[tuple[str, bytes]], repair: int = 0
     ) -> dict[str, StoredImage]:
-        """Store the pictures, several at a time."""
+        """Store `(sample_id, file bytes)` pairs, several at a time; afterwards all of them are durable.
+
+        `repair` is the number of the repair that the attempt is one at, 0 if it is one at the chunk itself.
+        """
 
         def store(item: tuple[str, bytes]) -> tuple[str, StoredImage]:
             sample_id, data = item
@@ -71,14 +51,17 @@ class FilesSink:
             return dict(pool.map(store, images))
 
     def read(self, path: str, limit: int = MAX_PICTURE_BYTES) -> bytes:
-        """The PNG."""
+        """The file bytes of one picture. Raises FileNotFoundError if it is gone.
+
+        Raises ForeignObjectError if the path is not one that `write` gives, or the picture has more than `limit` bytes.
+        """
         place = _PICTURE.fullmatch(path)
         if place is None or not path.startswith(f"images/{int(place[1]) // 1000:05d}/"):
             raise ForeignObjectError(f"{path!r} is no name of a picture; {FOREIGN_REMEDY}")
         return self._storage.read(path, min(limit, MAX_PICTURE_BYTES))
 
     def sizes(self, chunk: int, attempt: str, repair: int = 0) -> Mapping[str, int]:
-        """One listing of the attempt's folder."""
+        """Size by path of everything that lies under one attempt, by one listing of its folder."""
         return dict(self._storage.list(attempt_folder(chunk, attempt, repair)))
 
 
@@ -91,14 +74,3 @@ def attempt_folder(chunk: int, attempt: str, repair: int = 0) -> str:
 def picture_path(chunk: int, attempt: str, sample_id: str, repair: int = 0) -> str:
     """Where the picture of one sample lies."""
     return f"{attempt_folder(chunk, attempt, repair)}/{sample_id}.png"
-
-
-SINKS: Mapping[str, type[FilesSink]] = {"files": FilesSink}
-"""What `--format` can name."""
-
-
-def open_sink(name: str, storage: Storage) -> Sink:
-    """The sink that `--format` names."""
-    if name not in SINKS:
-        raise UsageError(f"format is {name!r}; there are {', '.join(SINKS)}")
-    return SINKS[name](storage)
