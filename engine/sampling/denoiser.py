@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from latentmill.engine.sampling.levels import NoiseLevel
+from latentmill.engine.sampling.noise_level import NoiseLevel
 from latentmill.engine.sampling.schedule import NoiseSchedule
 
 

@@ -1,8 +1,7 @@
-"""Noise levels, and how samplers place them. Without torch: the planner refuses a number of steps in the same words."""
+"""How samplers place noise levels. Without torch: the planner refuses a number of steps in the same words."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from latentmill.engine.loading.config import SchedulerConfig
+from latentmill.engine.sampling.noise_level import LEAST_ALPHA_BAR, NoiseLevel
 from latentmill.engine.sampling.table import SAMPLER_TABLE
 from latentmill.engine.sampling.timesteps import (
     Timesteps,
@@ -25,37 +25,7 @@ from latentmill.engine.sampling.timesteps import (
 if TYPE_CHECKING:
     from latentmill.engine.sampling.schedule import NoiseSchedule
 
-LEAST_ALPHA_BAR = 2.0**-24
-"""What stands for an alpha_bar of 0 (a schedule rescaled to zero terminal SNR) where one must divide by it."""
-
 _KARRAS_RHO = 7.0
-
-
-@dataclass(frozen=True, slots=True)
-class NoiseLevel:
-    """One point of the forward process: latents there are `signal * x0 + noise * (standard-normal noise)`.
-
-    `timestep` is what the network is told; it may lie between two timesteps of the training.
-    """
-
-    timestep: float
-    signal: float
-    noise: float
-
-    @classmethod
-    def from_alpha_bar(cls, timestep: float, alpha_bar: float) -> NoiseLevel:
-        """The level of a variance-preserving process whose cumulative product of 1 - beta is `alpha_bar`."""
-        return cls(timestep, math.sqrt(alpha_bar), math.sqrt(1 - alpha_bar))
-
-    @classmethod
-    def from_sigma(cls, timestep: float, sigma: float) -> NoiseLevel:
-        """The same, by noise over signal."""
-        return cls.from_alpha_bar(timestep, 1 / (1 + sigma**2))
-
-    @property
-    def sigma(self) -> float:
-        """Noise over signal: the standard deviation of the noise where x0 keeps its scale (arXiv:2206.00364)."""
-        return self.noise / self.signal
 
 
 class Step(NamedTuple):

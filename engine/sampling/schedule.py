@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from latentmill.engine.loading.config import SchedulerConfig
-from latentmill.engine.sampling.levels import LEAST_ALPHA_BAR, NoiseLevel
+from latentmill.engine.sampling.noise_level import LEAST_ALPHA_BAR, NoiseLevel
 
 
 class NoiseSchedule:

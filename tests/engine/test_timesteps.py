@@ -11,7 +11,8 @@ from diffusers import DDIMScheduler
 
 from latentmill.engine import SAMPLERS, EngineError, check_steps
 from latentmill.engine.loading.config import SchedulerConfig
-from latentmill.engine.sampling.levels import PLACEMENTS, NoiseLevel
+from latentmill.engine.sampling.levels import PLACEMENTS
+from latentmill.engine.sampling.noise_level import NoiseLevel
 from latentmill.engine.sampling.timesteps import (
     continuous_timesteps,
     distilled_timesteps,
