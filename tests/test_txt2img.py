@@ -26,7 +26,7 @@ from latentmill.engine import (
     watermark_bit_accuracy,
 )
 from latentmill.jobs.errors import UsageError
-from latentmill.jobs.txt2img.drawing import Txt2ImgPlan, generate_batches, load_engine, mark, run_txt2img
+from latentmill.jobs.txt2img.drawing import Txt2ImgPlan, generate_batches, load_engine, run_txt2img, watermarked
 from latentmill.jobs.txt2img.files import OutputFolder, draw_grid, grid_size
 from latentmill.jobs.txt2img.options import (
     DEFAULT_CKPT,
@@ -439,11 +439,11 @@ def test_samples_and_grid_are_the_marked_pictures(embedded, tmp_path):
     done: list[int] = []
     summary = run_txt2img(plan(*arguments), embedded, on_batch=done.append)
     pictures = [result.pixels for batch in generate_batches(plan(*arguments), embedded) for result in batch]
-    assert [np.array_equal(read(path), mark(one)) for path, one in zip(summary.samples, pictures, strict=True)] == [
-        True
-    ] * 4
+    assert [
+        np.array_equal(read(path), watermarked(one)) for path, one in zip(summary.samples, pictures, strict=True)
+    ] == [True] * 4
     assert summary.grid == tmp_path / "out" / "grid-0000.png"
-    assert np.array_equal(read(summary.grid), mark(draw_grid(pictures, 3)))
+    assert np.array_equal(read(summary.grid), watermarked(draw_grid(pictures, 3)))
     assert done == [2, 4]
     assert run_txt2img(plan(*arguments), embedded).samples[0].name == "00004.png"
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["grid-0000.png", "grid-0001.png", "samples"]

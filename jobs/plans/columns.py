@@ -24,7 +24,7 @@ class Column:
     """One column of a row.
 
     `source`: the plan knows it, of each `sample` or for the whole `job`; it is in the engine's `result`; `postprocess`
-    (jobs/postprocess.py) or `storage` (jobs/worker.py) puts it into the row by its name. `value` takes it from a planned
+    or `storage` (jobs/postprocess.py, jobs/worker.py) puts it into the row by its name. `value` takes it from a planned
     sample, a plan or a result. `rule` says what is wrong with it in a row of that plan; where the plan knows the value,
     `verify` demands that one. What is the same for the whole job is in the metadata of Parquet files as well.
     `of_picture`: it is held against the picture's file. `since` is the first format of outputs that has it.

@@ -287,6 +287,6 @@ def picture_to_save(result: GenerationResult, plan: Txt2ImgPlan) -> Pixels:
 
 def watermarked(pixels: Pixels) -> Pixels:
     """The pixels with the original's watermark."""
-    from latentmill.engine import embed_watermark  # it imports torch
+    from latentmill.engine import embed_watermark  # it imports OpenCV
 
     return embed_watermark(pixels, WATERMARK, WATERMARK_METHOD)
