@@ -42,7 +42,8 @@ UNUSUAL: Mapping[str, Any] = {
 
 
 def finished(spec: JobSpec) -> Job:
-    assert run(spec, engine_factory=load_engine).exit_code == 0
+    summary = run(spec, engine_factory=load_engine)
+    assert (summary.exit_code, summary.failures) == (0, ())
     return open_job(spec.out)
 
 
@@ -124,7 +125,10 @@ SEEN_BY_ITS_EFFECT = {"chunk_size", "watermark_policy"}
 def test_every_setting_that_can_change_a_picture_is_in_its_row(
     tiny_model: Path, manifest: Manifest, tmp_path: Path
 ) -> None:
-    spec = job_spec(tiny_model, manifest(PROMPTS), tmp_path / "out", safety="open-nsfw", threads_per_actor=2, **UNUSUAL)
+    # No weights here: a random encoder's states have a mean of about 0, by which A1111's rule divides, and with two
+    # threads its last digits differ from run to run.
+    plain = manifest(["a red circle", "a blue square"])
+    spec = job_spec(tiny_model, plain, tmp_path / "out", safety="open-nsfw", threads_per_actor=2, **UNUSUAL)
     job = finished(spec)
     identity = dict(job.plan.identity)
     assert listing_digest(identity.pop("model_files")) == job.plan.model.digest
