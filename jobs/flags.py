@@ -65,7 +65,7 @@ def takes_a_job(verb: Callable[..., None]) -> Callable[..., None]:
 
 
 def _parameter(name: str, setting: Setting) -> inspect.Parameter:
-    kind = list[setting.kind] if setting.several else setting.kind  # type: ignore[name-defined]
+    kind = list[setting.kind] if setting.several else setting.kind  # type: ignore[name-defined]  # made at run time
     if setting.metavar:
         return _optional(name, kind, typer.Argument(metavar=setting.metavar, help=setting.help, show_default=False))
     return _optional(name, kind, flag(f"--{name.replace('_', '-')}", setting.panel, setting.help))

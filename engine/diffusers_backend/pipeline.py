@@ -131,7 +131,7 @@ class DiffusersPipeline:
         try:
             return _shapes(encode(**{**arguments, "prompt": [text], "device": self._device}))
         # Each pipeline has its own encode_prompt, which may need other arguments; the text then gets its own batch.
-        except Exception:  # noqa: BLE001
+        except Exception:  # noqa: BLE001 - whatever it raises
             return text
 
     def _watch_decoder(self) -> None:

@@ -113,7 +113,7 @@ class PickledFile:
             size = path.stat().st_size
             content, self._places = (_read_archive if zipfile.is_zipfile(path) else _read_legacy)(path)
         # A broken or hostile pickle can raise nearly anything while it is read.
-        except Exception as error:  # noqa: BLE001
+        except Exception as error:  # noqa: BLE001 - it becomes one line
             _unreadable(path, f"{type(error).__name__}: {error}")
         self._views = _views_of(content)
         self.shapes: dict[str, Shape] = {key: view.shape for key, view in self._views.items()}

@@ -65,7 +65,7 @@ def _snapshot(repo: str, revision: str | None, patterns: tuple[str, ...], needed
     try:
         return Path(snapshot_download(repo, revision=revision, allow_patterns=list(patterns)))
     # The client raises its own errors, its transport's and the disk's; in each case the model is not here.
-    except Exception as error:  # noqa: BLE001
+    except Exception as error:  # noqa: BLE001 - it becomes one line
         at = f" at revision {revision}" if revision else ""
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise EngineError(

@@ -33,7 +33,7 @@ class ChunkRunner:
         self._job = job
         try:
             self._generator = ChunkGenerator(job, engine_factory=engine_factory)
-        except Exception as error:
+        except Exception as error:  # the model's, torch's or the store's: told once, as a job's error
             reason = str(error) if isinstance(error, JobError | EngineError) else describe_fault(error)
             raise JobError(f"the model could not be loaded: {reason}") from error
         self.actor = self._generator.actor

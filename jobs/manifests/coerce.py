@@ -67,9 +67,9 @@ def _slow_array(field: Field, values: list[Any], faults: dict[int, list[str]]) -
             if abs(value) >= _ID_LIMIT:
                 faults.setdefault(index, []).append(f"id {shorten(value)} is too long for a number; write it in quotes")
                 continue
-            value = str(value)  # noqa: PLW2901
+            value = str(value)  # noqa: PLW2901 - brought to one form
         if field.kind in {"int", "float"} and isinstance(value, str):
-            value = value.strip()  # noqa: PLW2901
+            value = value.strip()  # noqa: PLW2901 - brought to one form
         try:
             parsed[index] = field.parse(value)
         except FieldError as error:

@@ -16,7 +16,7 @@ class LinesReader(Reader):
         """One column, the prompt."""
         return Layout(own=("prompt",), carried=())
 
-    def read(self, file: ManifestFile, layout: Layout) -> Iterator[RowBatch]:  # noqa: ARG002
+    def read(self, file: ManifestFile, layout: Layout) -> Iterator[RowBatch]:  # noqa: ARG002 - one column
         """A row for each line with text."""
         start = 1
         with file.open() as stream:
