@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import threading
 from collections.abc import Callable
@@ -164,12 +165,21 @@ def test_a_folder_that_becomes_a_link_in_the_middle_leads_nowhere(tmp_path: Path
     folder, aside, link = (tmp_path / "root" / name for name in ("a", "aside", "link"))
     link.symlink_to(outside)
 
+    def put(path: Path) -> None:
+        """Where nothing has the name for a moment, a write may have made a folder of it: out with that one."""
+        while True:
+            try:
+                path.rename(folder)
+                return
+            except OSError:
+                shutil.rmtree(folder, ignore_errors=True)
+
     def swap() -> None:
         while not stop.is_set():
             folder.rename(aside)
-            link.rename(folder)
+            put(link)
             folder.rename(link)
-            aside.rename(folder)
+            put(aside)
 
     other = threading.Thread(target=swap)
     other.start()
