@@ -46,7 +46,11 @@ class ChunkRunner:
     def chunk(self, chunk: int, *, repair: bool = False) -> ChunkResult:
         """Generate, postprocess and commit the whole chunk."""
         generated = self.generate(chunk, repair=repair)
-        return generated if isinstance(generated, ChunkResult) else postprocess(self._job, generated)
+        return generated if isinstance(generated, ChunkResult) else self.finish(generated)
+
+    def finish(self, generated: GeneratedChunk) -> ChunkResult:
+        """Watermark, encode, write and commit a generated chunk. Threads may do so while another one is generated."""
+        return _told(generated.chunk, generated.actor, partial(postprocess_chunk, self._job, generated))
 
     def row(self, chunk: int, row: int) -> ProcessedSample | ChunkResult:
         """One row of a chunk from prompt to file, without the others."""
@@ -69,11 +73,6 @@ class ChunkRunner:
             repair=repair,
         )
         return _told(chunk, self.actor, commit)
-
-
-def postprocess(job: Job, generated: GeneratedChunk) -> ChunkResult:
-    """Watermark, encode, write and commit a generated chunk, in any process: it needs no model."""
-    return _told(generated.chunk, generated.actor, partial(postprocess_chunk, job, generated))
 
 
 def _told(chunk: int, actor: str, step: Callable[[], T]) -> T | ChunkResult:

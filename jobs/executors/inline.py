@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from latentmill.jobs.chunk_result import ChunkResult
-from latentmill.jobs.executors.chunk_runner import ChunkRunner, postprocess
+from latentmill.jobs.executors.chunk_runner import ChunkRunner
 from latentmill.jobs.executors.isolation import isolate_chunk
 from latentmill.jobs.job import Job
 from latentmill.jobs.spec import Runtime
@@ -73,7 +73,7 @@ class InlineExecutor:
                 if isinstance(generated, ChunkResult):
                     yield generated
                 else:
-                    in_flight.append(pool.submit(postprocess, self._job, generated))
+                    in_flight.append(pool.submit(runner.finish, generated))
                 while in_flight and (in_flight[0].done() or len(in_flight) > _POSTPROCESS_THREADS):
                     yield in_flight.popleft().result()
             while in_flight:

@@ -1,9 +1,9 @@
-"""How many actors a job may have, and what each of them and of the tasks that postprocess asks of the cluster."""
+"""How many actors a job may have, and what each of them asks of the cluster."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from latentmill.jobs.errors import JobError, UsageError
@@ -11,11 +11,8 @@ from latentmill.jobs.executors.accelerators import Accelerators, choose_accelera
 from latentmill.jobs.plans.plan import Plan
 from latentmill.jobs.spec import Runtime
 
-CPU_POSTPROCESS, GPU_POSTPROCESS = 0.0, 0.5
-"""CPUs of a task that postprocesses. None beside actors on CPUs: Ray Data gives every stage that asks for CPUs an equal
-share of them, used or not, so that actors would never be started on a node that joins. Half a core beside GPUs."""
-
-FEWEST_TASKS = 2
+CPUS_BESIDE_GPU = 0.5
+"""CPUs that an actor asks for beside its GPU: about what postprocessing takes."""
 
 UNBOUNDED = 10_000
 
@@ -24,17 +21,31 @@ UNBOUNDED = 10_000
 class Pool:
     """`initial` actors fit the cluster as it is; up to `maximum` are started as nodes join. The rest is per process.
 
-    `postprocess_tasks`: so many at once, where they ask for no CPU that would bound them; else None.
+    `awaited`: so many are asked for at once, fitting or not, for an autoscaler brings nodes for those that wait.
     """
 
     initial: int
     maximum: int
     cpus: float
     gpus: float
-    postprocess_cpus: float
-    postprocess_tasks: int | None = None
+    awaited: int | None = None
     resources: Mapping[str, float] = field(default_factory=dict)
     label_selector: Mapping[str, str] = field(default_factory=dict)
+
+    def fits(self, nodes: Iterable[Mapping[str, Any]]) -> int:
+        """How many actors the living ones of `ray.nodes()` have room for."""
+        return sum(
+            min(_times(node["Resources"], "CPU", self.cpus), _times(node["Resources"], "GPU", self.gpus))
+            for node in nodes
+            if node.get("Alive") and self._takes(node)
+        )
+
+    def _takes(self, node: Mapping[str, Any]) -> bool:
+        """Whether the node has GPUs of the chosen type, if one was chosen."""
+        labels = node.get("Labels", {})
+        return all(name in node["Resources"] for name in self.resources) and all(
+            labels.get(name) == value for name, value in self.label_selector.items()
+        )
 
 
 def size_pool(plan: Plan, runtime: Runtime, nodes: Iterable[Mapping[str, Any]], *, growing: bool) -> Pool:
@@ -62,28 +73,25 @@ def size_pool(plan: Plan, runtime: Runtime, nodes: Iterable[Mapping[str, Any]], 
     gpus = (runtime.gpus_per_actor or 1.0) if on_gpu else 0.0
     cpus = runtime.cpus_per_actor
     if cpus is None:
-        cpus = 0.0 if on_gpu else float(plan.settings.threads_per_actor or 1)
-    postprocess = GPU_POSTPROCESS if on_gpu else CPU_POSTPROCESS
-    fits = _fitting([node["Resources"] for node in alive if _is_of(node, chosen)], cpus, gpus)
-    if fits and have_cpus - fits * cpus < postprocess - 1e-6:
-        fits -= 1
-    if not fits and not awaited:
-        raise JobError(
-            f"an actor asks for {cpus:g} CPUs and {gpus:g} GPUs of one node, and postprocessing for {postprocess:g}, "
-            f"but the cluster has {have_cpus:g} CPUs and {chosen.gpus:g} GPUs on {len(alive)} node(s); lower "
-            f"cpus_per_actor or gpus_per_actor, or use a larger cluster"
-        )
-    maximum = runtime.num_actors or (UNBOUNDED if growing else fits)
-    return Pool(
-        initial=max(1, min(fits, maximum)),
-        maximum=maximum,
+        cpus = CPUS_BESIDE_GPU if on_gpu else float(plan.settings.threads_per_actor or 1)
+    pool = Pool(
+        initial=1,
+        maximum=1,
         cpus=cpus,
         gpus=gpus,
-        postprocess_cpus=postprocess,
-        postprocess_tasks=None if postprocess else max(2 * FEWEST_TASKS if growing else FEWEST_TASKS, fits),
+        awaited=runtime.num_actors if awaited else None,
         resources=chosen.resources if on_gpu else {},
         label_selector=chosen.label_selector if on_gpu else {},
     )
+    fits = pool.fits(alive)
+    if not fits and not awaited:
+        raise JobError(
+            f"an actor asks for {cpus:g} CPUs and {gpus:g} GPUs of one node, but the cluster has {have_cpus:g} CPUs "
+            f"and {chosen.gpus:g} GPUs on {len(alive)} node(s); lower cpus_per_actor or gpus_per_actor, or use a "
+            f"larger cluster"
+        )
+    maximum = runtime.num_actors or (UNBOUNDED if growing else fits)
+    return replace(pool, initial=max(1, min(fits, maximum)), maximum=maximum)
 
 
 def _accelerators(plan: Plan, runtime: Runtime, nodes: Iterable[Mapping[str, Any]]) -> Accelerators:
@@ -95,19 +103,6 @@ def _accelerators(plan: Plan, runtime: Runtime, nodes: Iterable[Mapping[str, Any
             )
         return Accelerators(type=None, gpus=0.0)
     return choose_accelerators(nodes, wanted=runtime.accelerator_type, allow_mixed=runtime.allow_mixed_accelerators)
-
-
-def _is_of(node: Mapping[str, Any], chosen: Accelerators) -> bool:
-    """Whether the node has GPUs of the chosen type, if one was chosen."""
-    labels = node.get("Labels", {})
-    return all(name in node["Resources"] for name in chosen.resources) and all(
-        labels.get(name) == value for name, value in chosen.label_selector.items()
-    )
-
-
-def _fitting(nodes: Sequence[Mapping[str, float]], cpus: float, gpus: float) -> int:
-    """How many actors fit the nodes as they are."""
-    return sum(min(_times(node, "CPU", cpus), _times(node, "GPU", gpus)) for node in nodes)
 
 
 def _times(node: Mapping[str, float], name: str, each: float) -> int:

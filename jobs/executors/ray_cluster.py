@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import logging
 import os
 import secrets
 import socket
-import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -58,11 +56,8 @@ def connect(address: str | None, *, insecure: bool = False) -> Connection:
     """
     for name, value in ray_private.QUIET.items():
         os.environ.setdefault(name, value)
-    # Ray Data's word for a pass in which a block was lost, so that there are fewer than tasks at once
-    warnings.filterwarnings("ignore", message="The maximum number of concurrent tasks")
     try:
         import ray
-        import ray.data
     except ImportError as error:
         raise UsageError(f"Ray cannot be imported ({error}); install it, or use --executor inline") from error
     if ray.is_initialized():
@@ -80,9 +75,6 @@ def connect(address: str | None, *, insecure: bool = False) -> Connection:
             undo.enter_context(_private_token(folder / "token"))
             _start_cluster(folder)
         undo.callback(ray.shutdown)
-        # Called first: a dataset that was left early holds generators in reference cycles, and one that is finalised
-        # after the shutdown (Ray has a thread that collects garbage) ends the whole process with exit code 1.
-        undo.callback(gc.collect)
         return Connection(where=where, ending=undo.pop_all(), head=head)
 
 

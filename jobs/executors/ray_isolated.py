@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from latentmill.jobs.chunk_result import ChunkResult, describe_fault
 from latentmill.jobs.code import own_code
 from latentmill.jobs.errors import JobError
 from latentmill.jobs.executors.isolation import DIED, OVERRAN
-from latentmill.jobs.executors.ray_worker import IsolatedProcess
+from latentmill.jobs.executors.ray_entry import WorkerProcess
+from latentmill.jobs.executors.ray_pool import GRACE_SECONDS
 from latentmill.jobs.postprocess import ProcessedSample
-from latentmill.jobs.worker import EngineFactory
 
 STARTS = 3
 """Starts of the process that may fail before its model is loaded."""
 
 START_SECONDS = 1800.0
 """What loading the model may take."""
-
-GRACE_SECONDS = 30.0
-"""After its deadline a process ends itself; one that is stopped or out of reach is killed so much later."""
 
 
 class RayIsolatedWorker:
@@ -30,15 +27,8 @@ class RayIsolatedWorker:
     `seconds` says what a chunk may take. Raises JobError if no process with the model can be started.
     """
 
-    def __init__(
-        self,
-        place: tuple[str, str],
-        engine_factory: EngineFactory,
-        *,
-        options: dict[str, Any],
-        seconds: Callable[[int], float],
-    ) -> None:
-        self._arguments = (own_code(), place, engine_factory)
+    def __init__(self, arguments: bytes, *, options: Mapping[str, Any], seconds: Callable[[int], float]) -> None:
+        self._arguments = arguments
         self._options = options
         self._seconds = seconds
         self._actor: Any = None
@@ -79,7 +69,7 @@ class RayIsolatedWorker:
         actor = self._started()
         began = time.monotonic()
         try:
-            call = actor.call.remote(verb, seconds, chunk, *arguments, **options)
+            call = actor.alone.remote(verb, seconds, chunk, *arguments, **options)
             return ray.get(call, timeout=seconds + GRACE_SECONDS)
         except (ray.exceptions.GetTimeoutError, ray.exceptions.ActorDiedError, ray.exceptions.ActorUnavailableError):
             self.close()
@@ -91,15 +81,16 @@ class RayIsolatedWorker:
 
         last = ""
         for _ in range(STARTS if self._actor is None else 0):
-            actor = ray.remote(IsolatedProcess).options(max_restarts=0, **self._options).remote(*self._arguments)
+            actor = ray.remote(WorkerProcess).options(max_restarts=0, **self._options).remote(own_code())
             try:
-                self.execution_class = ray.get(actor.execution_class.remote(), timeout=START_SECONDS)
+                reason, self.execution_class = ray.get(actor.load.remote(self._arguments), timeout=START_SECONDS)
             except ray.exceptions.RayError as error:
-                last = describe_fault(error)
-                ray.kill(actor)
-            else:
+                reason = describe_fault(error)
+            if reason is None:
                 self._actor = actor
-                break
+                return actor
+            last = reason
+            ray.kill(actor)
         if self._actor is None:
             raise JobError(
                 f"an isolated worker could not be started {STARTS} times: {last}; run the same command again"

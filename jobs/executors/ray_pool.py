@@ -1,0 +1,324 @@
+"""Workers on a Ray cluster, kept at their number: each has a chunk to generate, one more waiting, and some to finish.
+
+Ray starts processes, places them and tells of their death; which chunk goes where is decided here. A chunk that was
+begun twice, or lost, costs work and nothing else: commit records are create-only, and the runner plans again.
+"""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from latentmill.jobs.chunk_result import ChunkResult, describe_fault
+from latentmill.jobs.code import own_code
+from latentmill.jobs.errors import JobError
+from latentmill.jobs.executors.faults import Faults
+from latentmill.jobs.executors.pool import Pool
+from latentmill.jobs.executors.ray_entry import FINISH, MODEL, THREADS, WorkerProcess
+from latentmill.jobs.plans.grid import Grid
+
+FINISHING = 2
+"""Chunks of one worker that are generated and not committed yet; with so many it generates no further one."""
+
+GRACE_SECONDS = 30.0
+"""After its deadline a process ends itself; one that is stopped or out of reach is killed so much later."""
+
+START_SECONDS = 60.0
+"""Within this the first process answers: it takes a second or two, where nothing else runs."""
+
+HOPELESS = 8
+"""Errors in a row after which a pass ends, beside two for each actor."""
+
+_LOOK_SECONDS = 1.0
+_NODES_SECONDS = 2.0
+
+_DEAD = "its worker process died"
+
+
+@dataclass(eq=False, slots=True)
+class _Worker:
+    actor: Any
+    node: str = ""
+    ready: bool = False
+    deaths: int = 0
+    """How often in a row one in its place has died before its model was loaded."""
+    before: str = ""
+    """The node where that was."""
+    chunks: deque[int] = field(default_factory=deque)
+    """To be generated in this order; the first one is begun."""
+    began: float = 0.0
+    deadline: float = 0.0
+    finishing: set[int] = field(default_factory=set)
+
+    @property
+    def busy(self) -> bool:
+        return bool(self.chunks or self.finishing)
+
+
+class RayPool:
+    """The pool of one job. `worker_options` says what a worker asks of Ray, `nodes` what the cluster consists of.
+
+    `growing`: nodes may join, and get workers.
+    """
+
+    def __init__(
+        self,
+        grid: Grid,
+        size: Pool,
+        faults: Faults,
+        *,
+        arguments: bytes,
+        worker_options: Callable[[], Mapping[str, Any]],
+        nodes: Callable[[], Sequence[Mapping[str, Any]]],
+        growing: bool,
+    ) -> None:
+        import ray
+
+        self._process = ray.remote(concurrency_groups=THREADS)(WorkerProcess)
+        self._grid = grid
+        self._size = size
+        self._faults = faults
+        self._arguments = arguments
+        self._worker_options = worker_options
+        self._nodes = nodes
+        self._growing = growing
+        self._workers: list[_Worker] = []
+        self._calls: dict[Any, tuple[_Worker, str, int]] = {}
+        self._todo: deque[int] = deque()
+        self._left_out: set[str] = set()
+        self._wanted = size.awaited or size.initial
+        self._looked = 0.0
+        self._began = time.monotonic()
+        self._answered = False
+        self._probe: Any = None
+        self._stopping = False
+
+    @property
+    def ready(self) -> int:
+        """Workers with their model loaded."""
+        return sum(worker.ready for worker in self._workers)
+
+    @property
+    def busy(self) -> bool:
+        """Whether a chunk is being generated or finished."""
+        return any(worker.busy for worker in self._workers)
+
+    def stop(self) -> None:
+        """No chunk is begun from now on; `run` ends when those under way are done. A signal's handler may call it."""
+        self._stopping = True
+
+    def run(self, chunks: Sequence[int], *, repair: bool) -> Iterator[ChunkResult]:
+        """Results as they come. Afterwards each chunk had one, but those that are suspect by now, and after a stop.
+
+        Raises JobError if no node can work.
+        """
+        self._todo = deque(chunk for chunk in chunks if not self._faults.is_suspect(chunk))
+        failures = 0
+        while (self._todo or self.busy) and failures < HOPELESS + 2 * self._size.initial:
+            if self._stopping:
+                self._pass_on_the_stop()
+            else:
+                self._keep_number()
+                self._hand_out(repair=repair)
+            for result in self._answers():
+                if result.outcome != "skipped":
+                    yield result
+                failures = 0 if result.done else failures + (result.outcome == "error")
+            self._kill_overdue()
+            self._leave_out()
+        if self.busy:  # with every chunk failing, the runner should hear of it now
+            self.close()
+
+    def close(self) -> None:
+        """End all processes. What they had in flight stays open in the ledger."""
+        import ray
+
+        for worker in self._workers:
+            ray.kill(worker.actor)
+        self._workers.clear()
+        self._calls.clear()
+
+    def _pass_on_the_stop(self) -> None:
+        """Workers skip what they have not begun."""
+        if self._todo:
+            self._todo.clear()
+            for worker in self._workers:
+                worker.actor.stop.remote()
+
+    def _keep_number(self) -> None:
+        """Start workers for the nodes as they are now, and in place of those that died."""
+        now = time.monotonic()
+        if now - self._looked > _NODES_SECONDS:
+            self._looked = now
+            if self._growing:
+                fits = self._size.fits(node for node in self._nodes() if node["NodeID"] not in self._faults.unfit)
+                self._wanted = self._size.awaited or min(self._size.maximum, max(self._size.initial, fits))
+            if not self._answered:
+                self._ask_for_life(now - self._began)
+        held = sum(len(worker.chunks) for worker in self._workers)
+        while len(self._workers) < min(self._wanted, len(self._todo) + held):
+            self._start(_Worker(actor=None))
+
+    def _start(self, worker: _Worker) -> None:
+        options = {"max_restarts": 0, "max_task_retries": 0, **self._worker_options()}
+        worker.actor = self._process.options(**options).remote(own_code())
+        self._workers.append(worker)
+        self._calls[worker.actor.node.remote()] = (worker, "node", -1)
+
+    def _ask_for_life(self, seconds: float) -> None:
+        """Where no worker answers, they may wait for a node; that no process at all can be started is told.
+
+        Raises JobError in that case, in which Ray itself would try for ever.
+        """
+        import ray
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        if self._probe is None and seconds > START_SECONDS / 2:
+            here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+            self._probe = self._process.options(num_cpus=0, scheduling_strategy=here).remote(own_code())
+            self._calls[self._probe.node.remote()] = (_Worker(actor=self._probe), "probe", -1)
+        elif seconds > START_SECONDS:
+            raise JobError(
+                f"Ray could not start a process on {socket.gethostname()} within {START_SECONDS:g} s; look for files "
+                f"that hide Python modules of their name (PYTHONPATH), and for free memory and disk"
+            )
+
+    def _hand_out(self, *, repair: bool) -> None:
+        """First to those with nothing to generate; a second one only if there is enough left for all."""
+        ready = [worker for worker in self._workers if worker.ready and len(worker.finishing) < FINISHING]
+        for held in (0, 1):
+            for worker in ready:
+                if len(worker.chunks) == held and len(self._todo) > held * len(ready):
+                    self._give(worker, self._todo.popleft(), repair=repair)
+
+    def _give(self, worker: _Worker, chunk: int, *, repair: bool) -> None:
+        group, start, stop = self._grid.group_of(chunk)
+        seconds = self._faults.deadline(group.first_chunk, stop - start)
+        if not worker.chunks:
+            worker.began, worker.deadline = time.monotonic(), seconds
+        worker.chunks.append(chunk)
+        call = worker.actor.generate.options(concurrency_group=MODEL).remote(chunk, seconds, repair)
+        self._calls[call] = (worker, "generate", chunk)
+
+    def _answers(self) -> Iterator[ChunkResult]:
+        """What has come within a second."""
+        import ray
+
+        waiting = list(self._calls)
+        if not waiting:
+            time.sleep(_LOOK_SECONDS if not self._stopping else 0)
+            return
+        if not ray.wait(waiting, num_returns=1, timeout=_LOOK_SECONDS)[0]:
+            return
+        for call in ray.wait(waiting, num_returns=len(waiting), timeout=0)[0]:
+            if call not in self._calls:  # of a worker that is buried by now
+                continue
+            worker, step, chunk = self._calls.pop(call)
+            try:
+                answer = ray.get(call)
+            except ray.exceptions.RayTaskError as error:  # what even the worker does not catch, such as SystemExit
+                answer = ChunkResult(chunk=chunk, outcome="error", error=describe_fault(error), blame="chunk")
+            except ray.exceptions.RayError:
+                self._bury(worker)
+                continue
+            result = self._take(worker, step, chunk, answer)
+            if result is not None:
+                yield result
+
+    def _take(self, worker: _Worker, step: str, chunk: int, answer: Any) -> ChunkResult | None:
+        """What follows from an answer: the next step of a worker or of a chunk, or a chunk's result."""
+        if step == "node":
+            self._answered = True
+            worker.node = answer
+            load = worker.actor.load.options(concurrency_group=MODEL).remote(self._arguments)
+            self._calls[load] = (worker, "load", -1)
+        elif step == "load":
+            reason, _ = answer
+            worker.ready = reason is None
+            if reason is not None:
+                self._faults.unfit.setdefault(worker.node, reason)
+        elif step == "generate":
+            return self._generated(worker, chunk, answer)
+        elif step == "finish":
+            worker.finishing.discard(chunk)
+            return self._blamed(worker, answer)
+        return None
+
+    def _generated(self, worker: _Worker, chunk: int, result: ChunkResult | None) -> ChunkResult | None:
+        group, _, _ = self._grid.group_of(chunk)
+        now = time.monotonic()
+        worker.chunks.remove(chunk)
+        if result is None:
+            self._faults.note_done(worker.node, group.first_chunk, now - worker.began)
+            worker.finishing.add(chunk)
+            call = worker.actor.finish.options(concurrency_group=FINISH).remote(chunk)
+            self._calls[call] = (worker, "finish", chunk)
+        if worker.chunks:
+            group, start, stop = self._grid.group_of(worker.chunks[0])
+            worker.began, worker.deadline = now, self._faults.deadline(group.first_chunk, stop - start)
+        return None if result is None else self._blamed(worker, result)
+
+    def _blamed(self, worker: _Worker, result: ChunkResult) -> ChunkResult:
+        if result.outcome == "error" and result.blame == "chunk":
+            self._faults.blame(result.chunk)
+            self._faults.note_failure(worker.node, result.error or "")
+        return result
+
+    def _bury(self, worker: _Worker) -> None:
+        """A worker is dead, or out of reach: what it had begun may be at fault; all it had is to be done again."""
+        self._dismiss(worker)
+        begun = {*list(worker.chunks)[:1], *worker.finishing}
+        if begun or not worker.ready:
+            self._faults.note_failure(worker.node, _DEAD)
+        for chunk in begun:
+            self._faults.blame(chunk)
+        self._put_back(worker)
+        if not worker.ready:
+            self._replace_stillborn(worker)
+
+    def _replace_stillborn(self, worker: _Worker) -> None:
+        """One more in its place, which remembers; if none on the node has come to life, that is the node's fault."""
+        deaths = worker.deaths + 1 if worker.before == worker.node else 1
+        if not any(other.ready and other.node == worker.node for other in self._workers):
+            self._faults.note_stillborn(worker.node, deaths)
+        if worker.node not in self._faults.unfit and not self._stopping:
+            self._start(_Worker(actor=None, deaths=deaths, before=worker.node))
+
+    def _dismiss(self, worker: _Worker) -> None:
+        import ray
+
+        ray.kill(worker.actor)
+        if worker in self._workers:
+            self._workers.remove(worker)
+        self._calls = {call: entry for call, entry in self._calls.items() if entry[0] is not worker}
+
+    def _put_back(self, worker: _Worker) -> None:
+        chunks = sorted({*worker.chunks, *worker.finishing}, reverse=True)
+        if not self._stopping:
+            self._todo.extendleft(chunk for chunk in chunks if not self._faults.is_suspect(chunk))
+
+    def _kill_overdue(self) -> None:
+        """A worker past its deadline by the grace did not even end itself: it is stopped, or out of reach."""
+        import ray
+
+        now = time.monotonic()
+        for worker in self._workers:
+            if worker.chunks and now > worker.began + worker.deadline + GRACE_SECONDS:
+                ray.kill(worker.actor)  # its calls fail, and it is buried as any other
+
+    def _leave_out(self) -> None:
+        """Dismiss the workers of nodes that turned out to be unfit. Raises JobError if no node is left."""
+        unfit = self._faults.unfit
+        if self._left_out == unfit.keys():
+            return
+        self._left_out = set(unfit)
+        for worker in [worker for worker in self._workers if worker.node in unfit]:
+            self._dismiss(worker)
+            self._put_back(worker)
+        if "" in unfit or all(node["NodeID"] in unfit for node in self._nodes() if node["Alive"]):
+            reasons = "; ".join(sorted(set(unfit.values())))
+            raise JobError(f"no node can work: {reasons}; correct it and run the same command again: it resumes")
