@@ -36,6 +36,7 @@ if TYPE_CHECKING:
         ModelSpec,
         OriginalModelSpec,
         SafetyVerdict,
+        UncheckedResult,
     )
 
 EMBEDDED_MODEL = Path(__file__).parent / "embedded"
@@ -83,6 +84,7 @@ __all__ = [
     "NoiseStream",
     "OriginalModelSpec",
     "SafetyVerdict",
+    "UncheckedResult",
     "check_steps",
     "describe_model",
     "embed_watermark",

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from latentmill.engine import acceleration
 from latentmill.engine.device import execution_class, resolve_device, resolve_dtype
-from latentmill.engine.guards.safety import SafetyChecker, load_safety_checker
+from latentmill.engine.guards.safety import SafetyChecker, judge, load_safety_checker
 from latentmill.engine.latent_diffusion import load_latent_diffusion
 from latentmill.engine.loading.describe import ModelDescription, describe_model
 from latentmill.engine.sampling.table import SAMPLERS_WITH_ETA
@@ -26,7 +26,7 @@ from latentmill.engine.types import (
     ModelSpec,
     Pixels,
     Precision,
-    SafetyVerdict,
+    UncheckedResult,
 )
 
 _PRECISION: dict[torch.dtype, Literal["fp32", "fp16", "bf16"]] = {
@@ -138,24 +138,39 @@ class Engine:
     def generate(
         self, requests: Sequence[GenerationRequest], *, noise: Sequence[Tensor] | None = None
     ) -> list[GenerationResult]:
-        """One result per request, in the same order.
-
-        `noise` replaces each request's own generator: its draws `(draws, c, h, w) float32`, in the order in which the
-        sampler takes them.
+        """One result per request, in the same order: `sample`, then `check`.
 
         A fault of one request (a prompt that cannot be tokenised, latents that are not finite, a checker that raises)
         is that result's `error`. A fault of the machine (memory, a lost device) is raised.
         """
-        results: dict[int, GenerationResult] = {}
+        return self.check(self.sample(requests, noise=noise))
+
+    def check(self, sampled: Sequence[UncheckedResult]) -> list[GenerationResult]:
+        """What `sample` gave, each with the verdict on its picture, in the same order.
+
+        May run in any thread, also while another one samples. A picture without a verdict fails.
+        """
+        return [judge(self._safety, result) for result in sampled]
+
+    def sample(
+        self, requests: Sequence[GenerationRequest], *, noise: Sequence[Tensor] | None = None
+    ) -> list[UncheckedResult]:
+        """One picture per request, in the same order, on its way to `check`. One thread at a time.
+
+        `noise` replaces each request's own generator: its draws `(draws, c, h, w) float32`, in the order in which the
+        sampler takes them. Faults are those of `generate`; a picture that is not finite is made again in full precision
+        here, before any checker sees it.
+        """
+        results: dict[int, UncheckedResult] = {}
         groups: dict[tuple[Hashable, ...], list[int]] = defaultdict(list)
         for index, request in enumerate(requests):
             try:
-                self._check(request)
+                self._check_request(request)
                 groups[*request.loop_key, self._models.batch_key(request)].append(index)
             except EngineError as error:
-                results[index] = self._failure(str(error), slot=0)
+                results[index] = self._unchecked(str(error), request, slot=0)
             except (ValueError, TypeError, OverflowError) as error:
-                results[index] = self._failure(f"{type(error).__name__}: {error}", slot=0)
+                results[index] = self._unchecked(f"{type(error).__name__}: {error}", request, slot=0)
         for indices in groups.values():
             for start in range(0, len(indices), self.batch_size):
                 batch = indices[start : start + self.batch_size]
@@ -164,7 +179,7 @@ class Engine:
                 results.update(zip(batch, finished, strict=True))
         return [results[index] for index in range(len(requests))]
 
-    def _check(self, request: GenerationRequest) -> None:
+    def _check_request(self, request: GenerationRequest) -> None:
         """Raises EngineError for a request that this model cannot take."""
         factor = self.description.factor
         if request.width % factor or request.height % factor or min(request.width, request.height) < factor:
@@ -179,9 +194,8 @@ class Engine:
                 f"eta is {request.eta}; it must be 0 for {request.sampler}: it is {', '.join(SAMPLERS_WITH_ETA)}'s"
             )
 
-    def _run_batch(self, requests: list[GenerationRequest], noise: list[Tensor] | None) -> list[GenerationResult]:
-        """Sample, decode and check up to `batch_size` requests of one loop key and batch key."""
-        precision: Precision = _PRECISION[self.dtype]
+    def _run_batch(self, requests: list[GenerationRequest], noise: list[Tensor] | None) -> list[UncheckedResult]:
+        """Sample and decode up to `batch_size` requests of one loop key and batch key."""
         pictures = self._sample(requests, noise, self._models)
         broken = [slot for slot, picture in enumerate(pictures) if picture is None]
         retried: dict[int, _Outcome] = {}
@@ -190,44 +204,24 @@ class Engine:
             with self._models.in_fp32() as models:
                 finished = self._sample([requests[slot] for slot in broken], again, models)
             retried = dict(zip(broken, finished, strict=True))
-        results = []
-        for slot, request in enumerate(requests):
-            picture = retried.get(slot, pictures[slot])
-            used: Precision = "fp32-retry" if slot in retried else precision
-            results.append(self._judge(request, picture, slot, used))
-        return results
+        return [
+            self._unchecked(retried.get(slot, picture), request, slot, "fp32-retry" if slot in retried else None)
+            for slot, (request, picture) in enumerate(zip(requests, pictures, strict=True))
+        ]
 
-    def _judge(
-        self, request: GenerationRequest, picture: _Outcome, slot: int, precision: Precision
-    ) -> GenerationResult:
-        """Only finite pictures reach the checker: it would pass a picture of NaN."""
-        if isinstance(picture, str):
-            return self._failure(picture, slot, precision)
-        if picture is None:
-            return self._failure(f"latents or pixels were not finite in {precision}", slot, precision)
-        try:
-            verdict: SafetyVerdict | None = self._safety.check(picture.rounded)
-        except Exception as error:  # noqa: BLE001 - whatever a checker raises, its picture must not pass
-            return self._failure(f"safety checker raised {type(error).__name__}: {error}", slot, precision)
-        if verdict is None:
-            return self._failure("safety checker gave no verdict", slot, precision)
-        return GenerationResult(
-            pixels=picture.kept,
-            error=None,
-            safety=verdict,
-            prompt_tokens=self._models.count_tokens(request.prompt),
-            precision=precision,
-            batch_size=self.batch_size,
-            batch_slot=slot,
-        )
-
-    def _failure(self, error: str, slot: int, precision: Precision | None = None) -> GenerationResult:
-        return GenerationResult(
-            pixels=None,
-            error=error,
-            safety=None,
-            prompt_tokens=0,
-            precision=precision or _PRECISION[self.dtype],
+    def _unchecked(
+        self, outcome: _Outcome, request: GenerationRequest, slot: int, precision: Precision | None = None
+    ) -> UncheckedResult:
+        """Only a finite picture goes to the checker, which would pass a picture of NaN."""
+        used = precision or _PRECISION[self.dtype]
+        picture = outcome if isinstance(outcome, _Picture) else None
+        reason = outcome if isinstance(outcome, str) else f"latents or pixels were not finite in {used}"
+        return UncheckedResult(
+            judged=None if picture is None else picture.rounded,
+            kept=None if picture is None else picture.kept,
+            error=reason if picture is None else None,
+            prompt_tokens=0 if picture is None else self._models.count_tokens(request.prompt),
+            precision=used,
             batch_size=self.batch_size,
             batch_slot=slot,
         )

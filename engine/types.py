@@ -65,6 +65,23 @@ class SafetyVerdict:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class UncheckedResult:
+    """One sampled request that no checker has judged yet: `Engine.check` alone makes a result of it.
+
+    It has neither a status nor `pixels`, so that it cannot be taken for a result. `judged` is what the checker sees and
+    `kept` what is handed on, each `(height, width, 3) uint8` RGB; both are None exactly when `error` says why.
+    """
+
+    judged: Pixels | None
+    kept: Pixels | None
+    error: str | None
+    prompt_tokens: int
+    precision: Precision
+    batch_size: int
+    batch_slot: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class GenerationResult:
     """One finished request.
 

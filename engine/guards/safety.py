@@ -8,14 +8,17 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from latentmill.engine.types import EngineError, ModelSpec, Pixels, SafetyVerdict
+from latentmill.engine.types import EngineError, GenerationResult, ModelSpec, Pixels, SafetyVerdict, UncheckedResult
 
 if TYPE_CHECKING:
     import torch
 
 
 class SafetyChecker(Protocol):
-    """Judges one picture at a time, so that a verdict does not depend on the picture's neighbours."""
+    """Judges one picture at a time, so that a verdict does not depend on the picture's neighbours.
+
+    It may be asked in any thread, also while the model samples, and in several at once.
+    """
 
     def check(self, pixels: Pixels) -> SafetyVerdict:
         """Judge `(h, w, 3) uint8` RGB. May raise; the caller then fails the sample."""
@@ -82,3 +85,36 @@ def load_safety_checker(spec: ModelSpec, folder: Path, device: torch.device) -> 
     entry = CHECKERS[choose_checker(spec.safety, folder)]
     checker: SafetyChecker = import_module(f"{__package__}.{entry.module}").load(spec, folder, device)
     return checker
+
+
+def judge(checker: SafetyChecker, sampled: UncheckedResult) -> GenerationResult:
+    """The result with the checker's verdict. Without a verdict it is failed, and there are no pixels."""
+    if sampled.judged is None or sampled.kept is None:
+        return _failed(sampled, sampled.error or "there is no picture, and no reason why")
+    try:
+        verdict: SafetyVerdict | None = checker.check(sampled.judged)
+    except Exception as error:  # noqa: BLE001 - whatever a checker raises, its picture must not pass
+        return _failed(sampled, f"safety checker raised {type(error).__name__}: {error}")
+    if verdict is None:
+        return _failed(sampled, "safety checker gave no verdict")
+    return GenerationResult(
+        pixels=sampled.kept,
+        error=None,
+        safety=verdict,
+        prompt_tokens=sampled.prompt_tokens,
+        precision=sampled.precision,
+        batch_size=sampled.batch_size,
+        batch_slot=sampled.batch_slot,
+    )
+
+
+def _failed(sampled: UncheckedResult, error: str) -> GenerationResult:
+    return GenerationResult(
+        pixels=None,
+        error=error,
+        safety=None,
+        prompt_tokens=0,
+        precision=sampled.precision,
+        batch_size=sampled.batch_size,
+        batch_slot=sampled.batch_slot,
+    )

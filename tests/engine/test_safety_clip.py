@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -75,6 +76,13 @@ def test_flags_and_passes_agree_with_the_published_class(folder):
     assert [verdict.flagged for verdict in verdicts] == expected
     assert 10 <= sum(expected) <= 110, "flags and passes must both occur for this to mean anything"
     assert all((verdict.score > 0) == verdict.flagged for verdict in verdicts)
+
+
+def test_a_verdict_has_the_same_bits_in_any_thread(folder):
+    batch, checker = pictures(40), ClipConcepts(folder, CPU)
+    expected = [checker.check(picture) for picture in batch]
+    with ThreadPoolExecutor(3) as pool:
+        assert list(pool.map(checker.check, batch)) == expected
 
 
 def test_special_care_makes_the_others_stricter_and_rounding_decides_at_the_edge():
