@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Protocol
 
-from latentmill.engine import GenerationRequest, GenerationResult
+from latentmill.engine import GenerationRequest, GenerationResult, UncheckedResult
 from latentmill.jobs.chunk_result import ChunkResult
 from latentmill.jobs.code import own_code
 from latentmill.jobs.errors import JobError
@@ -29,6 +29,8 @@ class ChunkEngine(Protocol):
     @property
     def execution_class(self) -> str: ...
 
+    def sample(self, requests: Sequence[GenerationRequest]) -> list[UncheckedResult]: ...
+    def check(self, sampled: Sequence[UncheckedResult]) -> list[GenerationResult]: ...
     def generate(self, requests: Sequence[GenerationRequest]) -> list[GenerationResult]: ...
 
 
@@ -37,11 +39,24 @@ EngineFactory = Callable[[Plan, str], ChunkEngine]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class GeneratedChunk:
-    """The results of one chunk, in the plan's order, on their way to be postprocessed.
+class SampledChunk:
+    """The pictures of one chunk that no checker has judged yet, in the plan's order.
 
     `rows` are their places within the chunk: all, or for a repair (numbered from 1) those that had failed.
     """
+
+    chunk: int
+    rows: Sequence[int]
+    sampled: list[UncheckedResult]
+    execution_class: str
+    actor: str
+    generate_seconds: float
+    repair: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GeneratedChunk:
+    """The results of one chunk, in the plan's order, on their way to be postprocessed. `rows` as above."""
 
     chunk: int
     rows: Sequence[int]
@@ -86,6 +101,23 @@ class ChunkGenerator:
         return self._engine.execution_class
 
     def generate(self, chunk: int, *, repair: bool = False) -> GeneratedChunk | ChunkResult:
+        """`sample`, then `check`."""
+        sampled = self.sample(chunk, repair=repair)
+        return sampled if isinstance(sampled, ChunkResult) else self.check(sampled)
+
+    def check(self, chunk: SampledChunk) -> GeneratedChunk:
+        """The chunk with the checker's verdicts. May run in any thread, also while the next chunk is sampled."""
+        return GeneratedChunk(
+            chunk=chunk.chunk,
+            rows=chunk.rows,
+            results=self._engine.check(chunk.sampled),
+            execution_class=chunk.execution_class,
+            actor=chunk.actor,
+            generate_seconds=chunk.generate_seconds,
+            repair=chunk.repair,
+        )
+
+    def sample(self, chunk: int, *, repair: bool = False) -> SampledChunk | ChunkResult:
         """The whole chunk, or a result if the ledger has it already: a committed chunk is never generated again.
 
         A `repair` makes the rows of a committed chunk again that failed and are not repaired yet, if there are any.
@@ -105,35 +137,35 @@ class ChunkGenerator:
         started = time.perf_counter()
         if record is None:
             requests = [sample.request for sample in self._job.plan.samples_of_chunk(chunk)]
-            rows, results = tuple(range(len(requests))), self._engine.generate(requests)
+            rows, sampled = tuple(range(len(requests))), self._engine.sample(requests)
         else:
-            results = list(self.generate_rows(chunk, rows).values())
-        return GeneratedChunk(
+            sampled = list(self._sample_rows(chunk, rows).values())
+        return SampledChunk(
             chunk=chunk,
             rows=rows,
-            results=results,
+            sampled=sampled,
             execution_class=self._engine.execution_class,
             actor=self.actor,
             generate_seconds=time.perf_counter() - started,
             repair=0 if record is None else record.repairs + 1,
         )
 
-    def generate_rows(self, chunk: int, rows: Collection[int]) -> dict[int, GenerationResult]:
+    def _sample_rows(self, chunk: int, rows: Collection[int]) -> dict[int, UncheckedResult]:
         """Only these rows of a chunk, at the batch shape and in the slots that they have in the whole chunk.
 
         Every other row of their batches is replaced by one of them: it is not touched, whatever is wrong with it.
         """
         requests = [sample.request for sample in self._job.plan.samples_of_chunk(chunk)]
         size = self._job.plan.batch_size
-        results: dict[int, GenerationResult] = {}
+        sampled: dict[int, UncheckedResult] = {}
         for start in range(0, len(requests), size):
             places = range(start, min(start + size, len(requests)))
             wanted = [row for row in places if row in rows]
             if wanted:
                 batch = [requests[row if row in rows else wanted[0]] for row in places]
-                found = self._engine.generate(batch)
-                results |= {row: found[row - start] for row in wanted}
-        return results
+                found = self._engine.sample(batch)
+                sampled |= {row: found[row - start] for row in wanted}
+        return sampled
 
     def generate_in_slots(
         self, chunk: int, slots: Mapping[int, int]
@@ -165,7 +197,8 @@ class ChunkGenerator:
     def process_row(self, chunk: int, row: int) -> ProcessedSample:
         """One row of a chunk from prompt to file, in this process, without the others."""
         sample = self._job.plan.samples_of_chunk(chunk)[row]
-        return postprocess_sample(self._job.plan, sample, self.generate_rows(chunk, [row])[row], self.execution_class)
+        (result,) = self._engine.check([self._sample_rows(chunk, [row])[row]])
+        return postprocess_sample(self._job.plan, sample, result, self.execution_class)
 
     def generate_control(self, chunk: int) -> None:
         """A batch of empty prompts of the chunk's shape. If that fails, the machine is at fault and not a prompt."""

@@ -14,7 +14,7 @@ from latentmill.jobs.postprocess import ProcessedSample
 from latentmill.jobs.worker import (
     ChunkGenerator,
     EngineFactory,
-    GeneratedChunk,
+    SampledChunk,
     commit_chunk,
     load_engine,
     postprocess_chunk,
@@ -39,18 +39,18 @@ class ChunkRunner:
         self.actor = self._generator.actor
         self.execution_class = self._generator.execution_class
 
-    def generate(self, chunk: int, *, repair: bool = False) -> GeneratedChunk | ChunkResult:
-        """The chunk's pictures, to be postprocessed; a result if there is nothing to do, or if they cannot be made."""
-        return _told(chunk, self.actor, partial(self._generator.generate, chunk, repair=repair))
+    def sample(self, chunk: int, *, repair: bool = False) -> SampledChunk | ChunkResult:
+        """The chunk's pictures, for `finish`; a result if there is nothing to do, or if they cannot be made."""
+        return _told(chunk, self.actor, partial(self._generator.sample, chunk, repair=repair))
 
     def chunk(self, chunk: int, *, repair: bool = False) -> ChunkResult:
-        """Generate, postprocess and commit the whole chunk."""
-        generated = self.generate(chunk, repair=repair)
-        return generated if isinstance(generated, ChunkResult) else self.finish(generated)
+        """The whole chunk, from prompts to its commit."""
+        sampled = self.sample(chunk, repair=repair)
+        return sampled if isinstance(sampled, ChunkResult) else self.finish(sampled)
 
-    def finish(self, generated: GeneratedChunk) -> ChunkResult:
-        """Watermark, encode, write and commit a generated chunk. Threads may do so while another one is generated."""
-        return _told(generated.chunk, generated.actor, partial(postprocess_chunk, self._job, generated))
+    def finish(self, sampled: SampledChunk) -> ChunkResult:
+        """Check, watermark, encode, write and commit it. Threads may do so while the next chunk is sampled."""
+        return _told(sampled.chunk, sampled.actor, lambda: postprocess_chunk(self._job, self._generator.check(sampled)))
 
     def row(self, chunk: int, row: int) -> ProcessedSample | ChunkResult:
         """One row of a chunk from prompt to file, without the others."""

@@ -13,11 +13,11 @@ from latentmill.jobs.job import Job
 from latentmill.jobs.spec import Runtime
 from latentmill.jobs.worker import EngineFactory, load_engine
 
-_POSTPROCESS_THREADS = 2
+_FINISHING = 2
 
 
 class InlineExecutor:
-    """One model in this process; pictures are written by threads while the next chunk is generated.
+    """One model in this process; pictures are checked and written by threads while the next chunk is sampled.
 
     What raises is isolated; what kills the process cannot be, here: the same command on Ray can.
     """
@@ -65,16 +65,16 @@ class InlineExecutor:
 
     def _stream(self, runner: ChunkRunner, chunks: Sequence[int], *, repair: bool) -> Iterator[ChunkResult]:
         in_flight: deque[Future[ChunkResult]] = deque()
-        with ThreadPoolExecutor(_POSTPROCESS_THREADS, thread_name_prefix="postprocess") as pool:
+        with ThreadPoolExecutor(_FINISHING, thread_name_prefix="finish") as pool:
             for chunk in chunks:
                 if self._stopped:
                     break
-                generated = runner.generate(chunk, repair=repair)
-                if isinstance(generated, ChunkResult):
-                    yield generated
+                sampled = runner.sample(chunk, repair=repair)
+                if isinstance(sampled, ChunkResult):
+                    yield sampled
                 else:
-                    in_flight.append(pool.submit(runner.finish, generated))
-                while in_flight and (in_flight[0].done() or len(in_flight) > _POSTPROCESS_THREADS):
+                    in_flight.append(pool.submit(runner.finish, sampled))
+                while in_flight and (in_flight[0].done() or len(in_flight) > _FINISHING):
                     yield in_flight.popleft().result()
             while in_flight:
                 yield in_flight.popleft().result()

@@ -22,7 +22,7 @@ _FAULTS = (Exception, SystemExit)
 
 MODEL, FINISH = "model", "finish"
 THREADS = {MODEL: 1, FINISH: 2}
-"""Ray's name for a set of threads is concurrency group: chunks are generated one by one, and finished beside that."""
+"""Ray's name for a set of threads is concurrency group: chunks are sampled one by one, and finished beside that."""
 
 
 def send_by_value() -> None:
@@ -59,9 +59,9 @@ class WorkerProcess:
             return _reason(error), ""
         return None, self._worker.execution_class
 
-    def generate(self, chunk: int, seconds: float, repair: bool) -> Any:
+    def sample(self, chunk: int, seconds: float, *, repair: bool) -> Any:
         """See `ray_worker.Worker`."""
-        return self._worker.generate(chunk, seconds, repair=repair)
+        return self._worker.sample(chunk, seconds, repair=repair)
 
     def finish(self, chunk: int) -> Any:
         """See `ray_worker.Worker`."""

@@ -1,4 +1,4 @@
-"""Workers on a Ray cluster, kept at their number: each has a chunk to generate, one more waiting, and some to finish.
+"""Workers on a Ray cluster, kept at their number: each has a chunk to sample, one more waiting, and some to finish.
 
 Ray starts processes, places them and tells of their death; which chunk goes where is decided here. A chunk that was
 begun twice, or lost, costs work and nothing else: commit records are create-only, and the runner plans again.
@@ -16,13 +16,13 @@ from typing import Any
 from latentmill.jobs.chunk_result import ChunkResult, describe_fault
 from latentmill.jobs.code import own_code
 from latentmill.jobs.errors import JobError
-from latentmill.jobs.executors.faults import Faults
+from latentmill.jobs.executors.faults import START_TRIES, Faults
 from latentmill.jobs.executors.pool import Pool
 from latentmill.jobs.executors.ray_entry import FINISH, MODEL, THREADS, WorkerProcess
 from latentmill.jobs.plans.grid import Grid
 
 FINISHING = 2
-"""Chunks of one worker that are generated and not committed yet; with so many it generates no further one."""
+"""Chunks of one worker that are sampled and not committed yet; with so many it begins no further one."""
 
 GRACE_SECONDS = 30.0
 """After its deadline a process ends itself; one that is stopped or out of reach is killed so much later."""
@@ -49,7 +49,7 @@ class _Worker:
     before: str = ""
     """The node where that was."""
     chunks: deque[int] = field(default_factory=deque)
-    """To be generated in this order; the first one is begun."""
+    """To be sampled in this order; the first one is begun."""
     began: float = 0.0
     deadline: float = 0.0
     finishing: set[int] = field(default_factory=set)
@@ -91,6 +91,7 @@ class RayPool:
         self._todo: deque[int] = deque()
         self._left_out: set[str] = set()
         self._wanted = size.awaited or size.initial
+        self._given_up = 0
         self._looked = 0.0
         self._began = time.monotonic()
         self._answered = False
@@ -104,7 +105,7 @@ class RayPool:
 
     @property
     def busy(self) -> bool:
-        """Whether a chunk is being generated or finished."""
+        """Whether a chunk is being sampled or finished."""
         return any(worker.busy for worker in self._workers)
 
     def stop(self) -> None:
@@ -159,8 +160,11 @@ class RayPool:
                 self._wanted = self._size.awaited or min(self._size.maximum, max(self._size.initial, fits))
             if not self._answered:
                 self._ask_for_life(now - self._began)
+        wanted = self._wanted - self._given_up
+        if wanted <= 0 and not self._workers:
+            raise JobError(_no_process("they die before they answer"))
         held = sum(len(worker.chunks) for worker in self._workers)
-        while len(self._workers) < min(self._wanted, len(self._todo) + held):
+        while len(self._workers) < min(wanted, len(self._todo) + held):
             self._start(_Worker(actor=None))
 
     def _start(self, worker: _Worker) -> None:
@@ -182,13 +186,10 @@ class RayPool:
             self._probe = self._process.options(num_cpus=0, scheduling_strategy=here).remote(own_code())
             self._calls[self._probe.node.remote()] = (_Worker(actor=self._probe), "probe", -1)
         elif seconds > START_SECONDS:
-            raise JobError(
-                f"Ray could not start a process on {socket.gethostname()} within {START_SECONDS:g} s; look for files "
-                f"that hide Python modules of their name (PYTHONPATH), and for free memory and disk"
-            )
+            raise JobError(_no_process(f"none has answered within {START_SECONDS:g} s"))
 
     def _hand_out(self, *, repair: bool) -> None:
-        """First to those with nothing to generate; a second one only if there is enough left for all."""
+        """First to those with nothing to sample; a second one only if there is enough left for all."""
         ready = [worker for worker in self._workers if worker.ready and len(worker.finishing) < FINISHING]
         for held in (0, 1):
             for worker in ready:
@@ -201,8 +202,8 @@ class RayPool:
         if not worker.chunks:
             worker.began, worker.deadline = time.monotonic(), seconds
         worker.chunks.append(chunk)
-        call = worker.actor.generate.options(concurrency_group=MODEL).remote(chunk, seconds, repair)
-        self._calls[call] = (worker, "generate", chunk)
+        call = worker.actor.sample.options(concurrency_group=MODEL).remote(chunk, seconds, repair=repair)
+        self._calls[call] = (worker, "sample", chunk)
 
     def _answers(self) -> Iterator[ChunkResult]:
         """What has come within a second."""
@@ -241,14 +242,14 @@ class RayPool:
             worker.ready = reason is None
             if reason is not None:
                 self._faults.unfit.setdefault(worker.node, reason)
-        elif step == "generate":
-            return self._generated(worker, chunk, answer)
+        elif step == "sample":
+            return self._sampled(worker, chunk, answer)
         elif step == "finish":
             worker.finishing.discard(chunk)
             return self._blamed(worker, answer)
         return None
 
-    def _generated(self, worker: _Worker, chunk: int, result: ChunkResult | None) -> ChunkResult | None:
+    def _sampled(self, worker: _Worker, chunk: int, result: ChunkResult | None) -> ChunkResult | None:
         group, _, _ = self._grid.group_of(chunk)
         now = time.monotonic()
         worker.chunks.remove(chunk)
@@ -272,7 +273,7 @@ class RayPool:
         """A worker is dead, or out of reach: what it had begun may be at fault; all it had is to be done again."""
         self._dismiss(worker)
         begun = {*list(worker.chunks)[:1], *worker.finishing}
-        if begun or not worker.ready:
+        if begun or (worker.node and not worker.ready):
             self._faults.note_failure(worker.node, _DEAD)
         for chunk in begun:
             self._faults.blame(chunk)
@@ -281,12 +282,16 @@ class RayPool:
             self._replace_stillborn(worker)
 
     def _replace_stillborn(self, worker: _Worker) -> None:
-        """One more in its place, which remembers; if none on the node has come to life, that is the node's fault."""
+        """One more in its place, which remembers, up to a few; where none on the node lives, the node is at fault."""
         deaths = worker.deaths + 1 if worker.before == worker.node else 1
-        if not any(other.ready and other.node == worker.node for other in self._workers):
+        if worker.node and not any(other.ready and other.node == worker.node for other in self._workers):
             self._faults.note_stillborn(worker.node, deaths)
-        if worker.node not in self._faults.unfit and not self._stopping:
+        if worker.node in self._faults.unfit or self._stopping:
+            return
+        if deaths < START_TRIES:
             self._start(_Worker(actor=None, deaths=deaths, before=worker.node))
+        else:
+            self._given_up += 1
 
     def _dismiss(self, worker: _Worker) -> None:
         import ray
@@ -319,6 +324,13 @@ class RayPool:
         for worker in [worker for worker in self._workers if worker.node in unfit]:
             self._dismiss(worker)
             self._put_back(worker)
-        if "" in unfit or all(node["NodeID"] in unfit for node in self._nodes() if node["Alive"]):
+        if all(node["NodeID"] in unfit for node in self._nodes() if node["Alive"]):
             reasons = "; ".join(sorted(set(unfit.values())))
             raise JobError(f"no node can work: {reasons}; correct it and run the same command again: it resumes")
+
+
+def _no_process(how: str) -> str:
+    return (
+        f"Ray could not start worker processes from {socket.gethostname()}: {how}; look for files that hide Python "
+        f"modules of their name (PYTHONPATH), and for free memory and disk"
+    )

@@ -11,7 +11,7 @@ from latentmill.jobs.errors import JobError
 from latentmill.jobs.executors.chunk_runner import ChunkRunner
 from latentmill.jobs.executors.deadline import deadline
 from latentmill.jobs.job import Job, open_job
-from latentmill.jobs.worker import EngineFactory, GeneratedChunk
+from latentmill.jobs.worker import EngineFactory, SampledChunk
 
 
 @lru_cache(maxsize=1)
@@ -24,11 +24,11 @@ def job_of_this_process(out_url: str, plan_hash: str) -> Job:
 
 
 class Worker:
-    """A ChunkRunner whose chunks are finished by other threads while the next one is generated."""
+    """A ChunkRunner whose chunks are finished by other threads while the next one is sampled."""
 
     def __init__(self, place: tuple[str, str], engine_factory: EngineFactory) -> None:
         self._runner = ChunkRunner(job_of_this_process(*place), engine_factory=engine_factory)
-        self._generated: dict[int, GeneratedChunk] = {}
+        self._sampled: dict[int, SampledChunk] = {}
         self._stopped = False
 
     @property
@@ -36,21 +36,21 @@ class Worker:
         """What the bits of its pictures depend on."""
         return self._runner.execution_class
 
-    def generate(self, chunk: int, seconds: float, *, repair: bool) -> ChunkResult | None:
+    def sample(self, chunk: int, seconds: float, *, repair: bool) -> ChunkResult | None:
         """Within so many seconds or not at all. None: the pictures are here, for `finish`."""
         if self._stopped:
             return ChunkResult(chunk=chunk, outcome="skipped", actor=self._runner.actor)
         with deadline(seconds):
-            made = self._runner.generate(chunk, repair=repair)
+            made = self._runner.sample(chunk, repair=repair)
         _end_on_lost_device(made)
         if isinstance(made, ChunkResult):
             return made
-        self._generated[chunk] = made
+        self._sampled[chunk] = made
         return None
 
     def finish(self, chunk: int) -> ChunkResult:
-        """Postprocess and commit a chunk that was generated."""
-        return self._runner.finish(self._generated.pop(chunk))
+        """Check, postprocess and commit a chunk that was sampled."""
+        return self._runner.finish(self._sampled.pop(chunk))
 
     def alone(self, verb: str, seconds: float, *arguments: Any, **options: Any) -> Any:
         """One verb of the runner, with nothing beside it."""

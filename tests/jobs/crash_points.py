@@ -32,7 +32,7 @@ SECONDS = 400
 AT_ONCE = 3
 CLUSTER_CPUS = 8  # so many in name, that several small jobs run on it at once
 
-Victim = Literal["driver", "actor", "postprocess"]
+Victim = Literal["driver", "actor"]
 
 
 @dataclass(frozen=True)
@@ -88,11 +88,9 @@ RAY = (
     CrashPoint("model load", "the actor's first", AtLoading(), "actor", "ray"),
     CrashPoint("mid-batch", "between two denoising steps of the second chunk", AtStep(7), "actor", "ray", real=True),
     CrashPoint("mid-batch", "chunks in every stage", AtBatch(3), "driver", "ray"),
-    CrashPoint(
-        "mid-upload", "between two images of a chunk", KillAt("after", "write", IMAGES, 2), "postprocess", "ray"
-    ),
-    CrashPoint("before commit", "the chunk's images stand", KillAt("before", "create", LEDGER), "postprocess", "ray"),
-    CrashPoint("after commit", "the record stands", KillAt("after", "create", LEDGER), "postprocess", "ray"),
+    CrashPoint("mid-upload", "between two images of a chunk", KillAt("after", "write", IMAGES, 2), "actor", "ray"),
+    CrashPoint("before commit", "the chunk's images stand", KillAt("before", "create", LEDGER), "actor", "ray"),
+    CrashPoint("after commit", "the record stands", KillAt("after", "create", LEDGER), "actor", "ray"),
 )
 """A process of the cluster dies, once, and the run goes on by itself; or its driver dies, and another one joins."""
 
@@ -212,8 +210,8 @@ def _run_into_trap(point: CrashPoint, stage: Stage, spec: JobSpec, rig: Rig) -> 
             proxy = stack.enter_context(fault_proxy(stage.s3["AWS_ENDPOINT_URL"], point.trap.rule))
             environment["AWS_ENDPOINT_URL"] = proxy.url
         else:
-            where = "generator" if isinstance(point.trap, AtLoading | AtStep | AtBatch) else "driver"
-            where = "postprocess" if point.victim == "postprocess" else where
+            in_model = point.victim == "actor" or isinstance(point.trap, AtLoading | AtStep | AtBatch)
+            where: Literal["driver", "generator"] = "generator" if in_model else "driver"
             kills_driver = point.executor == "ray" and point.victim == "driver"
             rig = replace(rig, trap=point.trap, where=where, kills_driver=kills_driver)
         driver = start(spec, Path(rig.folder, "log"), engine=rig, environment=environment)

@@ -63,14 +63,13 @@ Trap = KillAt | AtSync | AtLoading | AtStep | AtBatch
 class Rig:
     """An engine factory with a trap. Its engine adds the images that it has made to `tally`, a line for each chunk.
 
-    `where` says which process the trap is for: the one that plans and drives, the one with the model, or the one that
-    postprocesses chunks. That one has no engine: its trap travels inside the chunk, and is armed by being unpickled.
-    Who comes to the trap dies, or the driver in its place.
+    `where` says which process the trap is for: the one that plans and drives, or the one with the model. Who comes to
+    the trap dies, or the driver in its place.
     """
 
     folder: str
     trap: Trap | None = None
-    where: Literal["driver", "generator", "postprocess"] = "driver"
+    where: Literal["driver", "generator"] = "driver"
     real: bool = False
     kills_driver: bool = False
 
@@ -108,7 +107,7 @@ class Rig:
 
 
 class CountingEngine:
-    """Another engine's pictures, counted; its execution class carries the trap of postprocessing."""
+    """Another engine's pictures, counted."""
 
     def __init__(self, engine: Any, rig: Rig) -> None:
         self._engine = engine
@@ -117,38 +116,25 @@ class CountingEngine:
 
     @property
     def execution_class(self) -> str:
-        rig, name = self._rig, self._engine.execution_class
-        return Armed(name, rig) if rig.where == "postprocess" else name
+        name: str = self._engine.execution_class
+        return name
 
     def generate(self, requests: Sequence[GenerationRequest]) -> list[GenerationResult]:
+        return self.check(self.sample(requests))
+
+    def check(self, sampled: Sequence[Any]) -> list[GenerationResult]:
+        results: list[GenerationResult] = self._engine.check(sampled)
+        return results
+
+    def sample(self, requests: Sequence[GenerationRequest]) -> list[Any]:
         self._batches += 1
         rig = self._rig
         if rig.where == "generator" and rig.trap == AtBatch(self._batches):
             rig.spring()
-        results = self._engine.generate(requests)
+        results: list[Any] = self._engine.sample(requests)
         with rig.tally.open("a") as tally:
             tally.write(f"{len(results)}\n")
         return results
-
-
-class Armed(str):
-    """A text that arms its rig's trap in the process that unpickles it, and is a plain text from then on."""
-
-    __slots__ = ("rig",)
-
-    def __new__(cls, text: str, rig: Rig) -> Armed:
-        self = super().__new__(cls, text)
-        self.rig = rig
-        return self
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _armed_text, (str(self), self.rig)
-
-
-def _armed_text(text: str, rig: Rig) -> str:
-    if rig.trap is not None:
-        arm(rig.trap, rig.victim)
-    return text
 
 
 def arm(trap: Trap, victim: Path | None = None) -> None:

@@ -99,6 +99,12 @@ class SimulatedEngine:
         self._plan = plan
         self._heals = heals
 
+    def sample(self, requests: Sequence[GenerationRequest]) -> list[Any]:
+        return self.generate(requests)
+
+    def check(self, sampled: Sequence[Any]) -> list[GenerationResult]:
+        return list(sampled)
+
     def generate(self, requests: Sequence[GenerationRequest]) -> list[GenerationResult]:
         return [self._result(request.seed - self._plan.first_seed) for request in requests]
 

@@ -81,7 +81,7 @@ class Storm:
 
     def _worker(self) -> bool:
         everyone = sorted(working(), key=lambda process: process.pid)
-        main = [process for process in everyone if _kind(process) in {"actor", "postprocess task", "isolated worker"}]
+        main = [process for process in everyone if _kind(process) in {"actor"}]
         if not main:
             return False
         victim = self.chooser.choice(main if self.chooser.random() < 0.9 else everyone)
@@ -182,10 +182,4 @@ class Storm:
 
 
 def _kind(process: Process) -> str:
-    words = {
-        "Generate": "actor",
-        "postprocess": "postprocess task",
-        "IsolatedProcess": "isolated worker",
-        "WorkerRegistry": "registry",
-    }
-    return next((kind for word, kind in words.items() if word in process.title), "other worker")
+    return "actor" if "WorkerProcess" in process.title else "other worker"

@@ -186,7 +186,7 @@ def test_what_a_step_raises_is_told_with_its_blame(script: Script, monkeypatch):
         (StorageError("full"), "store"),
         (OutputConflictError("another plan"), "conflict"),
     ):
-        monkeypatch.setattr(ChunkGenerator, "generate", raising(error))
+        monkeypatch.setattr(ChunkGenerator, "sample", raising(error))
         monkeypatch.setattr(ChunkGenerator, "process_row", raising(error))
         monkeypatch.setattr(ChunkGenerator, "generate_control", raising(error))
         told = [script.runner.chunk(0), script.runner.row(0, 1), script.runner.control(0)]

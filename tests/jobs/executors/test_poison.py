@@ -8,16 +8,14 @@ import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-import pyarrow as pa
 import pytest
 
 from latentmill.jobs.code import own_code
 from latentmill.jobs.executors.isolation import DIED, OVERRAN
 from latentmill.jobs.executors.ray_cluster import connect
-from latentmill.jobs.executors.ray_entry import Generate, send_by_value
-from latentmill.jobs.executors.ray_watch import open_registry
-from latentmill.jobs.executors.ray_worker import IsolatedProcess
+from latentmill.jobs.executors.ray_entry import MODEL, THREADS, WorkerProcess, send_by_value
 from latentmill.jobs.job import open_job
 from latentmill.jobs.outputs.verify import verify
 from latentmill.jobs.plans.plan import adopt, draft_plan
@@ -70,7 +68,6 @@ def ends_itself(actor, call) -> bool:
     """Whether the process of an actor ends in a call, with nobody there to end it."""
     import ray
 
-    ray.get(actor.__ray_ready__.remote())
     try:
         ray.get(call(), timeout=60)
     except ray.exceptions.ActorDiedError:
@@ -80,20 +77,23 @@ def ends_itself(actor, call) -> bool:
     return False
 
 
-def test_in_the_pool_a_process_past_its_deadline_ends_itself(hanging: tuple[str, str]):
+@pytest.fixture
+def actor(hanging: tuple[str, str]) -> Any:
+    """A process with that job's engine loaded."""
     import ray
 
     send_by_value()
-    arguments = pickle.dumps((hanging, fake_engine, False))
-    actor = ray.remote(Generate).options(num_cpus=0).remote(own_code(), open_registry(1.0), arguments)
-    assert ends_itself(actor, lambda: actor.__call__.remote(pa.table({"chunk": [0]})))
+    actor = ray.remote(concurrency_groups=THREADS)(WorkerProcess).options(num_cpus=0).remote(own_code())
+    assert ray.get(actor.load.remote(pickle.dumps((hanging, fake_engine)))) == (None, "fake")
+    return actor
 
 
-def test_isolated_a_process_past_its_deadline_ends_itself(hanging: tuple[str, str]):
-    import ray
+def test_in_the_pool_a_process_past_its_deadline_ends_itself(actor):
+    assert ends_itself(actor, lambda: actor.sample.options(concurrency_group=MODEL).remote(0, 1.0, repair=False))
 
-    actor = ray.remote(IsolatedProcess).options(num_cpus=0).remote(own_code(), hanging, fake_engine)
-    assert ends_itself(actor, lambda: actor.call.remote("chunk", 1.0, 0, repair=False))
+
+def test_isolated_a_process_past_its_deadline_ends_itself(actor):
+    assert ends_itself(actor, lambda: actor.alone.remote("chunk", 1.0, 0, repair=False))
 
 
 def dawdling_engine(plan, device) -> FakeEngine:

@@ -40,15 +40,6 @@ def pool(cluster: list[dict], plan: SimpleNamespace | None = None, *, growing: b
 def test_one_actor_for_so_many_cores(cluster, threads: int, actors: int):
     sized = pool(cluster, plan_like(threads_per_actor=threads))
     assert (sized.initial, sized.maximum, sized.gpus) == (actors, actors, 0.0)
-    spare = sum(node["Resources"]["CPU"] for node in cluster) - actors * sized.cpus
-    assert spare >= sized.postprocess_cpus - 1e-9
-
-
-def test_postprocess_tasks_that_ask_for_no_cpu_are_bounded_by_their_number():
-    """Without a bound Ray starts a process for every chunk that waits to be finished."""
-    assert [pool(nodes({"CPU": cores})).postprocess_tasks for cores in (1.0, 2.0, 16.0)] == [2, 2, 16]
-    assert pool(nodes({"CPU": 1.0}), growing=True).postprocess_tasks == 4
-    assert pool(nodes({"CPU": 16.0, "GPU": 8.0}), CUDA).postprocess_tasks is None
 
 
 def test_on_gpus_there_is_an_actor_for_each_on_the_node_that_has_them():
@@ -80,9 +71,21 @@ def test_a_type_of_gpu_is_pinned_and_others_are_not_counted():
 def test_a_joined_cluster_may_grow_and_num_actors_bounds_it():
     assert pool(nodes({"CPU": 2.0}), growing=True).maximum == UNBOUNDED
     bounded = pool(nodes({"CPU": 2.0}), growing=True, num_actors=6)
-    assert (bounded.initial, bounded.maximum) == (2, 6)
+    assert (bounded.initial, bounded.maximum, bounded.awaited) == (2, 6, 6)
     awaited = pool(nodes({"CPU": 2.0}), CUDA, growing=True, num_actors=6)
-    assert (awaited.initial, awaited.maximum, awaited.gpus) == (1, 6, 1.0)
+    assert (awaited.initial, awaited.maximum, awaited.awaited, awaited.gpus) == (1, 6, 6, 1.0)
+
+
+def test_nodes_that_join_or_die_change_what_fits():
+    sized = pool(nodes({"CPU": 8.0, "GPU": 2.0, "accelerator_type:H100": 1.0}), CUDA, growing=True)
+    later = nodes(
+        {"CPU": 8.0, "GPU": 2.0, "accelerator_type:H100": 1.0},
+        {"CPU": 8.0, "GPU": 4.0, "accelerator_type:H100": 1.0},
+        {"CPU": 8.0, "GPU": 4.0, "accelerator_type:A100": 1.0},
+        {"CPU": 8.0, "GPU": 4.0, "accelerator_type:H100": 1.0},
+    )
+    later[3]["Alive"] = False
+    assert (sized.initial, sized.awaited, sized.fits(later)) == (2, None, 6)
 
 
 @pytest.mark.parametrize(

@@ -89,7 +89,7 @@ def actor_pids() -> list[int]:
     return [
         actor["Pid"]
         for actor in actors().values()
-        if actor["State"] == "ALIVE" and "(Generate)" in actor["ActorClassName"]
+        if actor["State"] == "ALIVE" and "WorkerProcess" in actor["ActorClassName"]
     ]
 
 
