@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from latentmill.jobs.errors import JobError
+from latentmill.jobs.executors import ray_pool
 from tests.jobs.driver import job_spec, read_dataset, run
 
 COMMAND = Path(sys.executable).with_name("latentmill")
@@ -90,6 +91,16 @@ def test_a_ray_that_cannot_start_any_process_is_one_line(decoys, tiny_model, man
     ) as told:
         run(job_spec(tiny_model, manifest(4), tmp_path / "out", executor="ray"))
     assert "\n" not in str(told.value)
+
+
+def test_a_ray_whose_processes_never_answer_is_one_line(tiny_model, manifest, monkeypatch, tmp_path):
+    """Those that hang before anything of ours runs in them."""
+    monkeypatch.setattr(ray_pool, "START_SECONDS", 5.0)
+    (tmp_path / "decoys").mkdir()
+    (tmp_path / "decoys/numpy.py").write_text("import time\ntime.sleep(600)\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "decoys"))
+    with pytest.raises(JobError, match=r"^Ray could not start worker processes .* none has answered within 5 s; look"):
+        run(job_spec(tiny_model, manifest(4), tmp_path / "out", executor="ray"))
 
 
 def test_workers_that_cannot_start_end_the_run_in_one_line(decoys, tiny_model, manifest, monkeypatch, tmp_path):

@@ -8,11 +8,14 @@ import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
 
 from latentmill.jobs.code import own_code
+from latentmill.jobs.errors import JobError
+from latentmill.jobs.executors import ray_pool
 from latentmill.jobs.executors.isolation import DIED, OVERRAN
 from latentmill.jobs.executors.ray_cluster import connect
 from latentmill.jobs.executors.ray_entry import MODEL, THREADS, WorkerProcess, send_by_value
@@ -30,12 +33,17 @@ pytestmark = [
 ]
 
 
+FROZEN = "LATENTMILL_TEST_FROZEN"
+
+
 @pytest.fixture(scope="module", autouse=True)
 def session() -> Iterator[None]:
-    """One Ray session for all tests of this file."""
-    connection = connect(None)
-    yield
-    connection.close()
+    """One Ray session for all tests of this file, whose engines may freeze once."""
+    with pytest.MonkeyPatch.context() as patch, TemporaryDirectory() as folder:
+        patch.setenv(FROZEN, f"{folder}/frozen")
+        connection = connect(None)
+        yield
+        connection.close()
 
 
 def test_prompts_that_kill_hang_or_raise_fail_alone(manifest, tiny_model: Path, tmp_path: Path):
@@ -121,3 +129,41 @@ def test_one_signal_finishes_the_chunks_in_flight_and_starts_no_more(
     assert 2 <= len(records) < 20
     assert len(attempts) == len(records), "a chunk in flight was thrown away"
     assert took < 10
+
+
+def stillborn_engine(plan, device) -> FakeEngine:
+    os.kill(os.getpid(), signal.SIGKILL)
+    raise AssertionError("it is dead")
+
+
+def test_a_node_where_no_worker_survives_its_start_ends_the_run_in_one_line(manifest, tiny_model, tmp_path):
+    spec = job_spec(tiny_model, manifest(4), tmp_path / "out", executor="ray")
+    words = r"^no node can work: a worker process died 3 times in a row while it loaded the model; [^\n]*$"
+    with pytest.raises(JobError, match=words):
+        run(spec, engine_factory=stillborn_engine)
+
+
+def freezing_engine(plan, device) -> FakeEngine:
+    return FreezingEngine(batch_size=plan.batch_size)
+
+
+class FreezingEngine(FakeEngine):
+    """Stops its own process in the middle of a chunk, once: no deadline of its own can end it then."""
+
+    def generate(self, requests):
+        try:
+            Path(os.environ[FROZEN]).touch(exist_ok=False)
+        except FileExistsError:
+            return super().generate(requests)
+        os.kill(os.getpid(), signal.SIGSTOP)
+        return []
+
+
+def test_a_worker_that_is_stopped_is_killed_after_its_deadline_and_its_chunk_made_by_another(
+    manifest, tiny_model, monkeypatch, tmp_path
+):
+    monkeypatch.setattr(ray_pool, "GRACE_SECONDS", 1.0)
+    spec = job_spec(tiny_model, manifest(12), tmp_path / "out", executor="ray", chunk_timeout=5)
+    summary = run(spec, engine_factory=freezing_engine)
+    assert Path(os.environ[FROZEN]).exists()
+    assert (summary.exit_code, summary.counts) == (0, {"ok": 12, "flagged": 0, "failed": 0})
