@@ -29,8 +29,6 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
-watermark_app = typer.Typer(help="The invisible mark in the pictures.", no_args_is_help=True)
-app.add_typer(watermark_app, name="watermark", rich_help_panel=_MORE)
 
 
 Json = Annotated[bool, typer.Option("--json", help="Answer in JSON, for machines.")]
@@ -252,23 +250,26 @@ def models(json: Json = False) -> None:
     _answer(as_data, json, lambda views: views.show_models(presets))
 
 
-@watermark_app.command(epilog="Example: [bold]latentmill watermark read out/sample/images/*/*/*.png[/bold]")
-def read(
+@app.command(rich_help_panel=_MORE, epilog="Example: [bold]latentmill inspect out/sample/images/*/*/*.png[/bold]")
+def inspect(
     files: Annotated[list[str], typer.Argument(metavar="FILE...", help="Picture files or URLs.")],
     expect: Annotated[
-        str, typer.Option("--expect", "--watermark-text", help="The mark to look for.")
+        str, typer.Option("--expect", "--watermark-text", help="The watermark to look for.")
     ] = "StableDiffusionV1",
     watermark: Annotated[
         str | None, typer.Option("--watermark", help="dwtDctSvd or dwtDct; without it, whichever fits best.")
     ] = None,
+    dataset: Annotated[
+        str | None, typer.Option("--dataset", metavar="OUT", help="A published output, to look up each file's row.")
+    ] = None,
     json: Json = False,
 ) -> None:
-    """Look for the mark in pictures; exit code 1 if one does not carry it."""
-    from latentmill.jobs.watermarks import read_watermarks
+    """Say what pictures carry: watermark, XMP, C2PA, parameters; exit code 1 if one lacks the watermark."""
+    from latentmill.jobs.inspection import inspect_files
 
-    readings = read_watermarks(files, text=expect, method=watermark)
-    _answer([reading.to_dict() for reading in readings], json, lambda views: views.show_watermarks(readings))
-    raise typer.Exit(0 if all(reading.found for reading in readings) else 1)
+    answers = inspect_files(files, text=expect, method=watermark, dataset=dataset)
+    _answer([answer.to_dict() for answer in answers], json, lambda views: views.show_inspections(answers))
+    raise typer.Exit(0 if all(answer.found for answer in answers) else 1)
 
 
 def _print_version(wanted: bool) -> None:

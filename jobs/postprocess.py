@@ -7,7 +7,7 @@ from typing import Any
 
 from latentmill.engine import GenerationRequest, GenerationResult
 from latentmill.engine.types import Pixels
-from latentmill.jobs.ledger.pictures import blank, encode_png, pixel_sha256
+from latentmill.jobs.ledger.pictures import blank, encode_png, encode_png_before_4, pixel_sha256
 from latentmill.jobs.manifests.parameters import parameters_text
 from latentmill.jobs.plans.columns import columns_of, values
 from latentmill.jobs.plans.plan import Plan, PlannedSample
@@ -55,10 +55,11 @@ def postprocess_sample(
         picture, mark = _watermarked(plan, pixels, required=pixels is result.pixels)
         if mark.fault is not None:
             return ProcessedSample(row=_row(plan, sample, result, execution_class, error=mark.fault), data=None)
-        data = encode_png(picture, _text(plan, sample.request))
+        encode = encode_png_before_4 if plan.format_version < 4 else encode_png
+        data = encode(picture, _text(plan, sample.request))
     except MemoryError:
         raise
-    except Exception as error:  # noqa: BLE001 - OpenCV, PyWavelets and Pillow share no base; the chunk must survive
+    except Exception as error:  # noqa: BLE001 - OpenCV and NumPy share no base; the chunk must survive
         failed = replace(
             result, pixels=None, error=f"the picture could not be finished: {type(error).__name__}: {error}"
         )

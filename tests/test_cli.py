@@ -25,7 +25,7 @@ from latentmill.jobs.outputs.failures import FailedRow
 from latentmill.jobs.runner import RunSummary
 
 ROOT = Path(__file__).parents[1]
-VERBS = ["plan", "run", "submit", "status", "logs", "cancel", "verify", "report", "clean", "models", "watermark read"]
+VERBS = ["plan", "run", "submit", "status", "logs", "cancel", "verify", "report", "clean", "models", "inspect"]
 
 Call = Callable[..., tuple[int, str, str]]
 
@@ -221,7 +221,7 @@ def test_the_flag_that_was_meant_is_named(call: Call, arguments: list[str], word
         (["run", "missing.txt"], "missing.txt does not exist"),
         (["status", "nowhere"], "has no plan"),
         (["run", "x.txt", "--steps", "3"], "--num-inference-steps"),
-        (["watermark", "read", "missing.png"], "missing.png does not exist"),
+        (["inspect", "missing.png"], "missing.png does not exist"),
     ],
 )
 def test_with_json_a_refusal_is_json_too(
@@ -369,28 +369,30 @@ def test_marks_are_read_back_from_pictures(call: Call, tmp_path: Path):
     Image.fromarray(embed_watermark(plain, "StableDiffusionV1", "dwtDctSvd")).save(tmp_path / "marked.png")
     Image.fromarray(plain[:64, :64]).save(tmp_path / "small.png")
     (tmp_path / "text.png").write_text("no picture")
-    code, out, _ = call("watermark", "read", tmp_path / "marked.png")
+    code, out, _ = call("inspect", tmp_path / "marked.png")
     assert code == 0
-    assert out.strip().endswith(
+    assert out.splitlines()[0].endswith(
         "marked.png: found, dwtDctSvd, 136 of 136 bits (100%; chance gives fewer than 96): StableDiffusionV1"
     )
-    code, out, _ = call("watermark", "read", tmp_path / "marked.png", tmp_path / "plain.png", "--json")
+    code, out, _ = call("inspect", tmp_path / "marked.png", tmp_path / "plain.png", "--json")
     assert code == 1
     assert [reading["found"] for reading in json.loads(out)] == [True, False]
     read = [tmp_path / "none.png", tmp_path / "marked.png", tmp_path / "text.png"]
-    code, out, err = call("watermark", "read", *read)
-    assert (code, out.count("\n"), err.count("\n")) == (1, 1, 2)
+    code, out, err = call("inspect", *read)
+    assert (code, out.count(".png: "), err.count("\n")) == (1, 1, 2)
     assert "marked.png: found" in out
     assert "none.png does not exist" in err
     assert "text.png cannot be read as a picture" in err
-    code, out, _ = call("watermark", "read", *read, "--json")
+    code, out, _ = call("inspect", *read, "--json")
     assert [(reading["found"], "error" in reading) for reading in json.loads(out)] == [
         (False, True), (True, False), (False, True)
     ]  # fmt: skip
     os.mkfifo(tmp_path / "pipe.png")
-    assert "no regular file" in call("watermark", "read", tmp_path / "pipe.png")[2]
-    for name, words in [("small", "64x64"), ("text", "cannot be read as a picture"), ("none", "does not exist")]:
-        code, _, err = call("watermark", "read", tmp_path / f"{name}.png")
+    assert "no regular file" in call("inspect", tmp_path / "pipe.png")[2]
+    code, out, _ = call("inspect", tmp_path / "small.png")
+    assert (code, "small.png: 64x64 pixels, too few for a watermark" in out) == (1, True)
+    for name, words in [("text", "cannot be read as a picture"), ("none", "does not exist")]:
+        code, _, err = call("inspect", tmp_path / f"{name}.png")
         assert code == 2
         assert words in err
         assert err.count("\n") == 1

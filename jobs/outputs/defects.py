@@ -23,6 +23,7 @@ Kind = Literal[
     "image-missing",
     "image-damaged",
     "pixels-changed",
+    "source-unstated",
     "not-published",
     "publication-stale",
     "part-damaged",

@@ -14,8 +14,9 @@ import pyarrow as pa
 from latentmill.jobs.errors import JobError
 from latentmill.jobs.job import Job, open_job
 from latentmill.jobs.ledger.ledger import chunk_of_path, record_path, repair_of_path, repair_path
-from latentmill.jobs.ledger.pictures import decode_png, pixel_sha256
+from latentmill.jobs.ledger.pictures import decode_png, pixel_sha256, stated_source_type
 from latentmill.jobs.ledger.records import CommitRecord, WrongRepairError
+from latentmill.jobs.manifests.fields import shorten
 from latentmill.jobs.outputs.captions import CaptionShelf, Fetch
 from latentmill.jobs.outputs.defects import Defect, Kind, is_own_picture, row_defects, rule_defects
 from latentmill.jobs.outputs.publish import (
@@ -238,6 +239,10 @@ class _Checker:
             return
         if pixel_sha256(pixels) != row["pixel_sha256"]:
             yield Defect(kind="pixels-changed", path=path, detail="its pixels do not match those committed")
+        stated, expected = stated_source_type(data), row.get("digital_source_type")
+        if expected is not None and stated != expected:
+            detail = f"its XMP states {'no source type' if stated is None else shorten(stated)}, not {expected}"
+            yield Defect(kind="source-unstated", path=path, detail=detail)
 
     def check_strays(self) -> None:
         """Nothing lies in the ledger but the records of the plan's chunks, and repairs of chunks that are committed."""

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import pyarrow as pa
 
+from latentmill.jobs.xmp import DIGITAL_SOURCE_TYPE
+
 if TYPE_CHECKING:
     from latentmill.engine import GenerationResult
     from latentmill.jobs.plans.planned import Plan, PlannedSample
@@ -206,6 +208,13 @@ COLUMNS: tuple[Column, ...] = (
     _setting("on_flagged", pa.string(), "What was stored in place of a flagged picture."),
     _setting("watermark_text", pa.string(), "The mark's text."),
     _job("version", pa.string(), "Of latentmill.", lambda plan: plan.versions["latentmill"]),
+    _job(
+        "digital_source_type",
+        pa.string(),
+        "How pictures came about, as each file's XMP states it: IPTC's `trainedAlgorithmicMedia`.",
+        lambda _: DIGITAL_SOURCE_TYPE,
+        since=4,
+    ),
 )
 """The columns that the project writes itself, in order; a plan appends the manifest's other columns.
 

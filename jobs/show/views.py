@@ -13,6 +13,7 @@ from latentmill.jobs.terminal import print_line
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from latentmill.jobs.inspection import Inspection, Unread
     from latentmill.jobs.models.presets import ModelPreset
     from latentmill.jobs.outputs.clean import CleanReport
     from latentmill.jobs.outputs.repair import RepairReport
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     from latentmill.jobs.show.report import ReportSummary
     from latentmill.jobs.submission.api import JobInfo
     from latentmill.jobs.submission.submission import JobStatus, Submission
-    from latentmill.jobs.watermarks import Unread, WatermarkReading
 
 _DEFECTS_SHOWN = 20
 _VALUES_SHOWN = 8
@@ -320,16 +320,33 @@ def show_models(presets: Mapping[str, ModelPreset]) -> None:
     )
 
 
-def show_watermarks(readings: Sequence[WatermarkReading | Unread]) -> None:
-    """One line per file, as grep would print it."""
-    from latentmill.jobs.watermarks import Unread
+def show_inspections(answers: Sequence[Inspection | Unread]) -> None:
+    """One line per file, as grep would print it, and below it what else the file says."""
+    from latentmill.jobs.inspection import Unread
 
-    for reading in readings:
-        if isinstance(reading, Unread):
-            print_line(f"error: {safe(reading.error)}", error=True)
+    for answer in answers:
+        if isinstance(answer, Unread):
+            print_line(f"error: {safe(answer.error)}", error=True)
             continue
-        verdict = "found" if reading.found else "not found"
-        print_line(
-            f"{safe(reading.file)}: {verdict}, {reading.method}, {reading.bits_matching} of {reading.bits} bits "
-            f"({reading.bit_accuracy:.0%}; chance gives fewer than {reading.bits_needed}): {safe(reading.text)}"
-        )
+        print_line(f"{safe(answer.file)}: {_watermark_words(answer)}")
+        credentials = {None: "not looked for in this format", True: "there, not checked", False: "none"}
+        facts = {
+            "source type (XMP)": answer.digital_source_type or "not stated",
+            "C2PA": credentials[answer.c2pa],
+            "parameters": safe(answer.parameters or "none", 200),
+        }
+        if answer.row is not None:
+            facts["row"] = "sample {sample_id}, {status}, {image}".format(**answer.row)
+        for name, value in facts.items():
+            print_line(f"  {name}: {safe(value)}")
+
+
+def _watermark_words(answer: Inspection) -> str:
+    reading = answer.watermark
+    if reading is None:
+        return f"{answer.width}x{answer.height} pixels, too few for a watermark"
+    verdict = "found" if reading.found else "not found"
+    return (
+        f"{verdict}, {reading.method}, {reading.bits_matching} of {reading.bits} bits "
+        f"({reading.bit_accuracy:.0%}; chance gives fewer than {reading.bits_needed}): {safe(reading.text)}"
+    )
