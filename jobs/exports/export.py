@@ -1,0 +1,177 @@
+"""`latentmill export`: a published dataset in another tool's form, shard by shard, resumed where it stopped."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from latentmill.jobs.errors import JobError, UsageError
+from latentmill.jobs.exports.documents import (
+    MANIFEST_PATH,
+    ExportPlan,
+    ShardRecord,
+    adopt,
+    manifest,
+    number_shards,
+    read_record,
+    source_facts,
+)
+from latentmill.jobs.exports.format import Written, WrittenFile
+from latentmill.jobs.exports.rows import open_source
+from latentmill.jobs.exports.shards import Export, cut, write_file, write_shard
+from latentmill.jobs.exports.spec import ExportSpec
+from latentmill.jobs.exports.table import EXPORTS
+from latentmill.jobs.store.storage import Storage
+from latentmill.jobs.store.urls import allowed_filesystem, display_url
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExportProgress:
+    """How far it is: rows whose shards are there."""
+
+    phase: str
+    done: int
+    total: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExportSummary:
+    """What lies at `dest` now. `written` shards are this run's; the others were there, whole."""
+
+    dest: str
+    to: str
+    rows: dict[str, int]
+    """By split."""
+    shards: int
+    written: int
+    files: int
+    bytes: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """For `--json`."""
+        return asdict(self)
+
+
+def export(
+    out_url: str, spec: ExportSpec, *, on_progress: Callable[[ExportProgress], None] = lambda _: None
+) -> ExportSummary:
+    """Afterwards the export at `spec.out` is whole: every shard, what is told of all of them, and last its manifest.
+
+    Shards that are there as they were recorded are left alone. Raises UsageError if the output has no plan or the place
+    holds something else, OutputConflictError if it holds another export, JobError if the dataset is not published, no
+    row is chosen, or a picture is not as its row says.
+    """
+    _refuse_inside(out_url, spec.out)
+    source = open_source(out_url)
+    on_progress(ExportProgress(phase="choosing rows", done=0, total=source.publication.rows))
+    cuts = cut(source, spec)
+    if not cuts:
+        raise JobError(
+            f"no row of {source.job.storage.url} is chosen: of {source.publication.rows:,} rows, none has a picture, "
+            f"the status {spec.status}"
+            + (f" and {spec.filter}" if spec.filter else "")
+            + "; widen --status or --filter"
+        )
+    plan = ExportPlan(source=source_facts(source), options=spec.planned(), shards=number_shards(cuts))
+    work = Export(source=source, dest=Storage.open(spec.out), spec=spec, plan=plan)
+    new = adopt(work.dest, plan)
+    found = {} if new else _whole_shards(work)
+    records = dict(found)
+    total = sum(shard.rows for shard in plan.shards)
+    done = sum(plan.shards[number].rows for number in records)
+    for record in _write(work, [number for number in range(len(plan.shards)) if number not in records]):
+        records[record.shard] = record
+        done += plan.shards[record.shard].rows
+        on_progress(ExportProgress(phase="exporting", done=done, total=total))
+    last = _finish(work, [records[number] for number in range(len(plan.shards))])
+    told = json.loads(last)
+    return ExportSummary(
+        dest=work.dest.url,
+        to=spec.to,
+        rows=told["rows"],
+        shards=len(plan.shards),
+        written=len(records) - len(found),
+        files=told["files"],
+        bytes=told["bytes"],
+    )
+
+
+def _write(work: Export, numbers: list[int]) -> Iterator[ShardRecord]:
+    """Write the shards, several at once; the first error ends it, once those at work have ended."""
+    with _pool(work.spec.workers) as pool:
+        for future in as_completed([pool.submit(write_shard, work, number) for number in numbers]):
+            yield future.result()
+
+
+@contextmanager
+def _pool(workers: int) -> Iterator[ThreadPoolExecutor]:
+    pool = ThreadPoolExecutor(workers)
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _whole_shards(work: Export) -> dict[int, ShardRecord]:
+    """The shards that lie there with the sizes of their records; with `verify`, with their digests too."""
+    sizes = dict(work.dest.list(""))
+    found = {}
+    for number in range(len(work.plan.shards)):
+        record = read_record(work.dest, work.plan, number)
+        if record is not None and all(_is_whole(work, sizes, file) for file in record.files):
+            found[number] = record
+    return found
+
+
+def _is_whole(work: Export, sizes: Mapping[str, int], file: WrittenFile) -> bool:
+    if sizes.get(file.path) != file.bytes:
+        return False
+    return not work.spec.verify or hashlib.sha256(work.dest.read(file.path)).hexdigest() == file.sha256
+
+
+def _finish(work: Export, records: list[ShardRecord]) -> bytes:
+    """Afterwards the last files and the manifest are there, which is returned. What is there already is not touched."""
+    written = Written(
+        plan=work.source.job.plan,
+        publication=work.source.publication,
+        options=work.plan.options,
+        schema=work.schema,
+        shards=[(shard, record.files) for shard, record in zip(work.plan.shards, records, strict=True)],
+        read=work.dest.read,
+    )
+    last = [_placed(work.dest, path, data) for path, data in EXPORTS[work.spec.to].format.last_files(written)]
+    told = manifest(work.plan, records, last)
+    _placed(work.dest, MANIFEST_PATH, told)
+    return told
+
+
+def _placed(dest: Storage, path: str, data: bytes) -> WrittenFile:
+    try:
+        there = dest.read(path) == data
+    except FileNotFoundError:
+        there = False
+    if not there:
+        return write_file(dest, (path, data))
+    return WrittenFile(path=path, bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+
+
+def _refuse_inside(out_url: str, dest_url: str) -> None:
+    """Raises UsageError if the export would lie in the dataset: what lies there is the job's own."""
+    out, dest = _place(out_url), _place(dest_url)
+    if dest[0] == out[0] and (dest[1] + "/").startswith(out[1].rstrip("/") + "/"):
+        raise UsageError(
+            f"{display_url(dest_url)} lies inside the dataset {display_url(out_url)}; name a place outside of it with "
+            f"--out"
+        )
+
+
+def _place(url: str) -> tuple[str, str]:
+    fs, path = allowed_filesystem(url)
+    protocol = fs.protocol if isinstance(fs.protocol, str) else fs.protocol[0]
+    return protocol, str(Path(path).resolve()) if protocol == "file" else path.rstrip("/")
