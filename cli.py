@@ -261,6 +261,25 @@ def export(flags: dict[str, Any], say: Say, *, dataset: OutArgument) -> None:
     _answer(summary.to_dict(), say.as_json, lambda views: views.show_export(summary), quiet=say.quiet)
 
 
+@app.command(
+    "push-to-hub",
+    rich_help_panel=_MORE,
+    epilog="Example: [bold]latentmill push-to-hub out/sample-hf me/birds --private[/bold]\n\n"
+    "The token is that of HF_TOKEN, or of `hf auth login`.",
+)
+def push_to_hub(
+    dest: Annotated[str, typer.Argument(metavar="DEST", help="A finished export: a folder.")],
+    repo: Annotated[str, typer.Argument(metavar="REPO", help="OWNER/NAME of a dataset; made if there is none.")],
+    private: Annotated[bool, typer.Option("--private", help="A repository that is made shall be private.")] = False,
+    json: Json = False,
+) -> None:
+    """Upload a finished export to the Hugging Face hub."""
+    from latentmill.jobs.exports.push import push_to_hub as push
+
+    summary = push(dest, repo, private=private)
+    _answer(summary.to_dict(), json, lambda views: views.show_push(summary))
+
+
 @app.command(rich_help_panel=_MORE, epilog="Example: [bold]latentmill models[/bold]")
 def models(json: Json = False) -> None:
     """List the models that --model knows by name."""

@@ -82,6 +82,12 @@ def postprocess(batch: pa.Table, code: Code, registry: Any, place: tuple[str, st
     return _row(chunk, ray_worker.postprocess_payload(payload.as_buffer(), registry, place))
 
 
+def run_task(code: Code, call: bytes, item: Any) -> Any:
+    """A task of no job: a pickled function of ours, for one item."""
+    _ray_worker(code)
+    return pickle.loads(call)(item)  # noqa: S301 - from our own driver
+
+
 def _ray_worker(code: Code) -> Any:
     """Our own part of the work. Raises WrongCodeError unless the driver's very code can be imported here."""
     if _RAY_WORKER not in sys.modules:

@@ -68,7 +68,7 @@ class ExportPlan:
                 source=told["source"],
                 options=told["options"],
                 made_with=told["made_with"],
-                shards=number_shards(cuts),
+                shards=number_shards(cuts, alone=told["options"].get("split") is None),
             )
             if made.digest != told["digest"]:
                 raise ValueError("it was changed after it was written")
@@ -77,15 +77,17 @@ class ExportPlan:
         return made
 
 
-def number_shards(cuts: Sequence[tuple[str, int, int, int]]) -> tuple[Shard, ...]:
-    """Shards from their splits, first rows, ends and numbers of rows: each counted within its split."""
+def number_shards(cuts: Sequence[tuple[str, int, int, int]], *, alone: bool) -> tuple[Shard, ...]:
+    """Shards from their splits, first rows, ends and numbers of rows: each counted within its split.
+
+    `alone`: no splits were asked for.
+    """
     counts = Counter(split for split, *_ in cuts)
     begun: Counter[str] = Counter()
     shards = []
     for split, start, stop, rows in cuts:
         index, count = begun[split], counts[split]
         begun[split] += 1
-        alone = len(counts) == 1
         shards.append(Shard(split=split, index=index, count=count, start=start, stop=stop, rows=rows, alone=alone))
     return tuple(shards)
 

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from latentmill.jobs.errors import JobError, UsageError
@@ -24,11 +21,11 @@ from latentmill.jobs.exports.documents import (
 )
 from latentmill.jobs.exports.format import Written, WrittenFile
 from latentmill.jobs.exports.rows import open_source
-from latentmill.jobs.exports.shards import Export, cut, write_file, write_shard
+from latentmill.jobs.exports.shards import Export, cut, write_file
 from latentmill.jobs.exports.spec import ExportSpec
-from latentmill.jobs.exports.table import EXPORTS
+from latentmill.jobs.exports.table import EXPORTS, runner
 from latentmill.jobs.store.storage import Storage
-from latentmill.jobs.store.urls import allowed_filesystem, display_url
+from latentmill.jobs.store.urls import display_url, place_of
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -78,44 +75,33 @@ def export(
             + (f" and {spec.filter}" if spec.filter else "")
             + "; widen --status or --filter"
         )
-    plan = ExportPlan(source=source_facts(source), options=spec.planned(), shards=number_shards(cuts))
+    plan = ExportPlan(
+        source=source_facts(source), options=spec.planned(), shards=number_shards(cuts, alone=spec.split is None)
+    )
     work = Export(source=source, dest=Storage.open(spec.out), spec=spec, plan=plan)
     new = adopt(work.dest, plan)
     found = {} if new else _whole_shards(work)
     records = dict(found)
     total = sum(shard.rows for shard in plan.shards)
     done = sum(plan.shards[number].rows for number in records)
-    for record in _write(work, [number for number in range(len(plan.shards)) if number not in records]):
-        records[record.shard] = record
-        done += plan.shards[record.shard].rows
-        on_progress(ExportProgress(phase="exporting", done=done, total=total))
+    missing = [number for number in range(len(plan.shards)) if number not in found]
+    on_progress(ExportProgress(phase="exporting", done=done, total=total))
+    if missing:
+        for record in runner(spec.executor)(work, missing):
+            records[record.shard] = record
+            done += plan.shards[record.shard].rows
+            on_progress(ExportProgress(phase="exporting", done=done, total=total))
     last = _finish(work, [records[number] for number in range(len(plan.shards))])
     told = json.loads(last)
     return ExportSummary(
         dest=work.dest.url,
         to=spec.to,
-        rows=told["rows"],
+        rows={split: told["rows"][split] for split in spec.splits if split in told["rows"]},
         shards=len(plan.shards),
         written=len(records) - len(found),
         files=told["files"],
         bytes=told["bytes"],
     )
-
-
-def _write(work: Export, numbers: list[int]) -> Iterator[ShardRecord]:
-    """Write the shards, several at once; the first error ends it, once those at work have ended."""
-    with _pool(work.spec.workers) as pool:
-        for future in as_completed([pool.submit(write_shard, work, number) for number in numbers]):
-            yield future.result()
-
-
-@contextmanager
-def _pool(workers: int) -> Iterator[ThreadPoolExecutor]:
-    pool = ThreadPoolExecutor(workers)
-    try:
-        yield pool
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 def _whole_shards(work: Export) -> dict[int, ShardRecord]:
@@ -163,15 +149,9 @@ def _placed(dest: Storage, path: str, data: bytes) -> WrittenFile:
 
 def _refuse_inside(out_url: str, dest_url: str) -> None:
     """Raises UsageError if the export would lie in the dataset: what lies there is the job's own."""
-    out, dest = _place(out_url), _place(dest_url)
-    if dest[0] == out[0] and (dest[1] + "/").startswith(out[1].rstrip("/") + "/"):
+    (out_protocol, out), (protocol, dest) = place_of(out_url), place_of(dest_url)
+    if protocol == out_protocol and f"{dest}/".startswith(f"{out}/"):
         raise UsageError(
             f"{display_url(dest_url)} lies inside the dataset {display_url(out_url)}; name a place outside of it with "
             f"--out"
         )
-
-
-def _place(url: str) -> tuple[str, str]:
-    fs, path = allowed_filesystem(url)
-    protocol = fs.protocol if isinstance(fs.protocol, str) else fs.protocol[0]
-    return protocol, str(Path(path).resolve()) if protocol == "file" else path.rstrip("/")

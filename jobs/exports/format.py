@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
 from latentmill.jobs.outputs.publish import Publication
 from latentmill.jobs.plans.plan import Plan
 
+if TYPE_CHECKING:
+    from latentmill.jobs.exports.documents import ShardRecord
+    from latentmill.jobs.exports.shards import Export
+
 Encode = Callable[[bytes, tuple[int, int], int | None], bytes]
 """A PNG, its size, and a quality; the picture in another form."""
+
+Run = Callable[["Export", Sequence[int]], Iterator["ShardRecord"]]
+"""An export and the numbers of its shards; their records, as they come."""
 
 File = tuple[str, bytes]
 """A path below the export, and what the file holds."""
@@ -23,7 +30,7 @@ File = tuple[str, bytes]
 class Shard:
     """Rows that are written together: the `index`th of `count` of its split, from row `start` to before row `stop`.
 
-    Of these it has those that are exported and belong to its split. `alone`: there is no other split.
+    Of these it has those that are exported and belong to its split. `alone`: no splits were asked for.
     """
 
     split: str

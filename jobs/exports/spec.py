@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from latentmill.jobs.errors import UsageError
-from latentmill.jobs.exports.table import EXPORTS, IMAGE_FORMATS
+from latentmill.jobs.exports.table import EXPORTS, IMAGE_FORMATS, RUNNERS
 from latentmill.jobs.manifests.fields import FieldError, shorten
 from latentmill.jobs.settings import choice, settings_of, special, switch, text, whole
 from latentmill.jobs.store.urls import allowed_filesystem
@@ -91,7 +91,14 @@ class ExportSpec:
     shard_size: str = special(
         WHAT, "Rows or bytes of a shard: 10000, 500MB.", _shard_size, default="256MB", planned=True
     )
-    workers: int = whole(4, HOW, "Shards at work at once; each is held in memory.", 1, 256)
+    executor: str = choice("threads", HOW, "threads of this process, or ray.", tuple(RUNNERS))
+    address: str | None = text(
+        None, HOW, "Ray cluster, HOST:6379; default RAY_ADDRESS, else one on this machine. Its nodes reach both places."
+    )
+    insecure_ray: bool = switch(HOW, "Join a cluster without token authentication: anyone can run code on it.")
+    workers: int | None = whole(
+        None, HOW, "Shards at work at once, each held in memory: 4, on Ray one for each CPU.", 1, 10_000
+    )
     verify: bool = switch(HOW, "Read what is there already, and compare its digests; otherwise its sizes are compared.")
 
     @property

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from latentmill.jobs.exports.export import ExportSummary
+    from latentmill.jobs.exports.push import PushSummary
     from latentmill.jobs.models.presets import ModelPreset
     from latentmill.jobs.outputs.clean import CleanReport
     from latentmill.jobs.outputs.repair import RepairReport
@@ -314,6 +315,11 @@ def show_export(summary: ExportSummary) -> None:
         "export": summary.dest,
     }
     print_facts(f"exported to {summary.to}", facts)
+
+
+def show_push(summary: PushSummary) -> None:
+    """Where the export is now."""
+    print_facts("pushed", {"from": summary.dest, "repository": summary.repo, "at": summary.url})
 
 
 def show_models(presets: Mapping[str, ModelPreset]) -> None:
