@@ -43,7 +43,7 @@ def _front_matter(written: Written) -> dict[str, Any]:
     ]
     license_ = written.plan.model.license
     return {
-        **({} if license_ is None else {"license": license_}),
+        **({} if license_ is None else {"license": license_.lower()}),  # as the hub writes SPDX's names
         "task_categories": ["text-to-image"],
         "annotations_creators": ["machine-generated"],
         "tags": ["synthetic", "latentmill"],
