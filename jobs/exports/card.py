@@ -17,6 +17,13 @@ _SIZES = (
     (100_000_000, "10M<n<100M"),
 )
 _LARGEST = "100M<n<1B"
+_HUB_LICENSES = {
+    "apache-2.0": "apache-2.0",
+    "creativeml-openrail-m": "creativeml-openrail-m",
+    "creativeml-openrail++-m": "openrail++",
+    "mit": "mit",
+}
+"""Names of licenses that presets give, and the hub's own for them."""
 
 
 def dataset_card(written: Written) -> str:
@@ -43,7 +50,7 @@ def _front_matter(written: Written) -> dict[str, Any]:
     ]
     license_ = written.plan.model.license
     return {
-        **({} if license_ is None else {"license": license_.lower()}),  # as the hub writes SPDX's names
+        **({} if license_ is None else _license(license_)),
         "task_categories": ["text-to-image"],
         "annotations_creators": ["machine-generated"],
         "tags": ["synthetic", "latentmill"],
@@ -54,6 +61,17 @@ def _front_matter(written: Written) -> dict[str, Any]:
             "download_size": sum(size["num_bytes"] for size in sizes),
             "dataset_size": sum(size["num_bytes"] for size in sizes),
         },
+    }
+
+
+def _license(name: str) -> dict[str, str]:
+    """As the hub has it, which takes a name that it does not know only beside `other`."""
+    slug = "-".join(name.lower().split())
+    if slug in _HUB_LICENSES:
+        return {"license": _HUB_LICENSES[slug]}
+    return {
+        "license": "other",
+        "license_name": "".join(letter for letter in slug if letter.isalnum() or letter in "-."),
     }
 
 

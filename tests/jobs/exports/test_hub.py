@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from latentmill.jobs.errors import JobError, UsageError
+from latentmill.jobs.exports import card
 from latentmill.jobs.exports.export import export
 from latentmill.jobs.exports.push import push_to_hub
 from latentmill.jobs.exports.spec import make_export_spec
@@ -137,3 +138,18 @@ def test_a_hub_that_does_not_answer_is_one_line(folder: Path, monkeypatch: pytes
     assert str(failed.value).startswith("me/birds on the hub: ")
     assert "\n" not in str(failed.value)
     assert "hf_none" not in str(failed.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("Apache-2.0", {"license": "apache-2.0"}),
+        ("CreativeML OpenRAIL++-M", {"license": "openrail++"}),
+        (
+            "Stability AI Community License",
+            {"license": "other", "license_name": "stability-ai-community-license"},
+        ),
+    ],
+)
+def test_a_license_is_named_as_the_hub_names_it(name: str, told: dict[str, str]):
+    assert card._license(name) == told
