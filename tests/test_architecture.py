@@ -249,6 +249,7 @@ def test_there_is_no_circle_among_the_parts_of_jobs():
         ("import latentmill.engine", {"torch", "transformers", "ray", "pyarrow", "fsspec", "cv2"}),
         ("import latentmill.jobs.runner", {"torch", "ray", "transformers", "cv2"}),
         ("import latentmill.jobs.show.report", {"torch", "ray", "transformers", "cv2"}),
+        ("import latentmill.jobs.exports.runners", {"torch", "ray", "transformers", "cv2", "pandas"}),
     ],
 )
 def test_what_an_import_must_not_bring_along(statement: str, heavy: set[str]):

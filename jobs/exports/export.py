@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -26,6 +27,8 @@ from latentmill.jobs.exports.spec import ExportSpec
 from latentmill.jobs.exports.table import EXPORTS, runner
 from latentmill.jobs.store.storage import Storage
 from latentmill.jobs.store.urls import display_url, place_of
+
+_THREADS = 16
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -107,12 +110,15 @@ def export(
 def _whole_shards(work: Export) -> dict[int, ShardRecord]:
     """The shards that lie there with the sizes of their records; with `verify`, with their digests too."""
     sizes = dict(work.dest.list(""))
-    found = {}
-    for number in range(len(work.plan.shards)):
+
+    def look(number: int) -> ShardRecord | None:
         record = read_record(work.dest, work.plan, number)
-        if record is not None and all(_is_whole(work, sizes, file) for file in record.files):
-            found[number] = record
-    return found
+        whole = record is not None and all(_is_whole(work, sizes, file) for file in record.files)
+        return record if whole else None
+
+    with ThreadPoolExecutor(_THREADS) as pool:
+        found = pool.map(look, range(len(work.plan.shards)))
+        return {record.shard: record for record in found if record is not None}
 
 
 def _is_whole(work: Export, sizes: Mapping[str, int], file: WrittenFile) -> bool:

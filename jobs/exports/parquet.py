@@ -15,7 +15,7 @@ PICTURE = pa.field("image", pa.struct([pa.field("bytes", pa.binary()), pa.field(
 FEATURES = {"huggingface": json.dumps({"info": {"features": {PICTURE.name: {"_type": "Image"}}}})}
 """What tells readers of the hub that the column holds pictures; the types of the others are Arrow's own."""
 
-_ROWS_PER_GROUP = 100
+_ROWS_PER_GROUP, _BYTES_PER_GROUP = 100, 32_000_000
 """The hub's viewer reads a group at a time."""
 
 
@@ -25,11 +25,19 @@ class Parquet(ExportFormat):
     taken = (PICTURE.name,)
 
     def files(self, shard: Shard, rows: pa.Table, pictures: Sequence[Picture]) -> Iterable[File]:
-        """One file of Parquet."""
-        values = [{"bytes": picture.data, "path": picture.name} for picture in pictures]
-        table = rows.add_column(0, PICTURE, pa.array(values, PICTURE.type)).replace_schema_metadata(FEATURES)
+        """One file of Parquet. Memory holds it, and the pictures of one group once more."""
+        schema = pa.schema([PICTURE, *rows.schema], FEATURES)
+        names = rows.schema.names  # pictures are packed already, and alike in nothing
+        options = {"compression": dict.fromkeys(names, "zstd"), "use_dictionary": names, "write_statistics": names}
+        mean = sum(len(picture.data) for picture in pictures) // len(pictures)
+        size = max(1, min(_ROWS_PER_GROUP, _BYTES_PER_GROUP // max(1, mean)))
         buffer = io.BytesIO()
-        pq.write_table(table, buffer, compression="zstd", row_group_size=_ROWS_PER_GROUP)
+        with pq.ParquetWriter(buffer, schema, **options) as writer:
+            for first in range(0, rows.num_rows, size):
+                group = pictures[first : first + size]
+                values = [{"bytes": picture.data, "path": picture.name} for picture in group]
+                table = rows.slice(first, len(group)).add_column(0, PICTURE, pa.array(values, PICTURE.type))
+                writer.write_table(table.cast(schema))
         return [(f"data/{shard.name}.parquet", buffer.getvalue())]
 
 

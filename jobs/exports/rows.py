@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, field
 from functools import lru_cache
 from threading import Lock
 from typing import Any
@@ -15,12 +15,15 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from latentmill.jobs.errors import JobError
-from latentmill.jobs.exports.filters import Filter, parse_filter
+from latentmill.jobs.exports.filters import parse_filter
 from latentmill.jobs.exports.spec import ExportSpec
 from latentmill.jobs.job import Job, open_job
+from latentmill.jobs.manifests.fields import shorten
 from latentmill.jobs.outputs.publish import MAX_PART_BYTES, Part, Publication, standing_publication
 from latentmill.jobs.plans.planned import fingerprint
 from latentmill.jobs.store.parquet import OversizeError, read_parquet
+
+_SAMPLE_ID = re.compile(r"\d{8,19}", re.ASCII)
 
 
 class Source:
@@ -57,8 +60,16 @@ class Source:
             first += part.rows
 
     def picture(self, row: Mapping[str, Any]) -> bytes:
-        """The file of a row's picture, which has the digest of the row. Raises JobError otherwise."""
+        """The file of a row's picture, which has the digest of the row. Raises JobError otherwise.
+
+        The row may be a stranger's: its sample_id becomes the name of a file, so it must be one that a job gives.
+        """
         storage = self.job.storage
+        if not _SAMPLE_ID.fullmatch(row["sample_id"] or "") or row["bytes"] is None:
+            raise JobError(
+                f"{storage.url}/dataset has a row that no job writes (sample_id {shorten(row['sample_id'])}); "
+                f"`latentmill verify {storage.url}` says what is wrong with it"
+            )
         try:
             data = self.job.pictures.read(row["image"], row["bytes"])
         except FileNotFoundError:
@@ -94,22 +105,17 @@ def open_source(out_url: str) -> Source:
     return Source(job, publication)
 
 
-@dataclass(frozen=True)
 class Selection:
     """Which rows are exported, and to which split each belongs: it follows from the row alone."""
 
-    spec: ExportSpec
-    schema: pa.Schema
-    _filter: Filter | None = field(init=False, default=None)
-
-    def __post_init__(self) -> None:
-        if self.spec.filter is not None:
-            object.__setattr__(self, "_filter", parse_filter(self.spec.filter, self.schema))
+    def __init__(self, spec: ExportSpec, schema: pa.Schema) -> None:
+        self._statuses = pa.array(spec.status.split(","))
+        self._filter = None if spec.filter is None else parse_filter(spec.filter, schema)
+        self._shares = spec.splits
 
     def mask(self, table: pa.Table) -> NDArray[np.bool_]:
         """True for each row that has a picture, a status and what else was asked for."""
-        statuses = pa.array(self.spec.status.split(","))
-        kept = pc.and_(pc.is_valid(table.column("image")), pc.is_in(table.column("status"), statuses))
+        kept = pc.and_(pc.is_valid(table.column("image")), pc.is_in(table.column("status"), self._statuses))
         if self._filter is not None:
             kept = pc.and_(kept, self._filter.mask(table))
         found: NDArray[np.bool_] = (
@@ -119,10 +125,10 @@ class Selection:
 
     def splits(self, table: pa.Table) -> NDArray[np.object_]:
         """The name of each row's split. Rows of one row_id, which share a prompt, are in one split."""
-        names = list(self.spec.splits)
+        names = list(self._shares)
         if len(names) == 1:
             return np.full(table.num_rows, names[0], dtype=object)
-        ends = np.cumsum(list(self.spec.splits.values()))[:-1] * 2.0**64
+        ends = np.cumsum(list(self._shares.values()))[:-1] * 2.0**64
         encoded = table.column("row_id").combine_chunks().dictionary_encode()
         row_ids: list[str] = encoded.dictionary.to_pylist()
         places = [int.from_bytes(hashlib.sha256(row_id.encode()).digest()[:8]) for row_id in row_ids]

@@ -7,15 +7,19 @@ import json
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from latentmill.jobs.errors import JobError, OutputConflictError, UsageError
 from latentmill.jobs.exports.export import export
 from latentmill.jobs.exports.spec import make_export_spec
 from latentmill.jobs.exports.table import EXPORTS
+from latentmill.jobs.outputs.publish import encode_part
 from tests.jobs.driver import PROCESSES, job_spec, run
 from tests.jobs.exports.conftest import Write, digests
 from tests.jobs.traps import KillAt, arm
@@ -187,6 +191,33 @@ def test_a_part_that_is_not_as_it_was_published_ends_the_export_by_name(copy: Pa
         export(str(copy), spec_of("jsonl", tmp_path / "export"))
 
 
+@every_format
+def test_no_name_of_a_forged_row_leads_out_of_an_export(to: str, copy: Path, tmp_path: Path):
+    (part,) = (copy / "dataset").iterdir()
+    table = pq.read_table(part)
+    forged = pa.array(["../../escaped", *table.column("sample_id").to_pylist()[1:]])
+    data = encode_part(table.set_column(table.schema.get_field_index("sample_id"), "sample_id", forged), {})
+    digest = hashlib.sha256(data).hexdigest()
+    part.unlink()
+    (copy / f"dataset/part-00000-{digest[:16]}.parquet").write_bytes(data)
+    manifest = json.loads((copy / "_job/dataset.json").read_text())
+    path = f"dataset/part-00000-{digest[:16]}.parquet"
+    manifest["parts"] = [{"path": path, "rows": 8, "bytes": len(data), "sha256": digest}]
+    (copy / "_job/dataset.json").write_text(json.dumps(manifest))
+    with pytest.raises(JobError, match=r"has a row that no job writes \(sample_id '../../escaped'\)"):
+        export(str(copy), spec_of(to, tmp_path / "export"))
+    assert list(digests(tmp_path / "export")) == ["_export/plan.json"]
+    assert not list(tmp_path.rglob("escaped*"))
+
+
+def test_an_output_of_an_older_format_is_exported(tmp_path: Path):
+    with zipfile.ZipFile(Path(__file__).parents[1] / "outputs/data/format2.zip") as packed:
+        packed.extractall(tmp_path / "old")
+    (plan,) = tmp_path.glob("**/_job/plan.json")
+    summary = export(str(plan.parents[1]), spec_of("hf", tmp_path / "export"))
+    assert summary.rows["train"] == pq.read_table(tmp_path / "export/data").num_rows
+
+
 @pytest.mark.parametrize(("size", "rows"), [("4", [4, 2]), ("10kB", [2, 2, 2]), ("1kB", [1] * 6), ("50000", [6])])
 def test_shards_are_cut_by_rows_or_by_bytes(size: str, rows: list[int], write: Write, tmp_path: Path):
     write("parquet", shard_size=size)
@@ -267,6 +298,7 @@ def test_an_export_goes_to_a_bucket_as_to_a_disk(s3: str, write: Write, tmp_path
     assert write("webdataset", f"{s3}/export", shard_size="2").written == 1
 
 
+@pytest.mark.slow
 def test_the_command_says_what_it_wrote_and_ends_with_the_code_of_its_error(published: Path, tmp_path: Path):
     def call(*arguments: object) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "latentmill", "export", published, *arguments, "--out", tmp_path / "export"]

@@ -6,6 +6,8 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests.jobs.exports.conftest import Write
 from tests.jobs.exports.consumers import told_by
 
@@ -25,6 +27,7 @@ print(json.dumps([[list(pictures.shape), prompts] for pictures, prompts in DataL
 """
 
 
+@pytest.mark.slow
 def test_webdataset_gives_each_picture_with_its_row_and_its_prompt(
     write: Write, published: Path, ok: list[dict[str, Any]], tmp_path: Path
 ):
@@ -41,6 +44,7 @@ def test_webdataset_gives_each_picture_with_its_row_and_its_prompt(
     assert not any("image" in row for row in told)
 
 
+@pytest.mark.slow
 def test_a_dataloader_of_torch_takes_them_in_batches(write: Write, ok: list[dict[str, Any]], tmp_path: Path):
     write("webdataset", shard_size="2", image_format="webp")
     batches = told_by(READ_BATCHES, f"{tmp_path}/export/{{000000..000002}}.tar", "webp")
