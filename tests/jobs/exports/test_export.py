@@ -17,9 +17,11 @@ import pytest
 
 from latentmill.jobs.errors import JobError, OutputConflictError, UsageError
 from latentmill.jobs.exports.export import export
+from latentmill.jobs.exports.rows import Selection
 from latentmill.jobs.exports.spec import make_export_spec
 from latentmill.jobs.exports.table import EXPORTS
-from latentmill.jobs.outputs.publish import encode_part
+from latentmill.jobs.job import open_job
+from latentmill.jobs.outputs.publish import encode_part, load_publication, publish
 from tests.jobs.driver import PROCESSES, job_spec, run
 from tests.jobs.exports.conftest import Write, digests
 from tests.jobs.traps import KillAt, arm
@@ -236,6 +238,27 @@ def test_a_split_follows_from_the_row_id_alone(write: Write, tmp_path: Path):
     assert set(split_of) == {"a", "b", "e", "f"}
     assert all(len(splits) == 1 for splits in split_of.values())
     assert len({split for splits in split_of.values() for split in splits}) == 2
+
+
+def test_shares_come_out_and_stay_what_they_were():
+    """The same names with the same shares always give the same split: a model trained on one must not see the other."""
+    spec = spec_of("jsonl", "unused", split="train=0.9,test=0.1")
+    table = pa.table({"row_id": [str(number) for number in range(20_000)]})
+    splits = Selection(spec, table.schema).splits(table).tolist()
+    assert 1_900 < splits.count("test") < 2_100
+    assert [number for number, split in enumerate(splits) if split == "test"][:5] == [5, 6, 20, 31, 70]
+
+
+def test_a_shard_may_run_over_several_parts(copy: Path, write: Write, tmp_path: Path):
+    (copy / "_job/dataset.json").unlink()
+    publish(open_job(str(copy)), rows_per_part=3)
+    assert len(load_publication(open_job(str(copy))).parts) == 3
+    export(str(copy), spec_of("jsonl", tmp_path / "parts", shard_size="4", split="train=0.5,test=0.5"))
+    write("jsonl", tmp_path / "whole", shard_size="4", split="train=0.5,test=0.5")
+    whole, parts = digests(tmp_path / "whole"), digests(tmp_path / "parts")
+    assert {path for path in whole if whole[path] != parts[path]} == {
+        path for path in whole if path.startswith("_export/")
+    }
 
 
 def test_flagged_pictures_are_exported_only_where_asked_for(write: Write, tmp_path: Path):
