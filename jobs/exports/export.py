@@ -67,44 +67,43 @@ def export(
     holds something else, OutputConflictError if it holds another export, JobError if the dataset is not published, no
     row is chosen, or a picture is not as its row says.
     """
+    work = _planned(out_url, spec, on_progress)
+    found = {} if adopt(work.dest, work.plan) else _whole_shards(work)
+    shards, records = work.plan.shards, dict(found)
+    total, done = sum(shard.rows for shard in shards), sum(shards[number].rows for number in found)
+    missing = [number for number in range(len(shards)) if number not in found]
+    on_progress(ExportProgress(phase="exporting", done=done, total=total))
+    for record in runner(spec.executor)(work, missing) if missing else ():
+        records[record.shard] = record
+        done += shards[record.shard].rows
+        on_progress(ExportProgress(phase="exporting", done=done, total=total))
+    told = json.loads(_finish(work, [records[number] for number in range(len(shards))]))
+    return ExportSummary(
+        dest=work.dest.url,
+        to=spec.to,
+        rows={split: told["rows"][split] for split in spec.splits if split in told["rows"]},
+        shards=len(shards),
+        written=len(missing),
+        files=told["files"],
+        bytes=told["bytes"],
+    )
+
+
+def _planned(out_url: str, spec: ExportSpec, on_progress: Callable[[ExportProgress], None]) -> Export:
+    """What is to be exported, and how it is cut; nothing is written yet."""
     _refuse_inside(out_url, spec.out)
     source = open_source(out_url)
     on_progress(ExportProgress(phase="choosing rows", done=0, total=source.publication.rows))
     cuts = cut(source, spec)
     if not cuts:
+        wanted = f"the status {spec.status}" + (f" and {spec.filter}" if spec.filter else "")
         raise JobError(
             f"no row of {source.job.storage.url} is chosen: of {source.publication.rows:,} rows, none has a picture, "
-            f"the status {spec.status}"
-            + (f" and {spec.filter}" if spec.filter else "")
-            + "; widen --status or --filter"
+            f"{wanted}; widen --status or --filter"
         )
-    plan = ExportPlan(
-        source=source_facts(source), options=spec.planned(), shards=number_shards(cuts, alone=spec.split is None)
-    )
-    work = Export(source=source, dest=Storage.open(spec.out), spec=spec, plan=plan)
-    new = adopt(work.dest, plan)
-    found = {} if new else _whole_shards(work)
-    records = dict(found)
-    total = sum(shard.rows for shard in plan.shards)
-    done = sum(plan.shards[number].rows for number in records)
-    missing = [number for number in range(len(plan.shards)) if number not in found]
-    on_progress(ExportProgress(phase="exporting", done=done, total=total))
-    if missing:
-        for record in runner(spec.executor)(work, missing):
-            records[record.shard] = record
-            done += plan.shards[record.shard].rows
-            on_progress(ExportProgress(phase="exporting", done=done, total=total))
-    last = _finish(work, [records[number] for number in range(len(plan.shards))])
-    told = json.loads(last)
-    return ExportSummary(
-        dest=work.dest.url,
-        to=spec.to,
-        rows={split: told["rows"][split] for split in spec.splits if split in told["rows"]},
-        shards=len(plan.shards),
-        written=len(records) - len(found),
-        files=told["files"],
-        bytes=told["bytes"],
-    )
+    shards = number_shards(cuts, alone=spec.split is None)
+    plan = ExportPlan(source=source_facts(source), options=spec.planned(), shards=shards)
+    return Export(source=source, dest=Storage.open(spec.out), spec=spec, plan=plan)
 
 
 def _whole_shards(work: Export) -> dict[int, ShardRecord]:

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 
 from latentmill.jobs.errors import JobError
-from latentmill.jobs.exports.documents import ExportPlan, ShardRecord, read_plan, record_path
+from latentmill.jobs.exports.documents import ExportPlan, ShardRecord, read_plan, record_path, source_facts
 from latentmill.jobs.exports.format import Picture, Shard, WrittenFile
 from latentmill.jobs.exports.rows import Selection, Source, open_source, renamed
 from latentmill.jobs.exports.spec import ExportSpec
@@ -54,10 +54,15 @@ class Export:
 
 
 def open_export(out_url: str, dest_url: str) -> Export:
-    """The export that has begun at a place, for a process that did not begin it."""
-    dest = Storage.open(dest_url)
+    """The export that has begun at a place, for a process that did not begin it.
+
+    Raises JobError if the dataset is another one by now.
+    """
+    dest, source = Storage.open(dest_url), open_source(out_url)
     plan = read_plan(dest)
-    return Export(source=open_source(out_url), dest=dest, spec=plan.spec(dest_url), plan=plan)
+    if plan.source != source_facts(source):
+        raise JobError(f"{source.job.storage.url} was published again since this export began; use another --out")
+    return Export(source=source, dest=dest, spec=plan.spec(dest_url), plan=plan)
 
 
 def cut(source: Source, spec: ExportSpec) -> list[tuple[str, int, int, int]]:
@@ -69,7 +74,7 @@ def cut(source: Source, spec: ExportSpec) -> list[tuple[str, int, int, int]]:
     for first, table in source.tables():
         chosen = np.flatnonzero(selection.mask(table))
         splits = selection.splits(table)[chosen].tolist()
-        sizes = table.column("bytes").to_numpy()[chosen].tolist()
+        sizes = table.column("bytes").fill_null(0).to_numpy()[chosen].tolist()
         for row, split, size in zip((chosen + first).tolist(), splits, sizes, strict=True):
             shards = cuts[split]
             if not shards or shards[-1][2] == most_rows or weights[split] + size > most_bytes:
