@@ -11,7 +11,8 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from latentmill.jobs.flags import QUIET, Say, flag, takes_a_job
+from latentmill.jobs.exports.spec import EXPORT_SETTINGS, HOW
+from latentmill.jobs.flags import QUIET, Say, flag, takes_a_job, takes_settings
 from latentmill.jobs.settings import RUNNING
 
 _MAKE, _LOOK, _MORE = "Make images", "Look at a dataset", "More"
@@ -238,6 +239,43 @@ def report(
 
     summary = draw_report(out, max_sheets=max_sheets)
     _answer(summary.to_dict(), json, lambda views: views.show_report(summary))
+
+
+@app.command(
+    rich_help_panel=_LOOK,
+    epilog="Example: [bold]latentmill export out/sample --to hf --out out/sample-hf --image-format webp[/bold]\n\n"
+    "The same command again resumes where it stopped. Exit codes: 0 complete, 2 usage, 3 --out holds another export.",
+)
+@takes_settings(EXPORT_SETTINGS, HOW)
+def export(flags: dict[str, Any], say: Say, *, dataset: OutArgument) -> None:
+    """Write a published dataset in another tool's form, every picture checked; the same export has the same bytes."""
+    from latentmill.jobs.show.display import progress_view
+
+    with progress_view("opening", lambda _: "", quiet=say.quiet) as view:
+        from latentmill.jobs.exports.export import export as export_job
+        from latentmill.jobs.exports.spec import make_export_spec
+
+        summary = export_job(dataset, make_export_spec(flags), on_progress=view.update)
+    _answer(summary.to_dict(), say.as_json, lambda views: views.show_export(summary), quiet=say.quiet)
+
+
+@app.command(
+    "push-to-hub",
+    rich_help_panel=_MORE,
+    epilog="Example: [bold]latentmill push-to-hub out/sample-hf me/birds --private[/bold]\n\n"
+    "The token is that of HF_TOKEN, or of `hf auth login`.",
+)
+def push_to_hub(
+    dest: Annotated[str, typer.Argument(metavar="DEST", help="A finished export: a folder.")],
+    repo: Annotated[str, typer.Argument(metavar="REPO", help="OWNER/NAME of a dataset; made if there is none.")],
+    private: Annotated[bool, typer.Option("--private", help="A repository that is made shall be private.")] = False,
+    json: Json = False,
+) -> None:
+    """Upload a finished export to the Hugging Face hub."""
+    from latentmill.jobs.exports.push import push_to_hub as push
+
+    summary = push(dest, repo, private=private)
+    _answer(summary.to_dict(), json, lambda views: views.show_push(summary))
 
 
 @app.command(rich_help_panel=_MORE, epilog="Example: [bold]latentmill models[/bold]")

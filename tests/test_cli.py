@@ -25,7 +25,8 @@ from latentmill.jobs.outputs.failures import FailedRow
 from latentmill.jobs.runner import RunSummary
 
 ROOT = Path(__file__).parents[1]
-VERBS = ["plan", "run", "submit", "status", "logs", "cancel", "verify", "report", "clean", "models", "inspect"]
+VERBS = ["plan", "run", "submit", "status", "logs", "cancel", "verify", "report", "clean", "export", "push-to-hub"]
+VERBS += ["models", "inspect"]
 
 Call = Callable[..., tuple[int, str, str]]
 

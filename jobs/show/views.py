@@ -13,6 +13,8 @@ from latentmill.jobs.terminal import print_line
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from latentmill.jobs.exports.export import ExportSummary
+    from latentmill.jobs.exports.push import PushSummary
     from latentmill.jobs.inspection import Inspection, Unread
     from latentmill.jobs.models.presets import ModelPreset
     from latentmill.jobs.outputs.clean import CleanReport
@@ -300,6 +302,24 @@ def show_report(report: ReportSummary) -> None:
     if len(report.sheets) > 5:
         facts["more"] = f"{report.out}/report"
     print_facts("report", facts)
+
+
+def show_export(summary: ExportSummary) -> None:
+    """What was written, and where."""
+    there = summary.shards - summary.written
+    rows = ", ".join(f"{count:,} {split}" for split, count in summary.rows.items())
+    facts: dict[str, object] = {
+        "rows": f"{sum(summary.rows.values()):,}" if len(summary.rows) == 1 else rows,
+        "shards": f"{summary.shards:,}" + (f", of which {there:,} were there" if there else ""),
+        "size": f"{size(summary.bytes)} in {summary.files:,} files",
+        "export": summary.dest,
+    }
+    print_facts(f"exported to {summary.to}", facts)
+
+
+def show_push(summary: PushSummary) -> None:
+    """Where the export is now."""
+    print_facts("pushed", {"from": summary.dest, "repository": summary.repo, "at": summary.url})
 
 
 def show_models(presets: Mapping[str, ModelPreset]) -> None:
