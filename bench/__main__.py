@@ -86,6 +86,10 @@ def _run(benchmark: Benchmark, options: argparse.Namespace) -> bool:
         print(f"{benchmark.name} ended with {done.returncode}: {done.stdout[-2000:]}", file=sys.stderr, flush=True)
         return False
     measured = json.loads(done.stdout.splitlines()[-1])
+    for name in [name for name in measured["details"] if name.endswith(".svg")]:
+        place = options.results / device / f"{benchmark.name}-{name}"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_text(measured["details"].pop(name))
     result = Result(
         name=benchmark.name,
         device=(describe_gpu() if device == "cuda" else None) or machine["processor"],

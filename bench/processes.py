@@ -83,7 +83,7 @@ def run_command(
     environment: Mapping[str, str] | None = None,
     awaited: Mapping[str, Callable[[], bool]] | None = None,
     meanwhile: Callable[[int, dict[tuple[int, int], Process]], None] | None = None,
-    period: float = 0.1,
+    period: float = 0.25,
     timeout: float = 1200,
     check: bool = True,
 ) -> CommandRun:

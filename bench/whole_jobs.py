@@ -51,6 +51,11 @@ def peer_command(name: str, work: Work, out: str) -> list[str]:
     return command + (["--staged"] if name == "ray-data-staged" else [])
 
 
+def first_commit(out: Path) -> bool:
+    """Whether the output has a commit record."""
+    return any(path.suffix == ".parquet" and path.name[0] != "." for path in (out / "ledger").glob("*/*"))
+
+
 def compare(context: Context, pictures: int, peers: Sequence[str], *, s3: bool = False) -> Measured:
     """Seconds of whole commands in rounds, their ratios to ours, and whether the pictures are the same."""
     work = Work(
@@ -64,7 +69,8 @@ def compare(context: Context, pictures: int, peers: Sequence[str], *, s3: bool =
     def run(name: str) -> float:
         out = place(name, len(runs[name]))
         command = our_command(work, out) if name == "ours" else peer_command(name, work, out)
-        runs[name].append(run_command(command, environment=environment))
+        awaited = {"first commit": lambda: first_commit(Path(out))} if name == "ours" and not s3 else {}
+        runs[name].append(run_command(command, environment=environment, awaited=awaited))
         return runs[name][-1].seconds
 
     def place(name: str, number: int) -> str:
@@ -87,5 +93,8 @@ def compare(context: Context, pictures: int, peers: Sequence[str], *, s3: bool =
     for name, of_name in runs.items():
         measured.figures.append(figure(f"{name}: CPU time of all processes", "s", [run.cpu_seconds for run in of_name]))
         measured.figures.append(figure(f"{name}: processes started", "", [len(run.processes) for run in of_name]))
+    if not s3:
+        first = [run.first["first commit"] for run in runs["ours"]]
+        measured.figures.append(figure("ours: Enter to first commit", "s", first))
     measured.notes.append(f"{pictures if not context.tiny else 8} pictures, {work.steps} steps, batch {BATCH}")
     return measured
