@@ -1,4 +1,4 @@
-"""Run benchmarks, each in a process of its own, and write `bench/RESULTS.md`: `python -m bench --list` shows them all."""
+"""Run benchmarks, each in a process of its own, and write `bench/RESULTS.md`: `python -m bench --list` shows all."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ from bench.report import write_report
 from bench.results import RESULTS, Result, store, stored
 from bench.table import BENCHMARKS, Benchmark
 
+TINY_RESULTS = ROOT / "out" / "bench-tiny" / "results"
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """0 if every benchmark that was asked for gave its figures; whether they meet the bars is in the report."""
@@ -27,6 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for each in BENCHMARKS.values():
             print(f"{each.name:18} {each.target:10} {each.minutes:4.1f} min  {each.what}")
         return 0
+    options.results = options.results or (TINY_RESULTS if options.tiny else RESULTS)
     failed = []
     for name in [] if options.render else _chosen(options):
         if not options.again and _is_known(options.results, BENCHMARKS[name]) and options.target == "bench-gpu":
@@ -47,7 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--tiny", action="store_true", help="the smallest shapes, to see whether it works")
     parser.add_argument("--again", action="store_true", help="measure what is known of this commit and device too")
     parser.add_argument("--device", default=None, choices=("cpu", "cuda"), help="in place of the target's own")
-    parser.add_argument("--results", type=Path, default=RESULTS, metavar="FOLDER")
+    parser.add_argument("--results", type=Path, metavar="FOLDER", help="default: bench/results, tiny ones elsewhere")
     parser.add_argument("--render", action="store_true", help="only write the report again")
     parser.add_argument("--list", action="store_true")
     return parser

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -34,14 +36,15 @@ class Bench:
         self.context, self.shape, self.rows = context, shape, rows
         self.folder = folder_of(shape, context.folder / shape, torch.float16, narrow=context.tiny)
         self.engine = load_ours(self.folder, context.device, rows)
-        self.peers = {"diffusers batched": Diffusers(self.folder, context.device)}
+        precision = f"fp16; diffusers compiled: torch.compile mode {COMPILE_MODE}, channels last"
+        self.measured = Measured(notes=[precision if self.cuda else "fp32, one thread, seconds of CPU time"])
+        self.peers: dict[str, Diffusers] = {}
+        if find_spec("diffusers") is None:
+            self.measured.notes.append("diffusers is not installed here: ours alone is measured")
+            return
+        self.peers["diffusers batched"] = Diffusers(self.folder, context.device)
         if self.cuda and compiled:
             self.peers["diffusers compiled"] = Diffusers(self.folder, context.device, compiled=True)
-        self.measured = Measured()
-        if self.cuda:
-            self.measured.notes.append(f"fp16; diffusers compiled: torch.compile mode {COMPILE_MODE}, channels last")
-        else:
-            self.measured.notes.append("fp32, one thread, seconds of CPU time")
 
     def seconds(self, work: Callable[[], Any]) -> float:
         """Of CPU time on a CPU, where others may be at work too; on a GPU, until it is done."""
@@ -55,7 +58,9 @@ class Bench:
         torch.cuda.synchronize()
         return time.perf_counter() - began
 
-    def compare(self, part: str, contenders: Mapping[str, Callable[[], Any]], *, repeat: int = 1) -> dict[str, list[float]]:
+    def compare(
+        self, part: str, contenders: Mapping[str, Callable[[], Any]], *, repeat: int = 1
+    ) -> dict[str, list[float]]:
         """Time contenders, the first of which is ours, after one run of each that does not count."""
         working = {name: work for name, work in contenders.items() if self._warmed_up(part, name, work)}
 
@@ -115,7 +120,9 @@ def compare(context: Context, shape: str, steps: int, rows: int = ROWS) -> Measu
         drawn = [bench.peers["diffusers batched"].draw([prompts[n]], [n], **options)[0] for n in range(rows)]
         pictures["diffusers one by one"] = drawn
 
-    contenders = {"ours": ours, **{name: peer(name) for name in bench.peers}, "diffusers one by one": one_by_one}
+    contenders = {"ours": ours, **{name: peer(name) for name in bench.peers}}
+    if bench.peers:
+        contenders["diffusers one by one"] = one_by_one
     found = bench.compare("end to end", contenders)
     bench.measured.figures.append(figure("ours", "pictures/s", [rows / seconds for seconds in found["ours"]]))
     if shape == "embedded":
@@ -125,7 +132,7 @@ def compare(context: Context, shape: str, steps: int, rows: int = ROWS) -> Measu
             if name != "ours"
         ]
     else:
-        bench.measured.notes.append("random weights: pictures are noise, so the networks' outputs are compared by parts")
+        bench.measured.notes.append("random weights: pictures are noise; the networks' outputs are compared by parts")
     if not bench.cuda:
         _parts(bench, side, rows)
     if bench.cuda:
@@ -186,9 +193,8 @@ def _side(context: Context, shape: str) -> int:
 def _parts(bench: Bench, side: int, rows: int) -> None:
     """One guided step's forward, of twice the rows, and the decoding of all rows."""
     unet = unet_of(bench.engine)
-    config: Mapping[str, Any] = bench.peers["diffusers batched"].pipeline.unet.config
-    vae = bench.peers["diffusers batched"].pipeline.vae
-    factor = 2 ** (len(vae.config.block_out_channels) - 1)
+    config, vae = (json.loads((bench.folder / part / "config.json").read_text()) for part in ("unet", "vae"))
+    factor = 2 ** (len(vae["block_out_channels"]) - 1)
     device, dtype = bench.context.device, next(unet.parameters()).dtype
     generator = torch.Generator().manual_seed(0)
 
@@ -205,13 +211,14 @@ def _parts(bench: Bench, side: int, rows: int) -> None:
 
     @torch.inference_mode()
     def ours() -> Tensor:
-        return unet(latents, timesteps, context, **(extra or {}))
+        found: Tensor = unet(latents, timesteps, context, **(extra or {}))
+        return found
 
     @torch.inference_mode()
     def our_decode() -> Tensor:
         return decode_by(bench.engine, latents[:rows].to(vae_dtype))
 
-    vae_dtype = torch.float32 if not bench.cuda or vae.config.force_upcast else dtype
+    vae_dtype = torch.float32 if not bench.cuda or vae["force_upcast"] else dtype
     peers = {
         name: (lambda peer=peer: peer.denoise(latents, timesteps, context, extra)) for name, peer in bench.peers.items()
     }
@@ -219,7 +226,9 @@ def _parts(bench: Bench, side: int, rows: int) -> None:
     bench.compare("U-Net", {"ours": ours, **peers}, repeat=repeat)
     decoders = {name: (lambda peer=peer: peer.decode(latents[:rows])) for name, peer in bench.peers.items()}
     bench.compare("VAE", {"ours": our_decode, **decoders})
-    for part, own, peer in (("U-Net", ours, peers), ("VAE", our_decode, decoders)):
+    for part, own, peer in (("U-Net", ours, peers), ("VAE", our_decode, decoders)) if peers else ():
         expected = peer["diffusers batched"]().float()
         apart = (own().float() - expected).abs().max() / expected.abs().max()
-        bench.measured.notes.append(f"{part}: greatest difference to diffusers {float(apart):.2g} of the greatest value")
+        bench.measured.notes.append(
+            f"{part}: greatest difference to diffusers {float(apart):.2g} of its greatest value"
+        )

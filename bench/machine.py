@@ -49,7 +49,8 @@ def describe_gpu() -> str | None:
 
     if not torch.cuda.is_available():
         return None
-    return f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}"
+    cudnn: Any = torch.backends.cudnn
+    return f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}, cuDNN {cudnn.version()}"
 
 
 def commit() -> str:

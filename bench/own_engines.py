@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from bench.synthetic import instant_engine
 from latentmill.engine import GenerationRequest, GenerationResult, SafetyVerdict
+from latentmill.engine.types import Pixels
 from latentmill.jobs.plans.plan import Plan
 from latentmill.jobs.worker import ChunkEngine, load_engine
 
@@ -79,7 +80,7 @@ class StandIn:
         )
 
 
-def _checker(plan: Plan):  # noqa: ANN202 - what a checker's `check` takes and gives is the engine's to say
+def _checker(plan: Plan) -> Callable[[Pixels], SafetyVerdict]:
     if plan.settings.safety == "none":
         return lambda _: SafetyVerdict(checker="none", score=0.0, flagged=False)
     from latentmill.engine.guards.open_nsfw import OpenNsfw

@@ -1,4 +1,4 @@
-"""Our networks, taken out of a loaded engine to be timed alone: the only place that knows where the engine keeps them."""
+"""Our networks, taken out of a loaded engine to be timed alone: nothing else knows where the engine keeps them."""
 
 from __future__ import annotations
 

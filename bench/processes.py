@@ -14,6 +14,7 @@ from pathlib import Path
 from bench.machine import ROOT
 
 _TICKS = os.sysconf("SC_CLK_TCK")
+_SETTLE_LOOKS = 25
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +72,8 @@ class CommandRun:
     first: dict[str, float] = field(default_factory=dict)
     """Seconds until each of the awaited things was there."""
     driver_peak_mib: float = 0.0
+    outlived: int = 0
+    """Processes that were still there some seconds after the command had ended."""
 
     @property
     def cpu_seconds(self) -> float:
@@ -117,6 +120,7 @@ def run_command(
         for name, there in (awaited or {}).items():
             if name not in run.first and there():
                 run.first[name] = run.seconds
+        run.outlived = _settle(run)
     finally:
         end([*run.processes.values()])
     reader.join(10)
@@ -124,6 +128,21 @@ def run_command(
     if check and run.exit_code:
         raise RuntimeError(f"{' '.join(command[:6])} ended with {run.exit_code}: {run.output[-3000:]}")
     return run
+
+
+def _settle(run: CommandRun) -> int:
+    """Processes that are left after a while in which those that end with their parent have done so."""
+    for _ in range(_SETTLE_LOOKS):
+        left = [each for each in run.processes.values() if _is_there(each)]
+        if not left:
+            return 0
+        time.sleep(0.2)
+    return len(left)
+
+
+def _is_there(process: Process) -> bool:
+    now = read_process(process.pid)
+    return now is not None and now.started == process.started
 
 
 def _look(pid: int, run: CommandRun, awaited: Mapping[str, Callable[[], bool]], started: float) -> None:
@@ -145,9 +164,8 @@ def end(processes: Sequence[Process]) -> list[Process]:
     """Kill what is left of these processes, which are ours; returns those that were still there."""
     left = []
     for process in processes:
-        now = read_process(process.pid)
-        if now is not None and now.started == process.started:
-            left.append(now)
+        if _is_there(process):
+            left.append(process)
             try:
                 os.kill(process.pid, signal.SIGKILL)
             except ProcessLookupError:

@@ -63,7 +63,8 @@ def _overview(results: dict[str, Result]) -> Iterator[str]:
         load = f"{result.machine['load_1min']}{' (busy)' if result.busy else ''}"
         minutes = f"{result.seconds / 60:.1f} min"
         yield (
-            f"| {name} | {benchmark.what} | `{result.command}` | {minutes} | {result.commit} | {result.device} | {load} |"
+            f"| {name} | {benchmark.what} | `{result.command}` | {minutes} | {result.commit} "
+            f"| {result.device} | {load} |"
         )
     yield ""
 
@@ -74,7 +75,8 @@ def _section(result: Result, folder: Path) -> Iterator[str]:
     if result.tiny:
         yield "**Smallest shapes, to see whether it works: these figures mean nothing.**\n"
     if result.busy:
-        yield f"**The machine was busy (load {result.machine['load_1min']}, more than {BUSY_LOAD:g}, before it began).**\n"
+        load = result.machine["load_1min"]
+        yield f"**The machine was busy before it began: its load was {load}, which is more than {BUSY_LOAD:g}.**\n"
     yield "| figure | median | runs | unit |"
     yield "|---|---|---|---|"
     for each in result.figures:

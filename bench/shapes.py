@@ -209,6 +209,7 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 def _narrowed(shape: Shape) -> Shape:
     """The same structure at a tenth of the width and one transformer layer, for tests."""
+
     def channels(config: Mapping[str, Any]) -> dict[str, Any]:
         return {"block_out_channels": [32 * (1 + number // 2) for number, _ in enumerate(config["block_out_channels"])]}
 

@@ -44,15 +44,19 @@ def compare(context: Context, seconds: float, pictures: int, peers: Sequence[str
         return runs[name][-1].seconds
 
     found = interleaved({name: (lambda name=name: run(name)) for name in runs}, context.rounds)  # type: ignore[misc]
-    measured = Measured(notes=[f"{pictures} pictures of {SIDE} px, {seconds} s a batch of 8, which alone is "
-                               f"{seconds * pictures / 8:.1f} s; one accelerator"])
-    for name in runs:
+    measured = Measured(
+        notes=[
+            f"{pictures} pictures of {SIDE} px, {seconds} s a batch of 8, which alone is "
+            f"{seconds * pictures / 8:.1f} s; one accelerator"
+        ]
+    )
+    for name, of_name in runs.items():
         measured.figures += [
             figure(name, "s", found[name]),
             figure(f"{name}: generating stage idle", "%", [idle_percent(each) for each in spans[name]]),
             figure(f"{name}: from the last picture to the end", "s", tails[name]),
-            figure(f"{name}: CPU time of all processes", "s", [each.cpu_seconds for each in runs[name]]),
-            figure(f"{name}: processes started", "", [len(each.processes) for each in runs[name]]),
+            figure(f"{name}: CPU time of all processes", "s", [each.cpu_seconds for each in of_name]),
+            figure(f"{name}: processes started", "", [len(each.processes) for each in of_name]),
         ]
     measured.figures += [ratio(f"{name} / ours", found[name], found["ours"]) for name in peers]
     return measured

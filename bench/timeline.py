@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 from itertools import pairwise
+from pathlib import Path
 
 from bench.tracing import Span
 
@@ -46,7 +47,7 @@ def draw(title: str, samples: Sequence[Sample], spans: Sequence[Span], marks: Se
         'font-family="sans-serif" font-size="11">',
         '<rect width="100%" height="100%" fill="white"/>',
         f'<text x="8" y="16" font-size="13">{escape(title)}</text>',
-        f'<text x="8" y="32">{len(by_pid) - len(rows)} processes of less than {_LEAST_CPU} s of CPU are left out</text>',
+        f'<text x="8" y="32">{len(by_pid) - len(rows)} processes of less than {_LEAST_CPU} s are left out</text>',
     ]
     for number, row in enumerate(rows):
         parts += _row(row, [span for span in spans if span.pid == row[0].pid], began, scale, _TOP + _ROW * number)
@@ -63,7 +64,10 @@ def draw(title: str, samples: Sequence[Sample], spans: Sequence[Span], marks: Se
 
 
 def _row(row: Sequence[Sample], spans: Sequence[Span], began: float, scale: float, y: int) -> list[str]:
-    label = f"{row[-1].title[:44]} {row[-1].cpu_seconds:.1f} s"
+    # Ray's workers call themselves idle between their tasks.
+    titles = [sample.title for sample in row if "IDLE" not in sample.title] or [row[-1].title]
+    words = [Path(word).name if word.startswith("/") else word for word in titles[-1].split()]
+    label = f"{' '.join(words)[:44]} {row[-1].cpu_seconds:.1f} s"
     parts = [f'<text x="8" y="{y + 12}">{escape(label)}</text>']
     for before, after in pairwise(row):
         share = min(1.0, (after.cpu_seconds - before.cpu_seconds) / max(after.at - before.at, 1e-3))
@@ -75,7 +79,5 @@ def _row(row: Sequence[Sample], spans: Sequence[Span], began: float, scale: floa
             )
     for span in spans:
         x, width = _LEFT + (span.began - began) * scale, (span.ended - span.began) * scale
-        parts.append(
-            f'<rect x="{x:.1f}" y="{y + 2}" width="{width:.1f}" height="5" fill="#36c"/>'
-        )
+        parts.append(f'<rect x="{x:.1f}" y="{y + 2}" width="{width:.1f}" height="5" fill="#36c"/>')
     return parts

@@ -1,4 +1,4 @@
-"""What a traced run says: when each process generated, how long the generating stage idled, and how long the tail was."""
+"""What a traced run says: when each process generated, how long the stage idled, and how long the tail was."""
 
 from __future__ import annotations
 

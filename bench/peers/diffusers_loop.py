@@ -1,4 +1,4 @@
-"""The loop that most people write: one process, one pipeline, a batch after the other, and each picture finished in turn."""
+"""The loop that most people write: one process, one pipeline, batch after batch, each picture finished in turn."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""diffusers as an engine: one by one, batched, and on a GPU compiled with channels last, as its documentation advises."""
+"""diffusers as an engine: one by one, batched, and on a GPU compiled with channels last, as its own pages advise."""
 
 from __future__ import annotations
 

@@ -6,7 +6,6 @@ With `--checkpoint`, Ray Data skips the rows whose checkpoint it finds there.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -47,7 +46,7 @@ def _finished(finisher: Finisher, batch: dict[str, Any], pictures: Any) -> dict[
 
 
 def _rows(options: Options) -> Any:
-    """The manifest in blocks of one batch: from memory, which starts fastest, or as a checkpoint needs them, from a file."""
+    """The manifest in blocks of one batch: from memory, which starts fastest; a checkpoint needs them from a file."""
     if options.checkpoint is not None:
         return ray.data.read_parquet(options.manifest).repartition(target_num_rows_per_block=options.batch)
     table = pq.read_table(options.manifest)
@@ -76,7 +75,7 @@ def main(options: Options) -> None:
         )
     made = _rows(options).map_batches(
         ray_data.Generate,
-        fn_constructor_args=(replace(options),),
+        fn_constructor_args=(options,),
         batch_size=options.batch,
         compute=ray.data.ActorPoolStrategy(size=options.actors),
         num_cpus=0 if options.staged else options.threads,
