@@ -15,6 +15,7 @@ from bench.machine import ROOT
 
 _TICKS = os.sysconf("SC_CLK_TCK")
 _SETTLE_LOOKS = 25
+_SERVICES = ("ray::IDLE", "ray::DashboardAgent", "ray::RuntimeEnvAgent")
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,8 +30,8 @@ class Process:
 
     @property
     def is_worker(self) -> bool:
-        """A process of Ray's with work of ours in it, or a Python of ours that another one started."""
-        return self.title.startswith("ray::") and not self.title.startswith("ray::IDLE")
+        """A process with work of the job in it: Ray names those after their work, and its own services too."""
+        return self.title.startswith("ray::") and not self.title.startswith(_SERVICES)
 
 
 def read_process(pid: int) -> Process | None:
@@ -105,7 +106,7 @@ def run_command(
         start_new_session=True,
     )
     chunks: list[str] = []
-    reader = threading.Thread(target=lambda: chunks.extend(process.stdout or ()), daemon=True)
+    reader = threading.Thread(target=_read_all, args=(process, chunks), daemon=True)
     reader.start()
     run = CommandRun(exit_code=0, seconds=0.0, output="")
     try:
@@ -128,6 +129,12 @@ def run_command(
     if check and run.exit_code:
         raise RuntimeError(f"{' '.join(command[:6])} ended with {run.exit_code}: {run.output[-3000:]}")
     return run
+
+
+def _read_all(process: subprocess.Popen[str], chunks: list[str]) -> None:
+    assert process.stdout is not None
+    with process.stdout as output:
+        chunks.extend(output)
 
 
 def _settle(run: CommandRun) -> int:
