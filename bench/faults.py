@@ -86,7 +86,14 @@ def compare(context: Context) -> Measured:
     measured = Measured(notes=[f"{pictures} pictures; SIGKILL of the worker that has worked most, or of the driver"])
     for name, schedule in SCHEDULES.items():
         for who, command in (("ours", _ours), ("ray-data-checkpoint", _peer)):
-            outcome = _suffer(context.folder / f"{who}-{name}", work, pictures, list(schedule), command, who)
+            outcome = _suffer(
+                context.folder / f"{who}-{name}",
+                work,
+                pictures,
+                list(schedule[: 1 if context.tiny else None]),
+                command,
+                who,
+            )
             measured.details[f"{who}, {name}"] = asdict(outcome)
             measured.notes.append(
                 f"{who}, {name} killed: {', '.join(outcome.kills) or 'none'}; "

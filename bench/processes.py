@@ -69,6 +69,8 @@ class CommandRun:
     exit_code: int
     seconds: float
     output: str
+    ended: float = 0.0
+    """When it ended, in seconds since the epoch; what it left behind is waited for after that."""
     processes: dict[tuple[int, int], Process] = field(default_factory=dict)
     first: dict[str, float] = field(default_factory=dict)
     """Seconds until each of the awaited things was there."""
@@ -117,7 +119,7 @@ def run_command(
             if meanwhile is not None:
                 meanwhile(process.pid, run.processes)
             time.sleep(period)
-        run.seconds = time.perf_counter() - started
+        run.seconds, run.ended = time.perf_counter() - started, time.time()
         for name, there in (awaited or {}).items():
             if name not in run.first and there():
                 run.first[name] = run.seconds

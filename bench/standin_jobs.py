@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -36,11 +35,10 @@ def compare(context: Context, seconds: float, pictures: int, peers: Sequence[str
         out, trace = context.folder / f"{name}-{number}", context.folder / f"{name}-{number}.trace"
         environment = {"BENCH_SECONDS": str(seconds), "BENCH_PICTURES": str(known), "BENCH_TRACE": str(trace)}
         runs[name].append(run_command(_command(name, work, out, f"{seconds}:{known}"), environment=environment))
-        ended = time.time()
         spans[name].append(read_trace(trace))
         if pictures_made(spans[name][-1]) < pictures:
             raise RuntimeError(f"{name} made {pictures_made(spans[name][-1])} pictures of {pictures}")
-        tails[name].append(tail_seconds(spans[name][-1], ended))
+        tails[name].append(tail_seconds(spans[name][-1], runs[name][-1].ended))
         return runs[name][-1].seconds
 
     found = interleaved({name: (lambda name=name: run(name)) for name in runs}, context.rounds)  # type: ignore[misc]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
 import numpy as np
 
 from bench.figures import figure, interleaved, ratio
@@ -34,8 +32,8 @@ def throughput(context: Context, pictures: int = 128) -> Measured:
             trace = context.folder / f"{runs}.trace"
             environment = {"BENCH_SECONDS": "0", "BENCH_PICTURES": str(known), "BENCH_TRACE": str(trace)}
             command = [*our_standin(work, f"{place}/{runs}"), "--safety", "none"]
-            run_command(command, environment={**address, **environment})
-            return pictures / (time.time() - min(span.began for span in read_trace(trace)))
+            done = run_command(command, environment={**address, **environment})
+            return pictures / (done.ended - min(span.began for span in read_trace(trace)))
 
         places = {"disk": str(context.folder), "S3 server": "s3://test"}
         found = interleaved({name: (lambda at=at: run(at)) for name, at in places.items()}, context.rounds)  # type: ignore[misc]
