@@ -45,7 +45,9 @@ def compare(context: Context, seconds: float, pictures: int, peers: Sequence[str
     measured = Measured(
         notes=[
             f"{pictures} pictures of {SIDE} px, {seconds} s a batch of 8, which alone is "
-            f"{seconds * pictures / 8:.1f} s; one accelerator"
+            f"{seconds * pictures / 8:.1f} s; one accelerator",
+            "Idle is what lies between the first and the last batch. A peer that generates ahead of its second stage "
+            "idles little and ends late: see the time from the last picture to the end.",
         ]
     )
     for name, of_name in runs.items():

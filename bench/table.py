@@ -84,7 +84,7 @@ _CPU = (
     ),
     Benchmark(
         name="job-24",
-        what="the same with 24 pictures",
+        what="whole command, 24 pictures, otherwise as job-96",
         minutes=2.5,
         target="bench",
         call="whole_jobs:compare",

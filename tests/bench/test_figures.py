@@ -86,7 +86,9 @@ def test_whether_a_bar_is_met_follows_from_the_median(tmp_path, found, verdict):
 
 
 def test_the_report_says_what_was_not_measured_and_what_means_nothing(tmp_path):
-    assert "| job-24 | the same with 24 pictures | | about 2.5 min | not measured |" in report(tmp_path)
+    assert "| job-24 | whole command, 24 pictures, otherwise as job-96 | | about 2.5 min | not measured |" in report(
+        tmp_path
+    )
     text = report(tmp_path, result(1.0, load=2.5, tiny=True))
     assert "Smallest shapes" in text
     assert "its load was 2.5" in text
