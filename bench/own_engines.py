@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from bench.synthetic import instant_engine
-from latentmill.engine import GenerationRequest, GenerationResult, SafetyVerdict
-from latentmill.engine.types import Pixels
+from latentmill.engine import GenerationRequest, GenerationResult, UncheckedResult
+from latentmill.engine.guards.open_nsfw import OpenNsfw
+from latentmill.engine.guards.safety import SafetyChecker, judge
+from latentmill.engine.guards.unchecked import Unchecked
 from latentmill.jobs.plans.plan import Plan
 from latentmill.jobs.worker import ChunkEngine, load_engine
 
@@ -34,19 +36,26 @@ class Traced:
     def execution_class(self) -> str:
         return self._engine.execution_class
 
-    def generate(self, requests: Sequence[GenerationRequest]) -> list[GenerationResult]:
+    def sample(self, requests: Sequence[GenerationRequest]) -> list[UncheckedResult]:
         """As the engine does."""
         began = time.time()
-        results = self._engine.generate(requests)
+        sampled = self._engine.sample(requests)
         trace(len(requests), began)
-        return results
+        return sampled
+
+    def check(self, sampled: Sequence[UncheckedResult]) -> list[GenerationResult]:
+        """As the engine does."""
+        return self._engine.check(sampled)
+
+    def generate(self, requests: Sequence[GenerationRequest]) -> list[GenerationResult]:
+        """Both."""
+        return self.check(self.sample(requests))
 
 
 class StandIn:
     """An accelerator that is not there: a batch takes BENCH_SECONDS without CPU and gives pictures that are known.
 
-    The checker is the plan's own and runs where the engine runs it: after each batch, picture by picture, before the
-    next batch begins. Where the engine comes to do it otherwise, so must this.
+    The checker is the plan's own, and judges picture by picture.
     """
 
     def __init__(self, plan: Plan) -> None:
@@ -56,23 +65,31 @@ class StandIn:
         self._checker = _checker(plan)
         self.execution_class = "stand-in"
 
-    def generate(self, requests: Sequence[GenerationRequest]) -> list[GenerationResult]:
+    def sample(self, requests: Sequence[GenerationRequest]) -> list[UncheckedResult]:
         """Batch by batch."""
-        results: list[GenerationResult] = []
+        sampled: list[UncheckedResult] = []
         for start in range(0, len(requests), self._batch_size):
             batch = requests[start : start + self._batch_size]
             began = time.time()
             time.sleep(self._seconds)
             trace(len(batch), began)
-            results += [self._result(request, slot) for slot, request in enumerate(batch)]
-        return results
+            sampled += [self._picture(request, slot) for slot, request in enumerate(batch)]
+        return sampled
 
-    def _result(self, request: GenerationRequest, slot: int) -> GenerationResult:
+    def check(self, sampled: Sequence[UncheckedResult]) -> list[GenerationResult]:
+        """As the engine does."""
+        return [judge(self._checker, result) for result in sampled]
+
+    def generate(self, requests: Sequence[GenerationRequest]) -> list[GenerationResult]:
+        """Both."""
+        return self.check(self.sample(requests))
+
+    def _picture(self, request: GenerationRequest, slot: int) -> UncheckedResult:
         pixels = np.array(self._pictures[request.seed % len(self._pictures)])
-        return GenerationResult(
-            pixels=pixels,
+        return UncheckedResult(
+            judged=pixels,
+            kept=pixels,
             error=None,
-            safety=self._checker(pixels),
             prompt_tokens=12,
             precision="fp16",
             batch_size=self._batch_size,
@@ -80,12 +97,10 @@ class StandIn:
         )
 
 
-def _checker(plan: Plan) -> Callable[[Pixels], SafetyVerdict]:
+def _checker(plan: Plan) -> SafetyChecker:
     if plan.settings.safety == "none":
-        return lambda _: SafetyVerdict(checker="none", score=0.0, flagged=False)
-    from latentmill.engine.guards.open_nsfw import OpenNsfw
-
-    return OpenNsfw(plan.settings.nsfw_threshold, 1).check
+        return Unchecked()
+    return OpenNsfw(plan.settings.nsfw_threshold, 1)
 
 
 def standin_engine(plan: Plan, device: str) -> StandIn:  # noqa: ARG001 - the shape of an engine factory

@@ -220,7 +220,7 @@ def test_an_output_of_an_older_format_is_exported(tmp_path: Path):
     assert summary.rows["train"] == pq.read_table(tmp_path / "export/data").num_rows
 
 
-@pytest.mark.parametrize(("size", "rows"), [("4", [4, 2]), ("10kB", [2, 2, 2]), ("1kB", [1] * 6), ("50000", [6])])
+@pytest.mark.parametrize(("size", "rows"), [("4", [4, 2]), ("12kB", [2, 2, 2]), ("1kB", [1] * 6), ("50000", [6])])
 def test_shards_are_cut_by_rows_or_by_bytes(size: str, rows: list[int], write: Write, tmp_path: Path):
     write("parquet", shard_size=size)
     plan = json.loads((tmp_path / "export/_export/plan.json").read_text())
