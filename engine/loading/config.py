@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Protocol, get_args
 
 from latentmill.engine.loading.fields import Fields
 from latentmill.engine.loading.files import shown
@@ -13,7 +13,6 @@ from latentmill.engine.types import EngineError
 Json = Mapping[str, Any]
 PredictionType = Literal["epsilon", "v_prediction", "sample"]
 TimestepSpacing = Literal["leading", "trailing", "linspace", "original"]
-
 
 LEVELS_LIMIT = 8
 LAYERS_LIMIT = 64
@@ -36,6 +35,58 @@ def _refuse_other_than(config: Json, where: str, allowed: Mapping[str, tuple[Any
                 f"{where} has {name}={shown(config[name])}, which this engine does not build; "
                 f"it supports {', '.join(map(repr, values))}"
             )
+
+
+class DenoiserConfig(Protocol):
+    """What the engine asks of any denoiser's config: latents in and out, and what it is told beside them."""
+
+    @property
+    def in_channels(self) -> int:
+        """Channels of the noisy latents."""
+
+    @property
+    def out_channels(self) -> int:
+        """Channels of the prediction."""
+
+    @property
+    def context_dim(self) -> int:
+        """Features of one token's state."""
+
+    @property
+    def pooled_dim(self) -> int | None:
+        """Features of the prompt's pooled state; None where it takes none."""
+
+    @property
+    def sample_size(self) -> int:
+        """Cells along a side of the latents that it was trained on."""
+
+
+class AutoencoderConfig(Protocol):
+    """What the engine asks of any autoencoder's config."""
+
+    @property
+    def denoiser_channels(self) -> int:
+        """Channels of the latents that the denoiser works on."""
+
+    @property
+    def factor(self) -> int:
+        """Pixels per latent cell along one side: the paper's f."""
+
+    @property
+    def scaling_factor(self) -> float:
+        """The denoiser's latents are `(latents - shift_factor) * scaling_factor`."""
+
+    @property
+    def shift_factor(self) -> float:
+        """As above."""
+
+    @property
+    def force_upcast(self) -> bool:
+        """Whether its values overflow in half precision, so that it runs in fp32."""
+
+    @property
+    def decoder_width(self) -> int:
+        """Features per pixel of the largest activation while decoding."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,6 +114,13 @@ class UNetConfig:
     freq_shift: int
     addition_time_embed_dim: int | None
     projection_input_dim: int | None
+
+    @property
+    def pooled_dim(self) -> int | None:
+        """Features of the pooled state: what its added embedding takes beside six embedded numbers (SDXL)."""
+        if self.addition_time_embed_dim is None or self.projection_input_dim is None:
+            return None
+        return self.projection_input_dim - 6 * self.addition_time_embed_dim
 
     @classmethod
     def from_dict(cls, config: Json, where: str = "unet/config.json") -> UNetConfig:
@@ -155,14 +213,22 @@ class VAEConfig:
     codebook_dim: int
 
     @property
-    def unet_channels(self) -> int:
-        """Channels of the latents that the U-Net works on."""
+    def denoiser_channels(self) -> int:
+        """Channels of the latents that the denoiser works on."""
         return self.latent_channels if self.codebook_size is None else self.codebook_dim
 
     @property
     def factor(self) -> int:
         """Pixels per latent cell along one side: the paper's f."""
         return int(2 ** (len(self.channels) - 1))
+
+    @property
+    def decoder_width(self) -> int:
+        """Features per pixel of the largest activation while decoding.
+
+        The last level but one is upsampled to full size before its channels become those of the last.
+        """
+        return max(self.channels[:2])
 
     @classmethod
     def from_dict(cls, config: Json, where: str = "vae/config.json") -> VAEConfig:

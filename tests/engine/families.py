@@ -277,7 +277,7 @@ def assert_same_pictures(found: np.ndarray, expected: np.ndarray) -> None:
 
 def assert_same_unet(engine: Engine, pipeline: DiffusionPipeline) -> None:
     """The network's output within 1e-4 of the reference's, relative to its largest value."""
-    ours, config = engine._models.unet, engine._models.unet.config
+    ours, config = engine._models.denoiser, engine._models.denoiser.config
     torch.manual_seed(0)
     latents, timesteps = torch.randn(2, config.in_channels, 8, 16), torch.tensor([10, 700])
     context = torch.randn(2, 77, config.context_dim)
