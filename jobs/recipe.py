@@ -16,8 +16,9 @@ from latentmill.engine import GenerationRequest, GenerationResult, ModelSpec
 from latentmill.engine.types import Pixels
 from latentmill.jobs.errors import JobError, UsageError
 from latentmill.jobs.ledger.pictures import blank
+from latentmill.jobs.models.choice import ModelChoice, resolve_model
 from latentmill.jobs.models.place import place_model
-from latentmill.jobs.models.presets import ModelChoice, ResolvedModel, resolve_model
+from latentmill.jobs.models.resolved import ResolvedModel
 from latentmill.jobs.plans.columns import own_fields
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from latentmill.jobs.code import own_code
 from latentmill.jobs.manifests.manifest import Manifest
 from latentmill.jobs.manifests.tokens import TokenCounter
-from latentmill.jobs.models.presets import ResolvedModel
+from latentmill.jobs.models.resolved import ResolvedModel
 from latentmill.jobs.plans.columns import formats
 from latentmill.jobs.plans.grid import Grid, class_fields, decode_class
 from latentmill.jobs.plans.ids import IdCounter

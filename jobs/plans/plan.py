@@ -14,13 +14,13 @@ from latentmill.jobs.plans.planned import (
     PLAN_PATH,
     REJECTED_PATH,
     Plan,
-    PlannedSample,
     canonical,
     fingerprint,
     parse_plan,
     part_path,
 )
 from latentmill.jobs.plans.planning import draft_plan
+from latentmill.jobs.plans.sample import PlannedSample
 from latentmill.jobs.store.urls import display_url
 
 if TYPE_CHECKING:

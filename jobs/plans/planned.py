@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, cast
 
@@ -18,9 +17,10 @@ from latentmill.jobs.errors import JobError, UsageError
 from latentmill.jobs.manifests.axes import Axis
 from latentmill.jobs.manifests.fields import Value, shorten
 from latentmill.jobs.manifests.validate import CARRIED_PREFIX, snapshot_schema
-from latentmill.jobs.models.presets import ResolvedModel
+from latentmill.jobs.models.resolved import ResolvedModel
 from latentmill.jobs.plans.columns import columns_of, formats, own_fields, values
 from latentmill.jobs.plans.grid import MAX_SAMPLES, Grid, Group, Place, class_fields, encode_class
+from latentmill.jobs.plans.sample import PlannedSample
 from latentmill.jobs.plans.snapshot import PartInfo, SnapshotReader
 from latentmill.jobs.settings import settings_of
 from latentmill.jobs.spec import MAX_CHUNK, JobSpec
@@ -35,18 +35,6 @@ MAX_PLAN_BYTES = 64 << 20
 _MIN_ID_DIGITS = 8
 _FAULTS = (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError, RecursionError)
 """What reading a document raises that is not one of ours."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class PlannedSample:
-    """One image to be made. `extra` holds the row's carried columns under their names in the commit record."""
-
-    ordinal: int
-    sample_id: str
-    row_number: int
-    row_id: str
-    request: GenerationRequest
-    extra: dict[str, Any]
 
 
 def canonical(value: Any) -> str:
