@@ -29,7 +29,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
-watermark_app = typer.Typer(help="The invisible mark in the pictures.", no_args_is_help=True)
+watermark_app = typer.Typer(help="The invisible watermark in the pictures.", no_args_is_help=True)
 app.add_typer(watermark_app, name="watermark", rich_help_panel=_MORE)
 
 
@@ -221,7 +221,7 @@ def clean(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be removed, and delete nothing.")] = False,
     json: Json = False,
 ) -> None:
-    """Sweep what interrupted runs left behind: only proven garbage, safe beside a running job."""
+    """Remove what interrupted runs left behind: only proven garbage, safe beside a running job."""
     from latentmill.jobs.outputs.clean import clean as clean_job
 
     report = clean_job(out, dry_run=dry_run)
@@ -256,14 +256,14 @@ def models(json: Json = False) -> None:
 def read(
     files: Annotated[list[str], typer.Argument(metavar="FILE...", help="Picture files or URLs.")],
     expect: Annotated[
-        str, typer.Option("--expect", "--watermark-text", help="The mark to look for.")
+        str, typer.Option("--expect", "--watermark-text", help="The watermark to look for.")
     ] = "StableDiffusionV1",
     watermark: Annotated[
         str | None, typer.Option("--watermark", help="dwtDctSvd or dwtDct; without it, whichever fits best.")
     ] = None,
     json: Json = False,
 ) -> None:
-    """Look for the mark in pictures; exit code 1 if one does not carry it."""
+    """Look for the watermark in pictures; exit code 1 if one does not carry it."""
     from latentmill.jobs.watermarks import read_watermarks
 
     readings = read_watermarks(files, text=expect, method=watermark)

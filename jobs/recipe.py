@@ -92,7 +92,7 @@ class Recipe:
         return Engine.load(self.spec(), device=device, dtype=self.dtype, batch_size=self.batch_size)
 
     def draw(self, engine: Engine) -> Pixels:
-        """The picture as it was handed to the encoder: blanked if that was the policy, and marked."""
+        """The picture as it was handed to the encoder: blanked if that was the policy, and watermarked."""
         result = engine.generate([self.request] * self.batch_size)[self.slot]
         if result.pixels is None:
             raise JobError(f"the picture cannot be made again: {result.error}")

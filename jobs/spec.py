@@ -200,14 +200,16 @@ class JobSpec:
     safety: str = choice("auto", SAFETY, f"Checker: {', '.join(SAFETY_CHECKERS)}.", SAFETY_CHECKERS, planned=True)
     nsfw_threshold: float = number(0.8, SAFETY, "open-nsfw score that flags a picture.", 1e-6, 1, planned=True)
     on_flagged: str = choice("blank", SAFETY, "Flagged pictures: blank, drop or keep.", ON_FLAGGED, planned=True)
-    watermark: str = choice("dwtDctSvd", SAFETY, "Invisible mark: dwtDctSvd, dwtDct or none.", WATERMARKS, planned=True)
+    watermark: str = choice(
+        "dwtDctSvd", SAFETY, "Invisible watermark: dwtDctSvd, dwtDct or none.", WATERMARKS, planned=True
+    )
     watermark_text: str = special(
-        SAFETY, "The mark, up to 32 bytes.", _watermark_text, default="StableDiffusionV1", planned=True
+        SAFETY, "The watermark's text, up to 32 bytes.", _watermark_text, default="StableDiffusionV1", planned=True
     )
     watermark_policy: str = choice(
         "record",
         SAFETY,
-        "A mark that cannot be read back: record it, require one (the sample fails), or retry by dwtDctSvd first.",
+        "A watermark that cannot be read back: record it, require one (the sample fails), or retry by dwtDctSvd first.",
         WATERMARK_POLICIES,
         planned=True,
     )
@@ -274,7 +276,7 @@ def _parsed(name: str, value: Any) -> Any:
 def _check_together(spec: JobSpec) -> None:
     if spec.watermark == "none" and spec.watermark_policy != "record":
         raise UsageError(
-            f"watermark_policy {spec.watermark_policy!r} asks for a mark, but watermark is none; "
+            f"watermark_policy {spec.watermark_policy!r} asks for a watermark, but watermark is none; "
             f"choose {' or '.join(WATERMARK_METHODS)}, or watermark_policy record"
         )
     if not EXECUTORS[spec.runtime.executor].on_ray and spec.runtime.accelerator_type is not None:

@@ -18,7 +18,7 @@ from latentmill.jobs.store.urls import allowed_filesystem, display_url
 from latentmill.jobs.watermark_bits import bits_needed, matching_bits
 
 MAX_PIXELS = 1 << 25
-"""Twice the largest picture that a job can make; reading a mark takes 20 bytes a pixel."""
+"""Twice the largest picture that a job can make; reading a watermark takes 20 bytes a pixel."""
 
 MAX_FILE_BYTES = 256 << 20
 
@@ -37,7 +37,7 @@ class WatermarkReading:
 
     @property
     def found(self) -> bool:
-        """Whether the mark that was looked for is there, beyond chance."""
+        """Whether the watermark that was looked for is there, beyond chance."""
         return self.bits_matching >= self.bits_needed
 
     def to_dict(self) -> dict[str, Any]:
@@ -54,7 +54,7 @@ class Unread:
 
     @property
     def found(self) -> bool:
-        """No mark was found in it."""
+        """No watermark was found in it."""
         return False
 
     def to_dict(self) -> dict[str, Any]:
@@ -126,6 +126,6 @@ def _load(file: str) -> Pixels:
     if pixels.shape[0] * pixels.shape[1] < WATERMARK_MIN_PIXELS:
         raise UsageError(
             f"{display_url(file)} has {pixels.shape[1]}x{pixels.shape[0]} pixels; "
-            f"a mark needs at least {WATERMARK_MIN_PIXELS:,} in all, for example 256x256"
+            f"a watermark needs at least {WATERMARK_MIN_PIXELS:,} in all, for example 256x256"
         )
     return pixels

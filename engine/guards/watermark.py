@@ -1,8 +1,8 @@
 """The invisible watermark of the original script: the same bits as the library invisible-watermark, but faster.
 
-The mark is a public constant that says "made by a machine"; it does not prove where a picture comes from. It is in the
-colour plane U, in the low band of a Haar transform: one bit in each block of 4x4 coefficients, repeated to the end of
-the picture. The library processes one block after the other; here all blocks are one array, and torch, which the
+The watermark is a public constant that says "made by a machine"; it does not prove where a picture comes from. It is in
+the colour plane U, in the low band of a Haar transform: one bit in each block of 4x4 coefficients, repeated to the end
+of the picture. The library processes one block after the other; here all blocks are one array, and torch, which the
 library imports, is not needed. The tests compare both, bit by bit.
 """
 
@@ -31,15 +31,15 @@ def embed_watermark(pixels: Pixels, text: str, method: str) -> Pixels:
     low, horizontal, vertical, diagonal = _haar(plane)
     blocks = _blocks(low)
     bits = np.resize(np.unpackbits(np.frombuffer(text.encode(), np.uint8)), len(blocks))
-    marked = _mark_singular_values(blocks, bits) if method == "dwtDctSvd" else _mark_coefficients(blocks, bits)
-    _put_blocks(low, marked)
+    changed = _embed_in_singular_values(blocks, bits) if method == "dwtDctSvd" else _embed_in_coefficients(blocks, bits)
+    _put_blocks(low, changed)
     # The library swaps the horizontal and the vertical band on the way back.
     plane[:] = _inverse_haar(low, vertical, horizontal, diagonal)
     return np.asarray(cv2.cvtColor(yuv, cv2.COLOR_YUV2RGB), np.uint8)
 
 
 def read_watermark(pixels: Pixels, n_bytes: int, method: str) -> bytes:
-    """The `n_bytes` that the picture's mark decodes to. A picture without a mark gives bytes too."""
+    """The `n_bytes` that the picture's watermark decodes to. A picture without one gives bytes too."""
     _check(pixels, method)
     low, *_ = _haar(_colour_plane(cv2.cvtColor(pixels, cv2.COLOR_RGB2YUV)))
     blocks = _blocks(low)
@@ -51,7 +51,7 @@ def read_watermark(pixels: Pixels, n_bytes: int, method: str) -> bytes:
 
 
 def watermark_bit_accuracy(pixels: Pixels, text: str, method: str) -> float:
-    """Share of the bits of `text` that are read back from the picture: 1.0 is exact, about 0.5 is no mark."""
+    """Share of the bits of `text` that are read back from the picture: 1.0 is exact, about 0.5 is no watermark."""
     expected = np.frombuffer(text.encode(), dtype=np.uint8)
     found = np.frombuffer(read_watermark(pixels, len(expected), method), dtype=np.uint8)
     return float(np.mean(np.unpackbits(expected) == np.unpackbits(found)))
@@ -74,7 +74,7 @@ def _colour_plane(yuv: Pixels) -> Pixels:
     return yuv[: height // 4 * 4, : width // 4 * 4, 1]
 
 
-def _mark_singular_values(blocks: Floats, bits: NDArray[np.uint8]) -> Floats:
+def _embed_in_singular_values(blocks: Floats, bits: NDArray[np.uint8]) -> Floats:
     """dwtDctSvd: each bit moves the greatest singular value of its block's cosine transform."""
     u, s, v = np.linalg.svd(_cosine(blocks))
     s[:, 0] = _moved(s[:, 0], bits)
@@ -91,7 +91,7 @@ def _greatest_singular_values(blocks: Floats) -> Floats:
     return values
 
 
-def _mark_coefficients(blocks: Floats, bits: NDArray[np.uint8]) -> Floats:
+def _embed_in_coefficients(blocks: Floats, bits: NDArray[np.uint8]) -> Floats:
     """dwtDct: each bit moves the greatest coefficient of its block but the first, and keeps its sign."""
     values = _greatest_coefficients(blocks)
     moved = np.where(values >= 0, 1.0, -1.0) * _moved(np.abs(values), bits)

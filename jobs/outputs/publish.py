@@ -4,7 +4,7 @@ In `dataset/` lies nothing but parts, so that any reader of Parquet takes the fo
 Commit records and repairs never change, so publishing is a pure function of the ledger as it was listed: two
 publishers at once, or one after a crash, write the same bytes under the same names. A publication says how many repairs
 it includes; once the ledger has more, it stands no longer and the next publisher replaces it. The manifest names the
-parts that count: those of the publication before lie beside them until they are swept.
+parts that count: those of the publication before lie beside them until `clean` removes them.
 """
 
 from __future__ import annotations

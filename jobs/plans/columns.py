@@ -163,8 +163,8 @@ COLUMNS: tuple[Column, ...] = (
         lambda result: None if result.safety is None else result.safety.checker,
         _checker_rule,
     ),
-    _by_name("postprocess", "watermark", pa.string(), "How it was marked: `dwtDctSvd`, `dwtDct` or `none`."),
-    _by_name("postprocess", "watermark_bit_accuracy", pa.float32(), "Share of the mark's bits that were read back."),
+    _by_name("postprocess", "watermark", pa.string(), "How it was watermarked: `dwtDctSvd`, `dwtDct` or `none`."),
+    _by_name("postprocess", "watermark_bit_accuracy", pa.float32(), "Share of its bits that were read back."),
     _by_name(
         "storage",
         "image",
@@ -216,7 +216,7 @@ COLUMNS: tuple[Column, ...] = (
         lambda plan: None if plan.settings.safety == "none" else plan.settings.nsfw_threshold,
     ),
     _setting("on_flagged", pa.string(), "What was stored in place of a flagged picture."),
-    _setting("watermark_text", pa.string(), "The mark's text."),
+    _setting("watermark_text", pa.string(), "The watermark's text."),
     _job("version", pa.string(), "Of latentmill.", lambda plan: plan.versions["latentmill"]),
 )
 """The columns that the project writes itself, in order; a plan appends the manifest's other columns.

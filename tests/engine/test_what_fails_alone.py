@@ -1,4 +1,4 @@
-"""A row whose decode overflows, a retry that keeps its noise, a first stage whose latents are shifted."""
+"""A row whose decode overflows, a retry that keeps its noise, an autoencoder whose latents are shifted."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The mark that is read back: how much of it is evidence, and what a job does with a picture that lacks it."""
+"""The watermark that is read back: how much of it is evidence, and what a job does with a picture that lacks it."""
 
 from __future__ import annotations
 
@@ -61,8 +61,8 @@ def test_marks_of_the_library_itself_are_read(tmp_path: Path, method: str) -> No
 
 
 def test_a_damaged_mark_is_found_up_to_the_bound(tmp_path: Path) -> None:
-    marked = Image.fromarray(embed_watermark(soft_picture(), TEXT, "dwtDctSvd"))
-    marked.save(tmp_path / "a.jpg", quality=80)
+    watermarked = Image.fromarray(embed_watermark(soft_picture(), TEXT, "dwtDctSvd"))
+    watermarked.save(tmp_path / "a.jpg", quality=80)
     (reading,) = read_watermarks([str(tmp_path / "a.jpg")], text=TEXT)
     assert reading.found
     assert reading.bit_accuracy < 1
@@ -118,7 +118,7 @@ def test_a_mark_that_cannot_be_read_back_is_recorded_refused_or_made_again(rows:
     assert (flat["status"], flat["image"], flat["watermark"]) == ("failed", None, None)
     assert flat["error"].startswith("the mark cannot be read back: dwtDct ")
     assert flat["error"].endswith(" of 136 bits, 96 are needed")
-    assert (blanked["status"], blanked["image"] is None) == ("flagged", False), "a blank picture needs no mark"
+    assert (blanked["status"], blanked["image"] is None) == ("flagged", False), "a blank picture needs no watermark"
     flat, _ = seen["retry"]
     assert (flat["status"], flat["watermark"]) == ("ok", "dwtDctSvd")
     assert flat["watermark_bit_accuracy"] >= 96 / 136
