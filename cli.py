@@ -52,8 +52,8 @@ Address = Annotated[
 @takes_a_job
 def plan(config: str | None, flags: dict[str, Any], say: Say) -> None:
     """Say what a run would do, and write nothing."""
+    from latentmill.jobs.job_file import resolve
     from latentmill.jobs.plans.plan import draft_plan
-    from latentmill.jobs.spec import resolve
 
     with draft_plan(resolve(config, flags, or_sample=True)) as draft:
         summary = draft.summary()
@@ -75,8 +75,8 @@ def run(config: str | None, flags: dict[str, Any], say: Say) -> None:
     from latentmill.jobs.show.display import progress_view
 
     with progress_view(quiet=say.quiet) as view:
+        from latentmill.jobs.job_file import resolve
         from latentmill.jobs.runner import run_job  # the view comes first: these imports take a second
-        from latentmill.jobs.spec import resolve
 
         stopping = "stopping; press Ctrl-C again to stop at once. Nothing that is committed is lost"
         summary = run_job(
@@ -119,7 +119,7 @@ def submit(
     """Hand a job to a cluster, which runs it without this machine."""
     from dataclasses import asdict
 
-    from latentmill.jobs.spec import resolve
+    from latentmill.jobs.job_file import resolve
     from latentmill.jobs.submission.submission import submit_job
 
     submission = submit_job(resolve(config, flags), shared_filesystem=shared_filesystem, forwarded=env or [])

@@ -7,7 +7,7 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
-from latentmill.engine.loading.config import AutoencoderConfig
+from latentmill.engine.loading.interface import AutoencoderConfig
 
 
 class DenoisingNetwork(Protocol):

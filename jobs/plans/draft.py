@@ -81,7 +81,13 @@ class DraftPlan:
     @cached_property
     def notes(self) -> tuple[str, ...]:
         """What a user should know about the manifest, one line each; texts in them are untrusted."""
-        return manifest_notes(self.manifest, self.ids.duplicates(), self.ids.compared, self.n_rows)
+        return manifest_notes(
+            self.manifest,
+            self.ids.duplicates(),
+            self.ids.compared,
+            self.n_rows,
+            is_sample=self.spec.is_sample,
+        )
 
     def document(self) -> dict[str, Any]:
         """The content of plan.json."""

@@ -15,13 +15,14 @@ import pytest
 
 from latentmill.jobs.dated import DatedOutput, dated_output
 from latentmill.jobs.errors import OutputConflictError, UsageError
+from latentmill.jobs.job_file import resolve
 from latentmill.jobs.outputs import latest
 from latentmill.jobs.outputs.latest import Latest, point_to_latest
 from latentmill.jobs.runner import RunSummary
 from latentmill.jobs.show.views import show_run
-from latentmill.jobs.spec import JobSpec, resolve
+from latentmill.jobs.spec import JobSpec
 from latentmill.jobs.store.storage import Storage
-from latentmill.jobs.submission.submission import _job_file
+from latentmill.jobs.submission.portable import portable_job_file
 from tests.jobs.driver import run
 from tests.jobs.fakes import fake_engine
 
@@ -207,7 +208,7 @@ def test_a_job_file_may_have_the_template_and_the_date(tmp_path: Path) -> None:
 def test_a_submitted_night_keeps_its_template_and_its_date(tmp_path: Path) -> None:
     flags = {"prompts": ["a.txt"], "out": "s3://bucket/sweep/{date}", "seed": 3}
     spec = resolve(None, flags, today=MONDAY)
-    (tmp_path / "job.yaml").write_bytes(_job_file(spec, ["s3://bucket/a.txt"]))
+    (tmp_path / "job.yaml").write_bytes(portable_job_file(spec, ["s3://bucket/a.txt"]))
     on_the_cluster = resolve(str(tmp_path / "job.yaml"), {}, today=WEDNESDAY)
     assert (on_the_cluster.dated, on_the_cluster.out, on_the_cluster.seed) == (spec.dated, spec.out, 3)
 

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from latentmill.jobs.errors import JobError, OutputConflictError, UsageError
+from latentmill.jobs.job_file import resolve
 from latentmill.jobs.manifests import readers
 from latentmill.jobs.models.presets import list_presets
 from latentmill.jobs.plans import plan as plan_module
@@ -22,7 +23,7 @@ from latentmill.jobs.plans import snapshot
 from latentmill.jobs.plans.plan import adopt, draft_plan, load_plan
 from latentmill.jobs.plans.planned import fingerprint
 from latentmill.jobs.settings import settings_of
-from latentmill.jobs.spec import JobSpec, Runtime, resolve
+from latentmill.jobs.spec import JobSpec, Runtime
 from latentmill.jobs.store.storage import Storage
 
 
@@ -211,7 +212,8 @@ import re, sys
 from pathlib import Path
 from latentmill.jobs.plans.plan import draft_plan
 from latentmill.jobs.settings import settings_of
-from latentmill.jobs.spec import JobSpec, Runtime, resolve
+from latentmill.jobs.job_file import resolve
+from latentmill.jobs.spec import JobSpec, Runtime
 with draft_plan(resolve(None, {"prompts": [sys.argv[1]], "model": sys.argv[2], "sweep": ["seed=0:1000"]})) as draft:
     peak = int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) // 1024
     print(draft.grid.n_samples, peak)
