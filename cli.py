@@ -145,7 +145,7 @@ def status(
     address: Address = None,
     json: Json = False,
 ) -> None:
-    """Say how far a job is, and how it fares on its cluster if it was submitted to one: exit code 1 if it failed."""
+    """Say how far a job is, and its state on its cluster if it was submitted to one: exit code 1 if it failed."""
     from latentmill.jobs.submission.submission import job_status
 
     answer = job_status(target, deep=deep, address=address)
@@ -358,7 +358,7 @@ def _complain(text: str, exit_code: int) -> NoReturn:
 
 
 def _print_json_error(text: str, exit_code: int) -> None:
-    """For whoever asked for JSON and would find standard output empty."""
+    """With --json, so that standard output is not empty."""
     if "--json" in sys.argv[2:] and sys.argv[1] != "txt2img":  # its --prompt may be any text
         from latentmill.jobs.show.display import print_json
 

@@ -1,6 +1,6 @@
-"""A published row as a recipe: all it takes to make its picture again, wherever the row has come from.
+"""A published row as a recipe: all it takes to make its picture again, wherever the row comes from.
 
-Nothing but the row is asked: rows of several jobs may lie in one dataset, and their outputs may be gone.
+Only the row is read: rows of several jobs may lie in one dataset, and their outputs may be gone.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Recipe:
     execution_class: str
 
     def resolve(self) -> ResolvedModel:
-        """The model as it is now. Raises UsageError if there is none, JobError if it is not, to the byte, the row's."""
+        """The model as it is now. Raises UsageError if it is missing, JobError if its bytes are not the row's."""
         try:
             model, _, _ = resolve_model(self.model)
         except UsageError:  # a pipeline of diffusers has a schedule of its own, and refuses to be told

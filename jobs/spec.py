@@ -244,7 +244,7 @@ def make_spec(values: Mapping[str, Any]) -> JobSpec:
 
 
 def unknown_setting(key: Any) -> str:
-    """Why a key is none of ours, with the nearest one that is."""
+    """Says that a key is unknown, with the nearest known one."""
     remedy = f"; {REMOVED[key]}" if key in REMOVED else nearest(str(key), SETTINGS)
     return f"unknown key {shorten(key)}{remedy}"
 

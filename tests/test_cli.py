@@ -362,7 +362,7 @@ def test_models_and_version(call: Call):
         assert (code, out.split()[0]) == (0, "latentmill")
 
 
-def test_marks_are_read_back_from_pictures(call: Call, tmp_path: Path):
+def test_watermarks_are_read_back_from_pictures(call: Call, tmp_path: Path):
     ramp = np.linspace(0, 255, 256, dtype=np.uint8)
     plain = np.stack(np.broadcast_arrays(ramp[:, None], ramp[None, :], np.uint8(90)), axis=2)
     Image.fromarray(plain).save(tmp_path / "plain.png")

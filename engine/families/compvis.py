@@ -29,7 +29,7 @@ SCHEDULE: Json = {
 """The noise schedule that most models of this code were trained on."""
 
 IGNORED = (
-    r"model_ema\.",  # the running average of the U-Net's weights; who samples with it asks by name
+    r"model_ema\.",  # the running average of the U-Net's weights; used only with use_ema
     r"(betas|alphas_cumprod(_prev)?|sqrt_.*|log_one_minus_alphas_cumprod|posterior_.*|lvlb_weights)$",
     r"(logvar|ddim_.*|v_pred|ztsnr|denoiser\.(log_)?sigmas)$",  # the schedule again, or a flag that says which
     r"first_stage_model\.(loss|model_ema)\.",  # the discriminator and its perceptual loss

@@ -175,7 +175,7 @@ def unnamed(key: str) -> EngineError:
 def count(shapes: Shapes, pattern: str) -> int:
     """One more than the highest number that the pattern's group takes among the keys; 0 if it matches none.
 
-    Patterns take three digits: a key with more is none of a known model, and is refused as unexpected.
+    Patterns take three digits: a key with more belongs to no known model, and is refused as unexpected.
     """
     matches = map(re.compile(pattern).match, shapes)
     return 1 + max((int(match[1]) for match in matches if match), default=-1)

@@ -17,8 +17,9 @@ class ResolvedModel:
     """A complete model that exists, and what it implies for a job.
 
     `source` is what the user named; it stays valid on another machine, where the files may be elsewhere. `revision` is
-    the commit that a hub id stood for. The next three are as `ModelSpec` takes them, the two after them what came of
-    them. `files` maps each file that can change a pixel to its sha256. `license` is known of a preset's own weights.
+    the commit that a hub id stood for. The next three are as `ModelSpec` takes them, the two after them what the model
+    works with. `files` maps each file that can change a pixel to its sha256. `license` is known of a preset's own
+    weights.
     """
 
     source: str

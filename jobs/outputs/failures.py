@@ -1,4 +1,4 @@
-"""What failed, and why: read from the published parts, whoever made the rows and whenever."""
+"""What failed, and why: read from the published parts, so that it covers all runs of the job."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ MAX_PLAN_BYTES = 64 << 20
 
 _MIN_ID_DIGITS = 8
 _FAULTS = (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError, RecursionError)
-"""What reading a document raises that is not one of ours."""
+"""What reading a damaged document may raise, besides the project's own errors."""
 
 
 def canonical(value: Any) -> str:
@@ -84,7 +84,7 @@ class Plan:
     """What the output's plan.json says. Two plans with one `plan_hash` make the same rows and pixels.
 
     `settings` is the job as it was planned: with what was computed filled in, and with defaults for what changes no
-    row. `batch_size` is the one in it, which is never left open here.
+    row. `batch_size` is the one in it, which is never None here.
     """
 
     def __init__(self, document: Mapping[str, Any], storage: Storage) -> None:
@@ -247,7 +247,7 @@ def _has_nanoseconds(type_: Any) -> bool:
 
 
 def parse_plan(data: bytes, storage: Storage) -> Plan:
-    """The plan in a plan.json. Raises JobError if the file is not, to the letter, one that was planned."""
+    """The plan in a plan.json. Raises JobError if the file is not exactly as it was written."""
     try:
         document = json.loads(data)
         checksum = document.pop("checksum")

@@ -36,7 +36,7 @@ def forwarded_variables(names: Sequence[str]) -> dict[str, str]:
 
 
 def visible_to_nodes(spec: JobSpec, *, shared_filesystem: bool) -> JobSpec:
-    """The job as it can be said on another machine. Raises UsageError for what its nodes would not find there."""
+    """The job with paths that mean the same on other machines. Raises UsageError for what the nodes would not find."""
     if not EXECUTORS[spec.runtime.executor].on_ray:
         raise UsageError(f"executor {spec.runtime.executor} does not run on a cluster; leave --executor out")
     if spec.out.startswith("memory://"):

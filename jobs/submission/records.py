@@ -37,7 +37,7 @@ def now() -> str:
 
 
 def newest_record(out: str) -> tuple[str, str] | None:
-    """Id and cluster of the job that was submitted last for an output. What is no record of ours is passed over."""
+    """Id and cluster of the job that was submitted last for an output. Any other file is ignored."""
     storage = Storage.open(out)
     found = []
     for path, _ in storage.list(SUBMISSIONS):

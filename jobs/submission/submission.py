@@ -58,7 +58,7 @@ class Submission:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class JobPlace:
-    """Where a submitted job is to be found, and the output that led there, if one did."""
+    """Where a submitted job runs, and the output that led to it, if one did."""
 
     job_id: str
     address: str
@@ -112,7 +112,7 @@ def submit_job(
         started = info is None
         if info is None:
             if storage.exists(record_path(job_id)):
-                continue  # it ran on a cluster, or a head, that is no more
+                continue  # it ran on another cluster, or before this one was restarted
             started = api.submit(job_id, entrypoint=entrypoint, variables=variables, metadata=metadata)
             info = api.info(job_id)
         info = info and _with_cancel(info, storage)
@@ -191,7 +191,7 @@ def job_logs(target: str, write: Callable[[str], None], *, follow: bool = False,
 def cancel_job(target: str, *, address: str | None = None) -> JobInfo:
     """Afterwards the driver has been told to stop: chunks in flight finish, no more begin, and the job can resume.
 
-    The output keeps that in mind, since to the cluster such a job is merely running until its driver has ended.
+    The output records it, since the cluster calls such a job running until its driver has ended.
     """
     place = find_job(target, address)
     api = _api(place.address)

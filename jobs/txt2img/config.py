@@ -141,7 +141,7 @@ class CompVisConfig:
                 raise UsageError(f"--config {self.path} has {path}.target: {target!r}; known are {', '.join(known)}")
 
     def _refuse_what_is_not_built(self) -> None:
-        """A key that is passed over in silence could change the picture: each is in a section, or refused by name."""
+        """A key that is silently ignored could change the picture: each is in a section, or refused by name."""
         for section in SECTIONS:
             content = self.get(section.path, {})
             if not isinstance(content, dict):
