@@ -159,7 +159,7 @@ COLUMNS: tuple[Column, ...] = (
     _result(
         "nsfw_checker",
         pa.string(),
-        "Which checker judged: `open-nsfw`, `clip-concepts` or `none`.",
+        "Name of the safety checker that judged, or `none`.",
         lambda result: None if result.safety is None else result.safety.checker,
         _checker_rule,
     ),
