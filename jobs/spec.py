@@ -89,7 +89,9 @@ def _shard(name: str, value: Any) -> str:
 class Runtime:
     """How the job is run. Nothing here can change a pixel or a row, so nothing here is part of the plan."""
 
-    executor: str = choice("ray", RUNNING, "ray, or inline for this process.", tuple(EXECUTORS))
+    executor: str = choice(
+        "ray", RUNNING, f"Where chunks run: {', '.join(EXECUTORS)}; inline is this process.", tuple(EXECUTORS)
+    )
     address: str | None = text(
         None,
         RUNNING,
