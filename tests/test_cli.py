@@ -234,6 +234,7 @@ def test_with_json_a_refusal_is_json_too(
     assert words in answer["error"]
 
 
+@pytest.mark.slow
 def test_quiet_leaves_warnings_and_errors(call: Call, job: list[object], tmp_path: Path):
     (tmp_path / "m.csv").write_text("prompt,sede\na,1\n")
     quiet = [tmp_path / "m.csv", *job[1:], "--quiet"]

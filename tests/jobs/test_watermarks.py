@@ -105,7 +105,7 @@ def rows(tiny_model: Path, manifest: Callable[..., Path], tmp_path: Path) -> Cal
     return run
 
 
-def test_a_mark_that_cannot_be_read_back_is_recorded_refused_or_made_again(rows: Any, tmp_path: Path) -> None:
+def test_a_watermark_that_cannot_be_read_back_is_recorded_refused_or_made_again(rows: Any, tmp_path: Path) -> None:
     seen = {}
     for policy in ("record", "require", "retry"):
         seen[policy] = rows(["flat", "flat nsfw"], watermark="dwtDct", watermark_policy=policy)
