@@ -51,8 +51,8 @@ Address = Annotated[
 @takes_a_job
 def plan(config: str | None, flags: dict[str, Any], say: Say) -> None:
     """Say what a run would do, and write nothing."""
+    from latentmill.jobs.job_file import resolve
     from latentmill.jobs.plans.plan import draft_plan
-    from latentmill.jobs.spec import resolve
 
     with draft_plan(resolve(config, flags, or_sample=True)) as draft:
         summary = draft.summary()
@@ -74,8 +74,8 @@ def run(config: str | None, flags: dict[str, Any], say: Say) -> None:
     from latentmill.jobs.show.display import progress_view
 
     with progress_view(quiet=say.quiet) as view:
+        from latentmill.jobs.job_file import resolve
         from latentmill.jobs.runner import run_job  # the view comes first: these imports take a second
-        from latentmill.jobs.spec import resolve
 
         stopping = "stopping; press Ctrl-C again to stop at once. Nothing that is committed is lost"
         summary = run_job(
@@ -118,7 +118,7 @@ def submit(
     """Hand a job to a cluster, which runs it without this machine."""
     from dataclasses import asdict
 
-    from latentmill.jobs.spec import resolve
+    from latentmill.jobs.job_file import resolve
     from latentmill.jobs.submission.submission import submit_job
 
     submission = submit_job(resolve(config, flags), shared_filesystem=shared_filesystem, forwarded=env or [])
@@ -144,7 +144,7 @@ def status(
     address: Address = None,
     json: Json = False,
 ) -> None:
-    """Say how far a job is, and how it fares on its cluster if it was submitted to one: exit code 1 if it failed."""
+    """Say how far a job is, and its state on its cluster if it was submitted to one: exit code 1 if it failed."""
     from latentmill.jobs.submission.submission import job_status
 
     answer = job_status(target, deep=deep, address=address)
@@ -220,7 +220,7 @@ def clean(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be removed, and delete nothing.")] = False,
     json: Json = False,
 ) -> None:
-    """Sweep what interrupted runs left behind: only proven garbage, safe beside a running job."""
+    """Remove what interrupted runs left behind: only proven garbage, safe beside a running job."""
     from latentmill.jobs.outputs.clean import clean as clean_job
 
     report = clean_job(out, dry_run=dry_run)
@@ -397,7 +397,7 @@ def _complain(text: str, exit_code: int) -> NoReturn:
 
 
 def _print_json_error(text: str, exit_code: int) -> None:
-    """For whoever asked for JSON and would find standard output empty."""
+    """With --json, so that standard output is not empty."""
     if "--json" in sys.argv[2:] and sys.argv[1] != "txt2img":  # its --prompt may be any text
         from latentmill.jobs.show.display import print_json
 

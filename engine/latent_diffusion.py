@@ -1,4 +1,4 @@
-"""Latent diffusion as the engine runs it: text encoders, a sampler around the U-Net, the autoencoder's decoder."""
+"""Latent diffusion as the engine runs it: text encoders, a sampler around the denoiser, the autoencoder's decoder."""
 
 from __future__ import annotations
 
@@ -9,15 +9,14 @@ from functools import partial
 
 import torch
 from einops import rearrange
-from torch import Tensor
+from torch import Tensor, nn
 
 from latentmill.engine.acceleration import arrange, decode
 from latentmill.engine.device import widened
 from latentmill.engine.loading.layout import ModelLayout
-from latentmill.engine.loading.weights import check_claims, load_unet, load_vae
-from latentmill.engine.networks.autoencoder import Autoencoder
-from latentmill.engine.networks.unet import UNet
-from latentmill.engine.sampling.denoiser import Denoiser, PredictNoise
+from latentmill.engine.loading.weights import check_claims, load_autoencoder, load_denoiser
+from latentmill.engine.networks.interface import Autoencoder, DenoisingNetwork
+from latentmill.engine.sampling.denoiser import Denoiser
 from latentmill.engine.sampling.samplers import sample
 from latentmill.engine.sampling.schedule import NoiseSchedule
 from latentmill.engine.text.encoder import TextEncoder
@@ -26,14 +25,14 @@ from latentmill.engine.types import GenerationRequest, ModelSpec
 
 @dataclass(frozen=True, slots=True)
 class LatentDiffusion:
-    """The networks at one precision, the schedule that they were trained on, and the U-Net's further conditions.
+    """The networks at one precision, the schedule that they were trained on, and the denoiser's further conditions.
 
     Each sample draws all its noise from its own CPU generator, seeded with its seed.
     """
 
     text: TextEncoder
-    unet: UNet
-    vae: Autoencoder
+    denoiser: nn.Module
+    autoencoder: Autoencoder
     schedule: NoiseSchedule
     conditions: Callable[[Tensor, GenerationRequest], Mapping[str, Tensor]] | None
 
@@ -52,7 +51,7 @@ class LatentDiffusion:
     @contextmanager
     def in_fp32(self) -> Iterator[LatentDiffusion]:
         """The same weights, widened in place as long as the context lasts."""
-        with widened([*self.text.networks, self.unet, self.vae]):
+        with widened([*self.text.networks, self.denoiser, self.autoencoder]):
             yield replace(self, text=self.text.without_cache())
 
     def sample(self, rows: Sequence[GenerationRequest], noise: Sequence[Tensor] | None = None) -> tuple[Tensor, Tensor]:
@@ -60,9 +59,9 @@ class LatentDiffusion:
 
         `noise` gives each row its draws, `(draws, c, h, w) float32`, in place of its own generator's.
         """
-        first, config = rows[0], self.vae.config
-        device = next(self.unet.parameters()).device
-        shape = (config.unet_channels, first.height // config.factor, first.width // config.factor)
+        first, config = rows[0], self.autoencoder.config
+        device = next(self.denoiser.parameters()).device
+        shape = (config.denoiser_channels, first.height // config.factor, first.width // config.factor)
         draws = _own_draws(rows, shape) if noise is None else iter(torch.stack(list(noise), dim=1))
 
         def draw_noise() -> Tensor:
@@ -77,8 +76,8 @@ class LatentDiffusion:
             draw_noise,
             _column([row.eta for row in rows], device),
         )
-        vae_dtype = next(self.vae.parameters()).dtype
-        decoded = decode(self.vae, (latents / config.scaling_factor + config.shift_factor).to(vae_dtype)).float()
+        unscaled = latents / config.scaling_factor + config.shift_factor
+        decoded = decode(self.autoencoder, unscaled.to(next(self.autoencoder.parameters()).dtype)).float()
         finite = torch.isfinite(latents).flatten(1).all(1) & torch.isfinite(decoded).flatten(1).all(1)
         return (decoded / 2 + 0.5).clamp(0, 1), finite
 
@@ -90,10 +89,10 @@ class LatentDiffusion:
             negative = self.text.encode_negative([row.negative_prompt for row in rows], chunks)
             conditioning = negative.followed_by(conditioning)
             guidance = _column([row.guidance_scale for row in rows], device)
-        unet: PredictNoise = self.unet
+        network: DenoisingNetwork = self.denoiser
         if self.conditions is not None and conditioning.pooled is not None:
-            unet = partial(unet, **self.conditions(conditioning.pooled, rows[0]))
-        return Denoiser(unet, self.schedule, conditioning.context, guidance)
+            network = partial(network, **self.conditions(conditioning.pooled, rows[0]))
+        return Denoiser(network, self.schedule, conditioning.context, guidance)
 
 
 def load_latent_diffusion(
@@ -105,11 +104,13 @@ def load_latent_diffusion(
     """
     check_claims(layout)
     blueprint = layout.blueprint
-    vae = load_vae(layout, torch.float32 if blueprint.vae.force_upcast else dtype, device)
-    unet = load_unet(layout, dtype, device)
+    autoencoder = load_autoencoder(layout, torch.float32 if blueprint.autoencoder.force_upcast else dtype, device)
+    denoiser = load_denoiser(layout, dtype, device)
     text = TextEncoder(layout, spec, dtype, device, batch_size)
     schedule = NoiseSchedule(blueprint.scheduler)
-    return LatentDiffusion(text, arrange(unet, device), arrange(vae, device), schedule, blueprint.family.conditions)
+    return LatentDiffusion(
+        text, arrange(denoiser, device), arrange(autoencoder, device), schedule, blueprint.family.conditions
+    )
 
 
 def _own_draws(rows: Sequence[GenerationRequest], shape: tuple[int, int, int]) -> Iterator[Tensor]:

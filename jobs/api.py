@@ -12,13 +12,14 @@ import pyarrow as pa
 
 from latentmill.jobs.errors import JobError
 from latentmill.jobs.job import Job, open_job
+from latentmill.jobs.job_file import resolve
 from latentmill.jobs.ledger.pictures import decode_png
 from latentmill.jobs.outputs.publish import Part, Publication, read_columns, standing_publication
 from latentmill.jobs.plans.plan import draft_plan
 from latentmill.jobs.plans.summary import PlanSummary
 from latentmill.jobs.progress import Progress
 from latentmill.jobs.runner import RunSummary, run_job
-from latentmill.jobs.spec import JobSpec, resolve
+from latentmill.jobs.spec import JobSpec
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -25,7 +25,7 @@ from latentmill.jobs.store.urls import allowed_filesystem, display_url
 from latentmill.jobs.watermark_bits import bits_needed, matching_bits
 
 MAX_PIXELS = 1 << 25
-"""Twice the largest picture that a job can make; reading a mark takes 20 bytes a pixel."""
+"""Twice the largest picture that a job can make; reading a watermark takes 20 bytes a pixel."""
 
 MAX_FILE_BYTES = 256 << 20
 
@@ -46,7 +46,7 @@ class WatermarkReading:
 
     @property
     def found(self) -> bool:
-        """Whether the mark that was looked for is there, beyond chance."""
+        """Whether the watermark that was looked for is there, beyond chance."""
         return self.bits_matching >= self.bits_needed
 
 
@@ -88,7 +88,7 @@ class Unread:
 
     @property
     def found(self) -> bool:
-        """No mark was found in it."""
+        """No watermark was found in it."""
         return False
 
     def to_dict(self) -> dict[str, Any]:

@@ -52,9 +52,9 @@ def postprocess_sample(
     if pixels is None:
         return ProcessedSample(row=_row(plan, sample, result, execution_class), data=None)
     try:
-        picture, mark = _watermarked(plan, pixels, required=pixels is result.pixels)
-        if mark.fault is not None:
-            return ProcessedSample(row=_row(plan, sample, result, execution_class, error=mark.fault), data=None)
+        picture, watermark = _watermarked(plan, pixels, required=pixels is result.pixels)
+        if watermark.fault is not None:
+            return ProcessedSample(row=_row(plan, sample, result, execution_class, error=watermark.fault), data=None)
         encode = encode_png_before_4 if plan.format_version < 4 else encode_png
         data = encode(picture, _text(plan, sample.request))
     except MemoryError:
@@ -66,8 +66,8 @@ def postprocess_sample(
         return ProcessedSample(row=_row(plan, sample, failed, execution_class, error=failed.error), data=None)
     row = _row(plan, sample, result, execution_class)
     row |= {
-        "watermark": mark.method,
-        "watermark_bit_accuracy": mark.accuracy,
+        "watermark": watermark.method,
+        "watermark_bit_accuracy": watermark.accuracy,
         "pixel_sha256": pixel_sha256(picture),
     }
     return ProcessedSample(row=row, data=data)
@@ -108,7 +108,7 @@ def _watermarked(plan: Plan, pixels: Pixels, *, required: bool) -> tuple[Pixels,
         if needed is None or matching_bits(accuracy, n_bits) >= needed:
             return picture, _Watermark(method=method, accuracy=accuracy)
         tried.append(f"{method} {matching_bits(accuracy, n_bits)}")
-    fault = f"the mark cannot be read back: {', '.join(tried)} of {n_bits} bits, {needed} are needed"
+    fault = f"the watermark cannot be read back: {', '.join(tried)} of {n_bits} bits, {needed} are needed"
     return pixels, _Watermark(method=plan.settings.watermark, fault=fault)
 
 

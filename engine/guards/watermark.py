@@ -1,6 +1,6 @@
 """The invisible watermark of the original script: the same bits as the library invisible-watermark, but faster.
 
-The mark is a public constant that says "made by a machine"; it does not prove where a picture comes from. It is in the
+The watermark is a public constant that says "made by a machine"; it does not prove where a picture comes from. It is in the
 colour plane U, in the low band of a Haar transform: one bit in each block of 4x4 coefficients, repeated to the end of
 the picture. The library processes one block after the other; here all blocks are one array, and torch, which the
 library imports, is not needed. The tests compare both, bit by bit.
@@ -57,7 +57,7 @@ def embed_watermark(pixels: Pixels, text: str, method: str) -> Pixels:
 
 
 def read_watermark(pixels: Pixels, n_bytes: int, method: str) -> bytes:
-    """The `n_bytes` that the picture's mark decodes to. A picture without a mark gives bytes too."""
+    """The `n_bytes` that the picture's watermark decodes to. A picture without one gives bytes too."""
     _check(pixels, method)
     blocks = _blocks(_low_band(_colour_plane(cv2.cvtColor(pixels, cv2.COLOR_RGB2YUV))))
     values = _read_singular_values(blocks) if method == "dwtDctSvd" else np.abs(_greatest_coefficients(blocks))
@@ -68,7 +68,7 @@ def read_watermark(pixels: Pixels, n_bytes: int, method: str) -> bytes:
 
 
 def watermark_bit_accuracy(pixels: Pixels, text: str, method: str) -> float:
-    """Share of the bits of `text` that are read back from the picture: 1.0 is exact, about 0.5 is no mark."""
+    """Share of the bits of `text` that are read back from the picture: 1.0 is exact, about 0.5 is no watermark."""
     expected = np.frombuffer(text.encode(), dtype=np.uint8)
     found = np.frombuffer(read_watermark(pixels, len(expected), method), dtype=np.uint8)
     return float(np.mean(np.unpackbits(expected) == np.unpackbits(found)))

@@ -56,7 +56,7 @@ def decode_png(data: bytes, size: tuple[int, int] | None = None) -> Pixels:
     """The pixels of a PNG as `(h, w, 3) uint8` RGB. Raises ValueError for anything else.
 
     `size` is the width and the height that it must have. The header says so, and is believed before the rest is
-    unpacked: 500 kB of it may be 3 GB of black.
+    unpacked: 500 kB may unpack to 3 GB.
     """
     try:
         with Image.open(io.BytesIO(data), formats=["PNG"]) as image:

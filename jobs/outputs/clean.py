@@ -64,7 +64,7 @@ class CleanReport:
 
 
 def clean(out_url: str, *, dry_run: bool = False, grace_seconds: float = GRACE_SECONDS) -> CleanReport:
-    """Afterwards no attempt is left that lost its chunk, nor old temporary files, probes and unnamed dataset parts.
+    """Afterwards attempts that lost their chunk, old temporary files, probes and unnamed dataset parts are gone.
 
     Everything a commit record or the dataset's manifest refers to, and every attempt at an open chunk, is untouched.
     Raises UsageError if the output has no plan, OutputConflictError if a record belongs to another plan.

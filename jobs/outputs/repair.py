@@ -54,7 +54,7 @@ class Unhealed:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RepairReport:
-    """What was found, what is as it was written again, and what is not."""
+    """What was found, what was restored, and what was not."""
 
     out: str
     plan_hash: str
@@ -200,16 +200,16 @@ class _Healer:
         self.healed += wanted
         named = {part.path for part in publication.parts}
         for defect in strays:
-            # whoever is about to publish it looks again afterwards, and would write it again
+            # a driver that is about to publish it looks again afterwards, and writes it again
             if PART_NAME.fullmatch(defect.path) is None:
-                self._leave(defect, "it is no part of a dataset of ours: move it away")
+                self._leave(defect, "it is not a part that was published here; move it away")
                 continue
             if defect.path not in named:
                 self._job.storage.delete(defect.path)
             self.healed.append(defect)
 
     def _check_ledger(self) -> None:
-        """Raises JobError if the ledger no longer says what was published: then that may be the better witness."""
+        """Raises JobError if the ledger no longer says what was published: the published rows may be the right ones."""
         if any(defect.kind in UNSOUND for defect in self._defects):
             raise JobError("it cannot be published again while the ledger is damaged")
         published, there = load_publication(self._job), self._job.ledger.listing().n_repairs

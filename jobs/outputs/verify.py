@@ -54,7 +54,7 @@ class VerifyReport:
     repairs: int
     """Repair records, which `run --retry-failed` made; the rows include them."""
     superseded_parts: int
-    """Whole parts of a publication with other repairs: no defect, `clean` sweeps them when they are a day old."""
+    """Whole parts of a publication with other repairs: no defect, `clean` removes them when they are a day old."""
     defects: tuple[Defect, ...]
 
     @property
@@ -299,7 +299,7 @@ class _Checker:
                     self._superseded += 1
                     return
             except FileNotFoundError:
-                return  # a sweep was faster
+                return  # `clean` was faster
         self._defects.append(Defect(kind="part-stray", path=path, detail="the manifest does not name it"))
 
     def _compare_parts(self, publication: Publication) -> None:

@@ -1,4 +1,4 @@
-"""The mark that is read back: how much of it is evidence, and what a job does with a picture that lacks it."""
+"""The watermark that is read back: how much of it is evidence, and what a job does with a picture that lacks it."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def rows(tiny_model: Path, manifest: Callable[..., Path], tmp_path: Path) -> Cal
     return run
 
 
-def test_a_mark_that_cannot_be_read_back_is_recorded_refused_or_made_again(rows: Any, tmp_path: Path) -> None:
+def test_a_watermark_that_cannot_be_read_back_is_recorded_refused_or_made_again(rows: Any, tmp_path: Path) -> None:
     seen = {}
     for policy in ("record", "require", "retry"):
         seen[policy] = rows(["flat", "flat nsfw"], watermark="dwtDct", watermark_policy=policy)
@@ -123,9 +123,9 @@ def test_a_mark_that_cannot_be_read_back_is_recorded_refused_or_made_again(rows:
     assert (blanked["status"], blanked["watermark"]) == ("flagged", "dwtDct")
     flat, blanked = seen["require"]
     assert (flat["status"], flat["image"], flat["watermark"]) == ("failed", None, None)
-    assert flat["error"].startswith("the mark cannot be read back: dwtDct ")
+    assert flat["error"].startswith("the watermark cannot be read back: dwtDct ")
     assert flat["error"].endswith(" of 136 bits, 96 are needed")
-    assert (blanked["status"], blanked["image"] is None) == ("flagged", False), "a blank picture needs no mark"
+    assert (blanked["status"], blanked["image"] is None) == ("flagged", False), "a blank picture needs no watermark"
     flat, _ = seen["retry"]
     assert (flat["status"], flat["watermark"]) == ("ok", "dwtDctSvd")
     assert flat["watermark_bit_accuracy"] >= 96 / 136
@@ -142,4 +142,4 @@ def test_if_no_method_holds_the_sample_fails_and_says_both(rows: Any, monkeypatc
     (row,) = rows(["flat"], watermark="dwtDct", watermark_policy="retry")
     assert row["status"] == "failed"
     methods = f"dwtDct 95, {postprocess.RETRY_METHOD} 95"
-    assert row["error"] == f"the mark cannot be read back: {methods} of 136 bits, 96 are needed"
+    assert row["error"] == f"the watermark cannot be read back: {methods} of 136 bits, 96 are needed"
