@@ -1,8 +1,8 @@
 """The invisible watermark of the original script: the same bits as the library invisible-watermark, but faster.
 
-The watermark is a public constant that says "made by a machine"; it does not prove where a picture comes from. It is in the
-colour plane U, in the low band of a Haar transform: one bit in each block of 4x4 coefficients, repeated to the end of
-the picture. The library processes one block after the other; here all blocks are one array, and torch, which the
+The watermark is a public constant that says "made by a machine"; it does not prove where a picture comes from. It is in
+the colour plane U, in the low band of a Haar transform: one bit in each block of 4x4 coefficients, repeated to the end
+of the picture. The library processes one block after the other; here all blocks are one array, and torch, which the
 library imports, is not needed. The tests compare both, bit by bit.
 """
 

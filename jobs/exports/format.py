@@ -5,22 +5,18 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pyarrow as pa
 
 from latentmill.jobs.outputs.publish import Publication
 from latentmill.jobs.plans.plan import Plan
 
-if TYPE_CHECKING:
-    from latentmill.jobs.exports.documents import ShardRecord
-    from latentmill.jobs.exports.shards import Export
-
 Encode = Callable[[bytes, tuple[int, int], int | None], bytes]
 """A PNG, its size, and a quality; the picture in another form."""
 
-Run = Callable[["Export", Sequence[int]], Iterator["ShardRecord"]]
-"""An export and the numbers of its shards; their records, as they come."""
+Run = Callable[[Any, Sequence[int]], Iterator[Any]]
+"""An export (shards.py) and the numbers of its shards; their records (documents.py), as they come."""
 
 File = tuple[str, bytes]
 """A path below the export, and what the file holds."""
