@@ -11,10 +11,11 @@ from latentmill.engine.networks.autoencoder import Autoencoder
 
 Network = TypeVar("Network", bound=nn.Module)
 
-DECODE_ELEMENTS = 2**29
-"""Largest activation of one decoding pass, unless one picture alone is larger: 2 GiB in float32.
+DECODE_ELEMENTS = {"cpu": 2**21, "cuda": 2**29}
+"""Largest activation of one decoding pass, by device, unless one picture alone is larger.
 
-Batches up to 8 pictures of 512 px, or 2 of 1024 px, are decoded at once. From 2^31 elements on, kernels of torch fail.
+On a CPU 8 MiB: larger ones leave the caches, and from 32 MiB on each is mapped afresh, page by page. On a GPU 2 GiB in
+float32: 8 pictures of 512 px at once, or 2 of 1024 px. From 2^31 elements on, kernels of torch fail.
 """
 
 
@@ -24,18 +25,16 @@ def use_full_float32() -> None:
     torch.backends.cudnn.allow_tf32 = False
 
 
-def arrange(network: Network, device: torch.device) -> Network:
-    """Lay the weights of convolutions out as the device's kernels read them: on a GPU, channels last."""
-    if device.type == "cuda":
-        for module in network.modules():
-            if isinstance(module, nn.Conv2d):
-                module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last)
+def arrange(network: Network) -> Network:
+    """Lay the weights of convolutions out as the kernels of CPUs and GPUs read them: channels last."""
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):
+            module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last)
     return network
 
 
-def settings(device: torch.device) -> str:
-    """What of this a network's bits depend on, for the execution class; empty on a CPU."""
-    return ", channels last" if device.type == "cuda" else ""
+SETTINGS = "channels last"
+"""What of this a network's bits depend on, for the execution class."""
 
 
 def decode(vae: Autoencoder, latents: Tensor) -> Tensor:
@@ -46,6 +45,6 @@ def decode(vae: Autoencoder, latents: Tensor) -> Tensor:
     height, width = latents.shape[-2:]
     # The last level but one is upsampled to full size before its channels become those of the last.
     elements = max(vae.config.channels[:2]) * height * width * vae.config.factor**2
-    rows = len(latents)
-    fitting = [size for size in range(1, rows + 1) if rows % size == 0 and size * elements <= DECODE_ELEMENTS]
+    rows, limit = len(latents), DECODE_ELEMENTS[latents.device.type]
+    fitting = [size for size in range(1, rows + 1) if rows % size == 0 and size * elements <= limit]
     return torch.cat([vae.decode(part) for part in torch.split(latents, max(fitting, default=1))])

@@ -130,7 +130,7 @@ class Engine:
         """All that bitwise equality of two runs depends on, besides model and request."""
         where = execution_class(self.device, self.dtype, self.batch_size)
         if self.description.pipeline is None:
-            return where + acceleration.settings(self.device)
+            return f"{where}, {acceleration.SETTINGS}"
         from latentmill.engine.diffusers_backend.pipeline import library_version
 
         return f"{where}, diffusers {library_version()}"

@@ -17,7 +17,7 @@ from latentmill.engine.loading.layout import ModelLayout
 from latentmill.engine.loading.weights import check_claims, load_unet, load_vae
 from latentmill.engine.networks.autoencoder import Autoencoder
 from latentmill.engine.networks.unet import UNet
-from latentmill.engine.sampling.denoiser import Denoiser, PredictNoise
+from latentmill.engine.sampling.denoiser import Denoiser
 from latentmill.engine.sampling.samplers import sample
 from latentmill.engine.sampling.schedule import NoiseSchedule
 from latentmill.engine.text.encoder import TextEncoder
@@ -90,7 +90,7 @@ class LatentDiffusion:
             negative = self.text.encode_negative([row.negative_prompt for row in rows], chunks)
             conditioning = negative.followed_by(conditioning)
             guidance = _column([row.guidance_scale for row in rows], device)
-        unet: PredictNoise = self.unet
+        unet = partial(self.unet, projected=self.unet.project(conditioning.context))
         if self.conditions is not None and conditioning.pooled is not None:
             unet = partial(unet, **self.conditions(conditioning.pooled, rows[0]))
         return Denoiser(unet, self.schedule, conditioning.context, guidance)
@@ -109,7 +109,7 @@ def load_latent_diffusion(
     unet = load_unet(layout, dtype, device)
     text = TextEncoder(layout, spec, dtype, device, batch_size)
     schedule = NoiseSchedule(blueprint.scheduler)
-    return LatentDiffusion(text, arrange(unet, device), arrange(vae, device), schedule, blueprint.family.conditions)
+    return LatentDiffusion(text, arrange(unet), arrange(vae), schedule, blueprint.family.conditions)
 
 
 def _own_draws(rows: Sequence[GenerationRequest], shape: tuple[int, int, int]) -> Iterator[Tensor]:

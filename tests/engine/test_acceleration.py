@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from latentmill.engine import Engine, ModelSpec, acceleration
+from latentmill.engine import Engine, GenerationRequest, ModelSpec, acceleration
 from latentmill.engine.latent_diffusion import LatentDiffusion, load_latent_diffusion
 from latentmill.engine.loading.layout import find_model
 from tests.engine.families import write_sdxl
@@ -42,7 +43,7 @@ def test_a_batch_is_decoded_in_equal_slices_of_bounded_memory(engine, largest, m
     row = max(largest) // 6
     for limit, size in ((6 * row, 6), (5 * row, 3), (2 * row, 2), (row // 2, 1)):
         largest.clear()
-        monkeypatch.setattr(acceleration, "DECODE_ELEMENTS", limit)
+        monkeypatch.setitem(acceleration.DECODE_ELEMENTS, "cpu", limit)
         decoded = acceleration.decode(vae, latents)
         assert max(largest) == size * row
         assert len(largest) % (6 // size) == 0
@@ -52,8 +53,8 @@ def test_a_batch_is_decoded_in_equal_slices_of_bounded_memory(engine, largest, m
 @torch.inference_mode()
 def test_channels_last_changes_the_layout_and_not_the_picture(eps_model):
     plain, arranged = load(eps_model, torch.float32), load(eps_model, torch.float32)
-    acceleration.arrange(arranged.unet, torch.device("cuda"))
-    acceleration.arrange(arranged.vae, torch.device("cuda"))
+    plain.unet.to(memory_format=torch.contiguous_format)
+    plain.vae.to(memory_format=torch.contiguous_format)
     assert arranged.unet.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
     assert not plain.unet.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
     latents, context = torch.randn(2, 4, 8, 8), torch.randn(2, 77, plain.unet.config.context_dim)
@@ -100,3 +101,29 @@ def test_a_retry_widens_the_weights_in_place_and_gives_their_bits_back(eps_model
         assert all(torch.equal(network.state_dict()[key], tensor) for key, tensor in tensors.items())
     with torch.inference_mode():
         assert torch.equal(models.text.encode(["a cat"]).context, half)
+
+
+def test_keys_and_values_of_a_prompt_are_made_once_and_change_no_bit(eps_model, monkeypatch):
+    engine = Engine.load(ModelSpec(model=str(eps_model), safety="none"), device="cpu", dtype="float32", batch_size=2)
+    unet = engine._models.unet
+    rows = [
+        GenerationRequest(prompt=f"picture {n}", seed=n, width=64, height=64, num_inference_steps=4) for n in range(2)
+    ]
+    calls: list[int] = []
+    layers = [layer for name, layer in unet.named_modules() if name.endswith("attn2.to_k")]
+    for layer in layers:
+        layer.register_forward_hook(lambda *_: calls.append(1))
+    once = engine.generate(rows)
+    assert len(calls) == len(layers) > 0
+    forward = type(unet).forward
+
+    def projecting(self, x, timesteps, context, projected):
+        assert len(projected) == len(layers)
+        return forward(self, x, timesteps, context)
+
+    monkeypatch.setattr(type(unet), "forward", projecting)
+    calls.clear()
+    again = engine.generate(rows)
+    assert len(calls) == len(layers) * 5, "once more by `project`, whose results are left out"
+    for found, expected in zip(again, once, strict=True):
+        assert np.array_equal(found.pixels, expected.pixels)
