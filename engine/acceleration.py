@@ -1,10 +1,11 @@
-"""What makes the engine fast on a device, or keeps it within memory: all of it changes bits, so all of it is here."""
+"""What makes the engine fast on a device, or keeps it within memory: what of it changes bits is in SETTINGS."""
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from latentmill.engine.networks.autoencoder import Autoencoder
@@ -48,3 +49,28 @@ def decode(vae: Autoencoder, latents: Tensor) -> Tensor:
     rows, limit = len(latents), DECODE_ELEMENTS[latents.device.type]
     fitting = [size for size in range(1, rows + 1) if rows % size == 0 and size * elements <= limit]
     return torch.cat([vae.decode(part) for part in torch.split(latents, max(fitting, default=1))])
+
+
+def upload(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host on the device, without waiting for what the device is doing."""
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+class Download:
+    """A tensor on its way to the host. The device goes on meanwhile."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._arrived: torch.cuda.Event | None = None
+        self._host = tensor
+        if tensor.device.type == "cuda":
+            self._host = torch.empty_like(tensor, device="cpu", pin_memory=True)
+            self._host.copy_(tensor, non_blocking=True)
+            self._arrived = torch.cuda.current_stream(tensor.device).record_event()
+
+    def wait(self) -> NDArray[Any]:
+        """The tensor's values, once they are there."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return self._host.numpy()

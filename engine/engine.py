@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -65,6 +65,18 @@ class _Picture:
 
 _Outcome = _Picture | str | None
 """A picture, the reason why there is none, or None where a value was not finite."""
+
+_Pictures = Callable[[], list[_Outcome]]
+"""Waits for the outcomes of a batch that the device is working on."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    """Requests of one batch that the device is working on."""
+
+    requests: list[GenerationRequest]
+    noise: list[Tensor] | None
+    pictures: _Pictures
 
 
 class Engine:
@@ -171,12 +183,21 @@ class Engine:
                 results[index] = self._unchecked(str(error), request, slot=0)
             except (ValueError, TypeError, OverflowError) as error:
                 results[index] = self._unchecked(f"{type(error).__name__}: {error}", request, slot=0)
-        for indices in groups.values():
-            for start in range(0, len(indices), self.batch_size):
-                batch = indices[start : start + self.batch_size]
-                given = None if noise is None else [noise[index] for index in batch]
-                finished = self._run_batch([requests[index] for index in batch], given)
-                results.update(zip(batch, finished, strict=True))
+        batches = [
+            indices[start : start + self.batch_size]
+            for indices in groups.values()
+            for start in range(0, len(indices), self.batch_size)
+        ]
+        begun: tuple[list[int], _Batch] | None = None
+        for batch in batches:
+            given = None if noise is None else [noise[index] for index in batch]
+            following = self._begin([requests[index] for index in batch], given)
+            # A GPU has the next batch to work on before this thread waits for the last one.
+            if begun is not None:
+                results.update(zip(begun[0], self._finish(begun[1]), strict=True))
+            begun = batch, following
+        if begun is not None:
+            results.update(zip(begun[0], self._finish(begun[1]), strict=True))
         return [results[index] for index in range(len(requests))]
 
     def _check_request(self, request: GenerationRequest) -> None:
@@ -194,19 +215,26 @@ class Engine:
                 f"eta is {request.eta}; it must be 0 for {request.sampler}: it is {', '.join(SAMPLERS_WITH_ETA)}'s"
             )
 
-    def _run_batch(self, requests: list[GenerationRequest], noise: list[Tensor] | None) -> list[UncheckedResult]:
+    def _begin(self, requests: list[GenerationRequest], noise: list[Tensor] | None) -> _Batch:
         """Sample and decode up to `batch_size` requests of one loop key and batch key."""
-        pictures = self._sample(requests, noise, self._models)
+        return _Batch(requests, noise, self._sample(requests, noise, self._models))
+
+    def _finish(self, batch: _Batch) -> list[UncheckedResult]:
+        """Wait for a batch's pictures; those that are not finite are made again in full precision.
+
+        The batch after it has begun by then. Its work comes first on the device, and so do its reads of the weights.
+        """
+        pictures = batch.pictures()
         broken = [slot for slot, picture in enumerate(pictures) if picture is None]
         retried: dict[int, _Outcome] = {}
         if broken and self.dtype != torch.float32:
-            again = None if noise is None else [noise[slot] for slot in broken]
+            again = None if batch.noise is None else [batch.noise[slot] for slot in broken]
             with self._models.in_fp32() as models:
-                finished = self._sample([requests[slot] for slot in broken], again, models)
+                finished = self._sample([batch.requests[slot] for slot in broken], again, models)()
             retried = dict(zip(broken, finished, strict=True))
         return [
             self._unchecked(retried.get(slot, picture), request, slot, "fp32-retry" if slot in retried else None)
-            for slot, (request, picture) in enumerate(zip(requests, pictures, strict=True))
+            for slot, (request, picture) in enumerate(zip(batch.requests, pictures, strict=True))
         ]
 
     def _unchecked(
@@ -227,21 +255,28 @@ class Engine:
         )
 
     @torch.inference_mode()
-    def _sample(self, requests: list[GenerationRequest], noise: list[Tensor] | None, models: Model) -> list[_Outcome]:
-        """An outcome for each of up to `batch_size` requests of one loop key and batch key."""
+    def _sample(self, requests: list[GenerationRequest], noise: list[Tensor] | None, models: Model) -> _Pictures:
+        """Begin up to `batch_size` requests of one loop key and batch key. The outcomes are those of the call."""
         missing = self.batch_size - len(requests)
         padded_noise = None if noise is None else noise + noise[-1:] * missing
+        failed: list[_Outcome]
         try:
             pictures, finite = models.sample(requests + requests[-1:] * missing, padded_noise)
         except EngineError as error:
-            if len(requests) == 1:
-                return [str(error)]
-            # One row is at fault, and nothing says which: each runs in a batch of its own, at the same shape.
-            given = [None] * len(requests) if noise is None else [[row] for row in noise]
-            return [self._sample([row], own, models)[0] for row, own in zip(requests, given, strict=True)]
+            failed = [str(error)]
+            if len(requests) > 1:
+                # One row is at fault, and nothing says which: each runs in a batch of its own, at the same shape.
+                given = [None] * len(requests) if noise is None else [[row] for row in noise]
+                failed = [self._sample([row], own, models)()[0] for row, own in zip(requests, given, strict=True)]
+            return lambda: failed
         levels = rearrange(pictures * 255, "n c h w -> n h w c")
-        rounded = levels.round().to(torch.uint8).cpu().numpy()
-        kept = levels.to(torch.uint8).cpu().numpy() if self._cut_pixels else rounded
-        pairs = zip(rounded, kept, finite.tolist(), strict=True)
-        outcomes: list[_Outcome] = [_Picture(*pair) if good else None for *pair, good in pairs]
-        return outcomes[: len(requests)]
+        rounded = acceleration.Download(levels.round().to(torch.uint8))
+        kept = acceleration.Download(levels.to(torch.uint8)) if self._cut_pixels else rounded
+        arriving = acceleration.Download(finite)
+
+        def arrived() -> list[_Outcome]:
+            rows = zip(rounded.wait(), kept.wait(), arriving.wait(), strict=True)
+            outcomes: list[_Outcome] = [_Picture(*pair) if good else None for *pair, good in rows]
+            return outcomes[: len(requests)]
+
+        return arrived

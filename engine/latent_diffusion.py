@@ -11,7 +11,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from latentmill.engine.acceleration import arrange, decode
+from latentmill.engine.acceleration import arrange, decode, upload
 from latentmill.engine.device import widened
 from latentmill.engine.loading.layout import ModelLayout
 from latentmill.engine.loading.weights import check_claims, load_unet, load_vae
@@ -66,7 +66,7 @@ class LatentDiffusion:
         draws = _own_draws(rows, shape) if noise is None else iter(torch.stack(list(noise), dim=1))
 
         def draw_noise() -> Tensor:
-            return next(draws).to(device)
+            return upload(next(draws), device)
 
         latents = sample(
             first.sampler,
@@ -121,4 +121,4 @@ def _own_draws(rows: Sequence[GenerationRequest], shape: tuple[int, int, int]) -
 
 def _column(values: list[float], device: torch.device) -> Tensor:
     """One number per row, shaped to multiply latents: `(n, 1, 1, 1) float32`."""
-    return rearrange(torch.tensor(values, dtype=torch.float32, device=device), "n -> n 1 1 1")
+    return upload(rearrange(torch.tensor(values, dtype=torch.float32), "n -> n 1 1 1"), device)
