@@ -1,14 +1,17 @@
-"""What makes the engine fast on a device, or keeps it within memory: what of it changes bits is in SETTINGS."""
+"""What makes the engine fast on a device, or keeps it within memory: `settings` names what of it changes bits."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from latentmill.engine.graphs import CapturedNetwork
 from latentmill.engine.networks.autoencoder import Autoencoder
+from latentmill.engine.types import EngineError
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -34,8 +37,35 @@ def arrange(network: Network) -> Network:
     return network
 
 
-SETTINGS = "channels last"
-"""What of this a network's bits depend on, for the execution class."""
+EXECUTIONS = ("eager", "graphs", "compiled")
+"""How the U-Net is run: operator by operator, as CUDA graphs of the same kernels, or by what torch.compile makes."""
+
+_SHAPES_LIMIT = 64
+"""Shapes of batches that one process compiles for. By default torch stops at 8, which is an error."""
+
+
+def executed(network: nn.Module, execution: str, device: torch.device) -> Callable[..., Tensor]:
+    """The network as it is to be run. Raises EngineError for an execution that is not known, or not on this device."""
+    if execution not in EXECUTIONS:
+        raise EngineError(f"execution is {execution!r}; expected one of {', '.join(EXECUTIONS)}")
+    if execution == "eager":
+        return network
+    if device.type != "cuda":
+        raise EngineError(f"execution is {execution!r}, which needs a CUDA device; use eager")
+    return CapturedNetwork(network) if execution == "graphs" else compiled(network)
+
+
+def compiled(network: nn.Module, backend: str | Callable[..., Any] = "inductor") -> Callable[..., Tensor]:
+    """The network by torch.compile: whole, or an error, and once for each shape."""
+    dynamo: Any = torch._dynamo
+    dynamo.config.recompile_limit = max(dynamo.config.recompile_limit, _SHAPES_LIMIT)
+    call: Callable[..., Tensor] = torch.compile(network, fullgraph=True, dynamic=False, backend=backend)
+    return call
+
+
+def settings(execution: str) -> str:
+    """What of this a network's bits depend on, for the execution class."""
+    return "channels last, compiled" if execution == "compiled" else "channels last"
 
 
 def decode(vae: Autoencoder, latents: Tensor) -> Tensor:

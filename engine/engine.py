@@ -96,11 +96,13 @@ class Engine:
         device: torch.device,
         dtype: torch.dtype,
         cut_pixels: bool = False,
+        execution: str = "eager",
     ) -> None:
         self.description = description
         self.batch_size = batch_size
         self.device, self.dtype = device, dtype
         self._cut_pixels = cut_pixels
+        self._execution = execution
         self._models = model
         self._safety = safety
 
@@ -113,11 +115,13 @@ class Engine:
         dtype: str = "float16",
         batch_size: int = 8,
         cut_pixels: bool = False,
+        execution: str = "eager",
     ) -> Engine:
         """Load a diffusers folder or an original single file, and its safety checker.
 
         Pipelines that are not the engine's own run by the library diffusers, an optional extra. `cut_pixels` truncates
-        pixels to whole numbers as the original command did, instead of rounding them. Raises EngineError for a missing
+        pixels to whole numbers as the original command did, instead of rounding them. `execution` is one of
+        `acceleration.EXECUTIONS`: how the U-Net is run on a GPU. Raises EngineError for a missing
         file, a key that does not match, an unsupported switch, or a missing device.
         """
         if batch_size < 1:
@@ -129,20 +133,31 @@ class Engine:
         acceleration.use_full_float32()
         model: Model
         if description.pipeline is None:
-            model = load_latent_diffusion(description.layout, spec, kind, target, batch_size)
+            model = load_latent_diffusion(description.layout, spec, kind, target, batch_size, execution)
+        elif execution != "eager":
+            raise EngineError(f"execution is {execution!r}, but {spec.model} runs by the library diffusers; use eager")
         else:
             from latentmill.engine.diffusers_backend.pipeline import load_pipeline
 
             model = load_pipeline(description.pipeline, kind, target)
         safety = load_safety_checker(spec, description.folder, target)
-        return cls(model, safety, description, batch_size, device=target, dtype=kind, cut_pixels=cut_pixels)
+        return cls(
+            model,
+            safety,
+            description,
+            batch_size,
+            device=target,
+            dtype=kind,
+            cut_pixels=cut_pixels,
+            execution=execution,
+        )
 
     @property
     def execution_class(self) -> str:
         """All that bitwise equality of two runs depends on, besides model and request."""
         where = execution_class(self.device, self.dtype, self.batch_size)
         if self.description.pipeline is None:
-            return f"{where}, {acceleration.SETTINGS}"
+            return f"{where}, {acceleration.settings(self._execution)}"
         from latentmill.engine.diffusers_backend.pipeline import library_version
 
         return f"{where}, diffusers {library_version()}"

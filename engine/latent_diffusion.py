@@ -11,7 +11,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from latentmill.engine.acceleration import arrange, decode, upload
+from latentmill.engine.acceleration import arrange, decode, executed, upload
 from latentmill.engine.device import widened
 from latentmill.engine.loading.layout import ModelLayout
 from latentmill.engine.loading.weights import check_claims, load_unet, load_vae
@@ -28,11 +28,14 @@ from latentmill.engine.types import GenerationRequest, ModelSpec
 class LatentDiffusion:
     """The networks at one precision, the schedule that they were trained on, and the U-Net's further conditions.
 
+    `run` is the U-Net as it is run, by `acceleration.executed`.
+
     Each sample draws all its noise from its own CPU generator, seeded with its seed.
     """
 
     text: TextEncoder
     unet: UNet
+    run: Callable[..., Tensor]
     vae: Autoencoder
     schedule: NoiseSchedule
     conditions: Callable[[Tensor, GenerationRequest], Mapping[str, Tensor]] | None
@@ -53,7 +56,7 @@ class LatentDiffusion:
     def in_fp32(self) -> Iterator[LatentDiffusion]:
         """The same weights, widened in place as long as the context lasts."""
         with widened([*self.text.networks, self.unet, self.vae]):
-            yield replace(self, text=self.text.without_cache())
+            yield replace(self, text=self.text.without_cache(), run=self.unet)
 
     def sample(self, rows: Sequence[GenerationRequest], noise: Sequence[Tensor] | None = None) -> tuple[Tensor, Tensor]:
         """Pictures of rows of one loop key and batch key, `(n, 3, h, w) float32 in [0, 1]`; which are finite, `(n,)`.
@@ -90,14 +93,19 @@ class LatentDiffusion:
             negative = self.text.encode_negative([row.negative_prompt for row in rows], chunks)
             conditioning = negative.followed_by(conditioning)
             guidance = _column([row.guidance_scale for row in rows], device)
-        unet = partial(self.unet, projected=self.unet.project(conditioning.context))
+        unet = partial(self.run, projected=self.unet.project(conditioning.context))
         if self.conditions is not None and conditioning.pooled is not None:
             unet = partial(unet, **self.conditions(conditioning.pooled, rows[0]))
         return Denoiser(unet, self.schedule, conditioning.context, guidance)
 
 
 def load_latent_diffusion(
-    layout: ModelLayout, spec: ModelSpec, dtype: torch.dtype, device: torch.device, batch_size: int
+    layout: ModelLayout,
+    spec: ModelSpec,
+    dtype: torch.dtype,
+    device: torch.device,
+    batch_size: int,
+    execution: str = "eager",
 ) -> LatentDiffusion:
     """Load the networks of a diffusers folder or an original single file.
 
@@ -106,10 +114,11 @@ def load_latent_diffusion(
     check_claims(layout)
     blueprint = layout.blueprint
     vae = load_vae(layout, torch.float32 if blueprint.vae.force_upcast else dtype, device)
-    unet = load_unet(layout, dtype, device)
+    unet = arrange(load_unet(layout, dtype, device))
+    run = executed(unet, execution, device)
     text = TextEncoder(layout, spec, dtype, device, batch_size)
     schedule = NoiseSchedule(blueprint.scheduler)
-    return LatentDiffusion(text, arrange(unet), arrange(vae), schedule, blueprint.family.conditions)
+    return LatentDiffusion(text, unet, run, arrange(vae), schedule, blueprint.family.conditions)
 
 
 def _own_draws(rows: Sequence[GenerationRequest], shape: tuple[int, int, int]) -> Iterator[Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from latentmill.engine import Engine, GenerationRequest, ModelSpec, acceleration
+from latentmill.engine import Engine, EngineError, GenerationRequest, ModelSpec, acceleration, graphs
 from latentmill.engine.latent_diffusion import LatentDiffusion, load_latent_diffusion
 from latentmill.engine.loading.layout import find_model
 from tests.engine.families import write_sdxl
@@ -127,3 +128,52 @@ def test_keys_and_values_of_a_prompt_are_made_once_and_change_no_bit(eps_model, 
     assert len(calls) == len(layers) * 5, "once more by `project`, whose results are left out"
     for found, expected in zip(again, once, strict=True):
         assert np.array_equal(found.pixels, expected.pixels)
+
+
+class Replayed:
+    """In place of a CUDA graph: remembers that it was made, and runs its network on what it is given."""
+
+    made = 0
+
+    def __init__(self, call, inputs):
+        type(self).made += 1
+        self.call = call
+
+    def replay(self, inputs):
+        return self.call(inputs)
+
+
+@torch.inference_mode()
+def test_graphs_are_kept_by_shape_and_forgotten_when_the_weights_move(tmp_path, monkeypatch):
+    models = load(write_sdxl(tmp_path / "sdxl"), torch.float32)
+    unet, config = models.unet, models.unet.config
+    monkeypatch.setattr(graphs, "_Graph", Replayed)
+    monkeypatch.setattr(graphs, "_LIMIT", 2)
+    monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
+    run, pooled = graphs.CapturedNetwork(unet), config.projection_input_dim - 6 * config.addition_time_embed_dim
+
+    def batch(side: int) -> int:
+        """Two steps of a batch; how many graphs have been made until then."""
+        context, extra = torch.randn(2, 77, config.context_dim), {"pooled": torch.randn(2, pooled)}
+        extra["time_ids"] = torch.full((2, 6), 64.0)
+        projected = unet.project(context)
+        for _ in range(2):
+            latents, timesteps = torch.randn(2, 4, side, 8), torch.full((2,), 500.0)
+            found = run(latents, timesteps, context, projected=projected, **extra)
+            assert torch.equal(found, unet(latents, timesteps, context, **extra))
+        return Replayed.made
+
+    assert [batch(side) for side in (8, 16, 8, 16)] == [1, 2, 2, 2]
+    assert [batch(side) for side in (24, 16, 8)] == [3, 3, 4], "the oldest of two makes room"
+    unet.conv_in.weight.data = unet.conv_in.weight.data.clone(memory_format=torch.channels_last)
+    assert batch(8) == 5
+    assert batch(8) == 5
+
+
+@pytest.mark.parametrize(
+    ("execution", "reason"),
+    [("graphs", "needs a CUDA device; use eager"), ("compiled", "needs a CUDA device"), ("jit", "expected one of")],
+)
+def test_an_execution_that_a_cpu_does_not_have_is_refused(eps_model, execution, reason):
+    with pytest.raises(EngineError, match=reason):
+        Engine.load(ModelSpec(model=str(eps_model)), device="cpu", dtype="float32", execution=execution)
