@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -66,6 +66,18 @@ class _Picture:
 _Outcome = _Picture | str | None
 """A picture, the reason why there is none, or None where a value was not finite."""
 
+_Pictures = Callable[[], list[_Outcome]]
+"""Waits for the outcomes of a batch that the device is working on."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    """Requests of one batch that the device is working on."""
+
+    requests: list[GenerationRequest]
+    noise: list[Tensor] | None
+    pictures: _Pictures
+
 
 class Engine:
     """One text-to-image model on one device.
@@ -84,11 +96,13 @@ class Engine:
         device: torch.device,
         dtype: torch.dtype,
         cut_pixels: bool = False,
+        execution: str = "eager",
     ) -> None:
         self.description = description
         self.batch_size = batch_size
         self.device, self.dtype = device, dtype
         self._cut_pixels = cut_pixels
+        self._execution = execution
         self._models = model
         self._safety = safety
 
@@ -101,11 +115,13 @@ class Engine:
         dtype: str = "float16",
         batch_size: int = 8,
         cut_pixels: bool = False,
+        execution: str = "eager",
     ) -> Engine:
         """Load a diffusers folder or an original single file, and its safety checker.
 
         Pipelines that are not the engine's own run by the library diffusers, an optional extra. `cut_pixels` truncates
-        pixels to whole numbers as the original command did, instead of rounding them. Raises EngineError for a missing
+        pixels to whole numbers as the original command did, instead of rounding them. `execution` is one of
+        `acceleration.EXECUTIONS`: how the U-Net is run on a GPU. Raises EngineError for a missing
         file, a key that does not match, an unsupported switch, or a missing device.
         """
         if batch_size < 1:
@@ -117,20 +133,31 @@ class Engine:
         acceleration.use_full_float32()
         model: Model
         if description.pipeline is None:
-            model = load_latent_diffusion(description.layout, spec, kind, target, batch_size)
+            model = load_latent_diffusion(description.layout, spec, kind, target, batch_size, execution)
+        elif execution != "eager":
+            raise EngineError(f"execution is {execution!r}, but {spec.model} runs by the library diffusers; use eager")
         else:
             from latentmill.engine.diffusers_backend.pipeline import load_pipeline
 
             model = load_pipeline(description.pipeline, kind, target)
         safety = load_safety_checker(spec, description.folder, target)
-        return cls(model, safety, description, batch_size, device=target, dtype=kind, cut_pixels=cut_pixels)
+        return cls(
+            model,
+            safety,
+            description,
+            batch_size,
+            device=target,
+            dtype=kind,
+            cut_pixels=cut_pixels,
+            execution=execution,
+        )
 
     @property
     def execution_class(self) -> str:
         """All that bitwise equality of two runs depends on, besides model and request."""
         where = execution_class(self.device, self.dtype, self.batch_size)
         if self.description.pipeline is None:
-            return where + acceleration.settings(self.device)
+            return f"{where}, {acceleration.settings(self._execution)}"
         from latentmill.engine.diffusers_backend.pipeline import library_version
 
         return f"{where}, diffusers {library_version()}"
@@ -171,12 +198,21 @@ class Engine:
                 results[index] = self._unchecked(str(error), request, slot=0)
             except (ValueError, TypeError, OverflowError) as error:
                 results[index] = self._unchecked(f"{type(error).__name__}: {error}", request, slot=0)
-        for indices in groups.values():
-            for start in range(0, len(indices), self.batch_size):
-                batch = indices[start : start + self.batch_size]
-                given = None if noise is None else [noise[index] for index in batch]
-                finished = self._run_batch([requests[index] for index in batch], given)
-                results.update(zip(batch, finished, strict=True))
+        batches = [
+            indices[start : start + self.batch_size]
+            for indices in groups.values()
+            for start in range(0, len(indices), self.batch_size)
+        ]
+        begun: tuple[list[int], _Batch] | None = None
+        for batch in batches:
+            given = None if noise is None else [noise[index] for index in batch]
+            following = self._begin([requests[index] for index in batch], given)
+            # A GPU has the next batch to work on before this thread waits for the last one.
+            if begun is not None:
+                results.update(zip(begun[0], self._finish(begun[1]), strict=True))
+            begun = batch, following
+        if begun is not None:
+            results.update(zip(begun[0], self._finish(begun[1]), strict=True))
         return [results[index] for index in range(len(requests))]
 
     def _check_request(self, request: GenerationRequest) -> None:
@@ -194,19 +230,26 @@ class Engine:
                 f"eta is {request.eta}; it must be 0 for {request.sampler}: it is {', '.join(SAMPLERS_WITH_ETA)}'s"
             )
 
-    def _run_batch(self, requests: list[GenerationRequest], noise: list[Tensor] | None) -> list[UncheckedResult]:
+    def _begin(self, requests: list[GenerationRequest], noise: list[Tensor] | None) -> _Batch:
         """Sample and decode up to `batch_size` requests of one loop key and batch key."""
-        pictures = self._sample(requests, noise, self._models)
+        return _Batch(requests, noise, self._sample(requests, noise, self._models))
+
+    def _finish(self, batch: _Batch) -> list[UncheckedResult]:
+        """Wait for a batch's pictures; those that are not finite are made again in full precision.
+
+        The batch after it has begun by then. Its work comes first on the device, and so do its reads of the weights.
+        """
+        pictures = batch.pictures()
         broken = [slot for slot, picture in enumerate(pictures) if picture is None]
         retried: dict[int, _Outcome] = {}
         if broken and self.dtype != torch.float32:
-            again = None if noise is None else [noise[slot] for slot in broken]
+            again = None if batch.noise is None else [batch.noise[slot] for slot in broken]
             with self._models.in_fp32() as models:
-                finished = self._sample([requests[slot] for slot in broken], again, models)
+                finished = self._sample([batch.requests[slot] for slot in broken], again, models)()
             retried = dict(zip(broken, finished, strict=True))
         return [
             self._unchecked(retried.get(slot, picture), request, slot, "fp32-retry" if slot in retried else None)
-            for slot, (request, picture) in enumerate(zip(requests, pictures, strict=True))
+            for slot, (request, picture) in enumerate(zip(batch.requests, pictures, strict=True))
         ]
 
     def _unchecked(
@@ -227,21 +270,28 @@ class Engine:
         )
 
     @torch.inference_mode()
-    def _sample(self, requests: list[GenerationRequest], noise: list[Tensor] | None, models: Model) -> list[_Outcome]:
-        """An outcome for each of up to `batch_size` requests of one loop key and batch key."""
+    def _sample(self, requests: list[GenerationRequest], noise: list[Tensor] | None, models: Model) -> _Pictures:
+        """Begin up to `batch_size` requests of one loop key and batch key. The outcomes are those of the call."""
         missing = self.batch_size - len(requests)
         padded_noise = None if noise is None else noise + noise[-1:] * missing
+        failed: list[_Outcome]
         try:
             pictures, finite = models.sample(requests + requests[-1:] * missing, padded_noise)
         except EngineError as error:
-            if len(requests) == 1:
-                return [str(error)]
-            # One row is at fault, and nothing says which: each runs in a batch of its own, at the same shape.
-            given = [None] * len(requests) if noise is None else [[row] for row in noise]
-            return [self._sample([row], own, models)[0] for row, own in zip(requests, given, strict=True)]
+            failed = [str(error)]
+            if len(requests) > 1:
+                # One row is at fault, and nothing says which: each runs in a batch of its own, at the same shape.
+                given = [None] * len(requests) if noise is None else [[row] for row in noise]
+                failed = [self._sample([row], own, models)()[0] for row, own in zip(requests, given, strict=True)]
+            return lambda: failed
         levels = rearrange(pictures * 255, "n c h w -> n h w c")
-        rounded = levels.round().to(torch.uint8).cpu().numpy()
-        kept = levels.to(torch.uint8).cpu().numpy() if self._cut_pixels else rounded
-        pairs = zip(rounded, kept, finite.tolist(), strict=True)
-        outcomes: list[_Outcome] = [_Picture(*pair) if good else None for *pair, good in pairs]
-        return outcomes[: len(requests)]
+        rounded = acceleration.Download(levels.round().to(torch.uint8))
+        kept = acceleration.Download(levels.to(torch.uint8)) if self._cut_pixels else rounded
+        arriving = acceleration.Download(finite)
+
+        def arrived() -> list[_Outcome]:
+            rows = zip(rounded.wait(), kept.wait(), arriving.wait(), strict=True)
+            outcomes: list[_Outcome] = [_Picture(*pair) if good else None for *pair, good in rows]
+            return outcomes[: len(requests)]
+
+        return arrived

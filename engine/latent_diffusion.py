@@ -11,11 +11,11 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from latentmill.engine.acceleration import arrange, decode
+from latentmill.engine.acceleration import arrange, decode, executed, upload
 from latentmill.engine.device import widened
 from latentmill.engine.loading.layout import ModelLayout
 from latentmill.engine.loading.weights import check_claims, load_autoencoder, load_denoiser
-from latentmill.engine.networks.interface import Autoencoder, DenoisingNetwork
+from latentmill.engine.networks.interface import Autoencoder, DenoisingNetwork, ProjectsContext
 from latentmill.engine.sampling.denoiser import Denoiser
 from latentmill.engine.sampling.samplers import sample
 from latentmill.engine.sampling.schedule import NoiseSchedule
@@ -27,11 +27,14 @@ from latentmill.engine.types import GenerationRequest, ModelSpec
 class LatentDiffusion:
     """The networks at one precision, the schedule that they were trained on, and the denoiser's further conditions.
 
+    `run` is the denoiser as it is run, by `acceleration.executed`.
+
     Each sample draws all its noise from its own CPU generator, seeded with its seed.
     """
 
     text: TextEncoder
     denoiser: nn.Module
+    run: Callable[..., Tensor]
     autoencoder: Autoencoder
     schedule: NoiseSchedule
     conditions: Callable[[Tensor, GenerationRequest], Mapping[str, Tensor]] | None
@@ -52,7 +55,7 @@ class LatentDiffusion:
     def in_fp32(self) -> Iterator[LatentDiffusion]:
         """The same weights, widened in place as long as the context lasts."""
         with widened([*self.text.networks, self.denoiser, self.autoencoder]):
-            yield replace(self, text=self.text.without_cache())
+            yield replace(self, text=self.text.without_cache(), run=self.denoiser)
 
     def sample(self, rows: Sequence[GenerationRequest], noise: Sequence[Tensor] | None = None) -> tuple[Tensor, Tensor]:
         """Pictures of rows of one loop key and batch key, `(n, 3, h, w) float32 in [0, 1]`; which are finite, `(n,)`.
@@ -65,7 +68,7 @@ class LatentDiffusion:
         draws = _own_draws(rows, shape) if noise is None else iter(torch.stack(list(noise), dim=1))
 
         def draw_noise() -> Tensor:
-            return next(draws).to(device)
+            return upload(next(draws), device)
 
         latents = sample(
             first.sampler,
@@ -89,14 +92,21 @@ class LatentDiffusion:
             negative = self.text.encode_negative([row.negative_prompt for row in rows], chunks)
             conditioning = negative.followed_by(conditioning)
             guidance = _column([row.guidance_scale for row in rows], device)
-        network: DenoisingNetwork = self.denoiser
+        network: DenoisingNetwork = self.run
+        if isinstance(self.denoiser, ProjectsContext):
+            network = partial(network, projected=self.denoiser.project(conditioning.context))
         if self.conditions is not None and conditioning.pooled is not None:
             network = partial(network, **self.conditions(conditioning.pooled, rows[0]))
         return Denoiser(network, self.schedule, conditioning.context, guidance)
 
 
 def load_latent_diffusion(
-    layout: ModelLayout, spec: ModelSpec, dtype: torch.dtype, device: torch.device, batch_size: int
+    layout: ModelLayout,
+    spec: ModelSpec,
+    dtype: torch.dtype,
+    device: torch.device,
+    batch_size: int,
+    execution: str = "eager",
 ) -> LatentDiffusion:
     """Load the networks of a diffusers folder or an original single file.
 
@@ -105,12 +115,11 @@ def load_latent_diffusion(
     check_claims(layout)
     blueprint = layout.blueprint
     autoencoder = load_autoencoder(layout, torch.float32 if blueprint.autoencoder.force_upcast else dtype, device)
-    denoiser = load_denoiser(layout, dtype, device)
+    denoiser = arrange(load_denoiser(layout, dtype, device))
+    run = executed(denoiser, execution, device)
     text = TextEncoder(layout, spec, dtype, device, batch_size)
     schedule = NoiseSchedule(blueprint.scheduler)
-    return LatentDiffusion(
-        text, arrange(denoiser, device), arrange(autoencoder, device), schedule, blueprint.family.conditions
-    )
+    return LatentDiffusion(text, denoiser, run, arrange(autoencoder), schedule, blueprint.family.conditions)
 
 
 def _own_draws(rows: Sequence[GenerationRequest], shape: tuple[int, int, int]) -> Iterator[Tensor]:
@@ -122,4 +131,4 @@ def _own_draws(rows: Sequence[GenerationRequest], shape: tuple[int, int, int]) -
 
 def _column(values: list[float], device: torch.device) -> Tensor:
     """One number per row, shaped to multiply latents: `(n, 1, 1, 1) float32`."""
-    return rearrange(torch.tensor(values, dtype=torch.float32, device=device), "n -> n 1 1 1")
+    return upload(rearrange(torch.tensor(values, dtype=torch.float32), "n -> n 1 1 1"), device)

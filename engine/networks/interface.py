@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -19,6 +19,14 @@ class DenoisingNetwork(Protocol):
 
     def __call__(self, latents: Tensor, timesteps: Tensor, context: Tensor, **conditions: Tensor) -> Tensor:
         """The raw prediction."""
+
+
+@runtime_checkable
+class ProjectsContext(Protocol):
+    """A denoiser that takes what follows from the context alone as `projected`, made once for all steps."""
+
+    def project(self, context: Tensor) -> Any:
+        """Keys and values of the context, `(n, l, d)`, for every layer that attends to it."""
 
 
 class Autoencoder(nn.Module, ABC):

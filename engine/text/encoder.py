@@ -11,6 +11,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from latentmill.engine.acceleration import upload
 from latentmill.engine.families.family import TextEncoderSpec
 from latentmill.engine.loading.layout import ModelLayout
 from latentmill.engine.loading.weights import load_text_encoder
@@ -48,7 +49,7 @@ class _LoadedEncoder:
         return ids, weights + [1.0] * (self.spec.max_tokens - len(weights))
 
     def encode(self, ids: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor | None]:
-        rows = torch.tensor(ids, device=device)
+        rows = upload(torch.tensor(ids), device)
         return self.spec.encode(self.network, rows)
 
 
