@@ -28,7 +28,7 @@ def pipeline() -> StableDiffusionPipeline:
     assert isinstance(loaded.scheduler, DDIMScheduler)
     loaded.set_progress_bar_config(disable=True)
     # The same memory layout as ours: both are equally far from double precision, but each rounds in its own way.
-    loaded.denoiser.to(memory_format=torch.channels_last)
+    loaded.unet.to(memory_format=torch.channels_last)
     return loaded
 
 
