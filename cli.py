@@ -13,6 +13,7 @@ import typer
 
 from latentmill.jobs.exports.spec import EXPORT_SETTINGS, HOW
 from latentmill.jobs.flags import QUIET, Say, flag, takes_a_job, takes_settings
+from latentmill.jobs.scores.spec import SCORE_SETTINGS, SCORING
 from latentmill.jobs.settings import RUNNING
 
 _MAKE, _LOOK, _MORE = "Make images", "Look at a dataset", "More"
@@ -276,6 +277,31 @@ def push_to_hub(
 
     summary = push(dest, repo, private=private)
     _answer(summary.to_dict(), json, lambda views: views.show_push(summary))
+
+
+@app.command(
+    rich_help_panel=_LOOK,
+    epilog="Example: [bold]latentmill score out/sample --with sharpness,phash[/bold]\n\n"
+    "The same command again resumes where it stopped. Exit codes: 0 complete, 2 usage, 3 scores of another version "
+    "are there.",
+)
+@takes_settings(SCORE_SETTINGS, SCORING)
+def score(
+    flags: dict[str, Any],
+    say: Say,
+    *,
+    dataset: OutArgument,
+    scorers: Annotated[str, flag("--with", SCORING, "NAME[,NAME...]: the scorers.")],
+) -> None:
+    """Add columns of scores to a published dataset, beside its files, every picture checked."""
+    from latentmill.jobs.show.display import progress_view
+
+    with progress_view("opening", lambda _: "", quiet=say.quiet) as view:
+        from latentmill.jobs.outputs.score import score as score_dataset
+        from latentmill.jobs.scores.spec import make_score_spec
+
+        summary = score_dataset(dataset, scorers.split(","), make_score_spec(flags), on_progress=view.update)
+    _answer(summary.to_dict(), say.as_json, lambda views: views.show_scores(summary), quiet=say.quiet)
 
 
 @app.command(rich_help_panel=_MORE, epilog="Example: [bold]latentmill models[/bold]")

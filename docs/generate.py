@@ -22,6 +22,8 @@ from latentmill.jobs.manifests.fields import AXES, FIELDS
 from latentmill.jobs.manifests.formats import FORMATS, formats_of
 from latentmill.jobs.models.presets import list_presets
 from latentmill.jobs.plans.columns import COLUMNS
+from latentmill.jobs.scores.spec import SCORE_SETTINGS, ScoreSpec
+from latentmill.jobs.scores.table import SCORERS
 from latentmill.jobs.settings import Setting
 from latentmill.jobs.spec import SETTINGS, JobSpec, Runtime
 from latentmill.jobs.txt2img.options import build_parser
@@ -88,6 +90,27 @@ def exporting() -> str:
         for name, setting in EXPORT_SETTINGS.items()
     ]
     return _table(("flag", "type", "default", "planned", "what it does"), rows)
+
+
+def scorers() -> str:
+    """The scorers that the project has itself."""
+    return _table(("`--with`", "columns"), [(f"`{name}`", entry.what) for name, entry in SCORERS.items()])
+
+
+def scoring() -> str:
+    """Every setting of `latentmill score`."""
+    defaults = {field.name: field.default for field in dataclasses.fields(ScoreSpec)}
+    rows = [
+        (
+            f"`--{name.replace('_', '-')}`",
+            _kind(setting),
+            setting.allowed,
+            _default(defaults[name]),
+            setting.help.removesuffix(f" Default: {defaults[name]}."),
+        )
+        for name, setting in SCORE_SETTINGS.items()
+    ]
+    return _table(("flag", "type", "allowed", "default", "what it does"), rows)
 
 
 def formats() -> str:
@@ -170,6 +193,8 @@ PARTS: Mapping[str, Callable[[], str]] = {
         exports,
         pictures,
         exporting,
+        scorers,
+        scoring,
     )
 }
 

@@ -21,6 +21,7 @@ from latentmill.jobs.job import Job, open_job
 from latentmill.jobs.manifests.fields import shorten
 from latentmill.jobs.outputs.publish import MAX_PART_BYTES, Part, Publication, standing_publication
 from latentmill.jobs.plans.planned import fingerprint
+from latentmill.jobs.scores.join import open_scores
 from latentmill.jobs.store.parquet import OversizeError, read_parquet
 
 _SAMPLE_ID = re.compile(r"\d{8,19}", re.ASCII)
@@ -32,18 +33,20 @@ class Source:
     def __init__(self, job: Job, publication: Publication) -> None:
         self.job = job
         self.publication = publication
+        self._own = job.plan.record_schema.remove_metadata()
+        self._scores = open_scores(job.storage, publication.plan_hash, self._own.names)
         self._lock = Lock()
         self._part = lru_cache(maxsize=2)(self._read_part)
 
     @property
     def digest(self) -> str:
-        """One digest of all published rows."""
-        return fingerprint([part.sha256 for part in self.publication.parts])
+        """One digest of all published rows and their scores."""
+        return fingerprint([*(part.sha256 for part in self.publication.parts), *self._scores.digests])
 
     @property
     def schema(self) -> pa.Schema:
         """The columns of the tables."""
-        return self.job.plan.record_schema.remove_metadata()
+        return pa.schema([*self._own, *self._scores.fields])
 
     def tables(self, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, pa.Table]]:
         """The rows from `start` to before `stop`, part by part, each with the number of its first row.
@@ -87,7 +90,7 @@ class Source:
             data = self.job.storage.read(part.path, part.bytes)
             if hashlib.sha256(data).hexdigest() != part.sha256:
                 raise ValueError("it has not the sha256 that it was published with")
-            return read_parquet(data, self.schema.names, max_rows=part.rows, max_bytes=MAX_PART_BYTES)
+            return self._scores.join(read_parquet(data, self._own.names, max_rows=part.rows, max_bytes=MAX_PART_BYTES))
         except (FileNotFoundError, pa.ArrowException, OversizeError, ValueError, KeyError) as error:
             raise JobError(f"{part.path} in {url} is damaged: {error}; heal it by: latentmill repair {url}") from error
 

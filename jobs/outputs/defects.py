@@ -30,6 +30,7 @@ Kind = Literal[
     "part-stray",
     "captions-damaged",
     "dataset-wrong",
+    "scores-wrong",
 ]
 
 

@@ -38,6 +38,7 @@ _TELLING: Mapping[Kind, str] = {
     "row-wrong": "the ledger is what everything else is told from: restore the record from a copy",
     "pixels-changed": "its row contradicts itself: restore the record from a copy",
     "source-unstated": "the file is the one that its row names: restore both from a copy",
+    "scores-wrong": "the same `latentmill score` command makes it again",
 }
 """Why a defect of the ledger cannot be healed from it, and what can be done."""
 _OTHER_BYTES = "made again, its file is another one: the model's code or a library is not what it was for its row"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import random
 from collections.abc import Callable, Iterator
@@ -30,6 +31,7 @@ from latentmill.jobs.outputs.publish import (
     manifest_path,
     merged_tables,
 )
+from latentmill.jobs.outputs.score_check import score_defects
 from latentmill.jobs.store.parquet import OversizeError, read_parquet
 
 Phase = Literal["checking", "comparing", "healing"]
@@ -88,7 +90,8 @@ def verify(
     sample_n: int | None = None,
     on_progress: Callable[[VerifyProgress], None] = lambda _: None,
 ) -> VerifyReport:
-    """Checks the ledger against the plan, every picture against its row, and the published dataset against the ledger.
+    """Checks the ledger against the plan, every picture against its row, the published dataset against the ledger, and
+    scores against the dataset.
 
     `sample_n` reads only that many pictures, chosen at random; records and dataset are always read whole. Repairs
     that are made meanwhile are not looked at. Raises UsageError if the output has no plan.
@@ -97,6 +100,7 @@ def verify(
     checker.check_chunks()
     checker.check_strays()
     checker.check_dataset()
+    checker.check_scores()
     return checker.report()
 
 
@@ -289,6 +293,13 @@ class _Checker:
             return
         for part in publication.parts:
             self._read_part(part)  # without its own ledger the parts can only be held against their digests
+
+    def check_scores(self) -> None:
+        """The scores beside the dataset are of its rows."""
+        if self._publication is not None:
+            # what is wrong with the published parts themselves is told already
+            with contextlib.suppress(FileNotFoundError, JobError):
+                self._defects.extend(score_defects(self._job, self._publication))
 
     def _check_unnamed(self, path: str, publication: Publication) -> None:
         """A part that no manifest names: where there are repairs, it may be of the publication before or to come."""

@@ -19,15 +19,18 @@ if TYPE_CHECKING:
     from latentmill.jobs.models.presets import ModelPreset
     from latentmill.jobs.outputs.clean import CleanReport
     from latentmill.jobs.outputs.repair import RepairReport
+    from latentmill.jobs.outputs.score import ScoreSummary
     from latentmill.jobs.outputs.status import StatusReport
     from latentmill.jobs.outputs.verify import VerifyReport
     from latentmill.jobs.plans.summary import PlanSummary
     from latentmill.jobs.runner import RunSummary
+    from latentmill.jobs.scores.duplicates import Duplicates
     from latentmill.jobs.show.report import ReportSummary
     from latentmill.jobs.submission.api import JobInfo
     from latentmill.jobs.submission.submission import JobStatus, Submission
 
 _DEFECTS_SHOWN = 20
+_PAIRS_SHOWN = 20
 _VALUES_SHOWN = 8
 _COLUMNS_SHOWN = 20
 _COLUMN_SHOWN = 60
@@ -302,6 +305,31 @@ def show_report(report: ReportSummary) -> None:
     if len(report.sheets) > 5:
         facts["more"] = f"{report.out}/report"
     print_facts("report", facts)
+
+
+def show_scores(summary: ScoreSummary) -> None:
+    """What was scored, and between which values."""
+    rows = []
+    for scorer in summary.scorers:
+        there = scorer.parts - scorer.written
+        parts = f"{scorer.parts:,}" + (f", of which {there:,} were there" if there else "")
+        for column, ends in scorer.columns.items():
+            shown = ["", "", ""] if ends is None else [f"{value:.4g}" for value in ends]
+            rows.append([column, f"{scorer.scored:,} of {scorer.rows:,}", *shown, parts])
+    print_table("scores", ["column", "scored", "least", "mean", "greatest", "parts"], rows)
+    for scorer in summary.scorers:
+        if scorer.duplicates is not None:
+            _show_duplicates(scorer.duplicates)
+
+
+def _show_duplicates(found: Duplicates) -> None:
+    if found.not_compared is not None:
+        print_line(f"note: only equal hashes were looked for: {found.not_compared}")
+    pairs = found.pairs[:_PAIRS_SHOWN]
+    title = f"near duplicates, up to {found.distance} bits apart (first {len(pairs)} of {found.total:,})"
+    print_table(
+        title, ["sample", "looks like", "bits apart"], [[pair.second, pair.first, pair.distance] for pair in pairs]
+    )
 
 
 def show_export(summary: ExportSummary) -> None:
