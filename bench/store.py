@@ -43,15 +43,30 @@ def s3_server(folder: Path) -> Iterator[dict[str, str]]:
 
 
 def _wait_for(url: str, server: subprocess.Popen[bytes], log: Path) -> None:
-    """Until the server asks for a signature."""
+    """Until the server asks for a signature, and has made its bucket."""
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and server.poll() is None:
         try:
             urllib.request.urlopen(url, timeout=2)
         except urllib.error.HTTPError as error:
-            if error.code == 403:
+            if error.code == 403 and _has_bucket(url):
                 return
         except OSError:
             pass
         time.sleep(0.1)
     raise OSError(f"SeaweedFS did not start: {log.read_text()[-2000:]}")
+
+
+def _has_bucket(url: str) -> bool:
+    from botocore.exceptions import ClientError
+    from botocore.session import get_session
+
+    keys = {name.lower(): value for name, value in _KEYS.items()}
+    client = get_session().create_client("s3", region_name="us-east-1", endpoint_url=url, **keys)
+    try:
+        client.head_bucket(Bucket="test")
+    except ClientError:
+        return False
+    finally:
+        client.close()
+    return True

@@ -97,9 +97,26 @@ def _wait_for(url: str, server: subprocess.Popen[bytes], log: Path) -> None:
         try:
             urllib.request.urlopen(f"{url}/test", timeout=2)
         except urllib.error.HTTPError as error:
-            if error.code == 403:  # it answers, and asks for a signature
+            if error.code == 403 and _has_bucket(url):  # it answers, asks for a signature, and has made the bucket
                 return
         except OSError:
             pass
         time.sleep(0.1)
     raise ServerError(f"SeaweedFS did not start: {log.read_text()[-2000:]}")
+
+
+def _has_bucket(url: str) -> bool:
+    """Whether the server has come so far: it answers before it makes its bucket."""
+    from botocore.exceptions import ClientError
+    from botocore.session import get_session
+
+    client = get_session().create_client(
+        "s3", region_name="us-east-1", endpoint_url=url, aws_access_key_id=S3_KEY, aws_secret_access_key=S3_SECRET
+    )
+    try:
+        client.head_bucket(Bucket="test")
+    except ClientError:
+        return False
+    finally:
+        client.close()
+    return True
