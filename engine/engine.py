@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Hashable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
 from einops import rearrange
@@ -17,6 +16,7 @@ from latentmill.engine.device import execution_class, resolve_device, resolve_dt
 from latentmill.engine.guards.safety import SafetyChecker, judge, load_safety_checker
 from latentmill.engine.latent_diffusion import load_latent_diffusion
 from latentmill.engine.loading.describe import ModelDescription, describe_model
+from latentmill.engine.model import Drawn, Model
 from latentmill.engine.sampling.table import SAMPLERS_WITH_ETA
 from latentmill.engine.types import (
     SEED_LIMIT,
@@ -36,23 +36,8 @@ _PRECISION: dict[torch.dtype, Literal["fp32", "fp16", "bf16"]] = {
 }
 
 
-class Model(Protocol):
-    """Networks that make pictures of requests, at one precision."""
-
-    def batch_key(self, request: GenerationRequest) -> Hashable:
-        """What the rows of a batch share beside the loop key. Raises for a request that the model cannot take."""
-
-    def count_tokens(self, prompt: str) -> int:
-        """Tokens before truncation, start and end marks not included."""
-
-    def in_fp32(self) -> AbstractContextManager[Model]:
-        """The same model in full precision; this one must not be used within the context."""
-
-    def sample(self, rows: Sequence[GenerationRequest], noise: Sequence[Tensor] | None = None) -> tuple[Tensor, Tensor]:
-        """Pictures of rows that share both keys, `(n, 3, h, w) float32 in [0, 1]`, and which are finite, `(n,)`.
-
-        Raises EngineError if one of the rows is at fault.
-        """
+_MOST_BATCHES = 32
+"""Batches of rows that go through the slots of one batch in one go: their prompts are held meanwhile."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,11 +52,20 @@ _Outcome = _Picture | str | None
 """A picture, the reason why there is none, or None where a value was not finite."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Sampled:
+    """What came of a request, and the slot that it had in its batch."""
+
+    outcome: _Outcome
+    slot: int
+
+
 class Engine:
     """One text-to-image model on one device.
 
-    Every batch runs at `batch_size` rows, padded by repeating a row, so that a row's bits depend on its request alone
-    (on one execution class). Each sample draws all its noise from its own CPU generator, seeded with its seed.
+    Every pass runs at `batch_size` rows, padded by repeating rows, so that a row's bits depend on its request alone (on
+    one execution class): not on its slot, nor on its neighbours, which may have other samplers and numbers of steps.
+    Each sample draws all its noise from its own CPU generator, seeded with its seed.
     """
 
     def __init__(
@@ -166,17 +160,18 @@ class Engine:
         for index, request in enumerate(requests):
             try:
                 self._check_request(request)
-                groups[*request.loop_key, self._models.batch_key(request)].append(index)
+                groups[request.shape, self._models.batch_key(request)].append(index)
             except EngineError as error:
                 results[index] = self._unchecked(str(error), request, slot=0)
             except (ValueError, TypeError, OverflowError) as error:
                 results[index] = self._unchecked(f"{type(error).__name__}: {error}", request, slot=0)
+        most = self.batch_size * (_MOST_BATCHES if self._models.refills else 1)
         for indices in groups.values():
-            for start in range(0, len(indices), self.batch_size):
-                batch = indices[start : start + self.batch_size]
-                given = None if noise is None else [noise[index] for index in batch]
-                finished = self._run_batch([requests[index] for index in batch], given)
-                results.update(zip(batch, finished, strict=True))
+            for start in range(0, len(indices), most):
+                rows = indices[start : start + most]
+                given = None if noise is None else [noise[index] for index in rows]
+                finished = self._run([requests[index] for index in rows], given)
+                results.update(zip(rows, finished, strict=True))
         return [results[index] for index in range(len(requests))]
 
     def _check_request(self, request: GenerationRequest) -> None:
@@ -194,19 +189,21 @@ class Engine:
                 f"eta is {request.eta}; it must be 0 for {request.sampler}: it is {', '.join(SAMPLERS_WITH_ETA)}'s"
             )
 
-    def _run_batch(self, requests: list[GenerationRequest], noise: list[Tensor] | None) -> list[UncheckedResult]:
-        """Sample and decode up to `batch_size` requests of one loop key and batch key."""
-        pictures = self._sample(requests, noise, self._models)
-        broken = [slot for slot, picture in enumerate(pictures) if picture is None]
-        retried: dict[int, _Outcome] = {}
+    def _run(self, requests: list[GenerationRequest], noise: list[Tensor] | None) -> list[UncheckedResult]:
+        """Sample and decode requests of one shape and batch key."""
+        sampled = self._sample(requests, noise, self._models)
+        broken = [row for row, found in enumerate(sampled) if found.outcome is None]
+        retried: dict[int, _Sampled] = {}
         if broken and self.dtype != torch.float32:
-            again = None if noise is None else [noise[slot] for slot in broken]
+            again = None if noise is None else [noise[row] for row in broken]
             with self._models.in_fp32() as models:
-                finished = self._sample([requests[slot] for slot in broken], again, models)
+                finished = self._sample([requests[row] for row in broken], again, models)
             retried = dict(zip(broken, finished, strict=True))
         return [
-            self._unchecked(retried.get(slot, picture), request, slot, "fp32-retry" if slot in retried else None)
-            for slot, (request, picture) in enumerate(zip(requests, pictures, strict=True))
+            self._unchecked(
+                retried.get(row, found).outcome, request, found.slot, "fp32-retry" if row in retried else None
+            )
+            for row, (request, found) in enumerate(zip(requests, sampled, strict=True))
         ]
 
     def _unchecked(
@@ -227,21 +224,24 @@ class Engine:
         )
 
     @torch.inference_mode()
-    def _sample(self, requests: list[GenerationRequest], noise: list[Tensor] | None, models: Model) -> list[_Outcome]:
-        """An outcome for each of up to `batch_size` requests of one loop key and batch key."""
-        missing = self.batch_size - len(requests)
-        padded_noise = None if noise is None else noise + noise[-1:] * missing
+    def _sample(self, requests: list[GenerationRequest], noise: list[Tensor] | None, models: Model) -> list[_Sampled]:
+        """What comes of requests of one shape and batch key, in the same order."""
+        found: dict[int, _Sampled] = {}
         try:
-            pictures, finite = models.sample(requests + requests[-1:] * missing, padded_noise)
+            for drawn in models.sample(requests, self.batch_size, noise):
+                found.update(zip(drawn.rows, self._on_host(drawn), strict=True))
         except EngineError as error:
             if len(requests) == 1:
-                return [str(error)]
+                return [_Sampled(str(error), 0)]
             # One row is at fault, and nothing says which: each runs in a batch of its own, at the same shape.
             given = [None] * len(requests) if noise is None else [[row] for row in noise]
             return [self._sample([row], own, models)[0] for row, own in zip(requests, given, strict=True)]
-        levels = rearrange(pictures * 255, "n c h w -> n h w c")
+        return [found[row] for row in range(len(requests))]
+
+    def _on_host(self, drawn: Drawn) -> Iterator[_Sampled]:
+        """Pictures as whole numbers, in the host's memory."""
+        levels = rearrange(drawn.pictures * 255, "n c h w -> n h w c")
         rounded = levels.round().to(torch.uint8).cpu().numpy()
         kept = levels.to(torch.uint8).cpu().numpy() if self._cut_pixels else rounded
-        pairs = zip(rounded, kept, finite.tolist(), strict=True)
-        outcomes: list[_Outcome] = [_Picture(*pair) if good else None for *pair, good in pairs]
-        return outcomes[: len(requests)]
+        for slot, good, *pair in zip(drawn.slots, drawn.finite.tolist(), rounded, kept, strict=True):
+            yield _Sampled(_Picture(*pair) if good else None, slot)

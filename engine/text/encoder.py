@@ -29,6 +29,10 @@ class Conditioning:
     context: Tensor
     pooled: Tensor | None
 
+    def take(self, rows: list[int]) -> Conditioning:
+        """Some of the rows, in this order."""
+        return Conditioning(self.context[rows], None if self.pooled is None else self.pooled[rows])
+
     def followed_by(self, other: Conditioning) -> Conditioning:
         """These rows, then the other's."""
         pooled = None if self.pooled is None or other.pooled is None else torch.cat([self.pooled, other.pooled])
