@@ -23,8 +23,12 @@ def resolve_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise EngineError(f"device is {name!r}; expected cpu, cuda or cuda:N") from None
+    if device.type not in ("cpu", "cuda"):
+        raise EngineError(f"device is {name!r}; the engine runs on cpu, cuda or cuda:N")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise EngineError(f"device is {name!r}, but torch {torch.__version__} sees no CUDA device; use cpu")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise EngineError(f"device is {name!r}, but this machine has {torch.cuda.device_count()}, counted from cuda:0")
     return device
 
 

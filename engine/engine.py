@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Hashable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -35,7 +35,6 @@ _PRECISION: dict[torch.dtype, Literal["fp32", "fp16", "bf16"]] = {
     torch.bfloat16: "bf16",
 }
 
-
 _MOST_BATCHES = 32
 """Batches of rows that go through the slots of one batch in one go: their prompts are held meanwhile."""
 
@@ -60,6 +59,19 @@ class _Sampled:
     slot: int
 
 
+_Outcomes = Callable[[], list[_Sampled]]
+"""Waits for what comes of requests that the device is working on."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """Requests of one shape that the device is working on."""
+
+    requests: list[GenerationRequest]
+    noise: list[Tensor] | None
+    outcomes: _Outcomes
+
+
 class Engine:
     """One text-to-image model on one device.
 
@@ -78,11 +90,13 @@ class Engine:
         device: torch.device,
         dtype: torch.dtype,
         cut_pixels: bool = False,
+        execution: str = "eager",
     ) -> None:
         self.description = description
         self.batch_size = batch_size
         self.device, self.dtype = device, dtype
         self._cut_pixels = cut_pixels
+        self._execution = execution
         self._models = model
         self._safety = safety
 
@@ -95,11 +109,13 @@ class Engine:
         dtype: str = "float16",
         batch_size: int = 8,
         cut_pixels: bool = False,
+        execution: str = "eager",
     ) -> Engine:
         """Load a diffusers folder or an original single file, and its safety checker.
 
         Pipelines that are not the engine's own run by the library diffusers, an optional extra. `cut_pixels` truncates
-        pixels to whole numbers as the original command did, instead of rounding them. Raises EngineError for a missing
+        pixels to whole numbers as the original command did, instead of rounding them. `execution` is one of
+        `acceleration.EXECUTIONS`: how the U-Net is run on a GPU. Raises EngineError for a missing
         file, a key that does not match, an unsupported switch, or a missing device.
         """
         if batch_size < 1:
@@ -111,20 +127,31 @@ class Engine:
         acceleration.use_full_float32()
         model: Model
         if description.pipeline is None:
-            model = load_latent_diffusion(description.layout, spec, kind, target, batch_size)
+            model = load_latent_diffusion(description.layout, spec, kind, target, batch_size, execution)
+        elif execution != "eager":
+            raise EngineError(f"execution is {execution!r}, but {spec.model} runs by the library diffusers; use eager")
         else:
             from latentmill.engine.diffusers_backend.pipeline import load_pipeline
 
             model = load_pipeline(description.pipeline, kind, target)
         safety = load_safety_checker(spec, description.folder, target)
-        return cls(model, safety, description, batch_size, device=target, dtype=kind, cut_pixels=cut_pixels)
+        return cls(
+            model,
+            safety,
+            description,
+            batch_size,
+            device=target,
+            dtype=kind,
+            cut_pixels=cut_pixels,
+            execution=execution,
+        )
 
     @property
     def execution_class(self) -> str:
         """All that bitwise equality of two runs depends on, besides model and request."""
         where = execution_class(self.device, self.dtype, self.batch_size)
         if self.description.pipeline is None:
-            return where + acceleration.settings(self.device)
+            return f"{where}, {acceleration.settings(self._execution)}"
         from latentmill.engine.diffusers_backend.pipeline import library_version
 
         return f"{where}, diffusers {library_version()}"
@@ -166,12 +193,17 @@ class Engine:
             except (ValueError, TypeError, OverflowError) as error:
                 results[index] = self._unchecked(f"{type(error).__name__}: {error}", request, slot=0)
         most = self.batch_size * (_MOST_BATCHES if self._models.refills else 1)
-        for indices in groups.values():
-            for start in range(0, len(indices), most):
-                rows = indices[start : start + most]
-                given = None if noise is None else [noise[index] for index in rows]
-                finished = self._run([requests[index] for index in rows], given)
-                results.update(zip(rows, finished, strict=True))
+        runs = [indices[start : start + most] for indices in groups.values() for start in range(0, len(indices), most)]
+        begun: tuple[list[int], _Run] | None = None
+        for rows in runs:
+            given = None if noise is None else [noise[index] for index in rows]
+            following = self._begin([requests[index] for index in rows], given)
+            # A GPU has the next rows to work on before this thread waits for the last ones.
+            if begun is not None:
+                results.update(zip(begun[0], self._finish(begun[1]), strict=True))
+            begun = rows, following
+        if begun is not None:
+            results.update(zip(begun[0], self._finish(begun[1]), strict=True))
         return [results[index] for index in range(len(requests))]
 
     def _check_request(self, request: GenerationRequest) -> None:
@@ -189,21 +221,28 @@ class Engine:
                 f"eta is {request.eta}; it must be 0 for {request.sampler}: it is {', '.join(SAMPLERS_WITH_ETA)}'s"
             )
 
-    def _run(self, requests: list[GenerationRequest], noise: list[Tensor] | None) -> list[UncheckedResult]:
+    def _begin(self, requests: list[GenerationRequest], noise: list[Tensor] | None) -> _Run:
         """Sample and decode requests of one shape and batch key."""
-        sampled = self._sample(requests, noise, self._models)
+        return _Run(requests, noise, self._sample(requests, noise, self._models))
+
+    def _finish(self, run: _Run) -> list[UncheckedResult]:
+        """Wait for a run's pictures; those that are not finite are made again in full precision.
+
+        The run after it has begun by then. Its work comes first on the device, and so do its reads of the weights.
+        """
+        sampled = run.outcomes()
         broken = [row for row, found in enumerate(sampled) if found.outcome is None]
         retried: dict[int, _Sampled] = {}
         if broken and self.dtype != torch.float32:
-            again = None if noise is None else [noise[row] for row in broken]
+            again = None if run.noise is None else [run.noise[row] for row in broken]
             with self._models.in_fp32() as models:
-                finished = self._sample([requests[row] for row in broken], again, models)
+                finished = self._sample([run.requests[row] for row in broken], again, models)()
             retried = dict(zip(broken, finished, strict=True))
         return [
             self._unchecked(
                 retried.get(row, found).outcome, request, found.slot, "fp32-retry" if row in retried else None
             )
-            for row, (request, found) in enumerate(zip(requests, sampled, strict=True))
+            for row, (request, found) in enumerate(zip(run.requests, sampled, strict=True))
         ]
 
     def _unchecked(
@@ -224,24 +263,35 @@ class Engine:
         )
 
     @torch.inference_mode()
-    def _sample(self, requests: list[GenerationRequest], noise: list[Tensor] | None, models: Model) -> list[_Sampled]:
-        """What comes of requests of one shape and batch key, in the same order."""
-        found: dict[int, _Sampled] = {}
+    def _sample(self, requests: list[GenerationRequest], noise: list[Tensor] | None, models: Model) -> _Outcomes:
+        """Begin requests of one shape and batch key. What comes of them, in the same order, is told by the call."""
         try:
-            for drawn in models.sample(requests, self.batch_size, noise):
-                found.update(zip(drawn.rows, self._on_host(drawn), strict=True))
+            arriving = [self._download(drawn) for drawn in models.sample(requests, self.batch_size, noise)]
         except EngineError as error:
-            if len(requests) == 1:
-                return [_Sampled(str(error), 0)]
-            # One row is at fault, and nothing says which: each runs in a batch of its own, at the same shape.
-            given = [None] * len(requests) if noise is None else [[row] for row in noise]
-            return [self._sample([row], own, models)[0] for row, own in zip(requests, given, strict=True)]
-        return [found[row] for row in range(len(requests))]
+            failed = [_Sampled(str(error), 0)]
+            if len(requests) > 1:
+                # One row is at fault, and nothing says which: each runs in a batch of its own, at the same shape.
+                given = [None] * len(requests) if noise is None else [[row] for row in noise]
+                alone = [self._sample([row], own, models)()[0] for row, own in zip(requests, given, strict=True)]
+                failed = [replace(found, slot=row % self.batch_size) for row, found in enumerate(alone)]
+            return lambda: failed
 
-    def _on_host(self, drawn: Drawn) -> Iterator[_Sampled]:
-        """Pictures as whole numbers, in the host's memory."""
+        def arrived() -> list[_Sampled]:
+            found = {row: sampled for part in arriving for row, sampled in part()}
+            return [found[row] for row in range(len(requests))]
+
+        return arrived
+
+    def _download(self, drawn: Drawn) -> Callable[[], list[tuple[int, _Sampled]]]:
+        """Pictures as whole numbers on their way to the host's memory. The call waits for them."""
+        rows, slots = drawn.rows, drawn.slots
         levels = rearrange(drawn.pictures * 255, "n c h w -> n h w c")
-        rounded = levels.round().to(torch.uint8).cpu().numpy()
-        kept = levels.to(torch.uint8).cpu().numpy() if self._cut_pixels else rounded
-        for slot, good, *pair in zip(drawn.slots, drawn.finite.tolist(), rounded, kept, strict=True):
-            yield _Sampled(_Picture(*pair) if good else None, slot)
+        rounded = acceleration.Download(levels.round().to(torch.uint8))
+        kept = acceleration.Download(levels.to(torch.uint8)) if self._cut_pixels else rounded
+        finite = acceleration.Download(drawn.finite)
+
+        def arrived() -> list[tuple[int, _Sampled]]:
+            values = zip(rows, slots, finite.wait(), rounded.wait(), kept.wait(), strict=True)
+            return [(row, _Sampled(_Picture(*pair) if good else None, slot)) for row, slot, good, *pair in values]
+
+        return arrived

@@ -11,14 +11,14 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from latentmill.engine.acceleration import arrange, decode
+from latentmill.engine.acceleration import arrange, decode, executed, upload
 from latentmill.engine.device import widened
 from latentmill.engine.loading.layout import ModelLayout
 from latentmill.engine.loading.weights import check_claims, load_unet, load_vae
 from latentmill.engine.model import Drawn
 from latentmill.engine.networks.autoencoder import Autoencoder
 from latentmill.engine.networks.unet import UNet
-from latentmill.engine.sampling.denoiser import Denoiser, PredictNoise
+from latentmill.engine.sampling.denoiser import Denoiser
 from latentmill.engine.sampling.samplers import begin as begin_sampler
 from latentmill.engine.sampling.schedule import NoiseSchedule
 from latentmill.engine.sampling.slots import Finished, run_in_slots
@@ -31,11 +31,14 @@ from latentmill.engine.types import GenerationRequest, ModelSpec
 class LatentDiffusion:
     """The networks at one precision, the schedule that they were trained on, and the U-Net's further conditions.
 
+    `run` is the U-Net as it is run, by `acceleration.executed`.
+
     Each sample draws all its noise from its own CPU generator, seeded with its seed.
     """
 
     text: TextEncoder
     unet: UNet
+    run: Callable[..., Tensor]
     vae: Autoencoder
     schedule: NoiseSchedule
     conditions: Callable[[Tensor, GenerationRequest], Mapping[str, Tensor]] | None
@@ -56,7 +59,7 @@ class LatentDiffusion:
     def in_fp32(self) -> Iterator[LatentDiffusion]:
         """The same weights, widened in place as long as the context lasts."""
         with widened([*self.text.networks, self.unet, self.vae]):
-            yield replace(self, text=self.text.without_cache())
+            yield replace(self, text=self.text.without_cache(), run=self.unet)
 
     @property
     def refills(self) -> bool:
@@ -77,10 +80,10 @@ class LatentDiffusion:
             draws = [_own_draws(rows[place], shape) if noise is None else iter(noise[place]) for place in places]
 
             def draw_noise() -> Tensor:
-                return torch.stack([next(draw) for draw in draws]).to(device)
+                return upload(torch.stack([next(draw) for draw in draws]), device)
 
             sampler, steps = rows[places[0]].loop
-            etas = _column([rows[place].eta for place in places], device)
+            etas = [rows[place].eta for place in places]
             return begin_sampler(sampler, draw_noise(), self.schedule, steps, draw_noise, etas)
 
         loops = [row.loop for row in rows]
@@ -105,7 +108,7 @@ class LatentDiffusion:
             if negative is not None:
                 conditioning = negative.take(places).followed_by(conditioning)
                 guidance = _column([rows[place].guidance_scale for place in places], device)
-            unet: PredictNoise = self.unet
+            unet = partial(self.run, projected=self.unet.project(conditioning.context))
             if self.conditions is not None and conditioning.pooled is not None:
                 unet = partial(unet, **self.conditions(conditioning.pooled, rows[0]))
             return Denoiser(unet, self.schedule, conditioning.context, guidance)
@@ -125,7 +128,12 @@ class LatentDiffusion:
 
 
 def load_latent_diffusion(
-    layout: ModelLayout, spec: ModelSpec, dtype: torch.dtype, device: torch.device, batch_size: int
+    layout: ModelLayout,
+    spec: ModelSpec,
+    dtype: torch.dtype,
+    device: torch.device,
+    batch_size: int,
+    execution: str = "eager",
 ) -> LatentDiffusion:
     """Load the networks of a diffusers folder or an original single file.
 
@@ -134,10 +142,11 @@ def load_latent_diffusion(
     check_claims(layout)
     blueprint = layout.blueprint
     vae = load_vae(layout, torch.float32 if blueprint.vae.force_upcast else dtype, device)
-    unet = load_unet(layout, dtype, device)
+    unet = arrange(load_unet(layout, dtype, device))
+    run = executed(unet, execution, device)
     text = TextEncoder(layout, spec, dtype, device, batch_size)
     schedule = NoiseSchedule(blueprint.scheduler)
-    return LatentDiffusion(text, arrange(unet, device), arrange(vae, device), schedule, blueprint.family.conditions)
+    return LatentDiffusion(text, unet, run, arrange(vae), schedule, blueprint.family.conditions)
 
 
 def _own_draws(row: GenerationRequest, shape: tuple[int, int, int]) -> Iterator[Tensor]:
@@ -149,4 +158,4 @@ def _own_draws(row: GenerationRequest, shape: tuple[int, int, int]) -> Iterator[
 
 def _column(values: list[float], device: torch.device) -> Tensor:
     """One number per row, shaped to multiply latents: `(n, 1, 1, 1) float32`."""
-    return rearrange(torch.tensor(values, dtype=torch.float32, device=device), "n -> n 1 1 1")
+    return upload(rearrange(torch.tensor(values, dtype=torch.float32), "n -> n 1 1 1"), device)

@@ -17,8 +17,12 @@ def attend(queries: Tensor, keys: Tensor, values: Tensor, heads: int) -> Tensor:
     return rearrange(F.scaled_dot_product_attention(q, k, v), "n heads l d -> n l (heads d)")
 
 
+KeysValues = tuple[Tensor, Tensor]
+"""Keys and values of a context `(n, m, context_dim)`, each `(n, m, dim)`."""
+
+
 class Attention(nn.Module):
-    """Attention of `(n, length, dim)` over a context `(n, m, context_dim)`, or over itself."""
+    """Attention of `(n, length, dim)` over a context, of which it is given keys and values, or over itself."""
 
     def __init__(self, dim: int, context_dim: int, heads: int, *, bias: bool = False) -> None:
         super().__init__()
@@ -28,6 +32,10 @@ class Attention(nn.Module):
         self.to_v = nn.Linear(context_dim, dim, bias=bias)
         self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        source = x if context is None else context
-        return self.to_out[0](attend(self.to_q(x), self.to_k(source), self.to_v(source), self.heads))
+    def project(self, context: Tensor) -> KeysValues:
+        """What of a context the queries meet."""
+        return self.to_k(context), self.to_v(context)
+
+    def forward(self, x: Tensor, context: KeysValues | None = None) -> Tensor:
+        keys, values = self.project(x) if context is None else context
+        return self.to_out[0](attend(self.to_q(x), keys, values, self.heads))

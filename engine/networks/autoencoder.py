@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from latentmill.engine.loading.config import VAEConfig
-from latentmill.engine.networks.attention import Attention
+from latentmill.engine.networks.attention import Attention, KeysValues
 from latentmill.engine.networks.blocks import Downsample, ResnetBlock, Upsample
 
 _EPS = 1e-6
@@ -43,7 +43,7 @@ class PixelAttention(Attention):
         super().__init__(channels, channels, heads=1, bias=True)
         self.group_norm = nn.GroupNorm(groups, channels, eps=_EPS)
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, context: KeysValues | None = None) -> Tensor:
         height, width = x.shape[-2:]
         h = super().forward(rearrange(self.group_norm(x), "n c h w -> n (h w) c"), context)
         return x + rearrange(h, "n (h w) c -> n c h w", h=height, w=width)
@@ -129,7 +129,7 @@ class Encoder(nn.Module):
         for block in self.down_blocks:
             x = block(x)
         x = self.mid_block(x)
-        return self.conv_out(F.silu(self.conv_norm_out(x)))
+        return self.conv_out(F.silu(self.conv_norm_out(x), inplace=True))
 
 
 class Decoder(nn.Module):
@@ -160,7 +160,7 @@ class Decoder(nn.Module):
         z = self.mid_block(self.conv_in(z))
         for block in self.up_blocks:
             z = block(z)
-        return self.conv_out(F.silu(self.conv_norm_out(z)))
+        return self.conv_out(F.silu(self.conv_norm_out(z), inplace=True))
 
 
 class AutoencoderKL(nn.Module):

@@ -5,11 +5,13 @@ Attribute names are those of the diffusers checkpoints, so that a folder's keys 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from latentmill.engine.networks.attention import Attention
+from latentmill.engine.networks.attention import Attention, KeysValues
 
 
 class ResnetBlock(nn.Module):
@@ -28,10 +30,10 @@ class ResnetBlock(nn.Module):
         self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
 
     def forward(self, x: Tensor, time: Tensor | None = None) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv1(F.silu(self.norm1(x), inplace=True))
         if self.time_emb_proj is not None and time is not None:
             h = h + rearrange(self.time_emb_proj(F.silu(time)), "n c -> n c 1 1")
-        h = self.conv2(F.silu(self.norm2(h)))
+        h = self.conv2(F.silu(self.norm2(h), inplace=True))
         shortcut = x if self.conv_shortcut is None else self.conv_shortcut(x)
         return shortcut + h
 
@@ -72,7 +74,7 @@ class TransformerBlock(nn.Module):
         self.norm3 = nn.LayerNorm(dim)
         self.ff = FeedForward(dim)
 
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+    def forward(self, x: Tensor, context: KeysValues) -> Tensor:
         x = x + self.attn1(self.norm1(x))
         x = x + self.attn2(self.norm2(x), context)
         return x + self.ff(self.norm3(x))
@@ -81,7 +83,7 @@ class TransformerBlock(nn.Module):
 class SpatialTransformer(nn.Module):
     """Transformer blocks over the cells of a feature map (arXiv:2112.10752, eq. 3 and appendix E.2.1).
 
-    `(n, c, h, w)` and context `(n, l, context_dim)` -> `(n, c, h, w)`.
+    `(n, c, h, w)` -> `(n, c, h, w)`. Each block takes its own keys and values of the prompt off `contexts`.
     """
 
     def __init__(self, channels: int, context_dim: int, heads: int, *, layers: int, groups: int) -> None:
@@ -91,11 +93,11 @@ class SpatialTransformer(nn.Module):
         self.transformer_blocks = nn.ModuleList([TransformerBlock(channels, context_dim, heads) for _ in range(layers)])
         self.proj_out = nn.Linear(channels, channels)
 
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+    def forward(self, x: Tensor, contexts: Iterator[KeysValues]) -> Tensor:
         height, width = x.shape[-2:]
         h = self.proj_in(rearrange(self.norm(x), "n c h w -> n (h w) c"))
         for block in self.transformer_blocks:
-            h = block(h, context)
+            h = block(h, next(contexts))
         # In this order the sum has the memory layout of x, and not that of the tokens.
         return x + rearrange(self.proj_out(h), "n (h w) c -> n c h w", h=height, w=width)
 

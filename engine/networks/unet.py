@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
 
 import torch
 from einops import rearrange
@@ -10,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from latentmill.engine.loading.config import UNetConfig
-from latentmill.engine.networks.blocks import Downsample, ResnetBlock, SpatialTransformer, Upsample
+from latentmill.engine.networks.attention import KeysValues
+from latentmill.engine.networks.blocks import Downsample, ResnetBlock, SpatialTransformer, TransformerBlock, Upsample
 
 
 def sinusoidal_embedding(values: Tensor, dim: int, *, flip_sin_to_cos: bool = True, freq_shift: int = 0) -> Tensor:
@@ -52,12 +54,12 @@ class DownBlock(nn.Module):
             [] if level == len(config.channels) - 1 else [Downsample(channels, symmetric=True)]
         )
 
-    def forward(self, x: Tensor, time: Tensor, context: Tensor) -> tuple[Tensor, list[Tensor]]:
+    def forward(self, x: Tensor, time: Tensor, contexts: Iterator[KeysValues]) -> tuple[Tensor, list[Tensor]]:
         skips: list[Tensor] = []
         for layer, resnet in enumerate(self.resnets):
             x = resnet(x, time)
             if self.attentions:
-                x = self.attentions[layer](x, context)
+                x = self.attentions[layer](x, contexts)
             skips.append(x)
         for downsampler in self.downsamplers:
             x = downsampler(x)
@@ -74,9 +76,9 @@ class MidBlock(nn.Module):
         self.resnets = nn.ModuleList([_resnet(config, channels, channels, time_dim) for _ in range(2)])
         self.attentions = nn.ModuleList([_transformer(config, len(config.channels) - 1)])
 
-    def forward(self, x: Tensor, time: Tensor, context: Tensor) -> Tensor:
+    def forward(self, x: Tensor, time: Tensor, contexts: Iterator[KeysValues]) -> Tensor:
         x = self.resnets[0](x, time)
-        x = self.attentions[0](x, context)
+        x = self.attentions[0](x, contexts)
         return self.resnets[1](x, time)
 
 
@@ -100,11 +102,11 @@ class UpBlock(nn.Module):
         )
         self.upsamplers = nn.ModuleList([] if level == 0 else [Upsample(channels)])
 
-    def forward(self, x: Tensor, skips: list[Tensor], time: Tensor, context: Tensor) -> Tensor:
+    def forward(self, x: Tensor, skips: list[Tensor], time: Tensor, contexts: Iterator[KeysValues]) -> Tensor:
         for layer, resnet in enumerate(self.resnets):
             x = resnet(torch.cat([x, skips.pop()], dim=1), time)
             if self.attentions:
-                x = self.attentions[layer](x, context)
+                x = self.attentions[layer](x, contexts)
         for upsampler in self.upsamplers:
             # Doubling misses the skip's size where a side of the latents is not a multiple of the U-Net's factor.
             x = upsampler(x, size=(skips[-1].shape[-2], skips[-1].shape[-1]))
@@ -115,7 +117,8 @@ class UNet(nn.Module):
     """Predicts noise, velocity or x0 from noisy latents.
 
     `latents (n, in, h, w)`, `timesteps (n,)`, `context (n, l, context_dim)` -> `(n, out, h, w)`, all in the module's
-    dtype. Models conditioned on text and size (SDXL) also take `pooled (n, p)` and `time_ids (n, 6)`.
+    dtype. Models conditioned on text and size (SDXL) also take `pooled (n, p)` and `time_ids (n, 6)`. `projected` is
+    what `project` makes of the context: it is the same at every step.
     """
 
     def __init__(self, config: UNetConfig) -> None:
@@ -148,17 +151,23 @@ class UNet(nn.Module):
         *,
         pooled: Tensor | None = None,
         time_ids: Tensor | None = None,
+        projected: Sequence[KeysValues] | None = None,
     ) -> Tensor:
+        contexts = iter(self.project(context) if projected is None else projected)
         time = self._embed_time(timesteps, latents.dtype, pooled, time_ids)
         x = self.conv_in(latents)
         skips = [x]
         for down_block in self.down_blocks:
-            x, new_skips = down_block(x, time, context)
+            x, new_skips = down_block(x, time, contexts)
             skips.extend(new_skips)
-        x = self.mid_block(x, time, context)
+        x = self.mid_block(x, time, contexts)
         for up_block in self.up_blocks:
-            x = up_block(x, skips, time, context)
-        return self.conv_out(F.silu(self.conv_norm_out(x)))
+            x = up_block(x, skips, time, contexts)
+        return self.conv_out(F.silu(self.conv_norm_out(x), inplace=True))
+
+    def project(self, context: Tensor) -> list[KeysValues]:
+        """Keys and values of the context for each cross-attention, in the order of the forward pass."""
+        return [block.attn2.project(context) for block in self.modules() if isinstance(block, TransformerBlock)]
 
     def _embed_time(
         self, timesteps: Tensor, dtype: torch.dtype, pooled: Tensor | None, time_ids: Tensor | None

@@ -55,13 +55,12 @@ def ddim(noise: Tensor, levels: Levels, draw_noise: DrawNoise | None = None, *, 
     latents = noise
     if eta is None:
         eta = torch.zeros(len(noise), 1, 1, 1, device=noise.device)
-    stochastic = draw_noise is not None and bool((eta > 0).any())
     for here, following in levels.steps:
         prediction = yield latents, here
         sigma = eta * (following.noise / here.noise * math.sqrt(1 - (here.signal / following.signal) ** 2))
         direction = (following.noise**2 - sigma**2).clamp(min=0).sqrt()
         latents = following.signal * prediction.x0 + direction * prediction.noise
-        if stochastic and draw_noise is not None:
+        if draw_noise is not None:
             # A row without noise keeps its very bits, whatever its neighbours ask for.
             latents = torch.where(eta > 0, latents + sigma * draw_noise(), latents)
     return latents

@@ -22,11 +22,6 @@ class Sampler:
     takes_eta: bool = False
     passes: int = 1
 
-    @property
-    def draws_noise(self) -> bool:
-        """Whether it may draw noise beside the initial one."""
-        return self.stochastic or self.takes_eta
-
 
 SAMPLER_TABLE: Mapping[str, Sampler] = MappingProxyType(
     {

@@ -11,6 +11,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from latentmill.engine.acceleration import upload
 from latentmill.engine.families.family import TextEncoderSpec
 from latentmill.engine.loading.layout import ModelLayout
 from latentmill.engine.loading.weights import load_text_encoder
@@ -30,8 +31,9 @@ class Conditioning:
     pooled: Tensor | None
 
     def take(self, rows: list[int]) -> Conditioning:
-        """Some of the rows, in this order."""
-        return Conditioning(self.context[rows], None if self.pooled is None else self.pooled[rows])
+        """Some of the rows, in this order. Stacked, as a list of indices would have to be copied to the device."""
+        pooled = None if self.pooled is None else torch.stack([self.pooled[row] for row in rows])
+        return Conditioning(torch.stack([self.context[row] for row in rows]), pooled)
 
     def followed_by(self, other: Conditioning) -> Conditioning:
         """These rows, then the other's."""
@@ -52,7 +54,7 @@ class _LoadedEncoder:
         return ids, weights + [1.0] * (self.spec.max_tokens - len(weights))
 
     def encode(self, ids: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor | None]:
-        rows = torch.tensor(ids, device=device)
+        rows = upload(torch.tensor(ids), device)
         return self.spec.encode(self.network, rows)
 
 

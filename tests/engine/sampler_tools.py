@@ -98,7 +98,7 @@ def column(*values: float) -> torch.Tensor:
 
 
 def sample(sampler, denoise, noise, schedule, steps, draw_noise, eta):
-    return solve(begin(sampler, noise, schedule, steps, draw_noise, eta), denoise)
+    return solve(begin(sampler, noise, schedule, steps, draw_noise, eta.flatten().tolist()), denoise)
 
 
 def run_ours(sampler, schedule, latents, steps, function=model, draw_noise=None, eta=0.0):

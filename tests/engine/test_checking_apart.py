@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, replace
@@ -10,7 +11,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from latentmill.engine import Engine, GenerationRequest, GenerationResult, ModelSpec, SafetyVerdict, UncheckedResult
+from latentmill.engine import (
+    Engine,
+    GenerationRequest,
+    GenerationResult,
+    ModelSpec,
+    SafetyVerdict,
+    UncheckedResult,
+    acceleration,
+)
 
 ROWS = [
     GenerationRequest(prompt=f"picture {n}", seed=n, width=64, height=64, num_inference_steps=2, guidance_scale=3.0)
@@ -98,3 +107,15 @@ def test_what_failed_is_never_shown_to_the_checker(checking, monkeypatch):
     assert seen == []
     assert [result.status for result in checking.check(found)] == ["ok", "failed", "ok"]
     assert len(seen) == 2
+
+
+def test_a_batch_is_waited_for_when_the_next_one_has_begun(checking, monkeypatch):
+    events: list[str] = []
+    sample, wait = type(checking._models).sample, acceleration.Download.wait
+    begun = lambda self, *rest: (events.append("begin"), sample(self, *rest))[1]  # noqa: E731 - as short as its twin
+    waited = lambda self: (events.append("wait"), wait(self))[1]  # noqa: E731
+    monkeypatch.setattr(type(checking._models), "sample", begun)
+    monkeypatch.setattr(acceleration.Download, "wait", waited)
+    assert len(checking.sample(ROWS)) == 8
+    assert [name for name, *_ in map(tuple, itertools.groupby(events))] == ["begin", "wait"]
+    assert events[:2] == ["begin", "begin"]

@@ -144,7 +144,7 @@ def test_no_guidance_skips_the_negative_pass(engine, monkeypatch):
     sizes = []
     unet = engine._models.unet
     forward = unet.forward
-    monkeypatch.setattr(unet, "forward", lambda x, *rest: (sizes.append(len(x)), forward(x, *rest))[1])
+    monkeypatch.setattr(unet, "forward", lambda x, *rest, **more: (sizes.append(len(x)), forward(x, *rest, **more))[1])
     engine.generate([request(guidance_scale=1.0)])
     engine.generate([request(guidance_scale=1.01)])
     assert sizes == [4] * 4 + [8] * 4
@@ -174,8 +174,8 @@ def test_latents_that_are_not_finite_fail_alone_and_are_never_shown_to_the_check
     unet = engine._models.unet
     forward = unet.forward
 
-    def poisoned(x, *rest):
-        output = forward(x, *rest)
+    def poisoned(x, *rest, **more):
+        output = forward(x, *rest, **more)
         output[1] = float("nan")
         return output
 
@@ -225,6 +225,19 @@ def test_half_precision_on_a_cpu_is_refused_with_the_remedy(eps_model):
         Engine.load(ModelSpec(model=str(eps_model)), device="cpu", dtype="float16")
 
 
+@pytest.mark.parametrize("device", ["mps", "xpu", "meta"])
+def test_a_kind_of_device_that_was_never_tried_is_refused(eps_model, device):
+    with pytest.raises(EngineError, match=f"device is '{device}'; the engine runs on cpu, cuda or cuda:N"):
+        Engine.load(ModelSpec(model=str(eps_model)), device=device)
+
+
+def test_a_cuda_device_beyond_the_last_is_refused(eps_model, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(EngineError, match="device is 'cuda:99', but this machine has 2, counted from cuda:0"):
+        Engine.load(ModelSpec(model=str(eps_model)), device="cuda:99")
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has the device")
 def test_a_device_that_is_not_there_is_refused(eps_model):
     with pytest.raises(EngineError, match="sees no CUDA device; use cpu"):
@@ -232,4 +245,4 @@ def test_a_device_that_is_not_there_is_refused(eps_model):
 
 
 def test_the_execution_class_names_what_the_bits_depend_on(engine):
-    assert engine.execution_class.endswith(f"1 threads, float32, torch {torch.__version__}, batch 4")
+    assert engine.execution_class.endswith(f"1 threads, float32, torch {torch.__version__}, batch 4, channels last")

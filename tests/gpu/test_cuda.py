@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
 
-from latentmill.engine import EMBEDDED_MODEL, Engine, GenerationRequest, ModelSpec
+from latentmill.engine import EMBEDDED_MODEL, Engine, GenerationRequest, ModelSpec, acceleration
 from latentmill.engine.loading.config import UNetConfig, VAEConfig
+from latentmill.engine.networks.attention import attend
 from latentmill.engine.networks.autoencoder import AutoencoderKL
 from latentmill.engine.networks.unet import UNet
 
@@ -67,6 +70,82 @@ def test_a_rows_bits_do_not_depend_on_its_neighbours(half):
         assert np.array_equal(together[order.index(0)].pixels, alone)
 
 
+def test_two_batches_on_their_way_do_not_mix(half):
+    """Copies are asynchronous: the pictures and the noise of one batch must outlive the start of the next."""
+    rows = [dataclasses.replace(row, sampler="euler_a", seed=10 * n) for n in range(3) for row in ROWS]
+    apart = []
+    for start in range(0, len(rows), 4):
+        apart += half.generate(rows[start : start + 4])
+        torch.cuda.synchronize()
+    for found, expected in zip(half.generate(rows), apart, strict=True):
+        assert np.array_equal(found.pixels, expected.pixels)
+
+
+def test_memory_that_runs_out_is_raised_and_the_engine_goes_on(half):
+    expected = half.generate(ROWS)
+    large = [dataclasses.replace(row, width=1024, height=1024, num_inference_steps=1) for row in ROWS]
+    torch.cuda.empty_cache()
+    used, total = torch.cuda.memory_reserved(), torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction((used + 2**26) / total)
+    try:
+        with pytest.raises(torch.cuda.OutOfMemoryError):
+            half.generate(large)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    for found, before in zip(half.generate(ROWS), expected, strict=True):
+        assert np.array_equal(found.pixels, before.pixels)
+
+
+def test_graphs_draw_the_bits_of_eager_mode_before_and_after_a_retry(half, monkeypatch):
+    engine = Engine.load(SPEC, device="cuda", dtype="float16", batch_size=4, execution="graphs")
+    assert engine.execution_class == half.execution_class
+    rows = [dataclasses.replace(row, sampler=sampler) for sampler in ("ddim", "plms", "dpmpp_2m") for row in ROWS]
+    expected = [result.pixels for result in half.generate(rows)]
+    assert all(map(np.array_equal, [result.pixels for result in engine.generate(rows)], expected))
+    forward = AutoencoderKL.decode
+
+    def overflowing(self, latents):
+        decoded = forward(self, latents)
+        if latents.dtype == torch.float16:
+            decoded[0] = torch.inf
+        return decoded
+
+    with monkeypatch.context() as patched:
+        patched.setattr(AutoencoderKL, "decode", overflowing)
+        assert "fp32-retry" in {result.precision for result in engine.generate(rows)}
+    assert all(map(np.array_equal, [result.pixels for result in engine.generate(rows)], expected))
+
+
+def test_compiled_code_draws_almost_the_same_and_says_that_it_is_another_class(half):
+    engine = Engine.load(SPEC, device="cuda", dtype="float16", batch_size=4, execution="compiled")
+    assert engine.execution_class == f"{half.execution_class}, compiled"
+    for found, eager in zip(engine.generate(ROWS), half.generate(ROWS), strict=True):
+        assert np.abs(found.pixels.astype(int) - eager.pixels.astype(int)).mean() < 4
+
+
+@torch.inference_mode()
+def test_the_autoencoders_attention_never_holds_all_weights_at_once():
+    """One head of 512 features, for which there is no flash kernel: 16384 cells squared would be 1 GiB a row."""
+    torch.cuda.reset_peak_memory_stats()
+    queries, keys, values = (torch.randn(1, 128 * 128, 512, device="cuda") for _ in range(3))
+    before = torch.cuda.memory_allocated()
+    attend(queries, keys, values, 1)
+    assert torch.cuda.max_memory_allocated() - before < 2**29
+
+
+@torch.inference_mode()
+def test_a_batch_of_eight_at_1024_pixels_is_decoded_in_slices_whose_bits_do_not_depend_on_the_slot():
+    with torch.device("cuda"):
+        vae = acceleration.arrange(AutoencoderKL(VAEConfig.from_dict(VAE)).eval())
+        latents = torch.randn(8, 4, 128, 128)
+    torch.cuda.reset_peak_memory_stats()
+    decoded = acceleration.decode(vae, latents)
+    print(f"peak memory {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB")
+    assert torch.isfinite(decoded).all()
+    order = [3, 0, 7, 5, 1, 6, 2, 4]
+    assert torch.equal(acceleration.decode(vae, latents[order]), decoded[order])
+
+
 def test_a_row_that_overflows_is_made_again_in_full_precision(half, monkeypatch):
     engine = Engine.load(SPEC, device="cuda", dtype="float16", batch_size=4)
     forward = UNet.forward
@@ -86,11 +165,11 @@ def test_a_row_that_overflows_is_made_again_in_full_precision(half, monkeypatch)
 @pytest.mark.parametrize(
     ("config", "side", "tokens"), [(SD15, 64, 77), (SD21, 96, 77), (SDXL, 128, 77)], ids=["sd15", "sd21", "sdxl"]
 )
-def test_a_real_unet_with_random_weights_stays_finite_in_fp16(config, side, tokens):
+def test_a_real_unet_with_random_weights_stays_finite_in_fp16_and_keeps_a_rows_bits_in_any_slot(config, side, tokens):
     torch.cuda.reset_peak_memory_stats()
     parsed = UNetConfig.from_dict(config)
     with torch.device("cuda"):
-        unet = UNet(parsed).half().eval()
+        unet = acceleration.arrange(UNet(parsed).half().eval())
         latents = torch.randn(2, 4, side, side, dtype=torch.float16)
         context = torch.randn(2, tokens, parsed.context_dim, dtype=torch.float16)
         extra = {}
@@ -98,7 +177,10 @@ def test_a_real_unet_with_random_weights_stays_finite_in_fp16(config, side, toke
             extra = {"pooled": torch.randn(2, 1280, dtype=torch.float16), "time_ids": torch.full((2, 6), 1024.0)}
         with torch.inference_mode():
             output = unet(latents, torch.tensor([500, 500]), context, **extra)
+            swapped = {name: tensor.flip(0) for name, tensor in extra.items()}
+            again = unet(latents.flip(0), torch.tensor([500, 500]), context.flip(0), **swapped)
     assert torch.isfinite(output).all()
+    assert torch.equal(again.flip(0), output), "a row's bits depend on its slot"
     print(f"peak memory {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB")
 
 
