@@ -9,7 +9,8 @@ SEED ?= 7
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help install dev run test test-quick test-cluster test-gpu test-stores soak lint typecheck docs bench train evaluate
+.PHONY: help install dev run test test-quick test-cluster test-gpu test-stores soak lint typecheck docs bench bench-gpu gpu-prepare gpu-day train \
+  evaluate
 
 help: ## this list
 	@echo "latentmill: prompts in, a verified image dataset out"
@@ -57,8 +58,24 @@ typecheck: dev ## check types
 docs: dev ## write the generated parts of README and docs/ again, after any change of modules, settings or columns
 	$(BIN)/python docs/generate.py
 
-bench: dev ## measure how far it scales; prints a table, writes out/bench/scale.json, fails if a bar is not met
-	$(BIN)/python -m bench.scale --json out/bench/scale.json
+# ONLY=name,name of the table in bench/table.py, ROUNDS=n, TINY=1 to see whether it works, AGAIN=1.
+BENCH = -m bench $(if $(ONLY),--only $(ONLY)) $(if $(ROUNDS),--rounds $(ROUNDS)) $(if $(TINY),--tiny) $(if $(AGAIN),--again)
+
+bench: dev ## measure against the peers, about 15 minutes; writes bench/RESULTS.md; ONLY=scale measures how far it scales
+	$(BIN)/python $(BENCH)
+
+# A machine with a GPU may have another torch, and nothing may be installed there: the package is found by a link.
+GPU = PYTHONPATH=$(VENV)/source:. $(or $(GPU_PYTHON),$(BIN)/python)
+
+bench-gpu: $(VENV)/source/latentmill $(if $(GPU_PYTHON),,dev) ## the same on a CUDA device, in parts; GPU_PYTHON=python3 uses another torch
+	$(GPU) $(BENCH) --target bench-gpu
+
+gpu-prepare: $(VENV)/.train ## encode the training pictures, which needs a network, for a GPU's machine without one
+	$(BIN)/python -m training --stage data
+	$(BIN)/python -m training --stage latents
+
+gpu-day: $(VENV)/source/latentmill $(if $(GPU_PYTHON),,dev) ## on a GPU, in pieces under 9 minutes: its tests, bench-gpu, training; SECONDS_LEFT=n
+	$(GPU) -m bench.gpu_day $(if $(ONLY),--only $(ONLY)) $(if $(SECONDS_LEFT),--seconds $(SECONDS_LEFT)) $(if $(TINY),--tiny)
 
 train: $(VENV)/.train ## train the model that ships, from where the last run stopped
 	$(BIN)/python -m training
@@ -87,8 +104,10 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(call install_packages,.)
 
 # mypy follows paths, not the finder of an editable install: .venv/source holds the package under its name.
-$(VENV)/.dev: $(VENV)/.installed
-	@mkdir -p $(VENV)/source && ln -sfn ../.. $(VENV)/source/latentmill
+$(VENV)/source/latentmill:
+	@mkdir -p $(VENV)/source && ln -sfn ../.. $@
+
+$(VENV)/.dev: $(VENV)/.installed | $(VENV)/source/latentmill
 	$(call install_packages,.[test])
 
 $(VENV)/.train: $(VENV)/.installed

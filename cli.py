@@ -11,7 +11,9 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from latentmill.jobs.flags import QUIET, Say, flag, takes_a_job
+from latentmill.jobs.exports.spec import EXPORT_SETTINGS, HOW
+from latentmill.jobs.flags import QUIET, Say, flag, takes_a_job, takes_settings
+from latentmill.jobs.scores.spec import SCORE_SETTINGS, SCORING
 from latentmill.jobs.settings import RUNNING
 
 _MAKE, _LOOK, _MORE = "Make images", "Look at a dataset", "More"
@@ -29,8 +31,6 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
-watermark_app = typer.Typer(help="The invisible mark in the pictures.", no_args_is_help=True)
-app.add_typer(watermark_app, name="watermark", rich_help_panel=_MORE)
 
 
 Json = Annotated[bool, typer.Option("--json", help="Answer in JSON, for machines.")]
@@ -52,8 +52,8 @@ Address = Annotated[
 @takes_a_job
 def plan(config: str | None, flags: dict[str, Any], say: Say) -> None:
     """Say what a run would do, and write nothing."""
+    from latentmill.jobs.job_file import resolve
     from latentmill.jobs.plans.plan import draft_plan
-    from latentmill.jobs.spec import resolve
 
     with draft_plan(resolve(config, flags, or_sample=True)) as draft:
         summary = draft.summary()
@@ -75,8 +75,8 @@ def run(config: str | None, flags: dict[str, Any], say: Say) -> None:
     from latentmill.jobs.show.display import progress_view
 
     with progress_view(quiet=say.quiet) as view:
+        from latentmill.jobs.job_file import resolve
         from latentmill.jobs.runner import run_job  # the view comes first: these imports take a second
-        from latentmill.jobs.spec import resolve
 
         stopping = "stopping; press Ctrl-C again to stop at once. Nothing that is committed is lost"
         summary = run_job(
@@ -119,7 +119,7 @@ def submit(
     """Hand a job to a cluster, which runs it without this machine."""
     from dataclasses import asdict
 
-    from latentmill.jobs.spec import resolve
+    from latentmill.jobs.job_file import resolve
     from latentmill.jobs.submission.submission import submit_job
 
     submission = submit_job(resolve(config, flags), shared_filesystem=shared_filesystem, forwarded=env or [])
@@ -145,7 +145,7 @@ def status(
     address: Address = None,
     json: Json = False,
 ) -> None:
-    """Say how far a job is, and how it fares on its cluster if it was submitted to one: exit code 1 if it failed."""
+    """Say how far a job is, and its state on its cluster if it was submitted to one: exit code 1 if it failed."""
     from latentmill.jobs.submission.submission import job_status
 
     answer = job_status(target, deep=deep, address=address)
@@ -221,7 +221,7 @@ def clean(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be removed, and delete nothing.")] = False,
     json: Json = False,
 ) -> None:
-    """Sweep what interrupted runs left behind: only proven garbage, safe beside a running job."""
+    """Remove what interrupted runs left behind: only proven garbage, safe beside a running job."""
     from latentmill.jobs.outputs.clean import clean as clean_job
 
     report = clean_job(out, dry_run=dry_run)
@@ -242,6 +242,68 @@ def report(
     _answer(summary.to_dict(), json, lambda views: views.show_report(summary))
 
 
+@app.command(
+    rich_help_panel=_LOOK,
+    epilog="Example: [bold]latentmill export out/sample --to hf --out out/sample-hf --image-format webp[/bold]\n\n"
+    "The same command again resumes where it stopped. Exit codes: 0 complete, 2 usage, 3 --out holds another export.",
+)
+@takes_settings(EXPORT_SETTINGS, HOW)
+def export(flags: dict[str, Any], say: Say, *, dataset: OutArgument) -> None:
+    """Write a published dataset in another tool's form, every picture checked; the same export has the same bytes."""
+    from latentmill.jobs.show.display import progress_view
+
+    with progress_view("opening", lambda _: "", quiet=say.quiet) as view:
+        from latentmill.jobs.exports.export import export as export_job
+        from latentmill.jobs.exports.spec import make_export_spec
+
+        summary = export_job(dataset, make_export_spec(flags), on_progress=view.update)
+    _answer(summary.to_dict(), say.as_json, lambda views: views.show_export(summary), quiet=say.quiet)
+
+
+@app.command(
+    "push-to-hub",
+    rich_help_panel=_MORE,
+    epilog="Example: [bold]latentmill push-to-hub out/sample-hf me/birds --private[/bold]\n\n"
+    "The token is that of HF_TOKEN, or of `hf auth login`.",
+)
+def push_to_hub(
+    dest: Annotated[str, typer.Argument(metavar="DEST", help="A finished export: a folder.")],
+    repo: Annotated[str, typer.Argument(metavar="REPO", help="OWNER/NAME of a dataset; made if there is none.")],
+    private: Annotated[bool, typer.Option("--private", help="A repository that is made shall be private.")] = False,
+    json: Json = False,
+) -> None:
+    """Upload a finished export to the Hugging Face hub."""
+    from latentmill.jobs.exports.push import push_to_hub as push
+
+    summary = push(dest, repo, private=private)
+    _answer(summary.to_dict(), json, lambda views: views.show_push(summary))
+
+
+@app.command(
+    rich_help_panel=_LOOK,
+    epilog="Example: [bold]latentmill score out/sample --with sharpness,phash[/bold]\n\n"
+    "The same command again resumes where it stopped. Exit codes: 0 complete, 2 usage, 3 scores of another version "
+    "are there.",
+)
+@takes_settings(SCORE_SETTINGS, SCORING)
+def score(
+    flags: dict[str, Any],
+    say: Say,
+    *,
+    dataset: OutArgument,
+    scorers: Annotated[str, flag("--with", SCORING, "NAME[,NAME...]: the scorers.")],
+) -> None:
+    """Add columns of scores to a published dataset, beside its files, every picture checked."""
+    from latentmill.jobs.show.display import progress_view
+
+    with progress_view("opening", lambda _: "", quiet=say.quiet) as view:
+        from latentmill.jobs.outputs.score import score as score_dataset
+        from latentmill.jobs.scores.spec import make_score_spec
+
+        summary = score_dataset(dataset, scorers.split(","), make_score_spec(flags), on_progress=view.update)
+    _answer(summary.to_dict(), say.as_json, lambda views: views.show_scores(summary), quiet=say.quiet)
+
+
 @app.command(rich_help_panel=_MORE, epilog="Example: [bold]latentmill models[/bold]")
 def models(json: Json = False) -> None:
     """List the models that --model knows by name."""
@@ -252,23 +314,26 @@ def models(json: Json = False) -> None:
     _answer(as_data, json, lambda views: views.show_models(presets))
 
 
-@watermark_app.command(epilog="Example: [bold]latentmill watermark read out/sample/images/*/*/*.png[/bold]")
-def read(
+@app.command(rich_help_panel=_MORE, epilog="Example: [bold]latentmill inspect out/sample/images/*/*/*.png[/bold]")
+def inspect(
     files: Annotated[list[str], typer.Argument(metavar="FILE...", help="Picture files or URLs.")],
     expect: Annotated[
-        str, typer.Option("--expect", "--watermark-text", help="The mark to look for.")
+        str, typer.Option("--expect", "--watermark-text", help="The watermark to look for.")
     ] = "StableDiffusionV1",
     watermark: Annotated[
         str | None, typer.Option("--watermark", help="dwtDctSvd or dwtDct; without it, whichever fits best.")
     ] = None,
+    dataset: Annotated[
+        str | None, typer.Option("--dataset", metavar="OUT", help="A published output, to look up each file's row.")
+    ] = None,
     json: Json = False,
 ) -> None:
-    """Look for the mark in pictures; exit code 1 if one does not carry it."""
-    from latentmill.jobs.watermarks import read_watermarks
+    """Say what pictures carry: watermark, XMP, C2PA, parameters; exit code 1 if one lacks the watermark."""
+    from latentmill.jobs.inspection import inspect_files
 
-    readings = read_watermarks(files, text=expect, method=watermark)
-    _answer([reading.to_dict() for reading in readings], json, lambda views: views.show_watermarks(readings))
-    raise typer.Exit(0 if all(reading.found for reading in readings) else 1)
+    answers = inspect_files(files, text=expect, method=watermark, dataset=dataset)
+    _answer([answer.to_dict() for answer in answers], json, lambda views: views.show_inspections(answers))
+    raise typer.Exit(0 if all(answer.found for answer in answers) else 1)
 
 
 def _print_version(wanted: bool) -> None:
@@ -358,7 +423,7 @@ def _complain(text: str, exit_code: int) -> NoReturn:
 
 
 def _print_json_error(text: str, exit_code: int) -> None:
-    """For whoever asked for JSON and would find standard output empty."""
+    """With --json, so that standard output is not empty."""
     if "--json" in sys.argv[2:] and sys.argv[1] != "txt2img":  # its --prompt may be any text
         from latentmill.jobs.show.display import print_json
 

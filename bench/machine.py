@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,11 +12,25 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-_PACKAGES = ("pyarrow", "numpy", "fsspec", "s3fs", "ray", "torch")
+ROOT = Path(__file__).parents[1]
+
+_PACKAGES = (
+    "pyarrow",
+    "numpy",
+    "fsspec",
+    "s3fs",
+    "ray",
+    "torch",
+    "diffusers",
+    "transformers",
+    "onnxruntime",
+    "invisible-watermark",
+    "Pillow",
+)
 
 
 def describe_machine() -> dict[str, Any]:
-    """Cores that this process may use, memory, load and versions."""
+    """Cores that this process may use, memory, load and the versions of what is installed."""
     pages = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return {
         "processor": _processor(),
@@ -24,8 +39,33 @@ def describe_machine() -> dict[str, Any]:
         "load_1min": round(os.getloadavg()[0], 2),
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
-        **{name: metadata.version(name) for name in _PACKAGES},
+        **_versions(),
     }
+
+
+def describe_gpu() -> str | None:
+    """The CUDA device that torch sees, with the versions that its speed depends on."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    cudnn: Any = torch.backends.cudnn
+    return f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}, cuDNN {cudnn.version()}"
+
+
+def commit() -> str:
+    """The commit of this checkout, marked where files differ from it; `BENCH_COMMIT` where there is no git."""
+    try:
+        head = _git("rev-parse", "HEAD")
+        changed = _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!bench/results", ":!bench/*.md")
+    except (OSError, subprocess.CalledProcessError):
+        return os.environ.get("BENCH_COMMIT", "unknown")
+    return head[:12] + ("+changes" if changed else "")
+
+
+def _git(*arguments: str) -> str:
+    done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True)
+    return done.stdout.strip()
 
 
 def keep_cores(number: int) -> None:
@@ -58,6 +98,16 @@ class Stopwatch:
         started = time.perf_counter()
         yield
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in _PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
 
 
 def _processor() -> str:

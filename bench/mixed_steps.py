@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from bench.parts import unet_of
 from latentmill.engine import EMBEDDED_MODEL, Engine, GenerationRequest, ModelSpec
 
 BATCH, ROUNDS = 8, 3
@@ -92,7 +93,7 @@ def main() -> None:
     torch.set_num_threads(1)
     spec = ModelSpec(model=str(EMBEDDED_MODEL), safety="none")
     engine = Engine.load(spec, device="cpu", dtype="float32", batch_size=BATCH)
-    unet = engine._models.unet  # type: ignore[attr-defined]
+    unet = unet_of(engine)
     engine.generate([replace(ROW, num_inference_steps=1)])
     print(f"{'rows':46} {'U-Net runs':>12} {'CPU seconds':>14}  gain by runs, by seconds (paired, least to most)")
     for name, rows in CASES.items():

@@ -20,10 +20,12 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from bench import figures
 from bench.machine import describe_machine, keep_cores
 from bench.measurements import Facts
 from bench.store import s3_server
 from bench.synthetic import fill_ledger, fill_output, job_spec, write_manifest
+from bench.table import Context, Measured
 from latentmill.jobs.job import open_job
 from latentmill.jobs.plans.plan import adopt, draft_plan
 from latentmill.jobs.store.storage import Storage
@@ -178,6 +180,25 @@ def measure_overhead(bench: Bench) -> None:
 def total(facts: Facts) -> float:
     """All the seconds of a measurement."""
     return float(sum(facts["seconds"].values()))
+
+
+def as_benchmark(context: Context) -> Measured:
+    """All of it, as one benchmark of the table."""
+    sizes = Sizes(chunks=1_000_000, rows=10_000_000, records=2_000, repeat=context.rounds)
+    if context.tiny:
+        sizes = Sizes(chunks=2_000, rows=20_000, records=20, repeat=1)
+    keep_cores(CORES)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    bench = Bench(context.folder, sizes)
+    for measurement in (measure_overhead, measure_dataset, measure_rows, measure_chunks):
+        measurement(bench)
+    return Measured(
+        figures=[figures.figure(each.name.strip(), each.unit, each.values) for each in bench.figures],
+        notes=[
+            f"{bar.name}: {bar.value:,.1f} {bar.unit}, {'met' if bar.met else 'NOT MET'}: the limit is {bar.limit:,.0f}"
+            for bar in bench.bars
+        ],
+    )
 
 
 def show(bench: Bench, machine: Mapping[str, Any], seconds: float) -> None:

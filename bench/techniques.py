@@ -54,7 +54,8 @@ def main() -> None:
     torch.set_num_threads(1)
     spec = ModelSpec(model=str(EMBEDDED_MODEL), safety="none")
     models = load_latent_diffusion(find_model(spec), spec, torch.float32, torch.device("cpu"), ROWS)
-    unet, vae = models.unet, models.vae
+    unet: Any = models.denoiser
+    vae = models.autoencoder
     their_unet = UNet2DConditionModel.from_pretrained(EMBEDDED_MODEL, subfolder="unet", dtype=torch.float32).eval()
     their_vae = AutoencoderKL.from_pretrained(EMBEDDED_MODEL, subfolder="vae", dtype=torch.float32).eval()
     latents, context = torch.randn(2 * ROWS, 8, 16, 16), torch.randn(2 * ROWS, 77, 128)

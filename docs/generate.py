@@ -15,11 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from latentmill.engine.sampling.table import SAMPLER_TABLE
+from latentmill.jobs.exports.spec import EXPORT_SETTINGS, ExportSpec
+from latentmill.jobs.exports.table import EXPORTS, IMAGE_FORMATS
 from latentmill.jobs.manifests.aliases import ALIASES
 from latentmill.jobs.manifests.fields import AXES, FIELDS
 from latentmill.jobs.manifests.formats import FORMATS, formats_of
 from latentmill.jobs.models.presets import list_presets
 from latentmill.jobs.plans.columns import COLUMNS
+from latentmill.jobs.scores.spec import SCORE_SETTINGS, ScoreSpec
+from latentmill.jobs.scores.table import SCORERS
 from latentmill.jobs.settings import Setting
 from latentmill.jobs.spec import SETTINGS, JobSpec, Runtime
 from latentmill.jobs.txt2img.options import build_parser
@@ -58,6 +62,55 @@ def settings() -> str:
         panels[setting.panel].append(row)
     head = ("flag", "type", "allowed", "default", "planned", "what it does")
     return "\n\n".join(f"### {panel}\n\n{_table(head, rows)}" for panel, rows in panels.items())
+
+
+def exports() -> str:
+    """The forms of exports, and a line that loads each."""
+    rows = [(f"`{name}`", entry.what, f"`{entry.loader}`") for name, entry in EXPORTS.items()]
+    return _table(("`--to`", "what is written", "how it is loaded"), rows)
+
+
+def pictures() -> str:
+    """The forms of pictures in exports."""
+    rows = [(f"`{name}`", entry.what, entry.quality) for name, entry in IMAGE_FORMATS.items()]
+    return _table(("`--image-format`", "what a picture is", "`--image-quality`"), rows)
+
+
+def exporting() -> str:
+    """Every setting of an export."""
+    defaults = {field.name: field.default for field in dataclasses.fields(ExportSpec)}
+    rows = [
+        (
+            f"`--{name.replace('_', '-')}`",
+            _kind(setting),
+            _default(defaults[name]),
+            "yes" if setting.planned else "",
+            setting.help.removesuffix(f" Default: {defaults[name]}."),
+        )
+        for name, setting in EXPORT_SETTINGS.items()
+    ]
+    return _table(("flag", "type", "default", "planned", "what it does"), rows)
+
+
+def scorers() -> str:
+    """The scorers that the project has itself."""
+    return _table(("`--with`", "columns"), [(f"`{name}`", entry.what) for name, entry in SCORERS.items()])
+
+
+def scoring() -> str:
+    """Every setting of `latentmill score`."""
+    defaults = {field.name: field.default for field in dataclasses.fields(ScoreSpec)}
+    rows = [
+        (
+            f"`--{name.replace('_', '-')}`",
+            _kind(setting),
+            setting.allowed,
+            _default(defaults[name]),
+            setting.help.removesuffix(f" Default: {defaults[name]}."),
+        )
+        for name, setting in SCORE_SETTINGS.items()
+    ]
+    return _table(("flag", "type", "allowed", "default", "what it does"), rows)
 
 
 def formats() -> str:
@@ -127,7 +180,22 @@ def differences() -> str:
 
 
 PARTS: Mapping[str, Callable[[], str]] = {
-    part.__name__: part for part in (modules, settings, formats, parameters, columns, samplers, presets, differences)
+    part.__name__: part
+    for part in (
+        modules,
+        settings,
+        formats,
+        parameters,
+        columns,
+        samplers,
+        presets,
+        differences,
+        exports,
+        pictures,
+        exporting,
+        scorers,
+        scoring,
+    )
 }
 
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from latentmill.engine.graphs import CapturedNetwork
-from latentmill.engine.networks.autoencoder import Autoencoder
+from latentmill.engine.networks.interface import Autoencoder
 from latentmill.engine.types import EngineError
 
 Network = TypeVar("Network", bound=nn.Module)
@@ -74,8 +74,7 @@ def decode(vae: Autoencoder, latents: Tensor) -> Tensor:
     The size follows from the batch's shape, on which bits depend anyway.
     """
     height, width = latents.shape[-2:]
-    # The last level but one is upsampled to full size before its channels become those of the last.
-    elements = max(vae.config.channels[:2]) * height * width * vae.config.factor**2
+    elements = vae.config.decoder_width * height * width * vae.config.factor**2
     rows, limit = len(latents), DECODE_ELEMENTS[latents.device.type]
     fitting = [size for size in range(1, rows + 1) if rows % size == 0 and size * elements <= limit]
     return torch.cat([vae.decode(part) for part in torch.split(latents, max(fitting, default=1))])

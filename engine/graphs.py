@@ -44,7 +44,7 @@ class _Graph:
 
 
 class CapturedNetwork:
-    """Called as the U-Net with the context projected. Inputs must not be changed in place between two calls."""
+    """Called as the network is. Inputs must not be changed in place between two calls."""
 
     def __init__(self, network: nn.Module) -> None:
         self._network = network
@@ -58,7 +58,7 @@ class CapturedNetwork:
         timesteps: Tensor,
         context: Tensor,
         *,
-        projected: Sequence[KeysValues],
+        projected: Sequence[KeysValues] = (),
         **conditions: Tensor,
     ) -> Tensor:
         if projected is not self._projected:
@@ -68,11 +68,10 @@ class CapturedNetwork:
 
         def call(given: Sequence[Tensor]) -> Tensor:
             flat = given[3 : 3 + 2 * pairs]
-            output: Tensor = self._network(
-                *given[:3],
-                projected=list(zip(flat[::2], flat[1::2], strict=True)),
-                **dict(zip(names, given[3 + 2 * pairs :], strict=True)),
-            )
+            named = dict[str, Any](zip(names, given[3 + 2 * pairs :], strict=True))
+            if pairs:
+                named["projected"] = list(zip(flat[::2], flat[1::2], strict=True))
+            output: Tensor = self._network(*given[:3], **named)
             return output
 
         inputs = [latents, timesteps, context, *chain.from_iterable(projected), *conditions.values()]

@@ -1,4 +1,4 @@
-"""Latent diffusion as the engine runs it: text encoders, a sampler around the U-Net, the autoencoder's decoder."""
+"""Latent diffusion as the engine runs it: text encoders, a sampler around the denoiser, the autoencoder's decoder."""
 
 from __future__ import annotations
 
@@ -9,15 +9,14 @@ from functools import partial
 
 import torch
 from einops import rearrange
-from torch import Tensor
+from torch import Tensor, nn
 
 from latentmill.engine.acceleration import arrange, decode, executed, upload
 from latentmill.engine.device import widened
 from latentmill.engine.loading.layout import ModelLayout
-from latentmill.engine.loading.weights import check_claims, load_unet, load_vae
+from latentmill.engine.loading.weights import check_claims, load_autoencoder, load_denoiser
 from latentmill.engine.model import Drawn
-from latentmill.engine.networks.autoencoder import Autoencoder
-from latentmill.engine.networks.unet import UNet
+from latentmill.engine.networks.interface import Autoencoder, DenoisingNetwork, ProjectsContext
 from latentmill.engine.sampling.denoiser import Denoiser
 from latentmill.engine.sampling.samplers import begin as begin_sampler
 from latentmill.engine.sampling.schedule import NoiseSchedule
@@ -29,17 +28,17 @@ from latentmill.engine.types import GenerationRequest, ModelSpec
 
 @dataclass(frozen=True, slots=True)
 class LatentDiffusion:
-    """The networks at one precision, the schedule that they were trained on, and the U-Net's further conditions.
+    """The networks at one precision, the schedule that they were trained on, and the denoiser's further conditions.
 
-    `run` is the U-Net as it is run, by `acceleration.executed`.
+    `run` is the denoiser as it is run, by `acceleration.executed`.
 
     Each sample draws all its noise from its own CPU generator, seeded with its seed.
     """
 
     text: TextEncoder
-    unet: UNet
+    denoiser: nn.Module
     run: Callable[..., Tensor]
-    vae: Autoencoder
+    autoencoder: Autoencoder
     schedule: NoiseSchedule
     conditions: Callable[[Tensor, GenerationRequest], Mapping[str, Tensor]] | None
 
@@ -58,8 +57,8 @@ class LatentDiffusion:
     @contextmanager
     def in_fp32(self) -> Iterator[LatentDiffusion]:
         """The same weights, widened in place as long as the context lasts."""
-        with widened([*self.text.networks, self.unet, self.vae]):
-            yield replace(self, text=self.text.without_cache(), run=self.unet)
+        with widened([*self.text.networks, self.denoiser, self.autoencoder]):
+            yield replace(self, text=self.text.without_cache(), run=self.denoiser)
 
     @property
     def refills(self) -> bool:
@@ -73,8 +72,8 @@ class LatentDiffusion:
 
         `noise` gives each row its draws, `(draws, c, h, w) float32`, in place of its own generator's.
         """
-        config, device = self.vae.config, next(self.unet.parameters()).device
-        shape = (config.unet_channels, rows[0].height // config.factor, rows[0].width // config.factor)
+        config, device = self.autoencoder.config, next(self.denoiser.parameters()).device
+        shape = (config.denoiser_channels, rows[0].height // config.factor, rows[0].width // config.factor)
 
         def begin(places: list[int]) -> Solver:
             draws = [_own_draws(rows[place], shape) if noise is None else iter(noise[place]) for place in places]
@@ -108,19 +107,21 @@ class LatentDiffusion:
             if negative is not None:
                 conditioning = negative.take(places).followed_by(conditioning)
                 guidance = _column([rows[place].guidance_scale for place in places], device)
-            unet = partial(self.run, projected=self.unet.project(conditioning.context))
+            network: DenoisingNetwork = self.run
+            if isinstance(self.denoiser, ProjectsContext):
+                network = partial(network, projected=self.denoiser.project(conditioning.context))
             if self.conditions is not None and conditioning.pooled is not None:
-                unet = partial(unet, **self.conditions(conditioning.pooled, rows[0]))
-            return Denoiser(unet, self.schedule, conditioning.context, guidance)
+                network = partial(network, **self.conditions(conditioning.pooled, rows[0]))
+            return Denoiser(network, self.schedule, conditioning.context, guidance)
 
         return condition
 
     def _decode(self, done: Sequence[Finished], slots: int) -> Drawn:
         """The pictures of rows that are done, at the shape of a whole batch."""
-        config, dtype = self.vae.config, next(self.vae.parameters()).dtype
+        config, dtype = self.autoencoder.config, next(self.autoencoder.parameters()).dtype
         padded = [*done, *[done[-1]] * (slots - len(done))]
         latents = torch.stack([row.latents for row in padded])
-        decoded = decode(self.vae, (latents / config.scaling_factor + config.shift_factor).to(dtype)).float()
+        decoded = decode(self.autoencoder, (latents / config.scaling_factor + config.shift_factor).to(dtype)).float()
         finite = torch.isfinite(latents).flatten(1).all(1) & torch.isfinite(decoded).flatten(1).all(1)
         pictures = (decoded / 2 + 0.5).clamp(0, 1)
         count = len(done)
@@ -141,12 +142,12 @@ def load_latent_diffusion(
     """
     check_claims(layout)
     blueprint = layout.blueprint
-    vae = load_vae(layout, torch.float32 if blueprint.vae.force_upcast else dtype, device)
-    unet = arrange(load_unet(layout, dtype, device))
-    run = executed(unet, execution, device)
+    autoencoder = load_autoencoder(layout, torch.float32 if blueprint.autoencoder.force_upcast else dtype, device)
+    denoiser = arrange(load_denoiser(layout, dtype, device))
+    run = executed(denoiser, execution, device)
     text = TextEncoder(layout, spec, dtype, device, batch_size)
     schedule = NoiseSchedule(blueprint.scheduler)
-    return LatentDiffusion(text, unet, run, arrange(vae), schedule, blueprint.family.conditions)
+    return LatentDiffusion(text, denoiser, run, arrange(autoencoder), schedule, blueprint.family.conditions)
 
 
 def _own_draws(row: GenerationRequest, shape: tuple[int, int, int]) -> Iterator[Tensor]:

@@ -12,13 +12,16 @@ import pyarrow as pa
 
 from latentmill.jobs.errors import JobError
 from latentmill.jobs.job import Job, open_job
+from latentmill.jobs.job_file import resolve
 from latentmill.jobs.ledger.pictures import decode_png
 from latentmill.jobs.outputs.publish import Part, Publication, read_columns, standing_publication
 from latentmill.jobs.plans.plan import draft_plan
 from latentmill.jobs.plans.summary import PlanSummary
 from latentmill.jobs.progress import Progress
 from latentmill.jobs.runner import RunSummary, run_job
-from latentmill.jobs.spec import JobSpec, resolve
+from latentmill.jobs.scores.join import open_scores
+from latentmill.jobs.scores.side_files import KEYS
+from latentmill.jobs.spec import JobSpec
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -57,11 +60,16 @@ def open_dataset(out: str) -> Dataset:
 
 
 class Dataset:
-    """The rows of a published dataset, in order of sample_id, and their pictures. Memory holds one part at a time."""
+    """The rows of a published dataset, in order of sample_id, and their pictures. Memory holds one part at a time.
+
+    Columns that `latentmill score` had added when it was opened are the last ones of a row.
+    """
 
     def __init__(self, job: Job, publication: Publication) -> None:
         self._job = job
         self._publication = publication
+        self._own_columns = [name for name, _ in publication.schema]
+        self._scores = open_scores(job.storage, publication.plan_hash, self._own_columns)
         self._ends = list(accumulate(part.rows for part in publication.parts))
         self._read = lru_cache(maxsize=1)(self._read_part)
 
@@ -89,7 +97,7 @@ class Dataset:
     def table(self, columns: Sequence[str] | None = None) -> pa.Table:
         """All rows, or some of their columns, as one Arrow table."""
         names = self._columns if columns is None else columns
-        return pa.concat_tables(read_columns(self._job, part, names) for part in self._publication.parts)
+        return pa.concat_tables(self._read_part(part, names) for part in self._publication.parts)
 
     def image(self, row: Mapping[str, Any] | int) -> Image:
         """The picture of a row, or of the row at that place. Raises JobError if it has none, or it cannot be read."""
@@ -109,10 +117,15 @@ class Dataset:
 
     @property
     def _columns(self) -> list[str]:
-        return [name for name, _ in self._publication.schema]
+        return [*self._own_columns, *(field.name for field in self._scores.fields)]
 
-    def _read_part(self, part: Part) -> pa.Table:
-        return read_columns(self._job, part, self._columns)
+    def _read_part(self, part: Part, names: Sequence[str] | None = None) -> pa.Table:
+        wanted = list(self._columns if names is None else names)
+        scored = {field.name for field in self._scores.fields}
+        own = [name for name in wanted if name not in scored]
+        if len(own) == len(wanted):
+            return read_columns(self._job, part, wanted)
+        return self._scores.join(read_columns(self._job, part, list(dict.fromkeys([*own, *KEYS])))).select(wanted)
 
 
 def _spec(prompts: str | Sequence[str], config: str | None, settings: Mapping[str, Any]) -> JobSpec:

@@ -1,4 +1,4 @@
-"""What became of one try at one chunk: it informs whoever asked for it; the ledger decides."""
+"""The outcome of one attempt at one chunk, for the caller's information; the ledger decides."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
-"""The flags of the verbs that take a job, made from the settings that spec.py declares."""
+"""The flags of verbs, made from the settings that are declared for them: a job's in spec.py, others in their own."""
 
 from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, NamedTuple
 
 import typer
@@ -28,35 +28,60 @@ def flag(name: str, panel: str, text: str) -> Any:
 
 
 def takes_a_job(verb: Callable[..., None]) -> Callable[..., None]:
-    """Give a verb a flag for each setting, which it receives as one dictionary in the words of a job file.
+    """Give a verb a flag for each setting of a job, which it receives as one dictionary in the words of a job file.
 
     It is called as `verb(config, flags, say)`, with its own keyword-only parameters as they are. A flag that is not
     given is None: job file or preset decides.
     """
-    own = [
-        parameter
-        for parameter in inspect.signature(verb, eval_str=True).parameters.values()
-        if parameter.kind is inspect.Parameter.KEYWORD_ONLY
-    ]
     flags = [_parameter(name, setting) for name, setting in SETTINGS.items()]
     flags.sort(key=lambda parameter: parameter.name != "prompts")
     config = _optional("config", str, flag("--config", INPUT, "A job file; flags override it. See configs/jobs."))
-    as_json = typer.Option("--json", help="Answer in JSON, for machines.", rich_help_panel=INPUT)
-    quiet = typer.Option("--quiet", "-q", help=QUIET, rich_help_panel=INPUT)
-    parameters = [
-        flags[0],
-        config,
-        *flags[1:],
-        *own,
-        _switch("json", as_json),
-        _switch("quiet", quiet),
-    ]
+
+    def called(given: dict[str, Any], say: Say, mine: dict[str, Any]) -> None:
+        verb(given.pop("config"), given, say, **mine)
+
+    return _command(verb, [flags[0], config, *flags[1:], *_own(verb)], INPUT, called)
+
+
+def takes_settings(settings: Mapping[str, Setting], panel: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a verb a flag for each of these settings, which it receives as one dictionary; None is not given.
+
+    It is called as `verb(flags, say)`, with its own keyword-only parameters, which come first, as they are. What it
+    says is asked for in the panel of that name.
+    """
+
+    def decorate(verb: Callable[..., None]) -> Callable[..., None]:
+        def called(given: dict[str, Any], say: Say, mine: dict[str, Any]) -> None:
+            verb(given, say, **mine)
+
+        flags = [_parameter(name, setting) for name, setting in settings.items()]
+        return _command(verb, [*_own(verb), *flags], panel, called)
+
+    return decorate
+
+
+def _own(verb: Callable[..., None]) -> list[inspect.Parameter]:
+    parameters = inspect.signature(verb, eval_str=True).parameters.values()
+    return [parameter for parameter in parameters if parameter.kind is inspect.Parameter.KEYWORD_ONLY]
+
+
+def _command(
+    verb: Callable[..., None],
+    parameters: list[inspect.Parameter],
+    panel: str,
+    called: Callable[[dict[str, Any], Say, dict[str, Any]], None],
+) -> Callable[..., None]:
+    """What Typer reads in place of the verb: these parameters, and how much is said."""
+    as_json = typer.Option("--json", help="Answer in JSON, for machines.", rich_help_panel=panel)
+    quiet = typer.Option("--quiet", "-q", help=QUIET, rich_help_panel=panel)
+    parameters = [*parameters, _switch("json", as_json), _switch("quiet", quiet)]
+    own = [parameter.name for parameter in _own(verb)]
 
     @functools.wraps(verb)
     def command(**given: Any) -> None:
-        mine = {parameter.name: given.pop(parameter.name) for parameter in own}
+        mine = {name: given.pop(name) for name in own}
         say = Say(as_json=given.pop("json"), quiet=given.pop("quiet"))
-        verb(given.pop("config"), given, say, **mine)
+        called(given, say, mine)
 
     # functions have room for a signature of their own, which Typer reads; mypy's stubs do not know it
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]

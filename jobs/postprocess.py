@@ -7,7 +7,7 @@ from typing import Any
 
 from latentmill.engine import GenerationRequest, GenerationResult
 from latentmill.engine.types import Pixels
-from latentmill.jobs.ledger.pictures import blank, encode_png, pixel_sha256
+from latentmill.jobs.ledger.pictures import blank, encode_png, encode_png_before_4, pixel_sha256
 from latentmill.jobs.manifests.parameters import parameters_text
 from latentmill.jobs.plans.columns import columns_of, values
 from latentmill.jobs.plans.plan import Plan, PlannedSample
@@ -52,21 +52,22 @@ def postprocess_sample(
     if pixels is None:
         return ProcessedSample(row=_row(plan, sample, result, execution_class), data=None)
     try:
-        picture, mark = _watermarked(plan, pixels, required=pixels is result.pixels)
-        if mark.fault is not None:
-            return ProcessedSample(row=_row(plan, sample, result, execution_class, error=mark.fault), data=None)
-        data = encode_png(picture, _text(plan, sample.request))
+        picture, watermark = _watermarked(plan, pixels, required=pixels is result.pixels)
+        if watermark.fault is not None:
+            return ProcessedSample(row=_row(plan, sample, result, execution_class, error=watermark.fault), data=None)
+        encode = encode_png_before_4 if plan.format_version < 4 else encode_png
+        data = encode(picture, _text(plan, sample.request))
     except MemoryError:
         raise
-    except Exception as error:  # noqa: BLE001 - OpenCV, PyWavelets and Pillow share no base; the chunk must survive
+    except Exception as error:  # noqa: BLE001 - OpenCV and NumPy share no base; the chunk must survive
         failed = replace(
             result, pixels=None, error=f"the picture could not be finished: {type(error).__name__}: {error}"
         )
         return ProcessedSample(row=_row(plan, sample, failed, execution_class, error=failed.error), data=None)
     row = _row(plan, sample, result, execution_class)
     row |= {
-        "watermark": mark.method,
-        "watermark_bit_accuracy": mark.accuracy,
+        "watermark": watermark.method,
+        "watermark_bit_accuracy": watermark.accuracy,
         "pixel_sha256": pixel_sha256(picture),
     }
     return ProcessedSample(row=row, data=data)
@@ -107,7 +108,7 @@ def _watermarked(plan: Plan, pixels: Pixels, *, required: bool) -> tuple[Pixels,
         if needed is None or matching_bits(accuracy, n_bits) >= needed:
             return picture, _Watermark(method=method, accuracy=accuracy)
         tried.append(f"{method} {matching_bits(accuracy, n_bits)}")
-    fault = f"the mark cannot be read back: {', '.join(tried)} of {n_bits} bits, {needed} are needed"
+    fault = f"the watermark cannot be read back: {', '.join(tried)} of {n_bits} bits, {needed} are needed"
     return pixels, _Watermark(method=plan.settings.watermark, fault=fault)
 
 

@@ -1,4 +1,4 @@
-"""How far a run is: results of chunks added up, for whoever shows it."""
+"""How far a run is: results of chunks added up, for display."""
 
 from __future__ import annotations
 

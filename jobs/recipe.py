@@ -1,6 +1,6 @@
-"""A published row as a recipe: all it takes to make its picture again, wherever the row has come from.
+"""A published row as a recipe: all it takes to make its picture again, wherever the row comes from.
 
-Nothing but the row is asked: rows of several jobs may lie in one dataset, and their outputs may be gone.
+Only the row is read: rows of several jobs may lie in one dataset, and their outputs may be gone.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from latentmill.engine import GenerationRequest, GenerationResult, ModelSpec
 from latentmill.engine.types import Pixels
 from latentmill.jobs.errors import JobError, UsageError
 from latentmill.jobs.ledger.pictures import blank
+from latentmill.jobs.models.choice import ModelChoice, resolve_model
 from latentmill.jobs.models.place import place_model
-from latentmill.jobs.models.presets import ModelChoice, ResolvedModel, resolve_model
+from latentmill.jobs.models.resolved import ResolvedModel
 from latentmill.jobs.plans.columns import own_fields
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ class Recipe:
     execution_class: str
 
     def resolve(self) -> ResolvedModel:
-        """The model as it is now. Raises UsageError if there is none, JobError if it is not, to the byte, the row's."""
+        """The model as it is now. Raises UsageError if it is missing, JobError if its bytes are not the row's."""
         try:
             model, _, _ = resolve_model(self.model)
         except UsageError:  # a pipeline of diffusers has a schedule of its own, and refuses to be told
@@ -91,7 +92,7 @@ class Recipe:
         return Engine.load(self.spec(), device=device, dtype=self.dtype, batch_size=self.batch_size)
 
     def draw(self, engine: Engine) -> Pixels:
-        """The picture as it was handed to the encoder: blanked if that was the policy, and marked."""
+        """The picture as it was handed to the encoder: blanked if that was the policy, and watermarked."""
         result = engine.generate([self.request] * self.batch_size)[self.slot]
         if result.pixels is None:
             raise JobError(f"the picture cannot be made again: {result.error}")

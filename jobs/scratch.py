@@ -23,7 +23,7 @@ def scratch_folder(base: Path, prefix: str) -> Iterator[Path]:
 
     The owner holds a lock in it, which the kernel lets go when the owner dies, however it dies.
     """
-    _sweep(base, prefix)
+    _remove_left(base, prefix)
     folder = Path(tempfile.mkdtemp(prefix=prefix, dir=base))
     try:
         with (folder / _LOCK).open("w") as lock:
@@ -39,7 +39,7 @@ def short_base() -> Path:
     return base if len(str(base)) <= 12 else Path("/tmp")  # noqa: S108 - mkdtemp makes a private folder in it
 
 
-def _sweep(base: Path, prefix: str) -> None:
+def _remove_left(base: Path, prefix: str) -> None:
     for folder in base.glob(f"{prefix}*"):
         with contextlib.suppress(OSError):  # another user's, or just being removed by someone else
             about = folder.stat()

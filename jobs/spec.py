@@ -1,16 +1,14 @@
-"""What a user asks for: one job, from a job file and flags, checked but not yet planned."""
+"""What a user asks for: one job, each of its settings declared once and checked, but not yet planned."""
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from latentmill.engine import LONG_PROMPTS, PROMPT_SYNTAXES, SAFETY_CHECKERS, SAMPLER_CHOICES, WATERMARK_METHODS
-from latentmill.jobs.dated import PLACEHOLDER, DatedOutput, dated_output
+from latentmill.jobs.dated import PLACEHOLDER, DatedOutput
 from latentmill.jobs.errors import UsageError
 from latentmill.jobs.executor_table import EXECUTORS
 from latentmill.jobs.manifests.axes import build_axes, parse_axis
@@ -32,10 +30,7 @@ from latentmill.jobs.settings import (
     text,
     whole,
 )
-from latentmill.jobs.store.urls import allowed_filesystem, display_url
-
-if TYPE_CHECKING:
-    import datetime
+from latentmill.jobs.store.urls import allowed_filesystem
 
 ON_FLAGGED = ("blank", "drop", "keep")
 WATERMARKS = ("dwtDctSvd", "dwtDct", "none")
@@ -46,9 +41,6 @@ DTYPES = ("auto", "float32", "float16")
 DEVICES = ("auto", "cpu", "cuda")
 MAX_CHUNK = 4096
 """The most samples of a chunk, and so the most rows of a commit record."""
-MAX_JOB_FILE_BYTES = 1_000_000
-SAMPLE_MANIFEST = Path(__file__).parents[1] / "configs" / "prompts" / "sample.txt"
-"""The prompts in the package, which are drawn where none are named."""
 
 
 def _prompts(_: str, value: Any) -> tuple[str, ...]:
@@ -73,7 +65,7 @@ def _sweep(_: str, value: Any) -> dict[str, list[Any]]:
     if not isinstance(value, Mapping):
         raise FieldError(f"sweep is {shorten(value)}, expected a mapping of axes to lists of values")
     axes = {
-        str(name): list(values) if isinstance(values, list | tuple) else split_values(str(name), values)
+        str(name): list(values) if isinstance(values, list | tuple) else _split_values(str(name), values)
         for name, values in value.items()
     }
     build_axes(axes)
@@ -97,7 +89,9 @@ def _shard(name: str, value: Any) -> str:
 class Runtime:
     """How the job is run. Nothing here can change a pixel or a row, so nothing here is part of the plan."""
 
-    executor: str = choice("ray", RUNNING, "ray, or inline for this process.", tuple(EXECUTORS))
+    executor: str = choice(
+        "ray", RUNNING, f"Where chunks run: {', '.join(EXECUTORS)}; inline is this process.", tuple(EXECUTORS)
+    )
     address: str | None = text(
         None,
         RUNNING,
@@ -135,7 +129,7 @@ class Runtime:
 class JobSpec:
     """One job. None means: not said here; the manifest's column, the model's preset or a computed default decides.
 
-    `dated` is set by `resolve`, where `out` was a template.
+    `dated` is set where `out` was a template, `is_sample` where no prompts were named (jobs/job_file.py).
     """
 
     prompts: tuple[str, ...] = special(
@@ -200,14 +194,16 @@ class JobSpec:
     safety: str = choice("auto", SAFETY, f"Checker: {', '.join(SAFETY_CHECKERS)}.", SAFETY_CHECKERS, planned=True)
     nsfw_threshold: float = number(0.8, SAFETY, "open-nsfw score that flags a picture.", 1e-6, 1, planned=True)
     on_flagged: str = choice("blank", SAFETY, "Flagged pictures: blank, drop or keep.", ON_FLAGGED, planned=True)
-    watermark: str = choice("dwtDctSvd", SAFETY, "Invisible mark: dwtDctSvd, dwtDct or none.", WATERMARKS, planned=True)
+    watermark: str = choice(
+        "dwtDctSvd", SAFETY, "Invisible watermark: dwtDctSvd, dwtDct or none.", WATERMARKS, planned=True
+    )
     watermark_text: str = special(
-        SAFETY, "The mark, up to 32 bytes.", _watermark_text, default="StableDiffusionV1", planned=True
+        SAFETY, "The watermark's text, up to 32 bytes.", _watermark_text, default="StableDiffusionV1", planned=True
     )
     watermark_policy: str = choice(
         "record",
         SAFETY,
-        "A mark that cannot be read back: record it, require one (the sample fails), or retry by dwtDctSvd first.",
+        "A watermark that cannot be read back: record it, require one (the sample fails), or retry by dwtDctSvd first.",
         WATERMARK_POLICIES,
         planned=True,
     )
@@ -222,6 +218,7 @@ class JobSpec:
     )
     runtime: Runtime = field(default_factory=Runtime)
     dated: DatedOutput | None = None
+    is_sample: bool = False
 
 
 SETTINGS: Mapping[str, Setting] = {**settings_of(JobSpec), **settings_of(Runtime)}
@@ -237,7 +234,7 @@ def make_spec(values: Mapping[str, Any]) -> JobSpec:
     parsed = {}
     for name, value in values.items():
         if name not in SETTINGS:
-            raise UsageError(_unknown(name))
+            raise UsageError(unknown_setting(name))
         if value is not None:
             parsed[name] = _parsed(name, value)
     if "prompts" not in parsed:
@@ -248,7 +245,8 @@ def make_spec(values: Mapping[str, Any]) -> JobSpec:
     return spec
 
 
-def _unknown(key: Any) -> str:
+def unknown_setting(key: Any) -> str:
+    """Says that a key is unknown, with the nearest known one."""
     remedy = f"; {REMOVED[key]}" if key in REMOVED else nearest(str(key), SETTINGS)
     return f"unknown key {shorten(key)}{remedy}"
 
@@ -274,7 +272,7 @@ def _parsed(name: str, value: Any) -> Any:
 def _check_together(spec: JobSpec) -> None:
     if spec.watermark == "none" and spec.watermark_policy != "record":
         raise UsageError(
-            f"watermark_policy {spec.watermark_policy!r} asks for a mark, but watermark is none; "
+            f"watermark_policy {spec.watermark_policy!r} asks for a watermark, but watermark is none; "
             f"choose {' or '.join(WATERMARK_METHODS)}, or watermark_policy record"
         )
     if not EXECUTORS[spec.runtime.executor].on_ray and spec.runtime.accelerator_type is not None:
@@ -284,84 +282,8 @@ def _check_together(spec: JobSpec) -> None:
         )
 
 
-def split_values(name: str, value: Any) -> list[Any]:
+def _split_values(name: str, value: Any) -> list[Any]:
     """One axis value of a job file, or the text of several as a flag has it: `ddim,plms`."""
     if isinstance(value, str) and name != "negative_prompt":
         return parse_axis(f"{name}={value}")[1]
     return [value]
-
-
-def load_job_file(path: str) -> dict[str, Any]:
-    """The job file's keys, flat, unknown ones refused with the nearest known one."""
-    fs, inside = allowed_filesystem(path)
-    import yaml
-
-    try:
-        if fs.exists(inside) and not fs.isfile(inside):
-            raise UsageError(f"job file {display_url(path)} is no regular file; see configs/jobs for examples")
-        if fs.size(inside) > MAX_JOB_FILE_BYTES:
-            raise UsageError(
-                f"job file {display_url(path)} has more than {MAX_JOB_FILE_BYTES:,} bytes; is it a manifest?"
-            )
-        content = yaml.safe_load(fs.cat_file(inside))
-    except (FileNotFoundError, IsADirectoryError):
-        raise UsageError(f"job file {display_url(path)} does not exist; see configs/jobs for examples") from None
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise UsageError(f"job file {display_url(path)} is not YAML: {' '.join(str(error).split())[:200]}") from None
-    except OSError as error:
-        raise UsageError(f"job file {display_url(path)} cannot be read: {error.strerror or error}") from None
-    if not isinstance(content, dict):
-        raise UsageError(
-            f"job file {display_url(path)} is not a mapping of keys to values; see configs/jobs for examples"
-        )
-    flat = _flatten(content)
-    for key in flat:
-        if key not in SETTINGS:
-            raise UsageError(f"job file {display_url(path)}: {_unknown(key)}")
-    return flat
-
-
-def resolve(
-    job_file: str | None, flags: Mapping[str, Any], *, today: datetime.date | None = None, or_sample: bool = False
-) -> JobSpec:
-    """The job: the file's keys, overridden by every flag that is not None.
-
-    `flags["sweep"]` is a list of `AXIS=VALUES`, or a mapping of axes to their values; an axis given by flag replaces
-    the file's axis of that name and keeps its place, and the file's other axes stay. `{date}` in `out` is replaced by
-    the key `date`, else by `today`, by default the day in UTC. With `or_sample`, a job without a file and without
-    prompts draws the package's sample.
-    """
-    merged = load_job_file(job_file) if job_file is not None else {}
-    given = {key: value for key, value in flags.items() if value is not None}
-    axes = given.pop("sweep", None)
-    if axes:
-        merged["sweep"] = _merge_axes(merged.get("sweep"), axes)
-    if not given.get("prompts", True):
-        given.pop("prompts")
-    merged.update(_flatten(given))
-    if or_sample and job_file is None:
-        merged.setdefault("prompts", [str(SAMPLE_MANIFEST)])
-    dated = dated_output(str(merged.get("out", "")), merged.pop("date", None), today)
-    if dated is not None:
-        merged |= {"out": dated.out, "date": dated.date}
-    return dataclasses.replace(make_spec(merged), dated=dated)
-
-
-def _merge_axes(from_file: Any, flags: Any) -> dict[str, Any]:
-    axes: dict[str, Any] = dict(from_file) if isinstance(from_file, Mapping) else {}
-    if isinstance(flags, Mapping):
-        return {**axes, **flags}
-    seen: set[str] = set()
-    for flag in flags:
-        name, values = parse_axis(flag)
-        if name in seen:
-            raise UsageError(f"--sweep {name} is given twice; list all its values in one: {name}=a,b,c")
-        seen.add(name)
-        axes[name] = values
-    return axes
-
-
-def _flatten(content: Mapping[Any, Any]) -> dict[Any, Any]:
-    runtime = content.get("runtime")
-    rest = {key: value for key, value in content.items() if key != "runtime" or not isinstance(runtime, Mapping)}
-    return {**rest, **runtime} if isinstance(runtime, Mapping) else rest

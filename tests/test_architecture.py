@@ -7,7 +7,7 @@ import re
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from graphlib import CycleError, TopologicalSorter
 from importlib.metadata import version
 from pathlib import Path
@@ -91,19 +91,35 @@ def test_what_is_private_to_ray_lies_in_one_file_that_was_checked_with_the_versi
     assert version("ray") == ray_private.CHECKED_WITH
 
 
-def imported(path: Path) -> set[str]:
-    """What a file imports of jobs/: `plans.grid` for a file of a folder, `runner` for one that is in none."""
-    names = {name for name, _ in imports(path)}
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom):
-            names |= {f"{node.module}.{alias.name}" for alias in node.names}
-    return {name.removeprefix("latentmill.jobs.") for name in names if name.startswith("latentmill.jobs.")}
+def imported_files(root: Path = ROOT) -> dict[str, set[str]]:
+    """Each file of the package by module name, with those that it ever imports: for types only and lazily as well."""
+    paths = [*sorted((root / "engine").rglob("*.py")), *sorted((root / "jobs").rglob("*.py")), root / "cli.py"]
+    modules = {".".join(["latentmill", *path.relative_to(root).with_suffix("").parts]): path for path in paths}
+    modules = {name.removesuffix(".__init__"): path for name, path in modules.items()}
+    return {name: imported_modules(path, modules.keys()) for name, path in modules.items()}
 
 
-@pytest.mark.parametrize("folder", ["executors", "submission"])
-def test_the_files_of_a_folder_hold_no_circle(folder: str):
-    TopologicalSorter({f"{folder}.{path.stem}": imported(path) for path in sources(f"jobs/{folder}")}).prepare()
+def imported_modules(path: Path, modules: Collection[str]) -> set[str]:
+    """Those of the modules that a file imports; `from package import module` imports the module."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            inner = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= inner if inner <= modules else inner | {str(node.module)}
+    return found & set(modules)
+
+
+def test_the_files_hold_no_circle_not_even_one_of_types(tmp_path: Path):
+    TopologicalSorter(imported_files()).prepare()
+    (tmp_path / "engine").mkdir()
+    (tmp_path / "jobs").mkdir()
+    (tmp_path / "cli.py").touch()
+    (tmp_path / "jobs/one.py").write_text("from latentmill.jobs import two\n")
+    (tmp_path / "jobs/two.py").write_text("if TYPE_CHECKING:\n    from latentmill.jobs.one import One\n")
+    with pytest.raises(CycleError):
+        TopologicalSorter(imported_files(tmp_path)).prepare()
 
 
 def test_an_executor_is_one_entry_of_the_table_and_one_file():
@@ -138,7 +154,8 @@ def test_the_command_holds_no_logic():
     foreign = {name.split(".")[0] for name, _ in names} - set(sys.stdlib_module_names)
     assert foreign <= {"typer", "latentmill"}
     ours = {name for name, at_import in names if at_import and name.startswith("latentmill")}
-    assert ours == {"latentmill.jobs.flags", "latentmill.jobs.settings"}
+    settings = {f"latentmill.jobs.{name}" for name in ("flags", "settings", "exports.spec", "scores.spec")}
+    assert ours == settings
     tree = ast.parse((ROOT / "cli.py").read_text(encoding="utf-8"))
     assert [node.lineno for node in ast.walk(tree) if isinstance(node, ast.For | ast.While)] == []
 
@@ -249,6 +266,8 @@ def test_there_is_no_circle_among_the_parts_of_jobs():
         ("import latentmill.engine", {"torch", "transformers", "ray", "pyarrow", "fsspec", "cv2"}),
         ("import latentmill.jobs.runner", {"torch", "ray", "transformers", "cv2"}),
         ("import latentmill.jobs.show.report", {"torch", "ray", "transformers", "cv2"}),
+        ("import latentmill.jobs.outputs.score", {"torch", "ray", "transformers", "cv2"}),
+        ("import latentmill.jobs.exports.runners", {"torch", "ray", "transformers", "cv2", "pandas"}),
     ],
 )
 def test_what_an_import_must_not_bring_along(statement: str, heavy: set[str]):

@@ -25,7 +25,8 @@ from latentmill.jobs.outputs.failures import FailedRow
 from latentmill.jobs.runner import RunSummary
 
 ROOT = Path(__file__).parents[1]
-VERBS = ["plan", "run", "submit", "status", "logs", "cancel", "verify", "report", "clean", "models", "watermark read"]
+VERBS = ["plan", "run", "submit", "status", "logs", "cancel", "verify", "report", "clean", "export", "push-to-hub"]
+VERBS += ["score", "models", "inspect"]
 
 Call = Callable[..., tuple[int, str, str]]
 
@@ -221,7 +222,7 @@ def test_the_flag_that_was_meant_is_named(call: Call, arguments: list[str], word
         (["run", "missing.txt"], "missing.txt does not exist"),
         (["status", "nowhere"], "has no plan"),
         (["run", "x.txt", "--steps", "3"], "--num-inference-steps"),
-        (["watermark", "read", "missing.png"], "missing.png does not exist"),
+        (["inspect", "missing.png"], "missing.png does not exist"),
     ],
 )
 def test_with_json_a_refusal_is_json_too(
@@ -234,6 +235,7 @@ def test_with_json_a_refusal_is_json_too(
     assert words in answer["error"]
 
 
+@pytest.mark.slow
 def test_quiet_leaves_warnings_and_errors(call: Call, job: list[object], tmp_path: Path):
     (tmp_path / "m.csv").write_text("prompt,sede\na,1\n")
     quiet = [tmp_path / "m.csv", *job[1:], "--quiet"]
@@ -362,35 +364,37 @@ def test_models_and_version(call: Call):
         assert (code, out.split()[0]) == (0, "latentmill")
 
 
-def test_marks_are_read_back_from_pictures(call: Call, tmp_path: Path):
+def test_watermarks_are_read_back_from_pictures(call: Call, tmp_path: Path):
     ramp = np.linspace(0, 255, 256, dtype=np.uint8)
     plain = np.stack(np.broadcast_arrays(ramp[:, None], ramp[None, :], np.uint8(90)), axis=2)
     Image.fromarray(plain).save(tmp_path / "plain.png")
-    Image.fromarray(embed_watermark(plain, "StableDiffusionV1", "dwtDctSvd")).save(tmp_path / "marked.png")
+    Image.fromarray(embed_watermark(plain, "StableDiffusionV1", "dwtDctSvd")).save(tmp_path / "watermarked.png")
     Image.fromarray(plain[:64, :64]).save(tmp_path / "small.png")
     (tmp_path / "text.png").write_text("no picture")
-    code, out, _ = call("watermark", "read", tmp_path / "marked.png")
+    code, out, _ = call("inspect", tmp_path / "watermarked.png")
     assert code == 0
-    assert out.strip().endswith(
-        "marked.png: found, dwtDctSvd, 136 of 136 bits (100%; chance gives fewer than 96): StableDiffusionV1"
+    assert out.splitlines()[0].endswith(
+        "watermarked.png: found, dwtDctSvd, 136 of 136 bits (100%; chance gives fewer than 96): StableDiffusionV1"
     )
-    code, out, _ = call("watermark", "read", tmp_path / "marked.png", tmp_path / "plain.png", "--json")
+    code, out, _ = call("inspect", tmp_path / "watermarked.png", tmp_path / "plain.png", "--json")
     assert code == 1
     assert [reading["found"] for reading in json.loads(out)] == [True, False]
-    read = [tmp_path / "none.png", tmp_path / "marked.png", tmp_path / "text.png"]
-    code, out, err = call("watermark", "read", *read)
-    assert (code, out.count("\n"), err.count("\n")) == (1, 1, 2)
-    assert "marked.png: found" in out
+    read = [tmp_path / "none.png", tmp_path / "watermarked.png", tmp_path / "text.png"]
+    code, out, err = call("inspect", *read)
+    assert (code, out.count(".png: "), err.count("\n")) == (1, 1, 2)
+    assert "watermarked.png: found" in out
     assert "none.png does not exist" in err
     assert "text.png cannot be read as a picture" in err
-    code, out, _ = call("watermark", "read", *read, "--json")
+    code, out, _ = call("inspect", *read, "--json")
     assert [(reading["found"], "error" in reading) for reading in json.loads(out)] == [
         (False, True), (True, False), (False, True)
     ]  # fmt: skip
     os.mkfifo(tmp_path / "pipe.png")
-    assert "no regular file" in call("watermark", "read", tmp_path / "pipe.png")[2]
-    for name, words in [("small", "64x64"), ("text", "cannot be read as a picture"), ("none", "does not exist")]:
-        code, _, err = call("watermark", "read", tmp_path / f"{name}.png")
+    assert "no regular file" in call("inspect", tmp_path / "pipe.png")[2]
+    code, out, _ = call("inspect", tmp_path / "small.png")
+    assert (code, "small.png: 64x64 pixels, too few for a watermark" in out) == (1, True)
+    for name, words in [("text", "cannot be read as a picture"), ("none", "does not exist")]:
+        code, _, err = call("inspect", tmp_path / f"{name}.png")
         assert code == 2
         assert words in err
         assert err.count("\n") == 1

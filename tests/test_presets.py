@@ -10,7 +10,8 @@ import pytest
 from latentmill.engine import SAMPLERS
 from latentmill.engine.loading.hub import is_hub_id
 from latentmill.jobs.errors import UsageError
-from latentmill.jobs.models.presets import ModelChoice, list_presets, resolve_model
+from latentmill.jobs.models.choice import ModelChoice, resolve_model
+from latentmill.jobs.models.presets import list_presets
 from tests.engine.families import write_sd2, write_sdxl
 from tests.engine.originals import write_safetensors
 

@@ -114,7 +114,7 @@ def test_every_verb_and_flag_that_the_text_names_exists(page: str):
     prose = re.sub(r"```.*?```", "", PAGES[page], flags=re.DOTALL)
     verbs = COMMAND.commands
     theirs = {"--steps"}  # another program's, as an example of what is refused
-    ours = {"--help", "--version"}.union(*(flags_of(["latentmill", verb])[0] for verb in verbs if verb != "watermark"))
+    ours = {"--help", "--version"}.union(*(flags_of(["latentmill", verb])[0] for verb in verbs))
     for quoted in re.findall(r"`([^`]+)`", prose):
         words = quoted.split()
         if words[0] == "latentmill" and len(words) > 1:

@@ -111,12 +111,14 @@ def drawing(sd1: Path, changes: Mapping[str, Any], *flags: object, ckpt: Path | 
 
 
 @pytest.mark.parametrize("value", [True, LEFT_OUT], ids=["true", "left-out"])
+@pytest.mark.slow
 def test_the_running_average_draws_unless_the_config_says_otherwise(sd1, averaged, value):
     checkpoint, pipeline = averaged
     found = our_pictures(drawing(sd1, {"use_ema": value}, ckpt=checkpoint))
     assert_the_originals(found, originals_pictures(pipeline))
 
 
+@pytest.mark.slow
 def test_the_weights_themselves_draw_where_the_config_says_so(sd1, averaged):
     found = our_pictures(drawing(sd1, {"use_ema": False}, ckpt=averaged[0]))
     assert_the_originals(found, originals_pictures(sd1 / "folder"))
@@ -159,17 +161,20 @@ def between(start: float, end: float, total: int = 1000, exponent: float = 1.0) 
         ({"beta_schedule": "cosine", "cosine_s": 0.05}, cosine(s=0.05)),
     ],
 )
+@pytest.mark.slow
 def test_the_configs_schedule_is_the_originals_where_the_file_has_none(sd1, without_schedule, changes, powers):
     found = our_pictures(drawing(sd1, changes, "--ddim_eta", 0.5, ckpt=without_schedule))
     assert_the_originals(found, originals_pictures(sd1 / "folder", powers=powers, eta=0.5))
 
 
+@pytest.mark.slow
 def test_the_files_own_schedule_overrules_the_config(sd1):
     found = our_pictures(drawing(sd1, {"beta_schedule": "cosine", "linear_start": LEFT_OUT}))
     assert_the_originals(found, originals_pictures(sd1 / "folder"))
 
 
 @pytest.mark.parametrize("flags", [[], ["--plms"]], ids=["ddim", "plms"])
+@pytest.mark.slow
 def test_a_schedule_that_was_saved_in_float16_is_taken_as_it_was_rounded(sd1, flags):
     changes = {"alphas_cumprod": own_schedule()}
     half = write_ckpt(sd1 / "folder", sd1 / "half.ckpt", torch.float16, changes=changes)
@@ -184,6 +189,7 @@ def test_a_schedule_that_was_saved_in_float16_is_taken_as_it_was_rounded(sd1, fl
 
 
 @pytest.mark.parametrize(("value", "expected"), [(LEFT_OUT, 1.0), (0.5, 0.5)], ids=["left-out", "half"])
+@pytest.mark.slow
 def test_the_scale_of_latents_is_the_configs_and_1_where_it_says_nothing(sd1, value, expected):
     found = our_pictures(drawing(sd1, {"scale_factor": value}))
     assert_the_originals(found, originals_pictures(sd1 / "folder", scale_factor=expected))

@@ -8,6 +8,7 @@ learning. `--from-scratch` begins with nothing.
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 
 from training import autoencoder, diffusion, export, icons, latents, tokenizer
@@ -32,7 +33,7 @@ def run(stage: str, arguments: argparse.Namespace) -> None:
     elif stage == "latents":
         latents.encode(work, arguments.scenes, arguments.icons)
     elif stage == "diffusion":
-        diffusion.train(work, arguments.minutes, shipped)
+        diffusion.train(work, arguments.minutes, shipped, arguments.limit_minutes)
     else:
         export.export(work)
 
@@ -42,6 +43,7 @@ def main() -> None:
     parser.add_argument("--stage", choices=("all", *STAGES), default="all")
     parser.add_argument("--work", type=Path, default=DEFAULT_WORK)
     parser.add_argument("--minutes", type=float, default=75.0, help="time budget of the second stage")
+    parser.add_argument("--limit-minutes", type=float, default=math.inf, help="of this call's share of that budget")
     parser.add_argument("--autoencoder-minutes", type=float, default=15.0, help="time budget of the first stage")
     parser.add_argument("--scenes", type=int, default=4_000, help="scene pictures to encode")
     parser.add_argument("--icons", type=int, default=2_500, help="icon pictures to encode")

@@ -6,6 +6,7 @@ guidance (arXiv:2207.12598), an average of the weights for sampling.
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -128,13 +129,20 @@ def velocity_loss(model: Model, schedule: NoiseSchedule, data: Data, generator: 
     return F.mse_loss(model(noisy.to(where), timesteps.to(where), ids.to(where)), velocity.to(where))
 
 
-def train(work: Path, minutes: float, warm_start: dict[str, Tensor] | None = None) -> Path:
-    """Train for `minutes` in all, going on from the checkpoint in `work`; returns the checkpoint's path."""
-    parallel.launch(_work, work, minutes, warm_start)
+def train(
+    work: Path, minutes: float, warm_start: dict[str, Tensor] | None = None, limit_minutes: float = math.inf
+) -> Path:
+    """Train for `minutes` in all, going on from the checkpoint in `work`; returns the checkpoint's path.
+
+    This call ends after `limit_minutes`, with a checkpoint from which the next one goes on.
+    """
+    parallel.launch(_work, work, minutes, warm_start, limit_minutes)
     return work / CHECKPOINT
 
 
-def _work(rank: int, work: Path, minutes: float, warm_start: dict[str, Tensor] | None) -> None:
+def _work(
+    rank: int, work: Path, minutes: float, warm_start: dict[str, Tensor] | None, limit_minutes: float = math.inf
+) -> None:
     """One process's share of the training; the first one also keeps the average, checkpoints and sheets."""
     torch.manual_seed(0)
     data = Data.load(work)
@@ -158,7 +166,8 @@ def _work(rank: int, work: Path, minutes: float, warm_start: dict[str, Tensor] |
         save_checkpoint(work / CHECKPOINT, {**states, "elapsed": elapsed, "step": step})
 
     budget, last, saved, shown, losses = minutes * 60, time.monotonic(), elapsed, elapsed, list[float]()
-    while elapsed < budget:
+    limit = elapsed + 60 * limit_minutes
+    while elapsed < min(budget, limit):
         set_learning_rate(optimizer, learning_rate(elapsed / budget, PEAK_RATE))
         loss = velocity_loss(model, schedule, data, generator)
         optimizer.zero_grad(set_to_none=True)

@@ -17,7 +17,6 @@ from typing import Any
 
 import cv2
 import numpy as np
-import resvg_py
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -84,6 +83,8 @@ def load_sprites(folder: Path) -> dict[tuple[str, str], Sprite]:
 
 def _render_svg(icon_set: dict[str, Any], name: str) -> Pixels:
     """One icon as premultiplied RGBA: (256, 256, 4) uint8."""
+    import resvg_py  # only drawing needs it: a machine that trains on latents made elsewhere need not have it
+
     body = icon_set["icons"][name]
     width, height = (body.get(side, icon_set.get(side, 16)) for side in ("width", "height"))
     svg = (

@@ -1,13 +1,17 @@
-"""U-Net and autoencoder in single files as CompVis's code names them: their configs by shapes, and their keys."""
+"""CompVis's U-Net and autoencoder, shared by several families: their configs by shapes, and their keys."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from latentmill.engine.families.family import Origin, Shapes, count, renamed, unnamed
+from latentmill.engine.families.family import NetworkSpec, Origin, Shapes, count, renamed, unnamed
 from latentmill.engine.loading.config import Json, UNetConfig, VAEConfig
+
+if TYPE_CHECKING:
+    from latentmill.engine.networks.interface import Autoencoder
+    from latentmill.engine.networks.unet import UNet
 
 UNET = "model.diffusion_model."
 VAE = "first_stage_model."
@@ -25,9 +29,9 @@ SCHEDULE: Json = {
 """The noise schedule that most models of this code were trained on."""
 
 IGNORED = (
-    r"model_ema\.",  # the running average of the U-Net's weights; who samples with it asks by name
+    r"model_ema\.",  # the running average of the U-Net's weights; used only with use_ema
     r"(betas|alphas_cumprod(_prev)?|sqrt_.*|log_one_minus_alphas_cumprod|posterior_.*|lvlb_weights)$",
-    r"(logvar|ddim_.*|v_pred|ztsnr|denoiser\.(log_)?sigmas)$",  # the schedule again, or a mark that says which
+    r"(logvar|ddim_.*|v_pred|ztsnr|denoiser\.(log_)?sigmas)$",  # the schedule again, or a flag that says which
     r"first_stage_model\.(loss|model_ema)\.",  # the discriminator and its perceptual loss
 )
 """Keys that change no pixel, whichever the family."""
@@ -41,6 +45,9 @@ _UNET_INNER = {
     r"conv_shortcut\.": "skip_connection.",
 }
 """Layers of a residual block; those of a transformer are named alike."""
+
+_EARLY_ATTENTION = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
+"""Autoencoders saved by early diffusers name the parts of their attention so; later versions read both."""
 
 _VAE_INNER = {
     r"conv_shortcut\.": "nin_shortcut.",
@@ -119,13 +126,13 @@ def vae_config(shapes: Shapes, *, scaling_factor: float, force_upcast: bool = Fa
     return config
 
 
-def unet_origins(config: UNetConfig, ours: Iterable[str]) -> dict[str, Origin]:
+def _unet_origins(config: UNetConfig, ours: Iterable[str]) -> dict[str, Origin]:
     """Where each of our U-Net's weights lies."""
     blocks = _unet_blocks(config)
     return {key: Origin(UNET + _within_block(key, blocks, _UNET_INNER)) for key in ours}
 
 
-def vae_origins(config: VAEConfig, ours: Iterable[str]) -> dict[str, Origin]:
+def _vae_origins(config: VAEConfig, ours: Iterable[str]) -> dict[str, Origin]:
     """Where each of our autoencoder's weights lies."""
     blocks = _vae_blocks(config)
     return {key: Origin(VAE + _within_block(key, blocks, _VAE_INNER)) for key in ours}
@@ -200,3 +207,34 @@ def _vae_blocks(config: VAEConfig) -> dict[str, str]:
                 names[f"{ours}.attentions.{layer}"] = f"{theirs}.attn.{layer}"
             names[f"{ours}.{sample}samplers.0.conv"] = f"{theirs}.{sample}sample.conv"
     return names
+
+
+def _build_unet(config: UNetConfig) -> UNet:
+    from latentmill.engine.networks.unet import UNet
+
+    return UNet(config)
+
+
+def _build_autoencoder(config: VAEConfig) -> Autoencoder:
+    from latentmill.engine.networks.autoencoder import build_autoencoder
+
+    return build_autoencoder(config)
+
+
+def _late_name(key: str) -> str:
+    for old, new in _EARLY_ATTENTION.items():
+        key = key.replace(old, new)
+    return key
+
+
+DENOISER = NetworkSpec(component="unet", read=UNetConfig.from_dict, build=_build_unet, original_names=_unet_origins)
+"""The U-Net of latent diffusion."""
+
+AUTOENCODER = NetworkSpec(
+    component="vae",
+    read=VAEConfig.from_dict,
+    build=_build_autoencoder,
+    folder_name=_late_name,
+    original_names=_vae_origins,
+)
+"""The autoencoder of latent diffusion, with KL or a codebook."""

@@ -1,4 +1,4 @@
-"""What a family declares: names, text encoders, key names, single files, further conditions. No torch here."""
+"""What a family declares: networks, text encoders, key names, single files, further conditions. No torch here."""
 
 from __future__ import annotations
 
@@ -6,13 +6,18 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, TypeVar
 
-from latentmill.engine.loading.config import Json, PredictionType, UNetConfig, VAEConfig
+from latentmill.engine.loading.config import Json, PredictionType
 from latentmill.engine.types import EngineError, GenerationRequest
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+
+    from latentmill.engine.networks.interface import Autoencoder
+
+Config = TypeVar("Config")
+Network_co = TypeVar("Network_co", covariant=True)
 
 Shapes = Mapping[str, tuple[int, ...]]
 """The shape of each tensor of a file, by key."""
@@ -88,19 +93,40 @@ class TextEncoderSpec(ABC):
         """The class in configs of the original command, and its parameters: name, value, the class's default."""
 
 
+def _without_names(_: object, ours: Iterable[str]) -> dict[str, Origin]:
+    raise unnamed(next(iter(ours)))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NetworkSpec(Generic[Config, Network_co]):
+    """A denoiser or an autoencoder: its folder, how its config.json becomes a network, and its weights' names in files.
+
+    `read` takes the JSON and its place, and raises EngineError; what the engine asks of the value is DenoiserConfig or
+    AutoencoderConfig. `build` makes the network without weights. `folder_name` is our name of a key of a folder's file,
+    or None for a key that no picture depends on. `original_names` says where our weights lie in a single file, and is
+    not needed where there are none.
+    """
+
+    component: str
+    read: Callable[[Json, str], Config]
+    build: Callable[[Config], Network_co]
+    folder_name: Callable[[str], str | None] = str
+    original_names: Callable[[Config, Iterable[str]], dict[str, Origin]] = _without_names
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SingleFile:
     """One version of a family as a single file: how it is told by its keys, and what no shape shows.
 
-    All of `markers` must be in the file. `unet`, `vae` and `text_encoders` read configs from its shapes; they raise
-    KeyError, IndexError or ValueError for a file that is not of this version. `prediction_type` is None where the
-    files do not say what the U-Net predicts: then `prediction_hint` says what to give.
+    All of `markers` must be in the file. `denoiser`, `autoencoder` and `text_encoders` read configs from its
+    shapes; they raise KeyError, IndexError or ValueError for a file that is not of this version. `prediction_type` is
+    None where the files do not say what the denoiser predicts: then `prediction_hint` says what to give.
     """
 
     title: str
     markers: tuple[str, ...]
-    unet: Callable[[Shapes], Json]
-    vae: Callable[[Shapes], Json]
+    denoiser: Callable[[Shapes], Json]
+    autoencoder: Callable[[Shapes], Json]
     text_encoders: Callable[[Shapes], tuple[TextEncoderSpec, ...]]
     scheduler: Json
     prediction_type: PredictionType | None = "epsilon"
@@ -114,21 +140,20 @@ class Family:
     `pipelines` are the classes of its model_index.json, `text_encoders` those of a folder, still without configs.
     `encoder_prefix` begins the keys of the encoder `{index}` in a single file, `ignored` are patterns of keys that no
     picture depends on, `ignored_of` more of them for a first encoder, and `refused` says of a key which known but
-    unsupported model it belongs to. `conditions` gives the U-Net's further arguments for a pooled state and a request.
-    `zeros_for_empty_prompt`: an empty negative prompt means zeros, unless the folder says otherwise.
+    unsupported model it belongs to. `conditions` gives the denoiser's further arguments, for a pooled state and a
+    request. `zeros_for_empty_prompt`: an empty negative prompt means zeros, unless the folder says otherwise.
     """
 
     name: str
     pipelines: tuple[str, ...]
     text_encoders: tuple[TextEncoderSpec, ...]
-    single_files: tuple[SingleFile, ...]
-    unet_origins: Callable[[UNetConfig, Iterable[str]], dict[str, Origin]]
-    vae_origins: Callable[[VAEConfig, Iterable[str]], dict[str, Origin]]
-    encoder_prefix: str
-    ignored: tuple[str, ...]
+    denoiser: NetworkSpec[Any, nn.Module]
+    autoencoder: NetworkSpec[Any, Autoencoder]
+    single_files: tuple[SingleFile, ...] = ()
+    encoder_prefix: str = ""
+    ignored: tuple[str, ...] = ()
     ignored_of: Callable[[TextEncoderSpec], tuple[str, ...]] | None = None
     refused: Mapping[str, str] = field(default_factory=dict)
-    vae_component: str = "vae"
     conditions: Callable[[Tensor, GenerationRequest], Mapping[str, Tensor]] | None = None
     zeros_for_empty_prompt: bool = False
 
@@ -150,7 +175,7 @@ def unnamed(key: str) -> EngineError:
 def count(shapes: Shapes, pattern: str) -> int:
     """One more than the highest number that the pattern's group takes among the keys; 0 if it matches none.
 
-    Patterns take three digits: a key with more is none of a known model, and is refused as unexpected.
+    Patterns take three digits: a key with more belongs to no known model, and is refused as unexpected.
     """
     matches = map(re.compile(pattern).match, shapes)
     return 1 + max((int(match[1]) for match in matches if match), default=-1)

@@ -41,18 +41,20 @@ FAMILY = Family(
     name="stable-diffusion-xl",
     pipelines=("StableDiffusionXLPipeline",),
     text_encoders=(_ENCODER, _ENCODER_2),
+    denoiser=compvis.DENOISER,
+    autoencoder=compvis.AUTOENCODER,
     single_files=(
         SingleFile(
             title="Stable Diffusion XL",
             markers=(compvis.UNET_MARKER, f"{_SECOND}model.token_embedding.weight"),
-            unet=partial(compvis.unet_config, head_dim=64, sample_size=128, pooled=f"{_SECOND}model.text_projection"),
-            vae=partial(compvis.vae_config, scaling_factor=0.13025, force_upcast=True),
+            denoiser=partial(
+                compvis.unet_config, head_dim=64, sample_size=128, pooled=f"{_SECOND}model.text_projection"
+            ),
+            autoencoder=partial(compvis.vae_config, scaling_factor=0.13025, force_upcast=True),
             text_encoders=_encoders,
             scheduler=compvis.SCHEDULE,
         ),
     ),
-    unet_origins=compvis.unet_origins,
-    vae_origins=compvis.vae_origins,
     encoder_prefix=_PREFIX,
     ignored=(
         *compvis.IGNORED,

@@ -14,7 +14,6 @@ Json = Mapping[str, Any]
 PredictionType = Literal["epsilon", "v_prediction", "sample"]
 TimestepSpacing = Literal["leading", "trailing", "linspace", "original"]
 
-
 LEVELS_LIMIT = 8
 LAYERS_LIMIT = 64
 WIDTH_LIMIT = 2**15
@@ -63,6 +62,13 @@ class UNetConfig:
     freq_shift: int
     addition_time_embed_dim: int | None
     projection_input_dim: int | None
+
+    @property
+    def pooled_dim(self) -> int | None:
+        """Features of the pooled state: what its added embedding takes beside six embedded numbers (SDXL)."""
+        if self.addition_time_embed_dim is None or self.projection_input_dim is None:
+            return None
+        return self.projection_input_dim - 6 * self.addition_time_embed_dim
 
     @classmethod
     def from_dict(cls, config: Json, where: str = "unet/config.json") -> UNetConfig:
@@ -155,14 +161,22 @@ class VAEConfig:
     codebook_dim: int
 
     @property
-    def unet_channels(self) -> int:
-        """Channels of the latents that the U-Net works on."""
+    def denoiser_channels(self) -> int:
+        """Channels of the latents that the denoiser works on."""
         return self.latent_channels if self.codebook_size is None else self.codebook_dim
 
     @property
     def factor(self) -> int:
         """Pixels per latent cell along one side: the paper's f."""
         return int(2 ** (len(self.channels) - 1))
+
+    @property
+    def decoder_width(self) -> int:
+        """Features per pixel of the largest activation while decoding.
+
+        The last level but one is upsampled to full size before its channels become those of the last.
+        """
+        return max(self.channels[:2])
 
     @classmethod
     def from_dict(cls, config: Json, where: str = "vae/config.json") -> VAEConfig:

@@ -100,14 +100,14 @@ def describe_model(model: str | Path | ModelSpec) -> ModelDescription:
 def describe_layout(layout: ModelLayout) -> ModelDescription:
     """The description of a model that has been found."""
     blueprint = layout.blueprint
-    side = blueprint.unet.sample_size * blueprint.vae.factor
+    side = blueprint.denoiser.sample_size * blueprint.autoencoder.factor
     path = layout.path.resolve()
     return ModelDescription(
         name=path.stem if layout.single_file else path.name,
         path=layout.path,
         family=blueprint.family.name,
-        factor=blueprint.vae.factor,
-        latent_channels=blueprint.vae.unet_channels,
+        factor=blueprint.autoencoder.factor,
+        latent_channels=blueprint.autoencoder.denoiser_channels,
         default_size=(side, side),
         prediction_type=blueprint.scheduler.prediction_type,
         timestep_spacing=blueprint.scheduler.timestep_spacing,

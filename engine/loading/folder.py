@@ -8,7 +8,7 @@ from typing import Any
 from latentmill.engine.families.table import PIPELINES
 from latentmill.engine.guards.safety import checker_files
 from latentmill.engine.loading.blueprint import Blueprint, check_fit
-from latentmill.engine.loading.config import SchedulerConfig, UNetConfig, VAEConfig
+from latentmill.engine.loading.config import SchedulerConfig
 from latentmill.engine.loading.files import read_json
 from latentmill.engine.loading.vocabulary import tokenizer_files
 from latentmill.engine.types import EngineError
@@ -37,8 +37,8 @@ def read_blueprint(folder: Path) -> Blueprint:
 
     blueprint = Blueprint(
         family=family,
-        unet=UNetConfig.from_dict(*config("unet")),
-        vae=VAEConfig.from_dict(*config(family.vae_component)),
+        denoiser=family.denoiser.read(*config(family.denoiser.component)),
+        autoencoder=family.autoencoder.read(*config(family.autoencoder.component)),
         scheduler=SchedulerConfig.from_dict(*config("scheduler", "scheduler_config.json")),
         encoders=tuple(encoder.configured(*config(encoder.component)) for encoder in family.text_encoders),
         force_zeros_for_empty_prompt=(

@@ -17,8 +17,9 @@ _CONFIGS = ("model_index.json", "*/config.json", "scheduler/*.json")
 _CHECKERS = tuple(name for entry in CHECKERS.values() for name in entry.files)
 _ENCODERS = [encoder for family in FAMILIES for encoder in family.text_encoders]
 _TOKENIZERS = tuple(f"{encoder.tokenizer}/{name}" for encoder in _ENCODERS for name in TOKENIZER_FILES)
-_AUTOENCODERS = {family.vae_component for family in FAMILIES}
-_PARTS = sorted({"unet"} | _AUTOENCODERS | {encoder.component for encoder in _ENCODERS})
+_DENOISERS = {family.denoiser.component for family in FAMILIES}
+_AUTOENCODERS = {family.autoencoder.component for family in FAMILIES}
+_PARTS = sorted(_DENOISERS | _AUTOENCODERS | {encoder.component for encoder in _ENCODERS})
 _SAFETENSORS = tuple(f"{part}/{name}.safetensors" for part in _PARTS for name in ("diffusion_pytorch_model", "model"))
 _PICKLES = tuple(f"{part}/{name}.bin" for part in _PARTS for name in ("diffusion_pytorch_model", "pytorch_model"))
 _READ = ("json", "safetensors", "txt", "model", "jinja")
@@ -36,7 +37,7 @@ def fetch_model(repo: str, revision: str | None) -> Path:
     Raises EngineError that says which files, from where, and how to use a local copy instead.
     """
     needed = (
-        "model_index.json, and of each part (scheduler, tokenizer, text encoder, U-Net, autoencoder) its config and "
+        "model_index.json, and of each part (scheduler, tokenizer, text encoder, denoiser, autoencoder) its config and "
         "its weights as .safetensors or .bin"
     )
     index = _snapshot(repo, revision, ("model_index.json",), needed, "diffusers folder") / "model_index.json"
@@ -45,7 +46,7 @@ def fetch_model(repo: str, revision: str | None) -> Path:
         patterns = ("model_index.json", *(f"{part}/*.{suffix}" for part in other for suffix in _READ))
         return _snapshot(repo, revision, patterns, needed, "diffusers folder")
     folder = _snapshot(repo, revision, (*_CONFIGS, *_CHECKERS, *_TOKENIZERS, *_SAFETENSORS), needed, "diffusers folder")
-    if not (folder / "unet" / "diffusion_pytorch_model.safetensors").is_file():
+    if not any((folder / part / "diffusion_pytorch_model.safetensors").is_file() for part in _DENOISERS):
         folder = _snapshot(repo, revision, (*_CONFIGS, *_CHECKERS, *_TOKENIZERS, *_PICKLES), needed, "diffusers folder")
     return folder
 

@@ -46,7 +46,7 @@ def as_configured(blueprint: Blueprint, file: WeightsFile, spec: OriginalModelSp
         rescale_betas_zero_snr=False,
     )
     vae = dataclasses.replace(blueprint.vae, scaling_factor=spec.scale_factor)
-    return dataclasses.replace(blueprint, scheduler=scheduler, vae=vae)
+    return dataclasses.replace(blueprint, scheduler=scheduler, autoencoder=vae)
 
 
 def _check(spec: OriginalModelSpec) -> None:

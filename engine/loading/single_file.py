@@ -6,7 +6,7 @@ from latentmill.engine.families.family import Family, SingleFile
 from latentmill.engine.families.table import FAMILIES
 from latentmill.engine.loading.blueprint import Blueprint, check_fit
 from latentmill.engine.loading.checkpoint import WeightsFile
-from latentmill.engine.loading.config import PredictionType, SchedulerConfig, UNetConfig, VAEConfig
+from latentmill.engine.loading.config import PredictionType, SchedulerConfig
 from latentmill.engine.loading.files import shown
 from latentmill.engine.types import EngineError
 
@@ -18,8 +18,8 @@ def recognise(file: WeightsFile, prediction_type: str | None) -> Blueprint:
     try:
         blueprint = Blueprint(
             family=family,
-            unet=UNetConfig.from_dict(version.unet(file.shapes), where),
-            vae=VAEConfig.from_dict(version.vae(file.shapes), where),
+            denoiser=family.denoiser.read(version.denoiser(file.shapes), where),
+            autoencoder=family.autoencoder.read(version.autoencoder(file.shapes), where),
             scheduler=SchedulerConfig.from_dict(
                 {
                     **version.scheduler,
@@ -65,7 +65,7 @@ def _prediction_type(file: WeightsFile, version: SingleFile) -> PredictionType:
         return "epsilon"
     if version.prediction_type is None:
         raise EngineError(
-            f"{file.path} is {version.title}, whose files do not say what the U-Net predicts; give prediction_type: "
+            f"{file.path} is {version.title}, whose files do not say what the denoiser predicts; give prediction_type: "
             f"{version.prediction_hint}"
         )
     return version.prediction_type

@@ -15,25 +15,26 @@ from latentmill.engine.loading.checkpoint import Shape, WeightsFile, open_weight
 from latentmill.engine.loading.files import shown
 from latentmill.engine.loading.keys import averaged_name, folder_name, is_ignored, original_names
 from latentmill.engine.loading.layout import ModelLayout
-from latentmill.engine.networks.autoencoder import Autoencoder, build_autoencoder
-from latentmill.engine.networks.unet import UNet
+from latentmill.engine.networks.interface import Autoencoder
 from latentmill.engine.types import EngineError
 
 Module = TypeVar("Module", bound=nn.Module)
 
 
-def load_unet(layout: ModelLayout, dtype: torch.dtype, device: torch.device) -> UNet:
-    """The model's U-Net, in `dtype` on `device`, ready for inference."""
+def load_denoiser(layout: ModelLayout, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    """The model's denoiser, in `dtype` on `device`, ready for inference."""
+    blueprint = layout.blueprint
     with torch.device("meta"):
-        unet = UNet(layout.blueprint.unet)
-    return _fill(unet, layout, "unet", dtype, device)
+        network = blueprint.family.denoiser.build(blueprint.denoiser)
+    return _fill(network, layout, blueprint.family.denoiser.component, dtype, device)
 
 
-def load_vae(layout: ModelLayout, dtype: torch.dtype, device: torch.device) -> Autoencoder:
+def load_autoencoder(layout: ModelLayout, dtype: torch.dtype, device: torch.device) -> Autoencoder:
     """The model's autoencoder, in `dtype` on `device`, ready for inference."""
+    blueprint = layout.blueprint
     with torch.device("meta"):
-        vae = build_autoencoder(layout.blueprint.vae)
-    return _fill(vae, layout, layout.blueprint.family.vae_component, dtype, device)
+        network = blueprint.family.autoencoder.build(blueprint.autoencoder)
+    return _fill(network, layout, blueprint.family.autoencoder.component, dtype, device)
 
 
 def load_text_encoder(
@@ -52,7 +53,7 @@ def check_claims(layout: ModelLayout) -> None:
     shapes = open_weights(layout.path).shapes
     claims = claim_single_file(layout.blueprint, shapes, layout.path)
     if layout.averaged:
-        names = {averaged_name(origin).key for origin in claims["unet"].values()}
+        names = {averaged_name(origin).key for origin in claims[layout.blueprint.family.denoiser.component].values()}
         _refuse(sorted(names - shapes.keys()), [], f"{layout.path} has no whole running average of its weights")
 
 
@@ -62,11 +63,7 @@ def claim_single_file(blueprint: Blueprint, shapes: Mapping[str, Shape], where: 
     Raises EngineError unless every key of the file is claimed, or one that the family ignores, and none is missing.
     """
     with torch.device("meta"):
-        modules: dict[str, nn.Module] = {
-            "unet": UNet(blueprint.unet),
-            blueprint.family.vae_component: build_autoencoder(blueprint.vae),
-            **{encoder.component: encoder.build() for encoder in blueprint.encoders},
-        }
+        modules = {component: build() for component, build in blueprint.builders.items()}
     claims = {
         component: original_names(blueprint, component, _our_keys(module)) for component, module in modules.items()
     }
@@ -88,7 +85,7 @@ def _fill(module: Module, layout: ModelLayout, component: str, dtype: torch.dtyp
     names = _our_keys(module)
     if layout.single_file:
         origins = original_names(layout.blueprint, component, names)
-        if layout.averaged and component == "unet":
+        if layout.averaged and component == layout.blueprint.family.denoiser.component:
             origins = {key: averaged_name(origin) for key, origin in origins.items()}
     else:
         origins = _claim_folder_file(file, layout.blueprint, component, names)

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from latentmill.engine.loading.config import VAEConfig
 from latentmill.engine.networks.attention import Attention, KeysValues
 from latentmill.engine.networks.blocks import Downsample, ResnetBlock, Upsample
+from latentmill.engine.networks.interface import Autoencoder
 
 _EPS = 1e-6
 
@@ -163,7 +164,7 @@ class Decoder(nn.Module):
         return self.conv_out(F.silu(self.conv_norm_out(z), inplace=True))
 
 
-class AutoencoderKL(nn.Module):
+class AutoencoderKL(Autoencoder):
     """Encoder and decoder with 1x1 convolutions between. Latents are unscaled (see `config.scaling_factor`)."""
 
     def __init__(self, config: VAEConfig) -> None:
@@ -201,7 +202,7 @@ class VectorQuantizer(nn.Module):
         return rearrange(self.embedding(nearest), "(h w) c -> c h w", h=row.shape[-2])
 
 
-class VQModel(nn.Module):
+class VQModel(Autoencoder):
     """Encoder and decoder with a codebook. The decoder absorbs the quantiser: `encode` gives latents before it."""
 
     def __init__(self, config: VAEConfig) -> None:
@@ -222,9 +223,6 @@ class VQModel(nn.Module):
     def decode(self, latents: Tensor) -> Tensor:
         """`(n, codebook_dim, h / f, w / f)` -> `(n, 3, h, w)`, about [-1, 1], not clamped."""
         return self.decoder(self.post_quant_conv(self.quantize(latents)))
-
-
-Autoencoder = AutoencoderKL | VQModel
 
 
 def build_autoencoder(config: VAEConfig) -> Autoencoder:

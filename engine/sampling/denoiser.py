@@ -1,4 +1,4 @@
-"""Guidance and parameterisation around the U-Net, so that a sampler sees one thing: noise and x0, as predicted."""
+"""Guidance and parameterisation around the network, so that a sampler sees one thing: noise and x0, as predicted."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from latentmill.engine.networks.interface import DenoisingNetwork
 from latentmill.engine.sampling.noise_level import NoiseLevel
 from latentmill.engine.sampling.schedule import NoiseSchedule
 
@@ -24,20 +25,18 @@ Denoise = Callable[[Tensor, NoiseLevel], Prediction]
 """`(latents (n, c, h, w) float32 at that level, level)` -> Prediction."""
 
 
-PredictNoise = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""The U-Net as the loop sees it: `(latents, timesteps (n,), context)` -> its raw output, all in the U-Net's dtype."""
-
-
 class Denoiser:
-    """The U-Net with its context, classifier-free guidance (arXiv:2207.12598, eq. 6) and parameterisation applied.
+    """The network with its context, classifier-free guidance (arXiv:2207.12598, eq. 6) and parameterisation applied.
 
     `context` is `(n, l, d)`, or `(2 n, l, d)` with the negative half first where `guidance` is given: a scale per row,
-    `(n, 1, 1, 1) float32`. The U-Net runs in the context's dtype; latents and predictions stay float32. Where the
+    `(n, 1, 1, 1) float32`. The network runs in the context's dtype; latents and predictions stay float32. Where the
     folder says `clip_sample`, the predicted x0 is clipped, whichever sampler asks; the noise is left as it is.
     """
 
-    def __init__(self, unet: PredictNoise, schedule: NoiseSchedule, context: Tensor, guidance: Tensor | None) -> None:
-        self._unet = unet
+    def __init__(
+        self, network: DenoisingNetwork, schedule: NoiseSchedule, context: Tensor, guidance: Tensor | None
+    ) -> None:
+        self._network = network
         self._config = schedule.config
         self._context = context
         self._guidance = guidance
@@ -47,11 +46,11 @@ class Denoiser:
         return self.predict(self.run(latents, timesteps), latents, level)
 
     def run(self, latents: Tensor, timesteps: Tensor) -> Tensor:
-        """The U-Net's guided output `(n, c, h, w) float32`, for rows at `timesteps (n,)` of their own."""
+        """The network's guided output `(n, c, h, w) float32`, for rows at `timesteps (n,)` of their own."""
         inputs = latents.to(self._context.dtype)
         if self._guidance is not None:
             inputs, timesteps = torch.cat([inputs, inputs]), torch.cat([timesteps, timesteps])
-        output: Tensor = self._unet(inputs, timesteps, self._context).float()
+        output: Tensor = self._network(inputs, timesteps, self._context).float()
         if self._guidance is None:
             return output
         negative, positive = output.chunk(2)

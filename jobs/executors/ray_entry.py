@@ -77,6 +77,12 @@ class WorkerProcess:
             self._worker.stop()
 
 
+def run_task(code: Code, call: bytes, item: Any) -> Any:
+    """A task of no job: a pickled function of ours, for one item."""
+    _ray_worker(code)
+    return pickle.loads(call)(item)  # noqa: S301 - from our own driver
+
+
 def _ray_worker(code: Code) -> Any:
     """Our own part of the work. Raises WrongCodeError unless the driver's very code can be imported here."""
     if _RAY_WORKER not in sys.modules:

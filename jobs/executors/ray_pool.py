@@ -315,7 +315,7 @@ class RayPool:
                 ray.kill(worker.actor)  # its calls fail, and it is buried as any other
 
     def _leave_out(self) -> None:
-        """Dismiss the workers of nodes that turned out to be unfit. Raises JobError if no node is left."""
+        """Dismiss the workers of nodes that turned out to be unfit. Raises JobError if none is left that has room."""
         unfit = self._faults.unfit
         if self._left_out == unfit.keys():
             return
@@ -323,7 +323,7 @@ class RayPool:
         for worker in [worker for worker in self._workers if worker.node in unfit]:
             self._dismiss(worker)
             self._put_back(worker)
-        if all(node["NodeID"] in unfit for node in self._nodes() if node["Alive"]):
+        if not self._size.fits(node for node in self._nodes() if node["NodeID"] not in unfit):
             reasons = "; ".join(sorted(set(unfit.values())))
             raise JobError(f"no node can work: {reasons}; correct it and run the same command again: it resumes")
 

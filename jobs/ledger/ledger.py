@@ -107,8 +107,8 @@ class Ledger:
     def commit_repair(self, chunk: int, number: int, attempt: str, data: bytes) -> Outcome:
         """Create the chunk's repair record of that number, as `commit` does.
 
-        `number` is `repairs + 1` of the effective record whose failed rows were made again. `lost` says that somebody
-        else has repaired the chunk meanwhile: what still fails is in the new effective record.
+        `number` is `repairs + 1` of the effective record whose failed rows were made again. `lost` says that another
+        driver has repaired the chunk meanwhile: what still fails is in the new effective record.
         """
         return self._create(chunk, number, attempt, data)
 

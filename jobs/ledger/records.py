@@ -40,7 +40,7 @@ class DamagedRecordError(JobError):
 
 
 class WrongRepairError(DamagedRecordError):
-    """A repair record that would change more than rows which failed."""
+    """A repair record that would change more than failed rows."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,8 +82,8 @@ class CommitRecord:
     def with_repair(self, repair: CommitRecord) -> CommitRecord:
         """These rows with the repair's in the place of those that failed.
 
-        Raises WrongRepairError if the repair is not the next one, is empty, or has anything but rows of ours that
-        failed and do not fail any more.
+        Raises WrongRepairError if the repair is not the next one, is empty, or has any row but those that
+        failed before and no longer do.
         """
         if repair.repair != self.repairs + 1 or repair.chunk != self.chunk:
             raise WrongRepairError(
@@ -126,7 +126,7 @@ def encode_record(
     """The rows as a sealed Parquet file; `details` (timings, actor, what the plan says of the model) go to the file's
     metadata, never to its rows.
 
-    `repair` is the number of the repair record that it is to be: then the rows are only those repaired.
+    `repair` is the number of a repair record, which holds only the repaired rows; 0 makes a commit record.
     """
     table = pa.Table.from_pylist([dict(row) for row in rows], schema=schema)
     if table.nbytes > MAX_BYTES:

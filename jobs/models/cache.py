@@ -29,6 +29,11 @@ Claim = Callable[[Path], Iterable[str]]
 """The files of a model, found from a copy of its folder: small files are copied, the others are empty."""
 
 
+def is_url(place: str) -> bool:
+    """Whether a model's place is a URL, not a path or a hub id."""
+    return "://" in place
+
+
 def is_single_file(url: str) -> bool:
     """Whether the address names a model in one file."""
     return url.lower().endswith(SINGLE_FILES)

@@ -5,27 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from latentmill.engine import EngineError, ModelSpec, describe_model
 from latentmill.jobs.errors import JobError
-from latentmill.jobs.models.cache import fetch_newest, hold, is_single_file
+from latentmill.jobs.models.cache import fetch_newest, hold, is_single_file, is_url
 from latentmill.jobs.models.digests import file_digests
 from latentmill.jobs.models.node import node_name
-
-if TYPE_CHECKING:
-    from latentmill.jobs.models.presets import ResolvedModel
+from latentmill.jobs.models.resolved import ResolvedModel
 
 _TOKENIZER = "tokenizer/"
 
 
 class ModelMismatchError(JobError):
     """The model's files on this node differ from the planned ones, so its pictures would differ."""
-
-
-def is_url(place: str) -> bool:
-    """Whether a model's place is a URL, not a path or a hub id."""
-    return "://" in place
 
 
 def place_newest(spec: ModelSpec) -> tuple[ModelSpec, ModelSpec]:

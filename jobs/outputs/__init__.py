@@ -1,1 +1,1 @@
-"""What is done with committed chunks: publish, verify, repair, sweep, and say how far a job is."""
+"""What is done with committed chunks: publish, verify, repair, clean, and say how far a job is."""

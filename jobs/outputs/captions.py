@@ -64,7 +64,7 @@ class CaptionShelf:
         self._lock = threading.Lock()
 
     def watching(self, fetch: Fetch) -> Fetch:
-        """The same fetch, for a reader who takes each chunk once."""
+        """The same fetch, for a reader that takes each chunk once."""
 
         def fetch_and_note(chunk: int) -> CommitRecord:
             record = fetch(chunk)

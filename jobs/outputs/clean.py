@@ -31,7 +31,7 @@ _THREADS = 8
 _Attempts = dict[tuple[int, str], list[_Entry]]
 """The objects of each attempt, by number of the repair (0 for the chunk itself) and attempt."""
 _ATTEMPT = re.compile(r"images/\d{5,}/(\d{8,})-(?:r([1-9]\d*)-)?([0-9a-f]{16})/[^/]+", re.ASCII)
-_TEMPORARY = re.compile(r"(?:_job|images|ledger|dataset|report)/(?:.+/)?\.[^/]+\.[0-9a-f]{12}\.tmp")
+_TEMPORARY = re.compile(r"(?:_job|images|ledger|dataset|report|scores)/(?:.+/)?\.[^/]+\.[0-9a-f]{12}\.tmp")
 _PROBE = re.compile(r"_job/\.probe-[0-9a-f]{16}")
 
 
@@ -64,7 +64,7 @@ class CleanReport:
 
 
 def clean(out_url: str, *, dry_run: bool = False, grace_seconds: float = GRACE_SECONDS) -> CleanReport:
-    """Afterwards no attempt is left that lost its chunk, nor old temporary files, probes and unnamed dataset parts.
+    """Afterwards attempts that lost their chunk, old temporary files, probes and unnamed dataset parts are gone.
 
     Everything a commit record or the dataset's manifest refers to, and every attempt at an open chunk, is untouched.
     Raises UsageError if the output has no plan, OutputConflictError if a record belongs to another plan.
@@ -121,7 +121,7 @@ class _Cleaning:
         if publication is not None:
             named = {part.path for part in publication.parts}
             suspects["parts"] = [entry for entry in parts if entry[0] not in named]
-        for folder in ("_job", "images", "ledger", "dataset", "report"):
+        for folder in ("_job", "images", "ledger", "dataset", "report", "scores"):
             for path, size in storage.list_hidden(folder):
                 if _TEMPORARY.fullmatch(path):
                     suspects["temporary_files"].append((path, size))

@@ -23,12 +23,14 @@ Kind = Literal[
     "image-missing",
     "image-damaged",
     "pixels-changed",
+    "source-unstated",
     "not-published",
     "publication-stale",
     "part-damaged",
     "part-stray",
     "captions-damaged",
     "dataset-wrong",
+    "scores-wrong",
 ]
 
 
@@ -68,7 +70,7 @@ def _stored(column: Column, value: Any) -> Any:
 
 
 def is_own_picture(row: dict[str, Any], record: CommitRecord) -> bool:
-    """Whether the row's picture lies where one of the attempts whose rows these are has put it."""
+    """Whether the row's picture has the name that one of the record's attempts gives it."""
     return any(
         row["image"] == picture_path(record.chunk, attempt, row["sample_id"], repair)
         for repair, attempt in enumerate(record.attempts)

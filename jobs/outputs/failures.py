@@ -1,4 +1,4 @@
-"""What failed, and why: read from the published parts, whoever made the rows and whenever."""
+"""What failed, and why: read from the published parts, so that it covers all runs of the job."""
 
 from __future__ import annotations
 
@@ -42,6 +42,6 @@ def _failed(job: Job, publication: Publication) -> Iterator[FailedRow]:
         try:
             table = read_columns(job, part, _COLUMNS)
         except FileNotFoundError:
-            return  # a repair was published, and these parts were swept: they are no longer what failed
+            return  # a repair was published, and these parts were removed: they are no longer what failed
         rows = table.filter(pc.equal(table["status"], "failed"))
         yield from (FailedRow(**row) for row in rows.drop_columns(["status"]).to_pylist())

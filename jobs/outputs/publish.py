@@ -1,10 +1,10 @@
 """Commit records -> one sorted dataset: `dataset/part-*.parquet`, captions, and last its manifest `_job/dataset.json`.
 
-In `dataset/` lies nothing but parts, so that any reader of Parquet takes the folder as it is.
+`dataset/` holds nothing but parts, so that any reader of Parquet takes the folder as it is.
 Commit records and repairs never change, so publishing is a pure function of the ledger as it was listed: two
 publishers at once, or one after a crash, write the same bytes under the same names. A publication says how many repairs
-it includes; once the ledger has more, it stands no longer and the next publisher replaces it. The manifest names the
-parts that count: those of the publication before lie beside them until they are swept.
+it includes; once the ledger has more, it no longer stands and the next publisher replaces it. The manifest names the
+parts that count: those of the publication before lie beside them until `clean` removes them.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Part:
     sha256: str
 
     def __post_init__(self) -> None:
-        """Raises ValueError for what no publisher writes: whoever reads or removes parts goes by their names."""
+        """Raises ValueError for what no publisher writes: readers and cleaners go by these names."""
         most = next((rows for name, rows in _MOST_ROWS.items() if name.fullmatch(str(self.path))), 0)
         if not most or not isinstance(self.sha256, str):
             raise ValueError("it names a part that is none")
@@ -173,7 +173,7 @@ def publish(
     """Afterwards the dataset is published: every row once, sorted by sample_id, every referenced object present.
 
     Call it when every chunk is committed. A publication that stands is left alone; the parts of one that it replaces
-    are removed, so that who reads `dataset/part-*.parquet` meets no sample twice. `again` writes all of it once more,
+    are removed, so that a reader of `dataset/part-*.parquet` meets no sample twice. `again` writes all of it once more,
     even over one that stands, whose pictures were seen when it was published. Raises JobError if the plan, a record or
     a referenced picture is missing.
     """
@@ -190,7 +190,7 @@ def publish(
         rows_per_part = replaced.parts[0].rows if replaced is not None and replaced.parts else rows_per_part
     for _ in range(_ROUNDS):
         standing = None if again and written is None else standing_publication(job)
-        # captions have one place each: should ours lie over those of a publication with more repairs, ours go
+        # captions have one place each: if ours overwrote those of a publication with more repairs, publish again
         if standing is not None and written in {None, standing.captions}:
             if replaced is not None and (replaced.repairs < standing.repairs or again):
                 _remove_parts(job, replaced, standing)
@@ -203,8 +203,8 @@ def publish(
         # a repair may have come meanwhile, and its driver may have published: that must not be replaced by less
         if job.ledger.listing().n_repairs == listing.n_repairs:
             job.storage.write(manifest_path(job.plan), publication.to_json())
-            # Then looked at again: whoever slept between the two lines above has put back what was replaced meanwhile.
-            # Killed right then, it leaves the older publication, which does not stand: `verify` and the next run tell.
+            # The next round looks again: a publisher that slept between the two lines above has put an older manifest
+            # back. If it is killed before it looks, the older one does not stand, and `verify` and the next run say so.
     raise JobError(
         f"{job.storage.url}/dataset was published {_ROUNDS} times and changed by somebody else each time; "
         f"wait for the other drivers, then run the same command again"
@@ -225,7 +225,7 @@ def _write_parts(
     parts, captions, metadata = [], list[Part](), job.plan.file_metadata
     if manifest_path(job.plan) == MANIFEST_PATH:
         if not job.storage.exists(CARD_PATH):
-            job.storage.create(CARD_PATH, CARD)  # a card that somebody wrote stays
+            job.storage.create(CARD_PATH, CARD)  # a card that a user wrote stays
         fetch = CaptionShelf(
             job.plan.n_chunks,
             lambda path, table: captions.append(_write(job, path, table.num_rows, encode_captions(table, metadata))),
@@ -361,7 +361,7 @@ def _write(job: Job, path: str, rows: int, data: bytes) -> Part:
 
 
 def _fetch(job: Job, repairs: Mapping[int, int], *, present: bool) -> Fetch:
-    """Reads a chunk with its repairs, and with `present` makes sure that all its pictures lie there with their size."""
+    """Reads a chunk with its repairs, and with `present` makes sure that all its pictures are there with their size."""
 
     def fetch(chunk: int) -> CommitRecord:
         record = job.ledger.effective(chunk, repairs.get(chunk, 0))

@@ -37,6 +37,8 @@ _TELLING: Mapping[Kind, str] = {
     "repair-wrong": "the ledger is what everything else is told from: restore the record from a copy",
     "row-wrong": "the ledger is what everything else is told from: restore the record from a copy",
     "pixels-changed": "its row contradicts itself: restore the record from a copy",
+    "source-unstated": "the file is the one that its row names: restore both from a copy",
+    "scores-wrong": "the same `latentmill score` command makes it again",
 }
 """Why a defect of the ledger cannot be healed from it, and what can be done."""
 _OTHER_BYTES = "made again, its file is another one: the model's code or a library is not what it was for its row"
@@ -53,7 +55,7 @@ class Unhealed:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RepairReport:
-    """What was found, what is as it was written again, and what is not."""
+    """What was found, what was restored, and what was not."""
 
     out: str
     plan_hash: str
@@ -199,16 +201,16 @@ class _Healer:
         self.healed += wanted
         named = {part.path for part in publication.parts}
         for defect in strays:
-            # whoever is about to publish it looks again afterwards, and would write it again
+            # a driver that is about to publish it looks again afterwards, and writes it again
             if PART_NAME.fullmatch(defect.path) is None:
-                self._leave(defect, "it is no part of a dataset of ours: move it away")
+                self._leave(defect, "it is not a part that was published here; move it away")
                 continue
             if defect.path not in named:
                 self._job.storage.delete(defect.path)
             self.healed.append(defect)
 
     def _check_ledger(self) -> None:
-        """Raises JobError if the ledger no longer says what was published: then that may be the better witness."""
+        """Raises JobError if the ledger no longer says what was published: the published rows may be the right ones."""
         if any(defect.kind in UNSOUND for defect in self._defects):
             raise JobError("it cannot be published again while the ledger is damaged")
         published, there = load_publication(self._job), self._job.ledger.listing().n_repairs

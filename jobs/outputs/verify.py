@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import random
 from collections.abc import Callable, Iterator
@@ -14,8 +15,9 @@ import pyarrow as pa
 from latentmill.jobs.errors import JobError
 from latentmill.jobs.job import Job, open_job
 from latentmill.jobs.ledger.ledger import chunk_of_path, record_path, repair_of_path, repair_path
-from latentmill.jobs.ledger.pictures import decode_png, pixel_sha256
+from latentmill.jobs.ledger.pictures import decode_png, pixel_sha256, stated_source_type
 from latentmill.jobs.ledger.records import CommitRecord, WrongRepairError
+from latentmill.jobs.manifests.fields import shorten
 from latentmill.jobs.outputs.captions import CaptionShelf, Fetch
 from latentmill.jobs.outputs.defects import Defect, Kind, is_own_picture, row_defects, rule_defects
 from latentmill.jobs.outputs.publish import (
@@ -29,6 +31,7 @@ from latentmill.jobs.outputs.publish import (
     manifest_path,
     merged_tables,
 )
+from latentmill.jobs.outputs.score_check import score_defects
 from latentmill.jobs.store.parquet import OversizeError, read_parquet
 
 Phase = Literal["checking", "comparing", "healing"]
@@ -53,7 +56,7 @@ class VerifyReport:
     repairs: int
     """Repair records, which `run --retry-failed` made; the rows include them."""
     superseded_parts: int
-    """Whole parts of a publication with other repairs: no defect, `clean` sweeps them when they are a day old."""
+    """Whole parts of a publication with other repairs: no defect, `clean` removes them when they are a day old."""
     defects: tuple[Defect, ...]
 
     @property
@@ -87,7 +90,8 @@ def verify(
     sample_n: int | None = None,
     on_progress: Callable[[VerifyProgress], None] = lambda _: None,
 ) -> VerifyReport:
-    """Checks the ledger against the plan, every picture against its row, and the published dataset against the ledger.
+    """Checks the ledger against the plan, every picture against its row, the published dataset against the ledger, and
+    scores against the dataset.
 
     `sample_n` reads only that many pictures, chosen at random; records and dataset are always read whole. Repairs
     that are made meanwhile are not looked at. Raises UsageError if the output has no plan.
@@ -96,6 +100,7 @@ def verify(
     checker.check_chunks()
     checker.check_strays()
     checker.check_dataset()
+    checker.check_scores()
     return checker.report()
 
 
@@ -238,6 +243,10 @@ class _Checker:
             return
         if pixel_sha256(pixels) != row["pixel_sha256"]:
             yield Defect(kind="pixels-changed", path=path, detail="its pixels do not match those committed")
+        stated, expected = stated_source_type(data), row.get("digital_source_type")
+        if expected is not None and stated != expected:
+            detail = f"its XMP states {'no source type' if stated is None else shorten(stated)}, not {expected}"
+            yield Defect(kind="source-unstated", path=path, detail=detail)
 
     def check_strays(self) -> None:
         """Nothing lies in the ledger but the records of the plan's chunks, and repairs of chunks that are committed."""
@@ -285,6 +294,13 @@ class _Checker:
         for part in publication.parts:
             self._read_part(part)  # without its own ledger the parts can only be held against their digests
 
+    def check_scores(self) -> None:
+        """The scores beside the dataset are of its rows."""
+        if self._publication is not None:
+            # what is wrong with the published parts themselves is told already
+            with contextlib.suppress(FileNotFoundError, JobError):
+                self._defects.extend(score_defects(self._job, self._publication))
+
     def _check_unnamed(self, path: str, publication: Publication) -> None:
         """A part that no manifest names: where there are repairs, it may be of the publication before or to come."""
         place = PART_NAME.fullmatch(path)
@@ -294,7 +310,7 @@ class _Checker:
                     self._superseded += 1
                     return
             except FileNotFoundError:
-                return  # a sweep was faster
+                return  # `clean` was faster
         self._defects.append(Defect(kind="part-stray", path=path, detail="the manifest does not name it"))
 
     def _compare_parts(self, publication: Publication) -> None:

@@ -4,19 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import pyarrow as pa
 
+from latentmill.jobs.xmp import DIGITAL_SOURCE_TYPE
+
 if TYPE_CHECKING:
     from latentmill.engine import GenerationResult
-    from latentmill.jobs.plans.planned import Plan, PlannedSample
+    from latentmill.jobs.models.resolved import ResolvedModel
+    from latentmill.jobs.plans.sample import PlannedSample
+    from latentmill.jobs.spec import JobSpec
 
 STATUSES = ("ok", "flagged", "failed")
 
 Row = Mapping[str, Any]
 Source = Literal["sample", "job", "result", "postprocess", "storage"]
-Rule = Callable[[Row, "Plan"], str | None]
+
+
+class PlannedJob(Protocol):
+    """What a column may ask of a plan."""
+
+    settings: JobSpec
+    model: ResolvedModel
+    versions: Mapping[str, str]
+
+
+Rule = Callable[[Row, PlannedJob], str | None]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,7 +75,7 @@ def _setting(name: str, type_: pa.DataType, text: str, since: int = 3) -> Column
     return _job(name, type_, text, lambda plan: getattr(plan.settings, name), since)
 
 
-def _job(name: str, type_: pa.DataType, text: str, value: Callable[[Plan], Any], since: int = 3) -> Column:
+def _job(name: str, type_: pa.DataType, text: str, value: Callable[[PlannedJob], Any], since: int = 3) -> Column:
     return Column(name=name, type=type_, text=text, source="job", value=value, since=since)
 
 
@@ -89,17 +103,17 @@ def _by_name(
     return Column(name=name, type=type_, text=text, source=source, rule=rule, of_picture=of_picture, since=since)
 
 
-def _status_rule(row: Row, _: Plan) -> str | None:
+def _status_rule(row: Row, _: PlannedJob) -> str | None:
     """One of the three."""
     return None if row["status"] in STATUSES else f"its status is {row['status']!r}"
 
 
-def _error_rule(row: Row, _: Plan) -> str | None:
+def _error_rule(row: Row, _: PlannedJob) -> str | None:
     """there, if it failed."""
     return "it failed, without a reason" if row["status"] == "failed" and row["error"] is None else None
 
 
-def _image_rule(row: Row, plan: Plan) -> str | None:
+def _image_rule(row: Row, plan: PlannedJob) -> str | None:
     """there, if it is ok; absent, if it failed; as `on_flagged` says, if it is flagged."""
     status, policy, absent = row["status"], plan.settings.on_flagged, row["image"] is None
     if status == "failed" and not absent:
@@ -111,7 +125,7 @@ def _image_rule(row: Row, plan: Plan) -> str | None:
     return None
 
 
-def _checker_rule(row: Row, plan: Plan) -> str | None:
+def _checker_rule(row: Row, plan: PlannedJob) -> str | None:
     """there, unless it failed; `none` only if that was planned."""
     checker, planned = row["nsfw_checker"], plan.settings.safety
     if row["status"] != "failed" and (checker is None or (checker == "none") != (planned == "none")):
@@ -147,12 +161,12 @@ COLUMNS: tuple[Column, ...] = (
     _result(
         "nsfw_checker",
         pa.string(),
-        "Which checker judged: `open-nsfw`, `clip-concepts` or `none`.",
+        "Name of the safety checker that judged, or `none`.",
         lambda result: None if result.safety is None else result.safety.checker,
         _checker_rule,
     ),
-    _by_name("postprocess", "watermark", pa.string(), "How it was marked: `dwtDctSvd`, `dwtDct` or `none`."),
-    _by_name("postprocess", "watermark_bit_accuracy", pa.float32(), "Share of the mark's bits that were read back."),
+    _by_name("postprocess", "watermark", pa.string(), "How it was watermarked: `dwtDctSvd`, `dwtDct` or `none`."),
+    _by_name("postprocess", "watermark_bit_accuracy", pa.float32(), "Share of its bits that were read back."),
     _by_name(
         "storage",
         "image",
@@ -204,8 +218,15 @@ COLUMNS: tuple[Column, ...] = (
         lambda plan: None if plan.settings.safety == "none" else plan.settings.nsfw_threshold,
     ),
     _setting("on_flagged", pa.string(), "What was stored in place of a flagged picture."),
-    _setting("watermark_text", pa.string(), "The mark's text."),
+    _setting("watermark_text", pa.string(), "The watermark's text."),
     _job("version", pa.string(), "Of latentmill.", lambda plan: plan.versions["latentmill"]),
+    _job(
+        "digital_source_type",
+        pa.string(),
+        "How pictures came about, as each file's XMP states it: IPTC's `trainedAlgorithmicMedia`.",
+        lambda _: DIGITAL_SOURCE_TYPE,
+        since=4,
+    ),
 )
 """The columns that the project writes itself, in order; a plan appends the manifest's other columns.
 

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from latentmill.jobs.code import own_code
 from latentmill.jobs.manifests.manifest import Manifest
 from latentmill.jobs.manifests.tokens import TokenCounter
-from latentmill.jobs.models.presets import ResolvedModel
+from latentmill.jobs.models.resolved import ResolvedModel
 from latentmill.jobs.plans.columns import formats
 from latentmill.jobs.plans.grid import Grid, class_fields, decode_class
 from latentmill.jobs.plans.ids import IdCounter
@@ -82,7 +82,13 @@ class DraftPlan:
     @cached_property
     def notes(self) -> tuple[str, ...]:
         """What a user should know about the manifest, one line each; texts in them are untrusted."""
-        return manifest_notes(self.manifest, self.ids.duplicates(), self.ids.compared, self.n_rows)
+        return manifest_notes(
+            self.manifest,
+            self.ids.duplicates(),
+            self.ids.compared,
+            self.n_rows,
+            is_sample=self.spec.is_sample,
+        )
 
     def document(self) -> dict[str, Any]:
         """The content of plan.json."""

@@ -10,7 +10,8 @@ from typing import Any
 from latentmill.jobs.errors import UsageError
 from latentmill.jobs.manifests.axes import Axis
 from latentmill.jobs.manifests.fields import FIELDS, Value
-from latentmill.jobs.models.presets import ModelDefaults, ResolvedModel
+from latentmill.jobs.models.choice import ModelDefaults
+from latentmill.jobs.models.resolved import ResolvedModel
 from latentmill.jobs.settings import settings_of
 from latentmill.jobs.spec import JobSpec
 

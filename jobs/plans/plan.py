@@ -14,13 +14,13 @@ from latentmill.jobs.plans.planned import (
     PLAN_PATH,
     REJECTED_PATH,
     Plan,
-    PlannedSample,
     canonical,
     fingerprint,
     parse_plan,
     part_path,
 )
 from latentmill.jobs.plans.planning import draft_plan
+from latentmill.jobs.plans.sample import PlannedSample
 from latentmill.jobs.store.urls import display_url
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ def _same_plan(draft: DraftPlan, existing: Plan) -> Plan:
         # not asked for, only derived from this machine: a resumed job keeps its own
         identity["threads_per_actor"] = existing.settings.threads_per_actor
     if existing.identity.get("format") == "files":
-        identity["format"] = "files"  # what older versions could be asked for, and all that pictures ever were
+        identity["format"] = "files"  # an older version wrote its --format here; pictures are always files
     if fingerprint(identity) == existing.plan_hash:
         return existing
     differences = list(_differences(existing.identity, identity))

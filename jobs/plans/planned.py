@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, cast
 
@@ -18,9 +17,10 @@ from latentmill.jobs.errors import JobError, UsageError
 from latentmill.jobs.manifests.axes import Axis
 from latentmill.jobs.manifests.fields import Value, shorten
 from latentmill.jobs.manifests.validate import CARRIED_PREFIX, snapshot_schema
-from latentmill.jobs.models.presets import ResolvedModel
+from latentmill.jobs.models.resolved import ResolvedModel
 from latentmill.jobs.plans.columns import MIXED_CHUNKS_SINCE, columns_of, formats, own_fields, values
 from latentmill.jobs.plans.grid import MAX_SAMPLES, Grid, Group, Piece, Place, class_fields, encode_class
+from latentmill.jobs.plans.sample import PlannedSample
 from latentmill.jobs.plans.snapshot import PartInfo, SnapshotReader
 from latentmill.jobs.settings import settings_of
 from latentmill.jobs.spec import MAX_CHUNK, JobSpec
@@ -34,19 +34,7 @@ MAX_PLAN_BYTES = 64 << 20
 
 _MIN_ID_DIGITS = 8
 _FAULTS = (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError, RecursionError)
-"""What reading a document raises that is not one of ours."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class PlannedSample:
-    """One image to be made. `extra` holds the row's carried columns under their names in the commit record."""
-
-    ordinal: int
-    sample_id: str
-    row_number: int
-    row_id: str
-    request: GenerationRequest
-    extra: dict[str, Any]
+"""What reading a damaged document may raise, besides the project's own errors."""
 
 
 def canonical(value: Any) -> str:
@@ -96,7 +84,7 @@ class Plan:
     """What the output's plan.json says. Two plans with one `plan_hash` make the same rows and pixels.
 
     `settings` is the job as it was planned: with what was computed filled in, and with defaults for what changes no
-    row. `batch_size` is the one in it, which is never left open here.
+    row. `batch_size` is the one in it, which is never None here.
     """
 
     def __init__(self, document: Mapping[str, Any], storage: Storage) -> None:
@@ -268,7 +256,7 @@ def _has_nanoseconds(type_: Any) -> bool:
 
 
 def parse_plan(data: bytes, storage: Storage) -> Plan:
-    """The plan in a plan.json. Raises JobError if the file is not, to the letter, one that was planned."""
+    """The plan in a plan.json. Raises JobError if the file is not exactly as it was written."""
     try:
         document = json.loads(data)
         checksum = document.pop("checksum")

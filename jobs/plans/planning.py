@@ -18,8 +18,9 @@ from latentmill.jobs.manifests.manifest import Manifest, open_manifest
 from latentmill.jobs.manifests.rules import Rules
 from latentmill.jobs.manifests.tokens import TokenCounter
 from latentmill.jobs.manifests.validate import check_job, snapshot_schema, validate
+from latentmill.jobs.models.choice import ModelChoice, ModelDefaults, resolve_model
 from latentmill.jobs.models.place import place_model
-from latentmill.jobs.models.presets import ModelChoice, ModelDefaults, ResolvedModel, resolve_model
+from latentmill.jobs.models.resolved import ResolvedModel
 from latentmill.jobs.plans.draft import DraftPlan
 from latentmill.jobs.plans.grid import Grid, class_fields
 from latentmill.jobs.plans.identity import default_parameters, plan_identity

@@ -10,7 +10,6 @@ from latentmill.engine import count_passes, passes
 from latentmill.jobs.manifests.fields import Value, shorten
 from latentmill.jobs.manifests.manifest import Manifest, Suspect
 from latentmill.jobs.plans.grid import Grid, Group, Section
-from latentmill.jobs.spec import SAMPLE_MANIFEST
 
 PNG_BYTES_PER_PIXEL = 1.5
 """An estimate: half of the raw bytes."""
@@ -110,7 +109,9 @@ def suspect_note(suspect: Suspect) -> str:
     return f"{column} {likeness} it is carried and changes no picture: {remedy}"
 
 
-def manifest_notes(manifest: Manifest, duplicate_ids: int, ids_compared: int, n_rows: int) -> tuple[str, ...]:
+def manifest_notes(
+    manifest: Manifest, duplicate_ids: int, ids_compared: int, n_rows: int, *, is_sample: bool
+) -> tuple[str, ...]:
     """What a user should know about an accepted manifest, one line each."""
     suspects = manifest.suspects
     notes = [suspect_note(suspect) for suspect in suspects[:MAX_SUSPECTS_SHOWN]]
@@ -123,8 +124,8 @@ def manifest_notes(manifest: Manifest, duplicate_ids: int, ids_compared: int, n_
         notes.append(
             f"duplicate ids: {duplicate_ids:,}{among} rows have the id of an earlier one; each is drawn anyway"
         )
-    if [source.path for source in manifest.sources] == [str(SAMPLE_MANIFEST)]:
-        notes.append(f"these are the sample prompts, {SAMPLE_MANIFEST}; name a file to draw others")
+    if is_sample:
+        notes.append(f"these are the sample prompts, {manifest.sources[0].path}; name a file to draw others")
     return tuple(notes)
 
 

@@ -13,19 +13,24 @@ from latentmill.jobs.terminal import print_line
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from latentmill.jobs.exports.export import ExportSummary
+    from latentmill.jobs.exports.push import PushSummary
+    from latentmill.jobs.inspection import Inspection, Unread
     from latentmill.jobs.models.presets import ModelPreset
     from latentmill.jobs.outputs.clean import CleanReport
     from latentmill.jobs.outputs.repair import RepairReport
+    from latentmill.jobs.outputs.score import ScoreSummary
     from latentmill.jobs.outputs.status import StatusReport
     from latentmill.jobs.outputs.verify import VerifyReport
     from latentmill.jobs.plans.summary import PlanSummary
     from latentmill.jobs.runner import RunSummary
+    from latentmill.jobs.scores.duplicates import Duplicates
     from latentmill.jobs.show.report import ReportSummary
     from latentmill.jobs.submission.api import JobInfo
     from latentmill.jobs.submission.submission import JobStatus, Submission
-    from latentmill.jobs.watermarks import Unread, WatermarkReading
 
 _DEFECTS_SHOWN = 20
+_PAIRS_SHOWN = 20
 _VALUES_SHOWN = 8
 _COLUMNS_SHOWN = 20
 _COLUMN_SHOWN = 60
@@ -303,6 +308,49 @@ def show_report(report: ReportSummary) -> None:
     print_facts("report", facts)
 
 
+def show_scores(summary: ScoreSummary) -> None:
+    """What was scored, and between which values."""
+    rows = []
+    for scorer in summary.scorers:
+        there = scorer.parts - scorer.written
+        parts = f"{scorer.parts:,}" + (f", of which {there:,} were there" if there else "")
+        for column, ends in scorer.columns.items():
+            shown = ["", "", ""] if ends is None else [f"{value:.4g}" for value in ends]
+            rows.append([column, f"{scorer.scored:,} of {scorer.rows:,}", *shown, parts])
+    print_table("scores", ["column", "scored", "least", "mean", "greatest", "parts"], rows)
+    for scorer in summary.scorers:
+        if scorer.duplicates is not None:
+            _show_duplicates(scorer.duplicates)
+
+
+def _show_duplicates(found: Duplicates) -> None:
+    if found.not_compared is not None:
+        print_line(f"note: only equal hashes were looked for: {found.not_compared}")
+    pairs = found.pairs[:_PAIRS_SHOWN]
+    title = f"near duplicates, up to {found.distance} bits apart (first {len(pairs)} of {found.total:,})"
+    print_table(
+        title, ["sample", "looks like", "bits apart"], [[pair.second, pair.first, pair.distance] for pair in pairs]
+    )
+
+
+def show_export(summary: ExportSummary) -> None:
+    """What was written, and where."""
+    there = summary.shards - summary.written
+    rows = ", ".join(f"{count:,} {split}" for split, count in summary.rows.items())
+    facts: dict[str, object] = {
+        "rows": f"{sum(summary.rows.values()):,}" if len(summary.rows) == 1 else rows,
+        "shards": f"{summary.shards:,}" + (f", of which {there:,} were there" if there else ""),
+        "size": f"{size(summary.bytes)} in {summary.files:,} files",
+        "export": summary.dest,
+    }
+    print_facts(f"exported to {summary.to}", facts)
+
+
+def show_push(summary: PushSummary) -> None:
+    """Where the export is now."""
+    print_facts("pushed", {"from": summary.dest, "repository": summary.repo, "at": summary.url})
+
+
 def show_models(presets: Mapping[str, ModelPreset]) -> None:
     """The presets that --model knows."""
     rows = [
@@ -321,16 +369,33 @@ def show_models(presets: Mapping[str, ModelPreset]) -> None:
     )
 
 
-def show_watermarks(readings: Sequence[WatermarkReading | Unread]) -> None:
-    """One line per file, as grep would print it."""
-    from latentmill.jobs.watermarks import Unread
+def show_inspections(answers: Sequence[Inspection | Unread]) -> None:
+    """One line per file, as grep would print it, and below it what else the file says."""
+    from latentmill.jobs.inspection import Unread
 
-    for reading in readings:
-        if isinstance(reading, Unread):
-            print_line(f"error: {safe(reading.error)}", error=True)
+    for answer in answers:
+        if isinstance(answer, Unread):
+            print_line(f"error: {safe(answer.error)}", error=True)
             continue
-        verdict = "found" if reading.found else "not found"
-        print_line(
-            f"{safe(reading.file)}: {verdict}, {reading.method}, {reading.bits_matching} of {reading.bits} bits "
-            f"({reading.bit_accuracy:.0%}; chance gives fewer than {reading.bits_needed}): {safe(reading.text)}"
-        )
+        print_line(f"{safe(answer.file)}: {_watermark_words(answer)}")
+        credentials = {None: "not looked for in this format", True: "there, not checked", False: "none"}
+        facts = {
+            "source type (XMP)": answer.digital_source_type or "not stated",
+            "C2PA": credentials[answer.c2pa],
+            "parameters": safe(answer.parameters or "none", 200),
+        }
+        if answer.row is not None:
+            facts["row"] = "sample {sample_id}, {status}, {image}".format(**answer.row)
+        for name, value in facts.items():
+            print_line(f"  {name}: {safe(value)}")
+
+
+def _watermark_words(answer: Inspection) -> str:
+    reading = answer.watermark
+    if reading is None:
+        return f"{answer.width}x{answer.height} pixels, too few for a watermark"
+    verdict = "found" if reading.found else "not found"
+    return (
+        f"{verdict}, {reading.method}, {reading.bits_matching} of {reading.bits} bits "
+        f"({reading.bit_accuracy:.0%}; chance gives fewer than {reading.bits_needed}): {safe(reading.text)}"
+    )

@@ -28,7 +28,7 @@ Publish = Callable[[int, str, str], object]
 
 
 class LocalFolder:
-    """When a call returns, its data and names are flushed to the disk. Paths are as `check_name` lets them be."""
+    """When a call returns, its data and names are flushed to the disk. Paths have passed `check_name`."""
 
     def __init__(self, root: str) -> None:
         self._root = Path(root)

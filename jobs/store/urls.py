@@ -41,6 +41,13 @@ def allowed_filesystem(url: str, *, repeats: bool = False) -> tuple[AbstractFile
     return fs, str(fs._strip_protocol(url))
 
 
+def place_of(url: str) -> tuple[str, str]:
+    """The protocol and the path of an allowed URL or path: one name for one place, symbolic links followed."""
+    fs, path = allowed_filesystem(url)
+    protocol = fs.protocol if isinstance(fs.protocol, str) else fs.protocol[0]
+    return ("file", os.path.realpath(path)) if protocol in {"file", "local"} else (protocol, path.rstrip("/"))
+
+
 def display_url(url: str) -> str:
     """The URL as it may be shown and stored: no user, no password, no query."""
     protocol, separator, rest = url.partition("://")

@@ -30,7 +30,7 @@ class JobInfo:
 
 
 class JobsApi(Protocol):
-    """What a cluster's jobs API can do. Each call raises JobError where it does not answer or lets nobody in."""
+    """What a cluster's jobs API can do. Each call raises JobError if it does not answer or refuses access."""
 
     address: str
 

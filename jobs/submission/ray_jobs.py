@@ -51,9 +51,9 @@ class JobsClient:
         self._ask("GET", "/api/version")
 
     def submit(self, job_id: str, *, entrypoint: str, variables: dict[str, str], metadata: dict[str, str]) -> bool:
-        """Send our code and start the command; False if there is a job of that id. Its variables are no secret there.
+        """Send our code and start the command; False if there is a job of that id.
 
-        The cluster keeps them in clear, for everyone who holds its token.
+        Its variables are not secret: the cluster keeps them in clear text, for everyone who holds its token.
         """
         with tempfile.TemporaryDirectory() as folder, self._sdk() as client:
             environment = {

@@ -1,44 +1,48 @@
-"""Jobs that a cluster runs by itself: what is sent there, under which name, and how an output finds its jobs again."""
+"""Jobs that a cluster runs by itself: submitted once, and found again by their id or their output."""
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
-import re
 import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
-import yaml
-
 from latentmill.jobs.errors import JobError, UsageError
-from latentmill.jobs.executor_table import EXECUTORS
-from latentmill.jobs.manifests.manifest import open_manifest
 from latentmill.jobs.outputs.status import StatusReport
 from latentmill.jobs.outputs.status import status as output_status
-from latentmill.jobs.spec import JobSpec, given_settings
+from latentmill.jobs.spec import JobSpec
 from latentmill.jobs.store.errors import StorageError
 from latentmill.jobs.store.storage import Storage
 from latentmill.jobs.store.urls import display_url
 from latentmill.jobs.submission.api import ENDED, JobInfo, JobsApi, JobState
+from latentmill.jobs.submission.portable import (
+    SUBMITTED,
+    forwarded_variables,
+    portable_job_file,
+    short_digest,
+    uploaded_prompts,
+    visible_to_nodes,
+)
+from latentmill.jobs.submission.records import (
+    JOB_ID,
+    cancel_path,
+    known_clusters,
+    newest_record,
+    now,
+    record_path,
+    record_submission,
+    remember_cluster,
+)
 
 START = "latentmill/jobs/submission/start.sh"
 """Within the code that is sent, which is the driver's working folder."""
 
-SUBMITTED, SUBMISSIONS = "_job/submitted", "_job/submissions"
-MAX_MANIFEST_BYTES = 2 * 2**30
 MAX_SUBMISSIONS = 10_000
 STATUS_SECONDS = 3.0
 """How long a look at an output waits for a cluster that does not answer."""
-
-_JOB_ID = re.compile(r"latentmill-[0-9a-f]{16}(-[0-9]{1,5})?")
-_SAFE_NAME = re.compile(r"[^A-Za-z0-9._-]+")
-_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,7 +58,7 @@ class Submission:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class JobPlace:
-    """Where a submitted job is to be found, and the output that led there, if one did."""
+    """Where a submitted job runs, and the output that led to it, if one did."""
 
     job_id: str
     address: str
@@ -89,32 +93,32 @@ def submit_job(
     Everything that the cluster needs and cannot see from there lies under the output. A job that has ended is started
     again: it resumes. Raises UsageError, before anything is written, for what the nodes could not see.
     """
-    variables = _forwarded(forwarded)
+    variables = forwarded_variables(forwarded)
     api = api or _api(_cluster_address(spec.runtime.address))
-    spec = _visible_to_nodes(spec, shared_filesystem=shared_filesystem)
+    spec = visible_to_nodes(spec, shared_filesystem=shared_filesystem)
     if not spec.runtime.insecure_ray:
         api.require_token()
     storage = Storage.open(spec.out).probe(allow_single_writer=spec.runtime.single_writer)
-    job_file = _job_file(spec, _uploaded_prompts(spec, storage))
-    digest = _digest(job_file)
+    job_file = portable_job_file(spec, uploaded_prompts(spec, storage))
+    digest = short_digest(job_file)
     place = f"{SUBMITTED}/{digest}/job.yaml"
     storage.create(place, job_file)
     entrypoint = shlex.join(["exec", "sh", START, "run", "--config", f"{spec.out.rstrip('/')}/{place}"])
-    base = f"latentmill-{_digest(job_file + spec.out.encode())}"
+    base = f"latentmill-{short_digest(job_file + spec.out.encode())}"
     metadata = {"out": display_url(spec.out)}
     for number in range(1, MAX_SUBMISSIONS):
         job_id = base if number == 1 else f"{base}-{number}"
         info = api.info(job_id)
         started = info is None
         if info is None:
-            if storage.exists(_record_path(job_id)):
-                continue  # it ran on a cluster, or a head, that is no more
+            if storage.exists(record_path(job_id)):
+                continue  # it ran on another cluster, or before this one was restarted
             started = api.submit(job_id, entrypoint=entrypoint, variables=variables, metadata=metadata)
             info = api.info(job_id)
         info = info and _with_cancel(info, storage)
         if info is not None and (started or info.state not in ENDED):
-            _record(storage, job_id, api.address)
-            _remember_cluster(api.address)
+            record_submission(storage, job_id, api.address)
+            remember_cluster(api.address)
             return Submission(
                 job_id=job_id, address=api.address, out=metadata["out"], state=info.state, started=started
             )
@@ -128,13 +132,13 @@ def find_job(target: str, address: str | None = None) -> JobPlace:
     can write into an output could otherwise have tokens sent to a server of his own.
     """
     named = address or os.environ.get("RAY_API_SERVER_ADDRESS")
-    if _JOB_ID.fullmatch(target):
+    if JOB_ID.fullmatch(target):
         return JobPlace(job_id=target, address=_cluster_address(named))
-    newest = _newest_record(target)
+    newest = newest_record(target)
     if newest is None:
         raise UsageError(f"no job was submitted for {display_url(target)}; give a job id, or submit one")
     job_id, recorded = newest
-    if named is None and recorded not in _known_clusters():
+    if named is None and recorded not in known_clusters():
         raise UsageError(
             f"job {job_id} was submitted to {recorded} from another machine; if that is your cluster, say so: "
             f"--address {recorded}"
@@ -147,7 +151,7 @@ def job_status(
 ) -> JobStatus:
     """How far a job is: its output's own answer, and the state on its cluster if there is one that answers soon."""
     ask = api or _api
-    if _JOB_ID.fullmatch(target):
+    if JOB_ID.fullmatch(target):
         info = _info(find_job(target, address), ask)
         info = _with_cancel(info, _output(info.out))
         out = info.out
@@ -156,7 +160,7 @@ def job_status(
             with contextlib.suppress(UsageError):  # not planned yet, or an output that only the cluster can see
                 report = output_status(out, deep=deep)
         return JobStatus(report=report, job=info)
-    newest = _newest_record(target)
+    newest = newest_record(target)
     if newest is None:
         return JobStatus(report=output_status(target, deep=deep), job=None)
     job_id, recorded = newest
@@ -187,7 +191,7 @@ def job_logs(target: str, write: Callable[[str], None], *, follow: bool = False,
 def cancel_job(target: str, *, address: str | None = None) -> JobInfo:
     """Afterwards the driver has been told to stop: chunks in flight finish, no more begin, and the job can resume.
 
-    The output keeps that in mind, since to the cluster such a job is merely running until its driver has ended.
+    The output records it, since the cluster calls such a job running until its driver has ended.
     """
     place = find_job(target, address)
     api = _api(place.address)
@@ -198,7 +202,7 @@ def cancel_job(target: str, *, address: str | None = None) -> JobInfo:
     storage = _output(place.out or info.out)
     if storage is not None:
         with contextlib.suppress(StorageError):  # to be read from here, but not to be written
-            storage.create(_cancel_path(place.job_id), json.dumps({"cancelled": _now()}).encode())
+            storage.create(cancel_path(place.job_id), json.dumps({"cancelled": now()}).encode())
     return replace(info, state="stopping")
 
 
@@ -207,7 +211,7 @@ def _with_cancel(info: JobInfo, storage: Storage | None) -> JobInfo:
     if storage is None or info.state not in {"pending", "running"}:
         return info
     with contextlib.suppress(StorageError):
-        if storage.exists(_cancel_path(info.job_id)):
+        if storage.exists(cancel_path(info.job_id)):
             return replace(info, state="stopping")
     return info
 
@@ -241,140 +245,3 @@ def _cluster_address(given: str | None) -> str:
     if "@" in address or "?" in address:
         raise UsageError("the address of the cluster carries credentials; leave them out, Ray's token lies in a file")
     return address.rstrip("/")
-
-
-def _forwarded(names: Sequence[str]) -> dict[str, str]:
-    for name in names:
-        if not _VARIABLE.fullmatch(name):
-            raise UsageError("--env takes the name of a variable, not its value: --env HF_TOKEN")
-        if name not in os.environ:
-            raise UsageError(f"--env {name}: there is no such variable here; set it, or leave it out")
-    return {name: os.environ[name] for name in names}
-
-
-def _visible_to_nodes(spec: JobSpec, *, shared_filesystem: bool) -> JobSpec:
-    """The job as it can be said on another machine. Raises UsageError for what its nodes would not find there."""
-    if not EXECUTORS[spec.runtime.executor].on_ray:
-        raise UsageError(f"executor {spec.runtime.executor} does not run on a cluster; leave --executor out")
-    if spec.out.startswith("memory://"):
-        raise UsageError(f"{spec.out} lives in one process only; give --out as a URL that every node sees")
-    local = {"out": spec.out} if _is_local(spec.out) else {}
-    local |= {
-        name: value
-        for name, value in (("model", spec.model), ("tokenizer", spec.tokenizer))
-        if value is not None and _is_local(_after_equals(value)) and Path(_after_equals(value)).exists()
-    }
-    if local and not shared_filesystem:
-        name, value = next(iter(local.items()))
-        raise UsageError(
-            f"{name} {value} is a path of this machine; give a URL that every node sees, such as s3://bucket/prefix, "
-            f"or say --shared-filesystem if all nodes mount the same path"
-        )
-    absolute: dict[str, Any] = {name: _absolute(value) for name, value in local.items()}
-    return replace(spec, **absolute)
-
-
-def _is_local(place: str) -> bool:
-    return "://" not in place or place.startswith("file://")
-
-
-def _after_equals(model: str) -> str:
-    """The place in `PRESET=PLACE`, or all of it."""
-    return model.partition("=")[2] or model
-
-
-def _absolute(value: str) -> str:
-    place = _after_equals(value)
-    path = os.path.abspath(os.path.expanduser(place.removeprefix("file://")))  # noqa: PTH100, PTH111 - the path may be a mount
-    return value[: len(value) - len(place)] + path
-
-
-def _uploaded_prompts(spec: JobSpec, storage: Storage) -> list[str]:
-    """The manifest as URLs; afterwards every local file of it lies in the output, under its content's name."""
-    urls = []
-    for pattern in spec.prompts:
-        if not _is_local(pattern):
-            urls.append(pattern)
-            continue
-        manifest = open_manifest([pattern], spec.manifest_format, accept_aliases=spec.accept_aliases)
-        for source in manifest.sources:
-            if source.fs.size(source.path) > MAX_MANIFEST_BYTES:
-                raise UsageError(
-                    f"manifest {source.name} has more than {MAX_MANIFEST_BYTES:,} bytes; copy it to a bucket and name "
-                    f"it there"
-                )
-            data = Path(source.path).read_bytes()
-            name = _SAFE_NAME.sub("-", Path(source.path).name)[-100:].lstrip(".-")
-            path = f"{SUBMITTED}/{_digest(data)}/{name}"
-            storage.create(path, data)
-            urls.append(f"{spec.out.rstrip('/')}/{path}")
-    return urls
-
-
-def _job_file(spec: JobSpec, prompts: list[str]) -> bytes:
-    """The whole job as a job file: what was said by file and flags, and nothing of how it was sent."""
-    settings = {name: value for name, value in given_settings(spec).items() if name != "address"}
-    settings |= {"prompts": prompts, "out": spec.out}
-    if spec.dated is not None:
-        # the template, for the pointer's sake; and the date, for the cluster may begin after midnight
-        template = f"{spec.out.rpartition('/')[0]}/{spec.dated.template.rpartition('/')[2]}"
-        settings |= {"out": template, "date": spec.dated.date}
-    text: str = yaml.safe_dump(settings, allow_unicode=True)
-    return text.encode()
-
-
-def _digest(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()[:16]
-
-
-def _record_path(job_id: str) -> str:
-    return f"{SUBMISSIONS}/{job_id}.json"
-
-
-def _cancel_path(job_id: str) -> str:
-    return f"{SUBMISSIONS}/{job_id}.cancelled"
-
-
-def _record(storage: Storage, job_id: str, address: str) -> None:
-    storage.create(_record_path(job_id), json.dumps({"address": address, "submitted": _now()}).encode())
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="microseconds")
-
-
-def _newest_record(out: str) -> tuple[str, str] | None:
-    """Id and cluster of the job that was submitted last for an output. What is no record of ours is passed over."""
-    storage = Storage.open(out)
-    found = []
-    for path, _ in storage.list(SUBMISSIONS):
-        job_id = path.rpartition("/")[2].removesuffix(".json")
-        if not _JOB_ID.fullmatch(job_id):
-            continue
-        with contextlib.suppress(ValueError, KeyError, TypeError, FileNotFoundError, RecursionError):
-            content = json.loads(storage.read(path))
-            found.append((str(content["submitted"]), job_id, display_url(str(content["address"]))))
-    return None if not found else max(found)[1:]
-
-
-def _clusters_file() -> Path:
-    base = os.environ.get("XDG_STATE_HOME") or "~/.local/state"
-    return Path(base).expanduser() / "latentmill" / "clusters"
-
-
-def _known_clusters() -> set[str]:
-    try:
-        return set(_clusters_file().read_text(encoding="utf-8").splitlines())
-    except (OSError, UnicodeDecodeError):
-        return set()
-
-
-def _remember_cluster(address: str) -> None:
-    """So that an output alone leads back to the clusters that this machine's user has named."""
-    if address in _known_clusters():
-        return
-    with contextlib.suppress(OSError):  # a home that cannot be written to: --address then has to be given again
-        path = _clusters_file()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a", encoding="utf-8") as file:
-            file.write(f"{address}\n")

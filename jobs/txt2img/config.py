@@ -141,7 +141,7 @@ class CompVisConfig:
                 raise UsageError(f"--config {self.path} has {path}.target: {target!r}; known are {', '.join(known)}")
 
     def _refuse_what_is_not_built(self) -> None:
-        """A key that is passed over in silence could change the picture: each is in a section, or refused by name."""
+        """A key that is silently ignored could change the picture: each is in a section, or refused by name."""
         for section in SECTIONS:
             content = self.get(section.path, {})
             if not isinstance(content, dict):
@@ -160,7 +160,7 @@ class CompVisConfig:
         """What is compared: the path, what the checkpoint has there in the config's terms, the original's default."""
         blueprint = model.layout.blueprint
         unet, vae = blueprint.unet, blueprint.vae
-        yield f"{MODEL}.channels", vae.unet_channels, None
+        yield f"{MODEL}.channels", vae.denoiser_channels, None
         yield f"{UNET}.in_channels", unet.in_channels, None
         yield f"{UNET}.out_channels", unet.out_channels, None
         yield f"{UNET}.model_channels", unet.channels[0], None
@@ -182,7 +182,7 @@ class CompVisConfig:
         yield f"{UNET}.transformer_depth", _one_or_all(sorted(depths)), 1
         yield f"{UNET}.context_dim", unet.context_dim, None
         yield f"{UNET}.use_linear_in_transformer", unet.linear_projection, False
-        yield f"{FIRST}.params.embed_dim", vae.unet_channels, None
+        yield f"{FIRST}.params.embed_dim", vae.denoiser_channels, None
         yield f"{FIRST}.params.n_embed", vae.codebook_size, None
         yield f"{DDCONFIG}.z_channels", vae.latent_channels, None
         yield f"{DDCONFIG}.ch", vae.channels[0], None

@@ -279,7 +279,7 @@ def run_txt2img(
 
 
 def picture_to_save(result: GenerationResult, plan: Txt2ImgPlan) -> Pixels:
-    """The picture if a checker has passed it, else a black one: nothing else ever leaves."""
+    """The picture if a checker has passed it, else a black one."""
     if result.status == "ok" and result.pixels is not None:
         return result.pixels
     return np.zeros((plan.height, plan.width, 3), np.uint8)

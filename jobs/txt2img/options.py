@@ -24,8 +24,8 @@ else the small model that ships with latentmill."""
 
 _DIFFERENCES = """\
 where this differs from the original, on purpose:
-  - A flagged picture is replaced by a black one, numbered, marked and saved; so is one that the checker fails on, and
-    then the exit code is 1. The original handed the flagged picture out when its replacement was missing.
+  - A flagged picture is replaced by a black one, numbered, watermarked and saved; so is one that the checker fails on,
+    and then the exit code is 1. The original handed the flagged picture out when its replacement was missing.
   - A last batch of --from-file with fewer prompts than --n_samples works; the original crashed.
   - A number that is taken is passed over; the original overwrote the file after one before it had been deleted.
   - Numbers of steps at which the original crashed, and pictures too small for the watermark, are refused at the start.

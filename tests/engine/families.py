@@ -179,7 +179,7 @@ def ldm_bert(vocabulary: int, width: int, layers: int) -> LDMBertModel:
     return LDMBertModel(config).eval()
 
 
-def first_stage(kind: str) -> Any:
+def autoencoder_of(kind: str) -> Any:
     """`kl` with f=8, `vq` with f=4, or `vq-f8`: a codebook, and attention at the lowest level."""
     levels = 3 if kind == "vq" else 4
     down, up = ["DownEncoderBlock2D"] * levels, ["UpDecoderBlock2D"] * levels
@@ -188,7 +188,7 @@ def first_stage(kind: str) -> Any:
         return autoencoder(0.18215, block_out_channels=channels, down_block_types=down, up_block_types=up)
     if kind == "vq-f8":
         down[-1], up[0] = "AttnDownEncoderBlock2D", "AttnUpDecoderBlock2D"
-    stage = VQModel(
+    model = VQModel(
         block_out_channels=channels,
         down_block_types=down,
         up_block_types=up,
@@ -197,16 +197,16 @@ def first_stage(kind: str) -> Any:
         num_vq_embeddings=61,
         scaling_factor=1.0,
     )
-    torch.nn.init.normal_(stage.quantize.embedding.weight)
-    return stage
+    torch.nn.init.normal_(model.quantize.embedding.weight)
+    return model
 
 
 def write_ldm(folder: Path, kind: str = "kl", *, legacy_weights: bool = False) -> Path:
     torch.manual_seed(4)
     tokenizer = bert_tokenizer(folder / "tokenizer")
-    stage = first_stage(kind)
+    vqvae = autoencoder_of(kind)
     is_kl = kind == "kl"
-    channels = stage.config.latent_channels
+    channels = vqvae.config.latent_channels
     denoiser = unet(
         (32, 64, 64) if is_kl else (32, 64, 96),
         64,
@@ -217,7 +217,7 @@ def write_ldm(folder: Path, kind: str = "kl", *, legacy_weights: bool = False) -
     )
     betas = {} if is_kl else {"beta_start": 0.0015, "beta_end": 0.0195}
     LDMTextToImagePipeline(
-        vqvae=stage,
+        vqvae=vqvae,
         bert=ldm_bert(len(tokenizer), 64, 2),
         tokenizer=tokenizer,
         unet=denoiser,
@@ -250,7 +250,7 @@ def reference_pictures(pipeline: DiffusionPipeline, rows: list[GenerationRequest
     extra: dict[str, Any] = {}
     stretch = 1
     if isinstance(pipeline, LDMTextToImagePipeline):
-        # It takes f=8 for granted, also with a first stage of f=4.
+        # It takes f=8 for granted, also with an autoencoder of f=4.
         stretch = 8 // pipeline.vae_scale_factor
     elif first.negative_prompt:
         extra["negative_prompt"] = [row.negative_prompt for row in rows]
@@ -277,7 +277,7 @@ def assert_same_pictures(found: np.ndarray, expected: np.ndarray) -> None:
 
 def assert_same_unet(engine: Engine, pipeline: DiffusionPipeline) -> None:
     """The network's output within 1e-4 of the reference's, relative to its largest value."""
-    ours, config = engine._models.unet, engine._models.unet.config
+    ours, config = engine._models.denoiser, engine._models.denoiser.config
     torch.manual_seed(0)
     latents, timesteps = torch.randn(2, config.in_channels, 8, 16), torch.tensor([10, 700])
     context = torch.randn(2, 77, config.context_dim)

@@ -17,7 +17,7 @@ from torch import Tensor
 from latentmill.engine.loading.blueprint import Blueprint
 from latentmill.engine.loading.keys import original_names
 from latentmill.engine.loading.layout import find_model
-from latentmill.engine.loading.weights import load_text_encoder, load_unet, load_vae
+from latentmill.engine.loading.weights import load_autoencoder, load_denoiser, load_text_encoder
 from latentmill.engine.types import ModelSpec
 
 CPU = torch.device("cpu")
@@ -28,8 +28,8 @@ def original_weights(folder: Path) -> dict[str, Tensor]:
     layout = find_model(ModelSpec(model=str(folder)))
     blueprint = layout.blueprint
     modules = {
-        "unet": load_unet(layout, torch.float32, CPU),
-        blueprint.family.vae_component: load_vae(layout, torch.float32, CPU),
+        blueprint.family.denoiser.component: load_denoiser(layout, torch.float32, CPU),
+        blueprint.family.autoencoder.component: load_autoencoder(layout, torch.float32, CPU),
         **{encoder.component: load_text_encoder(layout, encoder, torch.float32, CPU) for encoder in blueprint.encoders},
     }
     weights: dict[str, Tensor] = {}

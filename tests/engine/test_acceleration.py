@@ -28,7 +28,7 @@ def largest(engine) -> list[int]:
     seen: list[int] = []
     hooks = [
         module.register_forward_hook(lambda *passed: seen.append(passed[2].numel()))
-        for module in engine._models.vae.modules()
+        for module in engine._models.autoencoder.modules()
         if not list(module.children())
     ]
     yield seen
@@ -38,8 +38,8 @@ def largest(engine) -> list[int]:
 
 @torch.inference_mode()
 def test_a_batch_is_decoded_in_equal_slices_of_bounded_memory(engine, largest, monkeypatch):
-    vae = engine._models.vae
-    latents = torch.randn(6, vae.config.unet_channels, 8, 4)
+    vae = engine._models.autoencoder
+    latents = torch.randn(6, vae.config.denoiser_channels, 8, 4)
     whole = acceleration.decode(vae, latents)
     row = max(largest) // 6
     for limit, size in ((6 * row, 6), (5 * row, 3), (2 * row, 2), (row // 2, 1)):
@@ -54,15 +54,15 @@ def test_a_batch_is_decoded_in_equal_slices_of_bounded_memory(engine, largest, m
 @torch.inference_mode()
 def test_channels_last_changes_the_layout_and_not_the_picture(eps_model):
     plain, arranged = load(eps_model, torch.float32), load(eps_model, torch.float32)
-    plain.unet.to(memory_format=torch.contiguous_format)
-    plain.vae.to(memory_format=torch.contiguous_format)
-    assert arranged.unet.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
-    assert not plain.unet.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
-    latents, context = torch.randn(2, 4, 8, 8), torch.randn(2, 77, plain.unet.config.context_dim)
+    plain.denoiser.to(memory_format=torch.contiguous_format)
+    plain.autoencoder.to(memory_format=torch.contiguous_format)
+    assert arranged.denoiser.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
+    assert not plain.denoiser.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
+    latents, context = torch.randn(2, 4, 8, 8), torch.randn(2, 77, plain.denoiser.config.context_dim)
     timesteps = torch.tensor([10, 700])
-    expected, found = (models.unet(latents, timesteps, context) for models in (plain, arranged))
+    expected, found = (models.denoiser(latents, timesteps, context) for models in (plain, arranged))
     assert torch.allclose(found, expected, atol=1e-4 * float(expected.abs().max()))
-    expected, found = (models.vae.decode(latents) for models in (plain, arranged))
+    expected, found = (models.autoencoder.decode(latents) for models in (plain, arranged))
     assert torch.allclose(found, expected, atol=1e-4 * float(expected.abs().max()))
 
 
@@ -81,20 +81,20 @@ def test_weights_that_are_to_stay_in_fp32_never_pass_through_half(tmp_path):
     folder = write_sdxl(tmp_path / "sdxl")
     models = load(folder, torch.float16)
     stored = load_file(folder / "vae/diffusion_pytorch_model.safetensors")
-    found = models.vae.state_dict()
-    assert models.unet.conv_in.weight.dtype == torch.float16
+    found = models.autoencoder.state_dict()
+    assert models.denoiser.conv_in.weight.dtype == torch.float16
     assert any(not torch.equal(tensor, tensor.half().float()) for tensor in stored.values()), "nothing could be lost"
     assert all(torch.equal(found[key], tensor) for key, tensor in stored.items())
 
 
 def test_a_retry_widens_the_weights_in_place_and_gives_their_bits_back(eps_model):
     models = load(eps_model, torch.float16)
-    networks = [*models.text.networks, models.unet, models.vae]
+    networks = [*models.text.networks, models.denoiser, models.autoencoder]
     before = [{key: tensor.clone() for key, tensor in network.state_dict().items()} for network in networks]
     with torch.inference_mode():
         half = models.text.encode(["a cat"]).context
     with models.in_fp32() as wide:
-        assert (wide.unet, wide.vae) == (models.unet, models.vae), "no copies"
+        assert (wide.denoiser, wide.autoencoder) == (models.denoiser, models.autoencoder), "no copies"
         assert {tensor.dtype for network in networks for tensor in network.parameters()} == {torch.float32}
         with torch.inference_mode():
             assert wide.text.encode(["a cat"]).context.dtype == torch.float32
@@ -106,7 +106,7 @@ def test_a_retry_widens_the_weights_in_place_and_gives_their_bits_back(eps_model
 
 def test_keys_and_values_of_a_prompt_are_made_once_and_change_no_bit(eps_model, monkeypatch):
     engine = Engine.load(ModelSpec(model=str(eps_model), safety="none"), device="cpu", dtype="float32", batch_size=2)
-    unet = engine._models.unet
+    unet = engine._models.denoiser
     rows = [
         GenerationRequest(prompt=f"picture {n}", seed=n, width=64, height=64, num_inference_steps=4) for n in range(2)
     ]
@@ -146,7 +146,7 @@ class Replayed:
 @torch.inference_mode()
 def test_graphs_are_kept_by_shape_and_forgotten_when_the_weights_move(tmp_path, monkeypatch):
     models = load(write_sdxl(tmp_path / "sdxl"), torch.float32)
-    unet, config = models.unet, models.unet.config
+    unet, config = models.denoiser, models.denoiser.config
     monkeypatch.setattr(graphs, "_Graph", Replayed)
     monkeypatch.setattr(graphs, "_LIMIT", 2)
     monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())

@@ -53,7 +53,7 @@ def engine() -> Engine:
 @pytest.fixture(scope="module")
 def step(engine: Engine) -> tuple[Cost, Cost]:
     """A guided step of a whole batch: ours, with what is made once a batch already there, and diffusers'."""
-    unet = engine._models.unet
+    unet = engine._models.denoiser
     theirs = UNet2DConditionModel.from_pretrained(EMBEDDED_MODEL, subfolder="unet", dtype=torch.float32).eval()
     latents, context = torch.randn(2 * ROWS, 8, 16, 16), torch.randn(2 * ROWS, 77, 128)
     timesteps = torch.full((2 * ROWS,), 500.0)
@@ -67,7 +67,7 @@ def decode(engine: Engine) -> tuple[Cost, Cost]:
     """A decode of one slice: ours and diffusers'."""
     theirs = AutoencoderKL.from_pretrained(EMBEDDED_MODEL, subfolder="vae", dtype=torch.float32).eval()
     latents = torch.randn(2, 8, 16, 16)
-    ours = cost(lambda: acceleration.decode(engine._models.vae, latents))
+    ours = cost(lambda: acceleration.decode(engine._models.autoencoder, latents))
     return ours, cost(lambda: theirs.decode(latents))
 
 
@@ -106,7 +106,7 @@ def test_every_convolution_reads_the_layout_that_its_kernel_wants(engine):
 
         return convolution.register_forward_hook(hook)
 
-    networks = {"unet": engine._models.unet, "decoder": engine._models.vae.decoder}
+    networks = {"unet": engine._models.denoiser, "decoder": engine._models.autoencoder.decoder}
     hooks = [
         look(f"{network}.{name}", module)
         for network, whole in networks.items()
@@ -126,7 +126,7 @@ def test_a_batch_runs_each_network_as_often_as_it_must(engine):
     """One pass a step for both halves of the guidance, one encoding for each text, decoding in slices that fit."""
     runs: Counter[str] = Counter()
     models = engine._models
-    parts = {"text": models.text.networks[0], "step": models.unet, "decode": models.vae.decoder}
+    parts = {"text": models.text.networks[0], "step": models.denoiser, "decode": models.autoencoder.decoder}
     hooks = [part.register_forward_hook(lambda *_, n=name: runs.update([n])) for name, part in parts.items()]
     try:
         rows = [

@@ -59,7 +59,7 @@ def test_latents_and_pictures_are_the_reference_pipelines(engine, pipeline, monk
         ).images
 
     decoded = []
-    vae = engine._models.vae
+    vae = engine._models.autoencoder
     decode = vae.decode
     monkeypatch.setattr(vae, "decode", lambda latents: (decoded.append(latents.clone()), decode(latents))[1])
     pictures = np.stack([result.pixels for result in engine.generate(rows)])

@@ -1,4 +1,4 @@
-"""The models of the paper itself: a text encoder trained along with the U-Net, a first stage with KL or a codebook."""
+"""The models of the paper itself: a text encoder trained along with the U-Net, an autoencoder with KL or a codebook."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from latentmill.engine.networks.autoencoder import build_autoencoder
 from tests.engine.families import (
     assert_same_pictures,
     assert_same_unet,
-    first_stage,
+    autoencoder_of,
     ldm_bert,
     reference_pictures,
     requests,
@@ -90,7 +90,7 @@ def test_the_text_encoder_computes_what_the_reference_computes():
 @pytest.mark.parametrize("kind", ["vq", "vq-f8"])
 def test_the_decoder_absorbs_the_codebook_as_the_references_does(kind):
     torch.manual_seed(0)
-    reference: VQModel = first_stage(kind).eval()
+    reference: VQModel = autoencoder_of(kind).eval()
     ours = build_autoencoder(VAEConfig.from_dict({**reference.config})).eval()
     ours.load_state_dict(reference.state_dict())
     latents = torch.randn(2, reference.config.latent_channels, 6, 10)

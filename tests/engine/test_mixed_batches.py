@@ -99,7 +99,7 @@ def test_mixed_and_apart_are_the_same_whatever_the_model_predicts(tmp_path, writ
 def test_rows_that_are_guided_or_not_and_of_other_lengths_go_into_batches_of_their_own(eps_model, monkeypatch):
     engine = load(eps_model, long_prompts="chunk")
     shapes = set()
-    unet = engine._models.unet
+    unet = engine._models.denoiser
     forward = unet.forward
 
     def seen(x, timesteps, context, **more):
@@ -154,7 +154,7 @@ def test_a_row_that_is_not_finite_fails_alone_in_a_mixed_batch(eps_model, monkey
 def counted(engine: Engine, rows: list[GenerationRequest], monkeypatch: pytest.MonkeyPatch) -> int:
     """Runs of the U-Net for these rows."""
     calls = []
-    unet = engine._models.unet
+    unet = engine._models.denoiser
     forward = unet.forward
     with monkeypatch.context() as patch:
         patch.setattr(unet, "forward", lambda *args, **more: (calls.append(1), forward(*args, **more))[1])

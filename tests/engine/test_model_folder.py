@@ -72,7 +72,7 @@ def test_a_folder_that_is_not_there_is_refused(tmp_path):
 
 def test_parts_of_two_models_are_refused(folder):
     edit_json(folder / "text_encoder/config.json", hidden_size=64)
-    with pytest.raises(EngineError, match="64 wide, the U-Net's cross-attention expects 32"):
+    with pytest.raises(EngineError, match="64 wide, the denoiser's attention expects 32"):
         describe_model(folder)
 
 
@@ -118,7 +118,7 @@ def test_the_attention_names_of_early_folders_are_read(folder, eps_model):
     assert renamed.keys() != tensors.keys()
     save_file(renamed, folder / VAE)
     loaded = Engine.load(ModelSpec(model=str(folder), safety="none"), device="cpu", dtype="float32")
-    for key, tensor in loaded._models.vae.state_dict().items():
+    for key, tensor in loaded._models.autoencoder.state_dict().items():
         assert torch.equal(tensor, tensors[key])
 
 

@@ -25,8 +25,6 @@ from latentmill.engine.loading.config import SchedulerConfig, UNetConfig, VAECon
 from latentmill.engine.loading.keys import is_ignored, original_names
 from latentmill.engine.loading.single_file import recognise
 from latentmill.engine.loading.weights import claim_single_file
-from latentmill.engine.networks.autoencoder import build_autoencoder
-from latentmill.engine.networks.unet import UNet
 from tests.engine.originals import is_convolution
 from tests.engine.test_architecture_of_models import SD15_UNET, SD21_UNET, SD_VAE, SDXL_UNET
 
@@ -87,8 +85,8 @@ def clip(config: dict, component: str = "text_encoder", *, projection: bool = Fa
 def blueprint(family: Family, unet: dict, vae: dict, *encoders: TextEncoderSpec) -> Blueprint:
     return Blueprint(
         family=family,
-        unet=UNetConfig.from_dict(unet),
-        vae=VAEConfig.from_dict(vae),
+        denoiser=UNetConfig.from_dict(unet),
+        autoencoder=VAEConfig.from_dict(vae),
         scheduler=SchedulerConfig.from_dict({}),
         encoders=encoders,
     )
@@ -170,11 +168,7 @@ PUBLISHED = {
 def original_shapes(plan: Blueprint) -> dict[str, tuple[int, ...]]:
     """Names and shapes of a single file, from our networks and our table of names."""
     with torch.device("meta"):
-        modules = {
-            "unet": UNet(plan.unet),
-            plan.family.vae_component: build_autoencoder(plan.vae),
-            **{encoder.component: encoder.build() for encoder in plan.encoders},
-        }
+        modules = {component: build() for component, build in plan.builders.items()}
     shapes: dict[str, tuple[int, ...]] = {}
     for component, module in modules.items():
         ours = {key.removeprefix("text_model."): tuple(part.shape) for key, part in module.state_dict().items()}

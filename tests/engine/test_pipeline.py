@@ -142,7 +142,7 @@ def test_order_is_kept_across_shapes(engine):
 
 def test_no_guidance_skips_the_negative_pass(engine, monkeypatch):
     sizes = []
-    unet = engine._models.unet
+    unet = engine._models.denoiser
     forward = unet.forward
     monkeypatch.setattr(unet, "forward", lambda x, *rest, **more: (sizes.append(len(x)), forward(x, *rest, **more))[1])
     engine.generate([request(guidance_scale=1.0)])
@@ -171,7 +171,7 @@ def test_a_bad_request_fails_alone(engine, changes, reason):
 
 def test_latents_that_are_not_finite_fail_alone_and_are_never_shown_to_the_checker(eps_model, monkeypatch):
     engine = load(eps_model)
-    unet = engine._models.unet
+    unet = engine._models.denoiser
     forward = unet.forward
 
     def poisoned(x, *rest, **more):

@@ -89,7 +89,7 @@ def test_the_original_spacing_is_asked_for_by_name(eps_model):
     spec = ModelSpec(model=str(eps_model), safety="none", timestep_spacing="original")
     original = Engine.load(spec, device="cpu", dtype="float32", batch_size=1)
     seen = []
-    unet = original._models.unet
+    unet = original._models.denoiser
     unet.register_forward_pre_hook(lambda _, inputs: seen.append(float(inputs[1][0])))
     refused, made = original.generate(
         [request("a", 1, "ddim", num_inference_steps=steps, guidance_scale=1.0) for steps in (9, 30)]

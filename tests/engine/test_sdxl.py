@@ -99,9 +99,9 @@ def test_what_the_unet_is_given_is_what_the_reference_gives_it(folder, monkeypat
     pipeline = StableDiffusionXLPipeline.from_pretrained(folder)
     engine = load(folder)
     seen = []
-    forward = engine._models.unet.forward
+    forward = engine._models.denoiser.forward
     monkeypatch.setattr(
-        engine._models.unet,
+        engine._models.denoiser,
         "forward",
         lambda x, t, context, **extra: (seen.append((x, t, context, extra)), forward(x, t, context, **extra))[1],
     )
@@ -127,8 +127,8 @@ def test_the_autoencoder_stays_in_fp32_where_the_folder_says_so(folder):
 @pytest.mark.parametrize(
     ("path", "change", "message"),
     [
-        ("text_encoder_2/config.json", {"hidden_size": 64}, "128 wide, the U-Net's cross-attention expects 192"),
-        ("text_encoder_2/config.json", {"projection_dim": 64}, "256 features, the U-Net's added embedding expects 320"),
+        ("text_encoder_2/config.json", {"hidden_size": 64}, "128 wide, the denoiser's attention expects 192"),
+        ("text_encoder_2/config.json", {"projection_dim": 64}, "64 features, the denoiser expects 128"),
     ],
 )
 def test_parts_of_two_models_are_refused(tmp_path, path, change, message):

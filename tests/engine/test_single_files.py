@@ -113,9 +113,9 @@ def test_fp16_weights_run_in_the_dtype_that_is_asked_for(folders, tmp_path):
     safetensors = write_safetensors(folders["sd1"], tmp_path / "half.safetensors", torch.float16)
     ckpt = write_ckpt(folders["sd1"], tmp_path / "half.ckpt", torch.float16)
     engines = [load(spec(file, folders["sd1"])) for file in (safetensors, ckpt)]
-    whole = load(ModelSpec(model=str(folders["sd1"]), safety="none"))._models.unet.state_dict()
+    whole = load(ModelSpec(model=str(folders["sd1"]), safety="none"))._models.denoiser.state_dict()
     for engine in engines:
-        for key, tensor in engine._models.unet.state_dict().items():
+        for key, tensor in engine._models.denoiser.state_dict().items():
             assert torch.equal(tensor, whole[key].half().float())
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -72,6 +73,35 @@ def test_every_bit_is_the_librarys_whatever_the_picture_the_text_and_the_size(he
         for marked in (theirs, picture):
             decoded = WatermarkDecoder("bytes", 8 * n_bytes).decode(marked[:, :, ::-1].copy(), method)
             assert read_watermark(np.ascontiguousarray(marked), n_bytes, method) == decoded, name
+
+
+def test_nearly_all_blocks_take_the_short_way():
+    from latentmill.engine.guards.watermark import _blocks, _colour_plane, _cosine, _greatest_singular_values, _low_band
+
+    blocks = _blocks(_low_band(_colour_plane(cv2.cvtColor(photograph(), cv2.COLOR_RGB2YUV))))
+    values, _, sure = _greatest_singular_values(_cosine(blocks))
+    assert sure.mean() > 0.99
+    expected = np.linalg.svd(_cosine(blocks), compute_uv=False)[:, 0]
+    assert np.allclose(values[sure], expected[sure], rtol=1e-12)
+
+
+@pytest.mark.parametrize(("limit", "value"), [("_RESIDUAL", 0.0), ("_NEARLY", 18.0), ("_EDGE", 0.6), ("_EDGE", 0.01)])
+def test_blocks_that_must_be_exact_are_the_librarys_too(limit, value, monkeypatch):
+    """Each limit in turn sends all blocks, or a part of them, the long way."""
+    from latentmill.engine.guards import watermark
+
+    taken = []
+    svd = watermark._mark_by_svd
+    monkeypatch.setattr(watermark, limit, value)
+    monkeypatch.setattr(watermark, "_mark_by_svd", lambda blocks, bits: taken.append(len(blocks)) or svd(blocks, bits))
+    encoder = WatermarkEncoder()
+    encoder.set_watermark("bytes", TEXT.encode())
+    for name, picture in corpus(257, 259).items():
+        theirs = encoder.encode(picture[:, :, ::-1].copy(), "dwtDctSvd")[:, :, ::-1]
+        assert np.array_equal(embed_watermark(picture, TEXT, "dwtDctSvd"), theirs), name
+        decoded = WatermarkDecoder("bytes", 136).decode(theirs[:, :, ::-1].copy(), "dwtDctSvd")
+        assert read_watermark(np.ascontiguousarray(theirs), len(TEXT), "dwtDctSvd") == decoded, name
+    assert sum(taken) > 500
 
 
 def test_marking_needs_neither_torch_nor_the_library():

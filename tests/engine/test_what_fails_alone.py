@@ -1,4 +1,4 @@
-"""A row whose decode overflows, a retry that keeps its noise, a first stage whose latents are shifted."""
+"""A row whose decode overflows, a retry that keeps its noise, an autoencoder whose latents are shifted."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def rounded(folder: Path, dtype: torch.dtype) -> Engine:
     """An engine whose weights are those of bfloat16, in `dtype`, which a CPU is refused otherwise."""
     engine = load(folder)
     engine.dtype = dtype
-    for network in (*engine._models.text.networks, engine._models.unet, engine._models.vae):
+    for network in (*engine._models.text.networks, engine._models.denoiser, engine._models.autoencoder):
         network.bfloat16().to(dtype)
     return engine
 
@@ -48,7 +48,7 @@ class Remembers:
 def test_a_decode_that_is_not_finite_fails_alone_and_is_never_shown_to_the_checker(eps_model, monkeypatch, poison):
     engine = load(eps_model)
     before = [result.pixels for result in engine.generate(ROWS)]
-    vae, checker = engine._models.vae, Remembers()
+    vae, checker = engine._models.autoencoder, Remembers()
     decode = vae.decode
 
     def poisoned(latents):
@@ -73,7 +73,7 @@ def test_a_retry_in_full_precision_keeps_the_noise_that_was_given(eps_model, mon
     exact, half = rounded(eps_model, torch.float32), rounded(eps_model, torch.bfloat16)
     expected = [result.pixels for result in exact.generate(ROWS, noise=noise)]
     unlike = [result.pixels for result in exact.generate(ROWS)]
-    decode = type(half._models.vae).decode
+    decode = type(half._models.autoencoder).decode
 
     def overflows_in_half(vae, latents):
         decoded = decode(vae, latents)
@@ -81,7 +81,7 @@ def test_a_retry_in_full_precision_keeps_the_noise_that_was_given(eps_model, mon
             decoded[1], decoded[3] = float("nan"), float("inf")
         return decoded
 
-    monkeypatch.setattr(type(half._models.vae), "decode", overflows_in_half)
+    monkeypatch.setattr(type(half._models.autoencoder), "decode", overflows_in_half)
     results = half.generate(ROWS, noise=noise)
     assert [result.precision for result in results] == ["bf16", "fp32-retry", "bf16", "fp32-retry"]
     assert [result.status for result in results] == ["ok"] * 4

@@ -122,7 +122,9 @@ def test_every_column_says_where_it_comes_from() -> None:
         assert (column.value is None) == (column.source in {"postprocess", "storage"}), column.name
 
 
-@pytest.mark.parametrize(("version", "digest"), [(2, "4cb244c56f51226b"), (3, "1f91cc123bb6ed39")])
+@pytest.mark.parametrize(
+    ("version", "digest"), [(2, "4cb244c56f51226b"), (3, "1f91cc123bb6ed39"), (4, "e112f0eee6f1bdbc")]
+)
 def test_the_columns_of_a_format_that_is_in_use_never_change(version: int, digest: str) -> None:
     """A new column says `since=` the next format, or outputs that lie somewhere could not be read any more."""
     schema = "\n".join(f"{field.name} {field.type}" for field in own_fields(version))

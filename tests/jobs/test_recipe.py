@@ -119,7 +119,7 @@ IDENTITY: Mapping[str, Callable[[Recipe, dict[str, Any]], object]] = {
 SAMPLES_OWN = {"parameters", "axes", "manifest"}
 """What has become the request of each sample."""
 SEEN_BY_ITS_EFFECT = {"chunk_size", "watermark_policy"}
-"""Which batch and slot a sample came into, and which mark it got in the end: the row says both."""
+"""Which batch and slot a sample came into, and which watermark it got in the end: the row says both."""
 
 
 def test_every_setting_that_can_change_a_picture_is_in_its_row(

@@ -39,6 +39,7 @@ def assert_same(out: str, undisturbed: Dataset) -> None:
     assert verify(out).defects == ()
 
 
+@pytest.mark.slow
 def test_killed_again_and_again_at_random_moments(
     prompts: Path, tiny_model: Path, undisturbed: Dataset, tmp_path: Path
 ) -> None:

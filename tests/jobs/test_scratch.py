@@ -27,7 +27,7 @@ def test_the_folder_is_private_and_gone_afterwards(tmp_path: Path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_only_the_folders_of_the_dead_are_swept(tmp_path: Path):
+def test_only_the_folders_of_the_dead_are_removed(tmp_path: Path):
     script = (
         "import sys, time; from pathlib import Path; from latentmill.jobs.scratch import scratch_folder\n"
         "with scratch_folder(Path(sys.argv[1]), 'lm-') as folder: print(folder, flush=True); time.sleep(60)\n"
@@ -62,7 +62,7 @@ def test_the_base_leaves_room_for_socket_paths():
     assert len(str(short_base())) <= 12
 
 
-def test_the_spool_of_a_killed_driver_is_swept_by_the_next(
+def test_the_spool_of_a_killed_driver_is_removed_by_the_next(
     manifest: Callable[..., Path], tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     prompts, temporary = manifest(4), tmp_path / "tmp"

@@ -9,10 +9,10 @@ import pytest
 
 from latentmill.jobs.errors import UsageError
 from latentmill.jobs.job import open_job
+from latentmill.jobs.job_file import resolve
 from latentmill.jobs.outputs.status import status
 from latentmill.jobs.outputs.verify import verify
 from latentmill.jobs.runner import SHARD_DONE
-from latentmill.jobs.spec import resolve
 from tests.jobs.driver import committed_generations, job_spec, read_dataset, run, start
 from tests.jobs.fakes import broken_engine
 from tests.jobs.traps import KillAt

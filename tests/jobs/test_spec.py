@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from latentmill.jobs.errors import UsageError
-from latentmill.jobs.spec import SETTINGS, load_job_file, resolve
+from latentmill.jobs.job_file import load_job_file, resolve
+from latentmill.jobs.spec import SETTINGS
 
 EXAMPLES = sorted((Path(__file__).parents[2] / "configs" / "jobs").glob("*.yaml"))
 

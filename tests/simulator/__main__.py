@@ -31,7 +31,7 @@ def main() -> int:
     seconds = time.monotonic() - started
     totals = {
         name: sum(getattr(outcome, name) for outcome in outcomes)
-        for name in ("steps", "kills", "freezes", "faults", "lost", "swept", "conflicts", "repaired", "sleepers")
+        for name in ("steps", "kills", "freezes", "faults", "lost", "cleaned", "conflicts", "repaired", "sleepers")
     }
     print(
         f"{len(outcomes)} schedules from seed {first} in {seconds:.0f} s ({len(outcomes) / seconds:.0f} a second), "

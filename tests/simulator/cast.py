@@ -1,4 +1,4 @@
-"""Who acts: drivers with their crews, sweepers, and the two plans they may have. All protocol code is the real one."""
+"""Who acts: drivers with their crews, cleaners, and the two plans they may have. All protocol code is the real one."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ class Cast:
         self.tokens = itertools.count(1)
         self.crews: dict[str, list[Actor]] = {}
         self.summaries: list[RunSummary] = []
-        self.conflicts = self.lost = self.repaired = self.swept = 0
+        self.conflicts = self.lost = self.repaired = self.cleaned = 0
         self.heals = 0.6
         """The chance that a sample which failed does not fail again when it is repaired."""
 
@@ -137,18 +137,18 @@ class Cast:
         actor.on_loss = restart
         return actor
 
-    def sweeper(self, sweeps: int, *, longest_pause: float, mortal: bool = True) -> Actor:
+    def cleaner(self, cleanings: int, *, longest_pause: float, mortal: bool = True) -> Actor:
         """Someone who types `latentmill clean` now and then."""
 
-        def sweep() -> None:
-            for _ in range(sweeps):
+        def clean() -> None:
+            for _ in range(cleanings):
                 self.world.pause(self.world.random.uniform(0, longest_pause))
                 try:
-                    self.swept += latentmill.jobs.outputs.clean.clean(URL).images
+                    self.cleaned += latentmill.jobs.outputs.clean.clean(URL).images
                 except (StorageError, UsageError):
                     continue  # there is no plan yet, or the store is out of order
 
-        return self.world.spawn(f"sweeper{next(self.numbers)}", sweep, mortal=mortal)
+        return self.world.spawn(f"cleaner{next(self.numbers)}", clean, mortal=mortal)
 
     def _finished(self, plan: SimulatedPlan, summary: RunSummary, failed_before: set[int]) -> None:
         self.summaries.append(summary)

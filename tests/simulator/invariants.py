@@ -128,8 +128,8 @@ def check_end(world: World, plan: SimulatedPlan) -> None:
     _must(counts == publication.counts, "I9: the publication counts other rows than it has")
 
 
-def check_swept(world: World) -> None:
-    """After a last sweep, days later, nothing is left of all that was lost or superseded."""
+def check_cleaned(world: World) -> None:
+    """After a last cleaning, days later, nothing is left of all that was lost or superseded."""
     objects = world.store.objects
     publication = Publication.from_json(objects[MANIFEST_PATH])
     named = {part.path for part in (*publication.parts, *publication.captions)}
@@ -137,7 +137,7 @@ def check_swept(world: World) -> None:
         if path.startswith("ledger/"):
             named |= {row["image"] for row in record_rows(data)}
     left = sorted(path for path in objects if path.startswith(("images/", "dataset/")) and path not in named)
-    _must(not left, f"the sweeper left {left}")
+    _must(not left, f"the cleaner left {left}")
 
 
 @lru_cache

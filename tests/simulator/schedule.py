@@ -1,4 +1,4 @@
-"""One seed, one schedule: disturbed drivers, crews and sweepers, then a last undisturbed run and the audit."""
+"""One seed, one schedule: disturbed drivers, crews and cleaners, then a last undisturbed run and the audit."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from latentmill.jobs.outputs.clean import GRACE_SECONDS
 from latentmill.jobs.runner import RunSummary
 from tests.simulator.cast import Cast, installed
-from tests.simulator.invariants import Watch, check_end, check_swept
+from tests.simulator.invariants import Watch, check_cleaned, check_end
 from tests.simulator.plans import PLANS, SimulatedPlan
 from tests.simulator.reading import standing_plan
 from tests.simulator.world import Violation, Weather, World, digest
@@ -21,7 +21,7 @@ _TRACE_SHOWN = 60
 class Outcome:
     """What happened in a schedule. `trace` is the digest of every event: equal digests, equal schedules.
 
-    `lost` attempts were finished and outrun by another, `swept` images were deleted, `conflicts` are drivers refused.
+    `lost` attempts were finished and outrun by another, `cleaned` images were deleted, `conflicts` are drivers refused.
     `repaired` counts repair records, `sleepers` manifests that were older than the ledger when they were written.
     """
 
@@ -31,7 +31,7 @@ class Outcome:
     freezes: int
     faults: int
     lost: int
-    swept: int
+    cleaned: int
     conflicts: int
     repaired: int
     sleepers: int
@@ -66,7 +66,7 @@ def run_schedule(seed: int) -> Outcome:
         freezes=world.freezes,
         faults=world.faults,
         lost=cast.lost,
-        swept=cast.swept,
+        cleaned=cast.cleaned,
         conflicts=cast.conflicts,
         repaired=cast.repaired,
         sleepers=watch.sleepers,
@@ -92,7 +92,7 @@ def _play(world: World, cast: Cast, chooser: random.Random) -> None:
         retry, after = chooser.random() < retries, chooser.uniform(0, chooser.choice([3, 30]))
         cast.driver(plan, retry=retry, lives=chooser.randint(1, 4), after=after)
     for _ in range(chooser.randint(0, 2)):
-        cast.sweeper(chooser.randint(1, 6), longest_pause=chooser.choice([0.5, 2.0, 200_000.0]))
+        cast.cleaner(chooser.randint(1, 6), longest_pause=chooser.choice([0.5, 2.0, 200_000.0]))
     world.run()
 
     world.weather = CALM
@@ -109,10 +109,10 @@ def _play(world: World, cast: Cast, chooser: random.Random) -> None:
     if _run_undisturbed(world, cast, plan, retry=bool(retries)).generated or world.store.objects != before:
         raise Violation("I8: a finished job was run again, and something was generated or changed")
     world.now += 2 * GRACE_SECONDS
-    cast.sweeper(1, longest_pause=1.0, mortal=False)
+    cast.cleaner(1, longest_pause=1.0, mortal=False)
     world.run()
     check_end(world, plan)
-    check_swept(world)
+    check_cleaned(world)
 
 
 def _run_undisturbed(world: World, cast: Cast, plan: SimulatedPlan, *, retry: bool = False) -> RunSummary:

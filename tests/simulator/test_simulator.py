@@ -29,7 +29,7 @@ def test_the_invariants_hold_in_every_schedule() -> None:
     first = int(os.environ.get("LATENTMILL_TEST_SEED", random.randrange(2**32)))
     print(f"LATENTMILL_TEST_SEED={first}")
     outcomes = [run_schedule(seed) for seed in range(first, first + SCHEDULES)]
-    for name in ("kills", "freezes", "faults", "lost", "swept", "conflicts", "repaired"):
+    for name in ("kills", "freezes", "faults", "lost", "cleaned", "conflicts", "repaired"):
         assert sum(getattr(outcome, name) for outcome in outcomes) > SCHEDULES // 50, f"too few {name} to mean anything"
 
 
@@ -77,7 +77,7 @@ def test_committing_before_the_images_are_written_is_caught(monkeypatch: pytest.
     assert_caught("I2", within=10)
 
 
-def test_sweeping_attempts_at_open_chunks_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cleaning_attempts_at_open_chunks_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     losers = clean_module._Cleaning._losers
 
     def everything_if_open(self, found):
@@ -155,7 +155,7 @@ def test_a_publication_that_stands_without_the_last_repairs_is_caught(monkeypatc
     assert_caught("I9", within=50)
 
 
-def test_sweeping_repairs_by_their_commit_record_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cleaning_repairs_by_their_commit_record_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     def by_the_commit_record(self, found):
         chunk, attempts = found
         record = self._job.ledger.read(chunk)

@@ -68,7 +68,7 @@ def main() -> int:
 def _soak(arguments: argparse.Namespace, folder: Path, family: Family, tally: Tally) -> None:
     short = arguments.minutes < _SHORT
     faults = Faults() if short else Faults(delay_seconds=10.0, freeze=0.0005)
-    climate = Climate(driver=25, interrupt=45, node=35, head=70, sweep=20, longest_stop=8) if short else Climate()
+    climate = Climate(driver=25, interrupt=45, node=35, head=70, clean=20, longest_stop=8) if short else Climate()
     samples: dict[Model, int] = {"fake": 80, "embedded": 40} if short else {"fake": 400, "embedded": 120}
     with ExitStack() as stack:
         (folder / "s3").mkdir()

@@ -142,16 +142,16 @@ def _i5(finished: Finished) -> list[str]:
 
 
 def _i6(finished: Finished) -> list[str]:
-    """A last sweep removes every attempt that lost, and no referenced object."""
-    swept = clean(finished.out)
-    if swept.exit_code != 0:
-        return [f"the sweep could not read the records of chunks {swept.unreadable_chunks}"]
+    """A last cleaning removes every attempt that lost, and no referenced object."""
+    cleaned = clean(finished.out)
+    if cleaned.exit_code != 0:
+        return [f"the cleaning could not read the records of chunks {cleaned.unreadable_chunks}"]
     job = open_job(finished.out)
     records = (job.ledger.read(chunk) for chunk in range(job.plan.n_chunks))
     referenced = {image for record in records if record for image in record.table.column("image").to_pylist()} - {None}
     stored = {path for path, _ in pictures(job.storage)}
     missing, left = sorted(referenced - stored), sorted(stored - referenced)
-    return [f"{path} is referenced and gone" for path in missing] + [f"{path} was left by the sweep" for path in left]
+    return [f"{path} is referenced and gone" for path in missing] + [f"{path} was left by `clean`" for path in left]
 
 
 def _i7(finished: Finished) -> list[str]:

@@ -1,4 +1,4 @@
-"""The storm: what is killed, stopped, interrupted or swept next, and when, follows from a seed."""
+"""The storm: what is killed, stopped, interrupted or cleaned next, and when, follows from a seed."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Climate:
     interrupt: float = 100.0
     node: float = 80.0
     head: float = 300.0
-    sweep: float = 40.0
+    clean: float = 40.0
     longest_stop: float = 40.0
 
 
@@ -43,21 +43,21 @@ class Storm:
     chooser: random.Random
     kills: Counter[str] = field(default_factory=Counter)
     stops: Counter[str] = field(default_factory=Counter)
-    sweeps: Counter[int] = field(default_factory=Counter)
+    cleanings: Counter[int] = field(default_factory=Counter)
     events: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self._begin = time.monotonic()
         self._stopped: list[tuple[float, int]] = []
         self._later: list[tuple[float, Driver, int]] = []
-        self._sweepers: list[subprocess.Popen[bytes]] = []
+        self._cleaners: list[subprocess.Popen[bytes]] = []
         self._acts: dict[str, Callable[[], bool]] = {
             "worker": self._worker,
             "driver": self._driver,
             "interrupt": self._interrupt,
             "node": self._node,
             "head": self._head,
-            "sweep": self._sweep,
+            "clean": self._clean,
         }
         self._next = {kind: self._begin + self._pause(kind) for kind in self._acts}
 
@@ -133,24 +133,24 @@ class Storm:
         self._note("killed the head and all on it")
         return True
 
-    def _sweep(self) -> bool:
-        self._collect_sweepers()
+    def _clean(self) -> bool:
+        self._collect_cleaners()
         command = [sys.executable, "-m", "latentmill", "clean", self.out]
         command += ["--dry-run"] if self.chooser.random() < 0.3 else []
         log = self.folder / "clean.log"
-        self._sweepers.append(self.family.start(command, self.cluster.environment, log, cwd=self.folder))
+        self._cleaners.append(self.family.start(command, self.cluster.environment, log, cwd=self.folder))
         return True
 
-    def _collect_sweepers(self) -> None:
-        ended = [sweeper for sweeper in self._sweepers if sweeper.poll() is not None]
-        self.sweeps.update(sweeper.returncode for sweeper in ended)
-        self._sweepers = [sweeper for sweeper in self._sweepers if sweeper not in ended]
+    def _collect_cleaners(self) -> None:
+        ended = [cleaner for cleaner in self._cleaners if cleaner.poll() is not None]
+        self.cleanings.update(cleaner.returncode for cleaner in ended)
+        self._cleaners = [cleaner for cleaner in self._cleaners if cleaner not in ended]
 
     def end(self) -> None:
-        """Wait for the sweepers that are still at it."""
-        for sweeper in self._sweepers:
-            sweeper.wait(120)
-        self._collect_sweepers()
+        """Wait for the cleaners that are still at it."""
+        for cleaner in self._cleaners:
+            cleaner.wait(120)
+        self._collect_cleaners()
 
     def _kill(self, kind: str, pid: int) -> bool:
         if not send(pid, signal.SIGKILL):

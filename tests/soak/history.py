@@ -101,7 +101,7 @@ def _count(tally: Tally, number: int, model: Model, storm: Storm, watch: Watch) 
     tally.looks += watch.looks
     tally.kills.update(storm.kills)
     tally.stops.update(storm.stops)
-    tally.sweeps.update(storm.sweeps)
+    tally.cleanings.update(storm.cleanings)
     for driver in storm.drivers:
         tally.endings.update(driver.endings)
         tally.complaints.update(driver.complaints)

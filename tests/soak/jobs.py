@@ -46,7 +46,7 @@ def fake_job(folder: Path, chooser: random.Random, samples: int) -> SoakJob:
 
 
 def embedded_job(folder: Path, variant: int, samples: int) -> SoakJob:
-    """The shipped model with few steps; the strict mark makes some rows fail, the low threshold flags some."""
+    """The shipped model with few steps; the strict watermark makes some rows fail, the low threshold flags some."""
     chooser = random.Random(f"embedded {variant}")
     rows = [
         {

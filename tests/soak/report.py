@@ -23,7 +23,7 @@ class Tally:
     requests: Counter[str] = field(default_factory=Counter)
     faults: Counter[str] = field(default_factory=Counter)
     endings: Counter[str] = field(default_factory=Counter)
-    sweeps: Counter[int] = field(default_factory=Counter)
+    cleanings: Counter[int] = field(default_factory=Counter)
     node_restarts: int = 0
     samples: int = 0
     chunks: int = 0
@@ -55,7 +55,7 @@ class Tally:
             *(f"  {count} x {complaint}" for complaint, count in self.complaints.most_common(8)),
             f"store        {requests} requests: {_list(self.requests)}",
             f"faults       {faults} ({100 * faults / max(1, requests):.0f} % of requests): {_list(self.faults)}",
-            f"sweeps       {sum(self.sweeps.values())} beside the drivers, by exit code: {_list(self.sweeps)}",
+            f"cleanings    {sum(self.cleanings.values())} beside the drivers, by exit code: {_list(self.cleanings)}",
             f"work lost    {self.attempts} attempts began to upload for {self.chunks} chunks",
             f"             the fake model was called {self.fake_calls} times for {self.fake_chunks} chunks",
             f"audits       {self.audits} of {', '.join(INVARIANTS)} each; {self.looks} looks at running outputs",

@@ -60,7 +60,7 @@ DAMAGE: dict[str, Callable[[Storage], object]] = {
     "I1": lambda storage: storage.delete(RECORD),
     "I2": lambda storage: storage.write(an_image(storage), b"not this picture"),
     "I3": lambda storage: storage.write(an_image(storage), b"not this picture"),
-    "I4": lambda storage: Storage.open("s3://test/audit").write("out-other", b"swept"),
+    "I4": lambda storage: Storage.open("s3://test/audit").write("out-other", b"touched"),
     "I6": lambda storage: storage.delete(an_image(storage)),
     "I7": lambda storage: storage.delete("_job/plan.json"),
     "I8": lambda storage: (storage.delete(RECORD), storage.delete(MANIFEST)),

@@ -36,6 +36,7 @@ def test_true_renders_are_recognised(seen, word):
     ("word", "choices"),
     [("background", scenes.BACKGROUNDS), ("colour", scenes.COLOURS), ("shape", scenes.SHAPES)],
 )
+@pytest.mark.slow
 def test_wrong_labels_score_at_chance(seen, word, choices):
     drawn, sightings = seen
     shifted = drawn[1:] + drawn[:1]
@@ -61,6 +62,7 @@ def test_a_blob_is_no_shape():
     assert judge.look(blob).shape is None
 
 
+@pytest.mark.slow
 def test_blurred_renders_are_still_recognised():
     import cv2
 
@@ -72,6 +74,7 @@ def test_blurred_renders_are_still_recognised():
     assert np.mean(right) >= 0.97
 
 
+@pytest.mark.slow
 def test_nearest_name_tells_pictures_apart():
     rng = np.random.default_rng(6)
     kinds = [

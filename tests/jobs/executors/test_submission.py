@@ -22,7 +22,8 @@ import pytest
 from latentmill import cli
 from latentmill.jobs.code import package_root
 from latentmill.jobs.errors import JobError, UsageError
-from latentmill.jobs.spec import JobSpec, resolve
+from latentmill.jobs.job_file import resolve
+from latentmill.jobs.spec import JobSpec
 from latentmill.jobs.store.storage import Storage
 from latentmill.jobs.submission import submission
 from latentmill.jobs.submission.api import JobInfo, JobState

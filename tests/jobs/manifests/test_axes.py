@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 
 from latentmill.jobs.errors import UsageError
+from latentmill.jobs.job_file import resolve
 from latentmill.jobs.manifests.axes import build_axes, count_combinations, parse_axis
-from latentmill.jobs.spec import resolve
 
 
 def axes_of(*flags):

@@ -12,8 +12,8 @@ import pytest
 from latentmill.engine.types import ModelSpec
 from latentmill.jobs.errors import UsageError
 from latentmill.jobs.job import open_job
+from latentmill.jobs.models.choice import ModelChoice, resolve_model
 from latentmill.jobs.models.place import ModelMismatchError, place_model
-from latentmill.jobs.models.presets import ModelChoice, resolve_model
 from latentmill.jobs.plans.plan import adopt, draft_plan
 from latentmill.jobs.spec import JobSpec
 from latentmill.jobs.store.storage import Storage

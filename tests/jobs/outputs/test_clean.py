@@ -1,4 +1,4 @@
-"""`clean` sweeps what lost and what was left behind, and never what a dataset may still need."""
+"""`clean` removes what lost and what was left behind, and never what a dataset may still need."""
 
 from __future__ import annotations
 
@@ -47,14 +47,14 @@ def everything(storage: Storage) -> set[str]:
     return {path for path, _ in storage.list("")} | {path for path, _ in storage.list_hidden("")}
 
 
-def test_attempts_that_lost_are_swept_and_nothing_else(out: str) -> None:
+def test_attempts_that_lost_are_removed_and_nothing_else(out: str) -> None:
     storage = Storage.open(out)
     before, dataset = everything(storage), read_dataset(out)
     lost = leave_behind(storage, 0) | leave_behind(storage, 0, OTHER) | leave_behind(storage, 2)
-    swept = clean(out, dry_run=True)
-    assert (swept.attempts, swept.images, swept.objects, swept.bytes, swept.exit_code) == (3, 6, 6, 600, 0)
+    removed = clean(out, dry_run=True)
+    assert (removed.attempts, removed.images, removed.objects, removed.bytes, removed.exit_code) == (3, 6, 6, 600, 0)
     assert everything(storage) == before | lost
-    assert clean(out).to_dict() == {**swept.to_dict(), "dry_run": False}
+    assert clean(out).to_dict() == {**removed.to_dict(), "dry_run": False}
     assert everything(storage) == before
     assert clean(out).objects == 0
     assert read_dataset(out) == dataset
@@ -92,7 +92,7 @@ def test_what_is_not_ours_is_left_alone(out: str) -> None:
     assert everything(storage) == before
 
 
-def test_leftovers_are_swept_once_they_are_old(out: str) -> None:
+def test_leftovers_are_removed_once_they_are_old(out: str) -> None:
     storage = Storage.open(out)
     before = everything(storage)
     kinds = {
@@ -138,7 +138,7 @@ def test_a_damaged_record_protects_its_chunk(out: str) -> None:
     assert lost.isdisjoint(everything(storage))
 
 
-def test_another_plans_record_stops_the_sweep(out: str, tiny_model: Path, manifest: Manifest, tmp_path: Path) -> None:
+def test_another_plans_record_stops_clean(out: str, tiny_model: Path, manifest: Manifest, tmp_path: Path) -> None:
     storage, other = Storage.open(out), str(tmp_path / "other")
     run(job_spec(tiny_model, manifest(PROMPTS), other, seed=7))
     storage.write(record_path(0), Storage.open(other).read(record_path(0)))
@@ -148,14 +148,14 @@ def test_another_plans_record_stops_the_sweep(out: str, tiny_model: Path, manife
     assert kept <= everything(storage)
 
 
-def test_a_sweep_that_is_killed_in_the_middle_is_harmless(out: str) -> None:
+def test_a_cleaning_that_is_killed_in_the_middle_is_harmless(out: str) -> None:
     storage = Storage.open(out)
     before, dataset = everything(storage), read_dataset(out)
     lost = leave_behind(storage, 0, images=20)
-    sweeper = PROCESSES.Process(target=_clean_and_die, args=(out,))
-    sweeper.start()
-    sweeper.join(60)
-    assert sweeper.exitcode == -signal.SIGKILL
+    cleaner = PROCESSES.Process(target=_clean_and_die, args=(out,))
+    cleaner.start()
+    cleaner.join(60)
+    assert cleaner.exitcode == -signal.SIGKILL
     left = everything(storage)
     assert before < left < before | lost
     assert verify(out).defects == ()
@@ -177,19 +177,19 @@ def _clean_and_die(out: str) -> None:
     clean(out)
 
 
-def test_sweeping_beside_running_drivers(tiny_model: Path, manifest: Manifest, tmp_path: Path) -> None:
+def test_cleaning_beside_running_drivers(tiny_model: Path, manifest: Manifest, tmp_path: Path) -> None:
     out = str(tmp_path / "out")
     spec = job_spec(tiny_model, manifest(24), out)
     run(job_spec(tiny_model, manifest(24), tmp_path / "whole"))
-    stop, sweeps = threading.Event(), []
+    stop, removed = threading.Event(), []
 
-    def sweep() -> None:
+    def clean_again() -> None:
         while not stop.is_set():
             if Path(out, "_job/plan.json").exists():
-                sweeps.append(clean(out).images)
+                removed.append(clean(out).images)
 
-    sweeper = threading.Thread(target=sweep)
-    sweeper.start()
+    cleaner = threading.Thread(target=clean_again)
+    cleaner.start()
     try:
         drivers = [threading.Thread(target=run, args=(spec,)) for _ in range(2)]
         for driver in drivers:
@@ -198,9 +198,9 @@ def test_sweeping_beside_running_drivers(tiny_model: Path, manifest: Manifest, t
             driver.join()
     finally:
         stop.set()
-        sweeper.join()
+        cleaner.join()
     clean(out)
-    assert len(sweeps) > 1
+    assert len(removed) > 1
     assert verify(out).defects == ()
     assert read_dataset(out) == read_dataset(str(tmp_path / "whole"))
     referenced = read_dataset(out).rows.num_rows
@@ -232,7 +232,7 @@ def leave_repair_behind(storage: Storage, chunk: int, number: int, attempt: str 
     return path
 
 
-def test_attempts_at_repairs_that_lost_are_swept_and_nothing_else(out: str) -> None:
+def test_attempts_at_repairs_that_lost_are_removed_and_nothing_else(out: str) -> None:
     storage = Storage.open(out)
     early = start_repair(out, 1)
     lost = {leave_repair_behind(storage, 1, 1)}
@@ -245,10 +245,10 @@ def test_attempts_at_repairs_that_lost_are_swept_and_nothing_else(out: str) -> N
     assert "-r1-" in next(iter(late))
     kept = {leave_repair_behind(storage, 1, 2), leave_repair_behind(storage, 0, 1)}
     before = everything(storage)
-    swept = clean(out, dry_run=True)
-    assert (swept.attempts, swept.images, swept.open_attempts, swept.exit_code) == (2, 2, 2, 0)
+    removed = clean(out, dry_run=True)
+    assert (removed.attempts, removed.images, removed.open_attempts, removed.exit_code) == (2, 2, 2, 0)
     assert everything(storage) == before
-    assert clean(out).to_dict() == {**swept.to_dict(), "dry_run": False}
+    assert clean(out).to_dict() == {**removed.to_dict(), "dry_run": False}
     assert everything(storage) == before - lost - late
     assert kept <= everything(storage)
     publish(open_job(out))
@@ -265,7 +265,7 @@ def test_a_damaged_repair_protects_its_chunk(out: str) -> None:
     assert kept <= everything(storage)
 
 
-def test_parts_of_a_publication_before_are_swept_once_they_are_old(out: str) -> None:
+def test_parts_of_a_publication_before_are_removed_once_they_are_old(out: str) -> None:
     """As they are left by a publisher that was killed after its manifest, or that was overtaken."""
     storage = Storage.open(out)
     (old,) = {path for path, _ in storage.list("dataset")} - {MANIFEST_PATH}

@@ -49,7 +49,7 @@ def test_what_is_repaired_has_not_failed(out: str, monkeypatch: pytest.MonkeyPat
     assert failed_rows(job, publication) == ()
 
 
-def test_parts_that_were_swept_have_nothing_to_say(out: str) -> None:
+def test_parts_that_were_removed_have_nothing_to_say(out: str) -> None:
     job = open_job(out)
     publication = publish(job)
     job.storage.delete(publication.parts[0].path)

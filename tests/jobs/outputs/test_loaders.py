@@ -59,6 +59,7 @@ def test_readers_of_parquet_take_the_folder_as_it_is(out: Path, rows: list[dict[
     assert found == [(row["sample_id"], row["prompt"]) for row in rows]
 
 
+@pytest.mark.cluster
 def test_ray_data_takes_the_folder_as_it_is(out: Path, rows: list[dict[str, Any]]) -> None:
     command = [sys.executable, "-c", READ_BY_RAY, str(out / "dataset")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=True)

@@ -14,7 +14,8 @@ from transformers import CLIPConfig, CLIPImageProcessorPil
 
 from latentmill.engine import Engine
 from latentmill.jobs.errors import UsageError
-from latentmill.jobs.models.presets import ModelChoice, list_presets, resolve_model
+from latentmill.jobs.models.choice import ModelChoice, resolve_model
+from latentmill.jobs.models.presets import list_presets
 from latentmill.jobs.plans.plan import adopt, draft_plan
 from latentmill.jobs.runner import run_job
 from latentmill.jobs.store.storage import Storage

@@ -9,9 +9,9 @@ import pyarrow as pa
 import pytest
 
 from latentmill.jobs.errors import UsageError
+from latentmill.jobs.job_file import SAMPLE_MANIFEST, resolve
 from latentmill.jobs.plans.ids import IdCounter
 from latentmill.jobs.plans.plan import draft_plan
-from latentmill.jobs.spec import SAMPLE_MANIFEST, resolve
 
 
 @pytest.fixture
@@ -105,6 +105,9 @@ def test_without_prompts_the_sample_of_the_package_is_drawn_and_said(tiny_model,
     with draft_plan(spec) as drafted:
         (note,) = drafted.notes
     assert "sample prompts" in note
+    named = resolve(None, {"prompts": [str(SAMPLE_MANIFEST)], "model": str(tiny_model)}, or_sample=True)
+    with draft_plan(named) as drafted:
+        assert drafted.notes == (), "who names it knows"
     (tmp_path / "job.yaml").write_text(json.dumps({"seed": 1}))
     with pytest.raises(UsageError, match="no manifest is named"):
         resolve(str(tmp_path / "job.yaml"), {}, or_sample=True)

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from latentmill.jobs.errors import JobError, OutputConflictError, UsageError
+from latentmill.jobs.job_file import resolve
 from latentmill.jobs.manifests import readers
 from latentmill.jobs.models.presets import list_presets
 from latentmill.jobs.plans import plan as plan_module
@@ -22,7 +23,7 @@ from latentmill.jobs.plans import snapshot
 from latentmill.jobs.plans.plan import adopt, draft_plan, load_plan
 from latentmill.jobs.plans.planned import fingerprint
 from latentmill.jobs.settings import settings_of
-from latentmill.jobs.spec import JobSpec, Runtime, resolve
+from latentmill.jobs.spec import JobSpec, Runtime
 from latentmill.jobs.store.storage import Storage
 
 
@@ -106,7 +107,7 @@ CHANGES = {
     "guidance": {"guidance_scale": 3.0}, "negative": {"negative_prompt": "x"}, "sampler": {"sampler": "plms"},
     "eta": {"eta": 0.5}, "images": {"num_images": 2}, "sweep": {"sweep": ["seed=0:2"]}, "chunk": {"chunk_size": 16},
     "batch": {"batch_size": 2}, "safety": {"safety": "none"}, "threshold": {"nsfw_threshold": 0.5},
-    "flagged": {"on_flagged": "keep"}, "watermark": {"watermark": "dwtDct"}, "mark": {"watermark_text": "other"},
+    "flagged": {"on_flagged": "keep"}, "watermark": {"watermark": "dwtDct"}, "text": {"watermark_text": "other"},
     "threads": {"threads_per_actor": 3}, "device": {"device": "cuda"}, "policy": {"watermark_policy": "require"},
     "syntax": {"prompt_syntax": "a1111"}, "long": {"long_prompts": "chunk"},
     "prediction": {"prediction_type": "v_prediction"}, "spacing": {"timestep_spacing": "trailing"},
@@ -211,7 +212,8 @@ import re, sys
 from pathlib import Path
 from latentmill.jobs.plans.plan import draft_plan
 from latentmill.jobs.settings import settings_of
-from latentmill.jobs.spec import JobSpec, Runtime, resolve
+from latentmill.jobs.job_file import resolve
+from latentmill.jobs.spec import JobSpec, Runtime
 with draft_plan(resolve(None, {"prompts": [sys.argv[1]], "model": sys.argv[2], "sweep": ["seed=0:1000"]})) as draft:
     peak = int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) // 1024
     print(draft.grid.n_samples, peak)
@@ -438,7 +440,7 @@ BAD_JOBS = {
     "a file as model": (lambda put, half: {"model": put("m.ckpt", "x")}, ["m.ckpt"]),
     "revision": (lambda put, half: {"revision": "main"}, ["revision 'main'"]),
     "odd size": (lambda put, half: {"width": 257}, ["width 257", "multiple of 8", "256 or 264"]),
-    "small for the mark": (lambda put, half: {"width": 128}, ["128x256", "65,536", "watermark none"]),
+    "small for the watermark": (lambda put, half: {"width": 128}, ["128x256", "65,536", "watermark none"]),
     "plms with eta": (lambda put, half: {"sampler": "plms", "eta": 0.3}, ["eta 0.3", "plms"]),
     "euler_a with eta": (lambda put, half: {"sampler": "euler_a", "eta": 0.3}, ["eta 0.3", "euler_a", "sampler ddim"]),
     "steps that do not fit": (
@@ -452,11 +454,11 @@ BAD_JOBS = {
     "spacing": (lambda put, half: {"timestep_spacing": "even"}, ["timestep_spacing 'even'", "trailing"]),
     "tokenizer of a folder": (lambda put, half: {"tokenizer": "x/y"}, ["tokenizer is 'x/y'", "leave it out"]),
     "no checker": (lambda put, half: {"safety": "clip-concepts"}, ["clip-concepts", "safety_checker", "open-nsfw"]),
-    "no mark to require": (
+    "no watermark to require": (
         lambda put, half: {"watermark": "none", "watermark_policy": "require"},
         ["watermark_policy 'require'", "watermark is none"],
     ),
-    "a mark of chance": (
+    "a watermark of chance": (
         lambda put, half: {"watermark_text": "ab", "watermark_policy": "retry"},
         ["watermark_text 'ab' has 16 bits", "3 bytes"],
     ),

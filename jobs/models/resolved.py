@@ -1,0 +1,65 @@
+"""A model that was found, read and hashed: what a plan keeps of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from latentmill.engine import ModelSpec
+from latentmill.jobs.models.cache import listing_digest
+from latentmill.jobs.models.presets import model_place
+
+_WEIGHTS = (".safetensors", ".ckpt", ".bin")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ResolvedModel:
+    """A complete model that exists, and what it implies for a job.
+
+    `source` is what the user named; it stays valid on another machine, where the files may be elsewhere. `revision` is
+    the commit that a hub id stood for. The next three are as `ModelSpec` takes them, the two after them what the model
+    works with. `files` maps each file that can change a pixel to its sha256. `license` is known of a preset's own
+    weights.
+    """
+
+    source: str
+    revision: str | None
+    tokenizer: str | None
+    prediction_type: str | None
+    timestep_spacing: str | None
+    predicts: str
+    spacing: str
+    name: str
+    family: str
+    factor: int
+    latent_channels: int
+    max_tokens: int | None
+    files: Mapping[str, str]
+    license: str | None = None
+
+    @property
+    def digest(self) -> str:
+        """One hash over all the files' names and hashes."""
+        return listing_digest(self.files)
+
+    @property
+    def weights_digest(self) -> str:
+        """The sha256 of the single file, or of the denoiser's weights: what web UIs call the model's hash."""
+        single_file = (digest for path, digest in self.files.items() if "/" not in path and path.endswith(_WEIGHTS))
+        denoiser = (
+            digest
+            for path, digest in self.files.items()
+            if path.startswith(("unet/", "transformer/")) and path.endswith(_WEIGHTS)
+        )
+        return next(single_file, next(denoiser, ""))
+
+    @property
+    def spec(self) -> ModelSpec:
+        """The model by name: `jobs.models.place.place_model` makes it one that the engine may load."""
+        return ModelSpec(
+            model=model_place(self.source),
+            revision=self.revision,
+            tokenizer=self.tokenizer,
+            prediction_type=self.prediction_type,
+            timestep_spacing=self.timestep_spacing,
+        )

@@ -1,0 +1,20 @@
+"""One image to be made, as the plan says it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from latentmill.engine import GenerationRequest
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PlannedSample:
+    """One image to be made. `extra` holds the row's carried columns under their names in the commit record."""
+
+    ordinal: int
+    sample_id: str
+    row_number: int
+    row_id: str
+    request: GenerationRequest
+    extra: dict[str, Any]

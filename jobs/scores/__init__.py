@@ -1,0 +1,1 @@
+"""Scores of pictures: the table of scorers, and the files beside a dataset that hold their columns."""
