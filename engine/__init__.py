@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from latentmill.engine.loading.describe import ModelDescription, describe_model, load_tokenizer
     from latentmill.engine.sampling.levels import check_steps
     from latentmill.engine.sampling.noise import NoiseStream
+    from latentmill.engine.sampling.queues import Loop, count_passes, passes, queue_rows
     from latentmill.engine.sampling.table import (
         FOLDER_SAMPLER,
         SAMPLER_CHOICES,
@@ -50,13 +51,17 @@ _HOME = {
     "SAMPLER_CHOICES": "sampling.table",
     "SAMPLER_LABELS": "sampling.table",
     "Engine": "engine",
+    "Loop": "sampling.queues",
     "ModelDescription": "loading.describe",
     "NoiseStream": "sampling.noise",
     "check_steps": "sampling.levels",
+    "count_passes": "sampling.queues",
     "describe_model": "loading.describe",
     "embed_watermark": "guards.watermark",
     "load_tokenizer": "loading.describe",
     "parse_prompt": "text.prompts",
+    "passes": "sampling.queues",
+    "queue_rows": "sampling.queues",
     "read_watermark": "guards.watermark",
     "watermark_bit_accuracy": "guards.watermark",
 }
@@ -79,6 +84,7 @@ __all__ = [
     "EngineError",
     "GenerationRequest",
     "GenerationResult",
+    "Loop",
     "ModelDescription",
     "ModelSpec",
     "NoiseStream",
@@ -86,10 +92,13 @@ __all__ = [
     "SafetyVerdict",
     "UncheckedResult",
     "check_steps",
+    "count_passes",
     "describe_model",
     "embed_watermark",
     "load_tokenizer",
     "parse_prompt",
+    "passes",
+    "queue_rows",
     "read_watermark",
     "watermark_bit_accuracy",
 ]

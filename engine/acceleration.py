@@ -81,8 +81,8 @@ def decode(vae: Autoencoder, latents: Tensor) -> Tensor:
 
 
 def upload(tensor: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the host on the device, without waiting for what the device is doing."""
-    if device.type != "cuda":
+    """A tensor on the device, without waiting for what the device is doing."""
+    if device.type != "cuda" or tensor.device.type == "cuda":
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from typing import Literal, Protocol
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from einops import rearrange
@@ -17,6 +16,7 @@ from latentmill.engine.device import execution_class, resolve_device, resolve_dt
 from latentmill.engine.guards.safety import SafetyChecker, judge, load_safety_checker
 from latentmill.engine.latent_diffusion import load_latent_diffusion
 from latentmill.engine.loading.describe import ModelDescription, describe_model
+from latentmill.engine.model import Drawn, Model
 from latentmill.engine.sampling.table import SAMPLERS_WITH_ETA
 from latentmill.engine.types import (
     SEED_LIMIT,
@@ -35,24 +35,8 @@ _PRECISION: dict[torch.dtype, Literal["fp32", "fp16", "bf16"]] = {
     torch.bfloat16: "bf16",
 }
 
-
-class Model(Protocol):
-    """Networks that make pictures of requests, at one precision."""
-
-    def batch_key(self, request: GenerationRequest) -> Hashable:
-        """What the rows of a batch share beside the loop key. Raises for a request that the model cannot take."""
-
-    def count_tokens(self, prompt: str) -> int:
-        """Tokens before truncation, start and end marks not included."""
-
-    def in_fp32(self) -> AbstractContextManager[Model]:
-        """The same model in full precision; this one must not be used within the context."""
-
-    def sample(self, rows: Sequence[GenerationRequest], noise: Sequence[Tensor] | None = None) -> tuple[Tensor, Tensor]:
-        """Pictures of rows that share both keys, `(n, 3, h, w) float32 in [0, 1]`, and which are finite, `(n,)`.
-
-        Raises EngineError if one of the rows is at fault.
-        """
+_MOST_BATCHES = 32
+"""Batches of rows that go through the slots of one batch in one go: their prompts are held meanwhile."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,24 +50,34 @@ class _Picture:
 _Outcome = _Picture | str | None
 """A picture, the reason why there is none, or None where a value was not finite."""
 
-_Pictures = Callable[[], list[_Outcome]]
-"""Waits for the outcomes of a batch that the device is working on."""
+
+@dataclass(frozen=True, slots=True)
+class _Sampled:
+    """What came of a request, and the slot that it had in its batch."""
+
+    outcome: _Outcome
+    slot: int
+
+
+_Outcomes = Callable[[], list[_Sampled]]
+"""Waits for what comes of requests that the device is working on."""
 
 
 @dataclass(frozen=True, slots=True)
-class _Batch:
-    """Requests of one batch that the device is working on."""
+class _Run:
+    """Requests of one shape that the device is working on."""
 
     requests: list[GenerationRequest]
     noise: list[Tensor] | None
-    pictures: _Pictures
+    outcomes: _Outcomes
 
 
 class Engine:
     """One text-to-image model on one device.
 
-    Every batch runs at `batch_size` rows, padded by repeating a row, so that a row's bits depend on its request alone
-    (on one execution class). Each sample draws all its noise from its own CPU generator, seeded with its seed.
+    Every pass runs at `batch_size` rows, padded by repeating rows, so that a row's bits depend on its request alone (on
+    one execution class): not on its slot, nor on its neighbours, which may have other samplers and numbers of steps.
+    Each sample draws all its noise from its own CPU generator, seeded with its seed.
     """
 
     def __init__(
@@ -193,24 +187,21 @@ class Engine:
         for index, request in enumerate(requests):
             try:
                 self._check_request(request)
-                groups[*request.loop_key, self._models.batch_key(request)].append(index)
+                groups[request.shape, self._models.batch_key(request)].append(index)
             except EngineError as error:
                 results[index] = self._unchecked(str(error), request, slot=0)
             except (ValueError, TypeError, OverflowError) as error:
                 results[index] = self._unchecked(f"{type(error).__name__}: {error}", request, slot=0)
-        batches = [
-            indices[start : start + self.batch_size]
-            for indices in groups.values()
-            for start in range(0, len(indices), self.batch_size)
-        ]
-        begun: tuple[list[int], _Batch] | None = None
-        for batch in batches:
-            given = None if noise is None else [noise[index] for index in batch]
-            following = self._begin([requests[index] for index in batch], given)
-            # A GPU has the next batch to work on before this thread waits for the last one.
+        most = self.batch_size * (_MOST_BATCHES if self._models.refills else 1)
+        runs = [indices[start : start + most] for indices in groups.values() for start in range(0, len(indices), most)]
+        begun: tuple[list[int], _Run] | None = None
+        for rows in runs:
+            given = None if noise is None else [noise[index] for index in rows]
+            following = self._begin([requests[index] for index in rows], given)
+            # A GPU has the next rows to work on before this thread waits for the last ones.
             if begun is not None:
                 results.update(zip(begun[0], self._finish(begun[1]), strict=True))
-            begun = batch, following
+            begun = rows, following
         if begun is not None:
             results.update(zip(begun[0], self._finish(begun[1]), strict=True))
         return [results[index] for index in range(len(requests))]
@@ -230,26 +221,28 @@ class Engine:
                 f"eta is {request.eta}; it must be 0 for {request.sampler}: it is {', '.join(SAMPLERS_WITH_ETA)}'s"
             )
 
-    def _begin(self, requests: list[GenerationRequest], noise: list[Tensor] | None) -> _Batch:
-        """Sample and decode up to `batch_size` requests of one loop key and batch key."""
-        return _Batch(requests, noise, self._sample(requests, noise, self._models))
+    def _begin(self, requests: list[GenerationRequest], noise: list[Tensor] | None) -> _Run:
+        """Sample and decode requests of one shape and batch key."""
+        return _Run(requests, noise, self._sample(requests, noise, self._models))
 
-    def _finish(self, batch: _Batch) -> list[UncheckedResult]:
-        """Wait for a batch's pictures; those that are not finite are made again in full precision.
+    def _finish(self, run: _Run) -> list[UncheckedResult]:
+        """Wait for a run's pictures; those that are not finite are made again in full precision.
 
-        The batch after it has begun by then. Its work comes first on the device, and so do its reads of the weights.
+        The run after it has begun by then. Its work comes first on the device, and so do its reads of the weights.
         """
-        pictures = batch.pictures()
-        broken = [slot for slot, picture in enumerate(pictures) if picture is None]
-        retried: dict[int, _Outcome] = {}
+        sampled = run.outcomes()
+        broken = [row for row, found in enumerate(sampled) if found.outcome is None]
+        retried: dict[int, _Sampled] = {}
         if broken and self.dtype != torch.float32:
-            again = None if batch.noise is None else [batch.noise[slot] for slot in broken]
+            again = None if run.noise is None else [run.noise[row] for row in broken]
             with self._models.in_fp32() as models:
-                finished = self._sample([batch.requests[slot] for slot in broken], again, models)()
+                finished = self._sample([run.requests[row] for row in broken], again, models)()
             retried = dict(zip(broken, finished, strict=True))
         return [
-            self._unchecked(retried.get(slot, picture), request, slot, "fp32-retry" if slot in retried else None)
-            for slot, (request, picture) in enumerate(zip(batch.requests, pictures, strict=True))
+            self._unchecked(
+                retried.get(row, found).outcome, request, found.slot, "fp32-retry" if row in retried else None
+            )
+            for row, (request, found) in enumerate(zip(run.requests, sampled, strict=True))
         ]
 
     def _unchecked(
@@ -270,28 +263,35 @@ class Engine:
         )
 
     @torch.inference_mode()
-    def _sample(self, requests: list[GenerationRequest], noise: list[Tensor] | None, models: Model) -> _Pictures:
-        """Begin up to `batch_size` requests of one loop key and batch key. The outcomes are those of the call."""
-        missing = self.batch_size - len(requests)
-        padded_noise = None if noise is None else noise + noise[-1:] * missing
-        failed: list[_Outcome]
+    def _sample(self, requests: list[GenerationRequest], noise: list[Tensor] | None, models: Model) -> _Outcomes:
+        """Begin requests of one shape and batch key. What comes of them, in the same order, is told by the call."""
         try:
-            pictures, finite = models.sample(requests + requests[-1:] * missing, padded_noise)
+            arriving = [self._download(drawn) for drawn in models.sample(requests, self.batch_size, noise)]
         except EngineError as error:
-            failed = [str(error)]
+            failed = [_Sampled(str(error), 0)]
             if len(requests) > 1:
                 # One row is at fault, and nothing says which: each runs in a batch of its own, at the same shape.
                 given = [None] * len(requests) if noise is None else [[row] for row in noise]
-                failed = [self._sample([row], own, models)()[0] for row, own in zip(requests, given, strict=True)]
+                alone = [self._sample([row], own, models)()[0] for row, own in zip(requests, given, strict=True)]
+                failed = [replace(found, slot=row % self.batch_size) for row, found in enumerate(alone)]
             return lambda: failed
-        levels = rearrange(pictures * 255, "n c h w -> n h w c")
+
+        def arrived() -> list[_Sampled]:
+            found = {row: sampled for part in arriving for row, sampled in part()}
+            return [found[row] for row in range(len(requests))]
+
+        return arrived
+
+    def _download(self, drawn: Drawn) -> Callable[[], list[tuple[int, _Sampled]]]:
+        """Pictures as whole numbers on their way to the host's memory. The call waits for them."""
+        rows, slots = drawn.rows, drawn.slots
+        levels = rearrange(drawn.pictures * 255, "n c h w -> n h w c")
         rounded = acceleration.Download(levels.round().to(torch.uint8))
         kept = acceleration.Download(levels.to(torch.uint8)) if self._cut_pixels else rounded
-        arriving = acceleration.Download(finite)
+        finite = acceleration.Download(drawn.finite)
 
-        def arrived() -> list[_Outcome]:
-            rows = zip(rounded.wait(), kept.wait(), arriving.wait(), strict=True)
-            outcomes: list[_Outcome] = [_Picture(*pair) if good else None for *pair, good in rows]
-            return outcomes[: len(requests)]
+        def arrived() -> list[tuple[int, _Sampled]]:
+            values = zip(rows, slots, finite.wait(), rounded.wait(), kept.wait(), strict=True)
+            return [(row, _Sampled(_Picture(*pair) if good else None, slot)) for row, slot, good, *pair in values]
 
         return arrived

@@ -15,10 +15,13 @@ from latentmill.engine.acceleration import arrange, decode, executed, upload
 from latentmill.engine.device import widened
 from latentmill.engine.loading.layout import ModelLayout
 from latentmill.engine.loading.weights import check_claims, load_autoencoder, load_denoiser
+from latentmill.engine.model import Drawn
 from latentmill.engine.networks.interface import Autoencoder, DenoisingNetwork, ProjectsContext
 from latentmill.engine.sampling.denoiser import Denoiser
-from latentmill.engine.sampling.samplers import sample
+from latentmill.engine.sampling.samplers import begin as begin_sampler
 from latentmill.engine.sampling.schedule import NoiseSchedule
+from latentmill.engine.sampling.slots import Finished, run_in_slots
+from latentmill.engine.sampling.solvers import Solver
 from latentmill.engine.text.encoder import TextEncoder
 from latentmill.engine.types import GenerationRequest, ModelSpec
 
@@ -57,47 +60,72 @@ class LatentDiffusion:
         with widened([*self.text.networks, self.denoiser, self.autoencoder]):
             yield replace(self, text=self.text.without_cache(), run=self.denoiser)
 
-    def sample(self, rows: Sequence[GenerationRequest], noise: Sequence[Tensor] | None = None) -> tuple[Tensor, Tensor]:
-        """Pictures of rows of one loop key and batch key, `(n, 3, h, w) float32 in [0, 1]`; which are finite, `(n,)`.
+    @property
+    def refills(self) -> bool:
+        """Rows with loops of their own share a batch, and follow one another in its slots."""
+        return True
+
+    def sample(
+        self, rows: Sequence[GenerationRequest], slots: int, noise: Sequence[Tensor] | None = None
+    ) -> Iterator[Drawn]:
+        """Pictures of rows of one shape and batch key, in batches of `slots` as they get done.
 
         `noise` gives each row its draws, `(draws, c, h, w) float32`, in place of its own generator's.
         """
-        first, config = rows[0], self.autoencoder.config
-        device = next(self.denoiser.parameters()).device
-        shape = (config.denoiser_channels, first.height // config.factor, first.width // config.factor)
-        draws = _own_draws(rows, shape) if noise is None else iter(torch.stack(list(noise), dim=1))
+        config, device = self.autoencoder.config, next(self.denoiser.parameters()).device
+        shape = (config.denoiser_channels, rows[0].height // config.factor, rows[0].width // config.factor)
 
-        def draw_noise() -> Tensor:
-            return upload(next(draws), device)
+        def begin(places: list[int]) -> Solver:
+            draws = [_own_draws(rows[place], shape) if noise is None else iter(noise[place]) for place in places]
 
-        latents = sample(
-            first.sampler,
-            self._denoiser(rows, device),
-            draw_noise(),
-            self.schedule,
-            first.num_inference_steps,
-            draw_noise,
-            _column([row.eta for row in rows], device),
-        )
-        unscaled = latents / config.scaling_factor + config.shift_factor
-        decoded = decode(self.autoencoder, unscaled.to(next(self.autoencoder.parameters()).dtype)).float()
-        finite = torch.isfinite(latents).flatten(1).all(1) & torch.isfinite(decoded).flatten(1).all(1)
-        return (decoded / 2 + 0.5).clamp(0, 1), finite
+            def draw_noise() -> Tensor:
+                return upload(torch.stack([next(draw) for draw in draws]), device)
 
-    def _denoiser(self, rows: Sequence[GenerationRequest], device: torch.device) -> Denoiser:
+            sampler, steps = rows[places[0]].loop
+            etas = [rows[place].eta for place in places]
+            return begin_sampler(sampler, draw_noise(), self.schedule, steps, draw_noise, etas)
+
+        loops = [row.loop for row in rows]
+        ready: list[Finished] = []
+        for finished in run_in_slots(loops, slots, begin, self._condition(rows, device)):
+            ready += finished
+            while len(ready) >= slots:
+                yield self._decode(ready[:slots], slots)
+                del ready[:slots]
+        if ready:
+            yield self._decode(ready, slots)
+
+    def _condition(self, rows: Sequence[GenerationRequest], device: torch.device) -> Callable[[list[int]], Denoiser]:
+        """What makes the denoiser of some of the rows; all their prompts are encoded here, in full batches."""
         chunks = self.batch_key(rows[0])
-        conditioning = self.text.encode([row.prompt for row in rows], chunks)
-        guidance = None
-        if rows[0].guided:
-            negative = self.text.encode_negative([row.negative_prompt for row in rows], chunks)
-            conditioning = negative.followed_by(conditioning)
-            guidance = _column([row.guidance_scale for row in rows], device)
-        network: DenoisingNetwork = self.run
-        if isinstance(self.denoiser, ProjectsContext):
-            network = partial(network, projected=self.denoiser.project(conditioning.context))
-        if self.conditions is not None and conditioning.pooled is not None:
-            network = partial(network, **self.conditions(conditioning.pooled, rows[0]))
-        return Denoiser(network, self.schedule, conditioning.context, guidance)
+        positive = self.text.encode([row.prompt for row in rows], chunks)
+        guided = rows[0].guided
+        negative = self.text.encode_negative([row.negative_prompt for row in rows], chunks) if guided else None
+
+        def condition(places: list[int]) -> Denoiser:
+            conditioning, guidance = positive.take(places), None
+            if negative is not None:
+                conditioning = negative.take(places).followed_by(conditioning)
+                guidance = _column([rows[place].guidance_scale for place in places], device)
+            network: DenoisingNetwork = self.run
+            if isinstance(self.denoiser, ProjectsContext):
+                network = partial(network, projected=self.denoiser.project(conditioning.context))
+            if self.conditions is not None and conditioning.pooled is not None:
+                network = partial(network, **self.conditions(conditioning.pooled, rows[0]))
+            return Denoiser(network, self.schedule, conditioning.context, guidance)
+
+        return condition
+
+    def _decode(self, done: Sequence[Finished], slots: int) -> Drawn:
+        """The pictures of rows that are done, at the shape of a whole batch."""
+        config, dtype = self.autoencoder.config, next(self.autoencoder.parameters()).dtype
+        padded = [*done, *[done[-1]] * (slots - len(done))]
+        latents = torch.stack([row.latents for row in padded])
+        decoded = decode(self.autoencoder, (latents / config.scaling_factor + config.shift_factor).to(dtype)).float()
+        finite = torch.isfinite(latents).flatten(1).all(1) & torch.isfinite(decoded).flatten(1).all(1)
+        pictures = (decoded / 2 + 0.5).clamp(0, 1)
+        count = len(done)
+        return Drawn([row.row for row in done], [row.slot for row in done], pictures[:count], finite[:count])
 
 
 def load_latent_diffusion(
@@ -122,11 +150,11 @@ def load_latent_diffusion(
     return LatentDiffusion(text, denoiser, run, arrange(autoencoder), schedule, blueprint.family.conditions)
 
 
-def _own_draws(rows: Sequence[GenerationRequest], shape: tuple[int, int, int]) -> Iterator[Tensor]:
-    """Draws of noise `(n, *shape) float32`, as many as are taken, each row from a generator seeded with its seed."""
-    generators = [torch.Generator("cpu").manual_seed(row.seed) for row in rows]
+def _own_draws(row: GenerationRequest, shape: tuple[int, int, int]) -> Iterator[Tensor]:
+    """Draws of noise `(*shape) float32`, as many as are taken, from a generator seeded with the row's seed."""
+    generator = torch.Generator("cpu").manual_seed(row.seed)
     while True:
-        yield torch.stack([torch.randn(shape, generator=generator) for generator in generators])
+        yield torch.randn(shape, generator=generator)
 
 
 def _column(values: list[float], device: torch.device) -> Tensor:

@@ -50,9 +50,14 @@ class GenerationRequest:
         return self.guidance_scale > 1.0
 
     @property
-    def loop_key(self) -> tuple[int, int, int, str, bool]:
-        """What fixes the shape of a batch and its loop; only requests with one key share a batch."""
-        return (self.width, self.height, self.num_inference_steps, self.sampler, self.guided)
+    def shape(self) -> tuple[int, int, bool]:
+        """What fixes the shape of a batch; only requests with one shape share a batch."""
+        return (self.width, self.height, self.guided)
+
+    @property
+    def loop(self) -> tuple[str, int]:
+        """What requests share that can take every step together."""
+        return (self.sampler, self.num_inference_steps)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

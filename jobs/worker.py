@@ -7,12 +7,12 @@ import secrets
 import socket
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Protocol
 
-from latentmill.engine import GenerationRequest, GenerationResult, UncheckedResult
+from latentmill.engine import GenerationRequest, GenerationResult, UncheckedResult, queue_rows
 from latentmill.jobs.chunk_result import ChunkResult
 from latentmill.jobs.code import own_code
 from latentmill.jobs.errors import JobError
@@ -150,22 +150,19 @@ class ChunkGenerator:
             repair=0 if record is None else record.repairs + 1,
         )
 
-    def _sample_rows(self, chunk: int, rows: Collection[int]) -> dict[int, UncheckedResult]:
-        """Only these rows of a chunk, at the batch shape and in the slots that they have in the whole chunk.
+    def _sample_rows(self, chunk: int, rows: Sequence[int]) -> dict[int, UncheckedResult]:
+        """Only these rows of a chunk, at the batch shape and in the slots that they have when the whole chunk is made.
 
-        Every other row of their batches is replaced by one of them: it is not touched, whatever is wrong with it.
+        Every other slot has one of them too: other rows are not touched, whatever is wrong with them.
         """
         requests = [sample.request for sample in self._job.plan.samples_of_chunk(chunk)]
-        size = self._job.plan.batch_size
+        queues = queue_rows([request.loop for request in requests], self._job.plan.batch_size)
+        slots = {row: slot for slot, queue in enumerate(queues) for row in queue}
         sampled: dict[int, UncheckedResult] = {}
-        for start in range(0, len(requests), size):
-            places = range(start, min(start + size, len(requests)))
-            wanted = [row for row in places if row in rows]
-            if wanted:
-                batch = [requests[row if row in rows else wanted[0]] for row in places]
-                found = self._engine.sample(batch)
-                sampled |= {row: found[row - start] for row in wanted}
-        return sampled
+        for batch, places in self._batches(requests, {row: slots[row] for row in rows}):
+            found = self._engine.sample(batch)
+            sampled |= {row: found[slot] for slot, row in places.items()}
+        return {row: sampled[row] for row in rows}
 
     def generate_in_slots(
         self, chunk: int, slots: Mapping[int, int]
@@ -176,19 +173,26 @@ class ChunkGenerator:
         for, come from the row without neighbours and from other slots: a retry in full precision had one of its own.
         """
         requests = [sample.request for sample in self._job.plan.samples_of_chunk(chunk)]
-        size, left = self._job.plan.batch_size, dict(slots)
-        while left:
-            batch: dict[int, int] = {}
-            for row, slot in left.items():
-                batch.setdefault(slot % size, row)
-            left = {row: slot for row, slot in left.items() if row not in batch.values()}
-            filler = next(iter(batch.values()))
-            found = self._engine.generate([requests[batch.get(slot, filler)] for slot in range(size)])
-            for slot, row in batch.items():
+        for batch, places in self._batches(requests, slots):
+            found = self._engine.generate(batch)
+            for slot, row in places.items():
                 yield row, self._results(requests[row], slot, found[slot])
 
+    def _batches(
+        self, requests: Sequence[GenerationRequest], slots: Mapping[int, int]
+    ) -> Iterator[tuple[list[GenerationRequest], dict[int, int]]]:
+        """Batches in which each row has its slot, one of them fills the others; and each batch's rows by slot."""
+        size, left = self._job.plan.batch_size, dict(slots)
+        while left:
+            places: dict[int, int] = {}
+            for row, slot in left.items():
+                places.setdefault(slot % size, row)
+            left = {row: slot for row, slot in left.items() if row not in places.values()}
+            filler = next(iter(places.values()))
+            yield [requests[places.get(slot, filler)] for slot in range(size)], places
+
     def _results(self, request: GenerationRequest, slot: int, first: GenerationResult) -> Iterator[GenerationResult]:
-        if first.batch_slot == slot:  # requests of one chunk need not all go into one batch
+        if first.batch_slot == slot:  # prompts of several lengths do not all go into one batch
             yield first
         alone = self._engine.generate([request] * self._job.plan.batch_size)
         yield alone[slot]

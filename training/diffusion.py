@@ -23,7 +23,7 @@ from latentmill.engine.networks.unet import UNet
 from latentmill.engine.sampling.denoiser import Denoiser
 from latentmill.engine.sampling.levels import PLACEMENTS
 from latentmill.engine.sampling.schedule import NoiseSchedule
-from latentmill.engine.sampling.solvers import ddim
+from latentmill.engine.sampling.solvers import ddim, solve
 from training import architecture, icons, latents, parallel, scenes, tokenizer
 from training.common import (
     RunningAverage,
@@ -221,5 +221,5 @@ def _sheet(average: RunningAverage, work: Path, schedule: NoiseSchedule, path: P
     size = architecture.UNET["sample_size"]
     shape = (len(texts), architecture.LATENT_CHANNELS, size, size)
     noise = torch.randn(shape, generator=generator).to(device())
-    found = ddim(denoiser, noise, PLACEMENTS["strides"].place(schedule, SHEET_STEPS))
+    found = solve(ddim(noise, PLACEMENTS["strides"].place(schedule, SHEET_STEPS)), denoiser)
     contact_sheet(to_pictures(first_stage.decode(found)), path)

@@ -22,6 +22,7 @@ from latentmill.engine.diffusers_backend.folder import (
     has_weights,
     load_first_tokenizer,
 )
+from latentmill.engine.model import Drawn
 from latentmill.engine.types import EngineError, GenerationRequest
 
 _NEEDED = ("prompt", "generator", "num_inference_steps", "width", "height", "output_type")
@@ -31,7 +32,7 @@ _SHORT, _LONG = "a", "a red circle left of a blue square " * 5
 class DiffusersPipeline:
     """A pipeline at one precision, with its own defaults for everything that a request does not say.
 
-    Guidance is one number for a whole batch, so all rows of a batch have the same guidance. If the number of tokens
+    Steps and guidance are one number for a whole batch, so all rows of a batch share them. If the number of tokens
     fixes the shape of the denoiser's input, they have the same shape as well. So a row's bits do not depend on its
     neighbours. The noise is drawn by the pipeline, in its own precision, from each row's CPU generator.
     """
@@ -52,8 +53,13 @@ class DiffusersPipeline:
         self._decoded: Tensor | None = None
         self._watch_decoder()
 
+    @property
+    def refills(self) -> bool:
+        """The loop is the pipeline's own: all rows of a batch go through it together, and the next batch waits."""
+        return False
+
     def batch_key(self, request: GenerationRequest) -> Hashable:
-        """Its guidance, whether it has a negative prompt, and the shapes of its encoded prompts if shapes differ.
+        """Loop, guidance, whether it has a negative prompt, and the shapes of its encoded prompts if shapes differ.
 
         Raises EngineError for what the pipeline has no argument for.
         """
@@ -64,7 +70,7 @@ class DiffusersPipeline:
         texts = [request.prompt, request.negative_prompt] if self._passes_negative(request) else [request.prompt]
         counted = [self.count_tokens(text) for text in texts]  # a text that cannot be tokenised fails here, alone
         shapes = () if self._one_shape else tuple(map(self._context_shape, texts))
-        return request.guidance_scale, len(counted), shapes
+        return request.loop, request.guidance_scale, len(counted), shapes
 
     def count_tokens(self, prompt: str) -> int:
         """Tokens by the pipeline's first tokenizer, before truncation and without marks."""
@@ -76,13 +82,21 @@ class DiffusersPipeline:
         with widened(part for part in self._pipeline.components.values() if isinstance(part, nn.Module)):
             yield self
 
-    def sample(self, rows: Sequence[GenerationRequest], noise: Sequence[Tensor] | None = None) -> tuple[Tensor, Tensor]:
-        """Pictures of rows of one loop key and batch key, `(n, 3, h, w) float32 in [0, 1]`; which are finite, `(n,)`.
+    def sample(
+        self, rows: Sequence[GenerationRequest], slots: int, noise: Sequence[Tensor] | None = None
+    ) -> Iterator[Drawn]:
+        """Pictures of up to `slots` rows of one shape and batch key, in one batch padded by its last row.
 
         Raises EngineError if the pipeline refuses one of them.
         """
         if noise is not None:
             raise EngineError(f"{self._name} draws its own noise; none can be given to it")
+        count = len(rows)
+        pictures, finite = self._draw([*rows, *[rows[-1]] * (slots - count)])
+        yield Drawn([*range(count)], [*range(count)], pictures[:count], finite[:count])
+
+    def _draw(self, rows: Sequence[GenerationRequest]) -> tuple[Tensor, Tensor]:
+        """`(n, 3, h, w) float32 in [0, 1]`, and which of them are finite, `(n,)`."""
         first = rows[0]
         arguments: dict[str, Any] = {
             "prompt": [row.prompt for row in rows],

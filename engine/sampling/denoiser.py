@@ -42,22 +42,27 @@ class Denoiser:
         self._guidance = guidance
 
     def __call__(self, latents: Tensor, level: NoiseLevel) -> Prediction:
-        prediction = self._to_prediction(self._run_network(latents, level.timestep), latents, level)
-        if not self._config.clip_sample:
-            return prediction
-        limit = self._config.clip_sample_range
-        return Prediction(prediction.noise, prediction.x0.clamp(-limit, limit))
+        timesteps = torch.full((len(latents),), float(level.timestep), device=latents.device)
+        return self.predict(self.run(latents, timesteps), latents, level)
 
-    def _run_network(self, latents: Tensor, timestep: float) -> Tensor:
+    def run(self, latents: Tensor, timesteps: Tensor) -> Tensor:
+        """The network's guided output `(n, c, h, w) float32`, for rows at `timesteps (n,)` of their own."""
         inputs = latents.to(self._context.dtype)
         if self._guidance is not None:
-            inputs = torch.cat([inputs, inputs])
-        timesteps = torch.full((len(inputs),), float(timestep), device=inputs.device)
+            inputs, timesteps = torch.cat([inputs, inputs]), torch.cat([timesteps, timesteps])
         output: Tensor = self._network(inputs, timesteps, self._context).float()
         if self._guidance is None:
             return output
         negative, positive = output.chunk(2)
         return negative + self._guidance * (positive - negative)
+
+    def predict(self, output: Tensor, latents: Tensor, level: NoiseLevel) -> Prediction:
+        """What the output of `run` says of noise and x0, for rows at one level."""
+        prediction = self._to_prediction(output, latents, level)
+        if not self._config.clip_sample:
+            return prediction
+        limit = self._config.clip_sample_range
+        return Prediction(prediction.noise, prediction.x0.clamp(-limit, limit))
 
     def _to_prediction(self, output: Tensor, latents: Tensor, level: NoiseLevel) -> Prediction:
         """Convert what the model was trained to predict: noise, velocity (arXiv:2202.00512, app. D) or x0."""

@@ -2,31 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from latentmill.engine.sampling import solvers
-from latentmill.engine.sampling.denoiser import Denoise
 from latentmill.engine.sampling.levels import PLACEMENTS
 from latentmill.engine.sampling.schedule import NoiseSchedule
-from latentmill.engine.sampling.solvers import DrawNoise
+from latentmill.engine.sampling.solvers import DrawNoise, Solver
 from latentmill.engine.sampling.table import SAMPLER_TABLE
 
 
-def sample(
+def begin(
     sampler: str,
-    denoise: Denoise,
     noise: Tensor,
     schedule: NoiseSchedule,
     num_inference_steps: int,
     draw_noise: DrawNoise,
-    eta: Tensor,
-) -> Tensor:
-    """Noise `(n, c, h, w) float32` -> latents. `eta (n, 1, 1, 1) float32` counts only for samplers that take it."""
+    etas: Sequence[float],
+) -> Solver:
+    """The way from noise `(n, c, h, w) float32` to latents. `etas`, one for each row, count where they are taken."""
     entry = SAMPLER_TABLE[sampler]
-    solve = getattr(solvers, entry.solver)
     levels = PLACEMENTS[entry.levels].place(schedule, num_inference_steps)
-    options: dict[str, Any] = {"eta": eta} if entry.takes_eta else {}
-    latents: Tensor = solve(denoise, noise, levels, draw_noise if entry.draws_noise else None, **options)
-    return latents
+    options: dict[str, Any] = {}
+    if entry.takes_eta and any(etas):
+        # Filled in where the noise is: a column of the host's would have to be copied there.
+        options["eta"] = torch.cat([torch.full((1, 1, 1, 1), eta, device=noise.device) for eta in etas])
+    draws = entry.stochastic or bool(options)
+    solver: Solver = getattr(solvers, entry.solver)(noise, levels, draw_noise if draws else None, **options)
+    return solver

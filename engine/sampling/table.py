@@ -12,7 +12,7 @@ class Sampler:
     """A name's meaning: a function of solvers.py, over levels placed in one of the ways of levels.py.
 
     `stochastic` puts noise in at each step; `takes_eta` leaves the amount to the request. `label` is the name that web
-    UIs use.
+    UIs use. `passes` is how often a step runs the model, about: what a row costs.
     """
 
     solver: str
@@ -20,11 +20,7 @@ class Sampler:
     label: str
     stochastic: bool = False
     takes_eta: bool = False
-
-    @property
-    def draws_noise(self) -> bool:
-        """Whether it may draw noise beside the initial one."""
-        return self.stochastic or self.takes_eta
+    passes: int = 1
 
 
 SAMPLER_TABLE: Mapping[str, Sampler] = MappingProxyType(
@@ -33,7 +29,7 @@ SAMPLER_TABLE: Mapping[str, Sampler] = MappingProxyType(
         "plms": Sampler(solver="plms", levels="corrected strides", label="PLMS"),
         "euler": Sampler(solver="euler", levels="spaced", label="Euler"),
         "euler_a": Sampler(solver="euler", levels="spaced", label="Euler a", stochastic=True),
-        "heun": Sampler(solver="heun", levels="spaced", label="Heun"),
+        "heun": Sampler(solver="heun", levels="spaced", label="Heun", passes=2),
         "dpmpp_2m": Sampler(solver="dpmpp_2m", levels="solver spaced", label="DPM++ 2M"),
         "dpmpp_2m_karras": Sampler(solver="dpmpp_2m", levels="karras", label="DPM++ 2M Karras"),
         "dpmpp_2m_sde": Sampler(solver="dpmpp_2m", levels="solver spaced", label="DPM++ 2M SDE", stochastic=True),

@@ -30,6 +30,11 @@ class Conditioning:
     context: Tensor
     pooled: Tensor | None
 
+    def take(self, rows: list[int]) -> Conditioning:
+        """Some of the rows, in this order. Stacked, as a list of indices would have to be copied to the device."""
+        pooled = None if self.pooled is None else torch.stack([self.pooled[row] for row in rows])
+        return Conditioning(torch.stack([self.context[row] for row in rows]), pooled)
+
     def followed_by(self, other: Conditioning) -> Conditioning:
         """These rows, then the other's."""
         pooled = None if self.pooled is None or other.pooled is None else torch.cat([self.pooled, other.pooled])

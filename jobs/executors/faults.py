@@ -6,6 +6,7 @@ Only the executor that keeps this reads it; it knows nothing of the ledger and d
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 
 POOLED_TRIES = 2
@@ -18,10 +19,10 @@ START_TRIES = 3
 """Deaths of one worker in a row before its model is loaded, on a node where none is, before the node is left out."""
 
 UNKNOWN_SECONDS = 600.0
-"""What one sample may take while no chunk of its group is done yet: a large model on a slow CPU stays below."""
+"""What one sample may take while no chunk of its pace is done yet: a large model on a slow CPU stays below."""
 
 PATIENCE, LEAST_SECONDS = 20.0, 120.0
-"""Later: so many times the slowest chunk of its group, and never less than this."""
+"""Later: so many times the slowest chunk of its pace, and never less than this."""
 
 
 @dataclass(slots=True)
@@ -29,14 +30,14 @@ class Faults:
     """What went wrong so far in a run, by chunk and by node.
 
     `chunk_seconds` is the user's own deadline for a chunk; without it, the deadline follows from what chunks of the
-    same group took. `unfit` are the nodes that are left out, with the reason.
+    same pace took: those whose longest rows are of one group. `unfit` are the nodes that are left out, with the reason.
     """
 
     chunk_seconds: float | None = None
     unfit: dict[str, str] = field(default_factory=dict)
     _chunks: Counter[int] = field(default_factory=Counter)
     _nodes: Counter[str] = field(default_factory=Counter)
-    _slowest: dict[int, float] = field(default_factory=dict)
+    _slowest: dict[Hashable, float] = field(default_factory=dict)
 
     def blame(self, chunk: int) -> None:
         """A try at the chunk ended in a way that may be its fault."""
@@ -58,14 +59,14 @@ class Faults:
             reason = f"a worker process died {times} times in a row while it loaded the model"
             self.unfit.setdefault(node, reason)
 
-    def note_done(self, node: str, group: int, seconds: float) -> None:
-        """A chunk of the group was generated there in so many seconds."""
+    def note_done(self, node: str, pace: Hashable, seconds: float) -> None:
+        """A chunk of that pace was generated there in so many seconds."""
         self._nodes[node] = 0
-        self._slowest[group] = max(self._slowest.get(group, 0.0), seconds)
+        self._slowest[pace] = max(self._slowest.get(pace, 0.0), seconds)
 
-    def deadline(self, group: int, samples: int) -> float:
-        """Seconds that a chunk of a group may take."""
+    def deadline(self, pace: Hashable, samples: int) -> float:
+        """Seconds that a chunk of that pace may take."""
         if self.chunk_seconds is not None:
             return self.chunk_seconds
-        known = self._slowest.get(group)
+        known = self._slowest.get(pace)
         return samples * UNKNOWN_SECONDS if known is None else max(LEAST_SECONDS, PATIENCE * known)

@@ -119,8 +119,7 @@ class RayExecutor:
         """One chunk after the other in a process of its own, with nothing else of the job at work."""
 
         def seconds(chunk: int) -> float:
-            group, start, stop = self._job.plan.grid.group_of(chunk)
-            return self._faults.deadline(group.first_chunk, stop - start)
+            return self._faults.deadline(*self._job.plan.grid.pace_of(chunk))
 
         self._pool.close()
         self._pool = self._new_pool()

@@ -197,8 +197,7 @@ class RayPool:
                     self._give(worker, self._todo.popleft(), repair=repair)
 
     def _give(self, worker: _Worker, chunk: int, *, repair: bool) -> None:
-        group, start, stop = self._grid.group_of(chunk)
-        seconds = self._faults.deadline(group.first_chunk, stop - start)
+        seconds = self._faults.deadline(*self._grid.pace_of(chunk))
         if not worker.chunks:
             worker.began, worker.deadline = time.monotonic(), seconds
         worker.chunks.append(chunk)
@@ -250,17 +249,17 @@ class RayPool:
         return None
 
     def _sampled(self, worker: _Worker, chunk: int, result: ChunkResult | None) -> ChunkResult | None:
-        group, _, _ = self._grid.group_of(chunk)
+        pace, _ = self._grid.pace_of(chunk)
         now = time.monotonic()
         worker.chunks.remove(chunk)
         if result is None:
-            self._faults.note_done(worker.node, group.first_chunk, now - worker.began)
+            self._faults.note_done(worker.node, pace, now - worker.began)
             worker.finishing.add(chunk)
             call = worker.actor.finish.options(concurrency_group=FINISH).remote(chunk)
             self._calls[call] = (worker, "finish", chunk)
         if worker.chunks:
-            group, start, stop = self._grid.group_of(worker.chunks[0])
-            worker.began, worker.deadline = now, self._faults.deadline(group.first_chunk, stop - start)
+            worker.began = now
+            worker.deadline = self._faults.deadline(*self._grid.pace_of(worker.chunks[0]))
         return None if result is None else self._blamed(worker, result)
 
     def _blamed(self, worker: _Worker, result: ChunkResult) -> ChunkResult:

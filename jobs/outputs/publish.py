@@ -32,6 +32,7 @@ from latentmill.jobs.ledger.ledger import PER_FOLDER, LedgerListing
 from latentmill.jobs.ledger.records import CommitRecord, count_statuses
 from latentmill.jobs.outputs.captions import CAPTIONS_NAME, CARD, CARD_PATH, CaptionShelf, Fetch, encode_captions
 from latentmill.jobs.plans.columns import STATUSES
+from latentmill.jobs.plans.grid import Piece
 from latentmill.jobs.plans.planned import PLAN_PATH, Plan
 from latentmill.jobs.spec import MAX_CHUNK
 from latentmill.jobs.store.parquet import OversizeError, read_parquet
@@ -255,12 +256,14 @@ def merged_tables(job: Job, fetch: Fetch, rows_per_part: int) -> Iterator[pa.Tab
     """All rows in order of sample_id, `rows_per_part` at a time.
 
     Within one group of the plan, chunks and their rows ascend, so this is a merge of as many sorted streams as there
-    are groups; memory holds one part, and what was read ahead. Raises JobError unless every sample is there once.
+    are groups; memory holds one part, and what was read ahead. A chunk is read once, also where groups share it. Raises
+    JobError unless every sample is there once.
     """
-    groups = [range(group.first_chunk, group.first_chunk + group.n_chunks) for group in job.plan.groups]
+    groups = job.plan.pieces_of_groups()
     ahead = max(1, _READ_AHEAD // max(1, len(groups)))
     with ThreadPoolExecutor(_READ_THREADS) as pool:
-        streams = [_Stream(chunks, fetch, pool, ahead) for chunks in groups]
+        reads = _Reads(job.plan, fetch, pool)
+        streams = [_Stream(pieces, reads, ahead) for pieces in groups]
         for start in range(0, job.plan.n_samples, rows_per_part):
             end = min(start + rows_per_part, job.plan.n_samples)
             pieces = [piece for stream in streams for piece in stream.take(end)]
@@ -275,15 +278,34 @@ def merged_tables(job: Job, fetch: Fetch, rows_per_part: int) -> Iterator[pa.Tab
             yield table.take(pa.array(order)).combine_chunks()
 
 
-class _Stream:
-    """The rows of one group, in order, read ahead by a pool's threads."""
+class _Reads:
+    """Chunks read by a pool's threads. One that several groups share is kept until the last of them has asked."""
 
-    def __init__(self, chunks: Sequence[int], fetch: Fetch, pool: ThreadPoolExecutor, ahead: int) -> None:
-        self._chunks = iter(chunks)
+    def __init__(self, plan: Plan, fetch: Fetch, pool: ThreadPoolExecutor) -> None:
+        self._plan = plan
         self._fetch = fetch
         self._pool = pool
+        self._shared: dict[int, tuple[Future[CommitRecord], int]] = {}
+
+    def begin(self, chunk: int) -> Future[CommitRecord]:
+        """The chunk's record, now or later."""
+        if chunk in self._shared:
+            record, asking = self._shared.pop(chunk)
+        else:
+            record, asking = self._pool.submit(self._fetch, chunk), self._plan.groups_in(chunk)
+        if asking > 1:
+            self._shared[chunk] = (record, asking - 1)
+        return record
+
+
+class _Stream:
+    """The rows of one group, in order, read ahead."""
+
+    def __init__(self, pieces: Iterator[Piece], reads: _Reads, ahead: int) -> None:
+        self._pieces = pieces
+        self._reads = reads
         self._ahead = ahead
-        self._waiting: deque[Future[CommitRecord]] = deque()
+        self._waiting: deque[tuple[Future[CommitRecord], slice]] = deque()
         self._rest: pa.Table | None = None
 
     def take(self, end: int) -> Iterator[pa.Table]:
@@ -301,12 +323,12 @@ class _Stream:
             self._rest = None
 
     def _next(self) -> pa.Table | None:
-        while len(self._waiting) < self._ahead:
-            chunk = next(self._chunks, None)
-            if chunk is None:
-                break
-            self._waiting.append(self._pool.submit(self._fetch, chunk))
-        return self._waiting.popleft().result().table if self._waiting else None
+        while len(self._waiting) < self._ahead and (piece := next(self._pieces, None)) is not None:
+            self._waiting.append((self._reads.begin(piece.chunk), piece.places))
+        if not self._waiting:
+            return None
+        record, places = self._waiting.popleft()
+        return record.result().table[places]
 
 
 class _Tally:

@@ -234,10 +234,15 @@ With those of the `job`, which are the same in all its rows, a row can leave its
 (jobs/recipe.py).
 """
 
+MIXED_CHUNKS_SINCE = 4
+"""The first format whose chunks are cut from all samples of one shape; before it, each had one sampler and one number
+of steps.
+"""
+
 
 def formats() -> tuple[int, ...]:
     """The formats of outputs that can be read; the last is that of what is planned now."""
-    return tuple(sorted({column.since for column in COLUMNS}))
+    return tuple(sorted({MIXED_CHUNKS_SINCE, *(column.since for column in COLUMNS)}))
 
 
 def columns_of(format_version: int) -> tuple[Column, ...]:

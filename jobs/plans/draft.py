@@ -28,6 +28,7 @@ from latentmill.jobs.plans.snapshot import RejectWriter, SnapshotWriter
 from latentmill.jobs.plans.summary import (
     PlanSummary,
     RejectNote,
+    count_denoising,
     describe_group,
     expected_bytes,
     manifest_notes,
@@ -120,11 +121,8 @@ class DraftPlan:
     def summary(self) -> PlanSummary:
         """The plan in numbers; counts the tokens of the first 100,000 prompts."""
         identity = self.identity
-        groups = tuple(
-            describe_group(group, self.spec.chunk_size, identity["batch_size"]) for group in self.grid.groups
-        )
-        batches = sum(group.batches for group in groups)
-        slots = batches * identity["batch_size"]
+        groups = tuple(map(describe_group, self.grid.groups))
+        passes, waste = count_denoising(self.grid, identity["batch_size"])
         over, checked = self._count_long_prompts()
         own = set(self.manifest.own) - {axis.name for axis in self.grid.axes}
         return PlanSummary(
@@ -155,10 +153,9 @@ class DraftPlan:
             groups=groups,
             chunks=self.grid.n_chunks,
             chunk_size=self.spec.chunk_size,
-            batches=batches,
+            passes=passes,
             batch_size=identity["batch_size"],
-            padded_slots=slots - self.grid.n_samples,
-            padding_waste=1 - self.grid.n_samples / slots,
+            padding_waste=waste,
             prompt_syntax=identity["prompt_syntax"],
             long_prompts=identity["long_prompts"],
             token_limit=self.tokens.limit,

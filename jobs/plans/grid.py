@@ -1,24 +1,27 @@
 """The arithmetic between rows, axes, samples and chunks: prefix sums and mixed radices, never a list of samples.
 
-A *class* is a set of rows that are alike in everything a row says about the loop (size, steps, sampler, guided or not);
-a *group* is a class together with those axis values that complete the loop key. A group's samples are ordered by row,
-then by the combinations of the axes, the last axis fastest, then by image; chunks are cut out of one group each.
+A *class* is a set of rows that are alike in everything a row says about shape and loop (size, guided or not, steps,
+sampler); a *group* is a class together with those axis values that complete the key. A group's samples are ordered by
+row, then by the combinations of the axes, the last axis fastest, then by image. A *section* is all groups of one shape,
+by steps and sampler: chunks are cut from it, one after the other, so that a chunk has one shape, and one loop unless it
+lies where two groups meet. In outputs of the first formats a section is one group.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from bisect import bisect_right
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from latentmill.engine import SAMPLER_CHOICES
+from latentmill.engine import SAMPLER_CHOICES, SAMPLERS
 from latentmill.jobs.errors import JobError, UsageError
 from latentmill.jobs.manifests.axes import Axis, count_combinations
 from latentmill.jobs.manifests.fields import Value
@@ -27,9 +30,13 @@ LOOP_FIELDS = ("width", "height", "num_inference_steps", "sampler", "guided")
 MAX_GROUPS = 1024
 MAX_SAMPLES = 10**10
 
-LoopKey = tuple[int, int, int, str, bool]
+Key = tuple[int, int, bool, int, str]
+"""What a group's samples share: width, height, guided or not (their shape), steps and sampler (their loop)."""
 RowClass = tuple[int, ...]
 """An integer per loop field that no axis gives: samplers by their index in SAMPLER_CHOICES, guided as 0 or 1."""
+
+_GroupEntry = tuple[Key, int, tuple[tuple[int, ...], ...]]
+"""A group's key, its row class, and its places of the axes' values."""
 
 
 def class_fields(axes: Sequence[Axis]) -> tuple[str, ...]:
@@ -93,19 +100,53 @@ def images_per_row(table: pa.Table, defaults: Mapping[str, Value]) -> NDArray[np
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Group:
-    """Samples of one loop key. `digits` holds, per axis, the places of those values that belong here."""
+    """Samples of one key. `digits` holds, per axis, the places of those values that belong here.
 
-    key: LoopKey
+    They are at the positions [first, first + n_samples) of their section.
+    """
+
+    key: Key
     row_class: int
     digits: tuple[tuple[int, ...], ...]
+    first: int
     n_samples: int
-    first_chunk: int
-    n_chunks: int
 
     @property
     def combinations(self) -> int:
         """Samples per row and image in this group."""
         return math.prod(len(digits) for digits in self.digits)
+
+    @property
+    def loop(self) -> tuple[str, int]:
+        """Its sampler and steps."""
+        return self.key[4], self.key[3]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Section:
+    """Groups that share a shape, and the chunks that are cut from their samples."""
+
+    groups: tuple[Group, ...]
+    n_samples: int
+    first_chunk: int
+    n_chunks: int
+
+    def cut(self, start: int, stop: int) -> Iterator[tuple[Group, int, int]]:
+        """The groups that have the section's positions [start, stop), each with the positions inside that group."""
+        index = bisect_right(self.groups, start, key=lambda group: group.first) - 1
+        while start < stop:
+            group = self.groups[index]
+            until = min(stop, group.first + group.n_samples)
+            if until > start:
+                yield group, start - group.first, until - group.first
+            start, index = max(start, until), index + 1
+
+
+class Piece(NamedTuple):
+    """What a chunk has of a group: the samples at these places of the chunk."""
+
+    chunk: int
+    places: slice
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -120,12 +161,16 @@ class Place:
 
 @dataclass(frozen=True, kw_only=True)
 class Grid:
-    """All of a job's samples. `images[part, row_class]` sums the images per combination over the part's rows."""
+    """All of a job's samples. `images[part, row_class]` sums the images per combination over the part's rows.
+
+    `mixed` is False for outputs of the first formats, whose chunks have one loop each.
+    """
 
     axes: tuple[Axis, ...]
     classes: tuple[RowClass, ...]
     images: NDArray[np.int64]
     chunk_size: int
+    mixed: bool = True
 
     @cached_property
     def combinations(self) -> int:
@@ -140,26 +185,31 @@ class Grid:
     @property
     def n_chunks(self) -> int:
         """All chunks of the job."""
-        last = self.groups[-1]
+        last = self.sections[-1]
         return last.first_chunk + last.n_chunks
 
     @cached_property
     def groups(self) -> tuple[Group, ...]:
-        """All groups by loop key, none empty."""
-        keyed = sorted(self._keys(), key=lambda entry: entry[0])
-        groups: list[Group] = []
-        first = 0
+        """All groups in order of execution, none empty."""
+        return tuple(group for section in self.sections for group in section.groups)
+
+    @cached_property
+    def sections(self) -> tuple[Section, ...]:
+        """All sections in order of execution, none empty."""
         totals = self.images.sum(axis=0)
-        for key, row_class, digits in keyed:
-            samples = int(totals[row_class]) * math.prod(map(len, digits))
-            chunks = -(-samples // self.chunk_size)
-            groups.append(
-                Group(
-                    key=key, row_class=row_class, digits=digits, n_samples=samples, first_chunk=first, n_chunks=chunks
-                )
-            )
-            first += chunks
-        return tuple(groups)
+        sections: list[Section] = []
+        chunk = 0
+        for entries in self._keys_by_section():
+            groups: list[Group] = []
+            first = 0
+            for key, row_class, digits in entries:
+                samples = int(totals[row_class]) * math.prod(map(len, digits))
+                groups.append(Group(key=key, row_class=row_class, digits=digits, first=first, n_samples=samples))
+                first += samples
+            chunks = -(-first // self.chunk_size)
+            sections.append(Section(groups=tuple(groups), n_samples=first, first_chunk=chunk, n_chunks=chunks))
+            chunk += chunks
+        return tuple(sections)
 
     def check_limits(self) -> None:
         """Raise UsageError if there are too many groups or samples, without enumerating them."""
@@ -167,35 +217,56 @@ class Grid:
         if count > MAX_GROUPS:
             raise UsageError(
                 f"the job mixes {count:,} combinations of size, steps, sampler and guidance, the limit is "
-                f"{MAX_GROUPS:,}: each needs separate chunks; use fewer, or split the job"
+                f"{MAX_GROUPS:,}; use fewer, or split the job"
             )
         if self.n_samples > MAX_SAMPLES:
             raise UsageError(f"the job has {self.n_samples:,} samples, the limit is {MAX_SAMPLES:,}; split it")
 
-    def _keys(self) -> Iterator[tuple[LoopKey, int, tuple[tuple[int, ...], ...]]]:
+    def _keys_by_section(self) -> Iterator[list[_GroupEntry]]:
+        """What each section consists of, in order of execution."""
+        if self.mixed:
+            ordered = sorted(self._keys(), key=lambda entry: entry[0])
+        else:
+            ordered = sorted(self._keys(), key=lambda entry: (*entry[0][:2], *entry[0][3:], entry[0][2]))
+        for _, alike in itertools.groupby(ordered, lambda entry: self._section_key(entry[0])):
+            yield list(alike)
+
+    def _section_key(self, key: Key) -> Hashable:
+        """What groups of one section share. The folder's own sampler cannot share a batch with other loops."""
+        return key[:3] if self.mixed and key[4] in SAMPLERS else key
+
+    def _keys(self) -> Iterator[_GroupEntry]:
         fields = class_fields(self.axes)
         choices = [_axis_choices(axis) for axis in self.axes]
         for row_class, numbers in enumerate(self.classes):
             known: dict[str, Any] = dict(zip(fields, numbers, strict=True))
             for choice in itertools.product(*choices):
                 values = {**known, **{name: value for name, value, _ in choice if name is not None}}
-                key = (
-                    values["width"],
-                    values["height"],
-                    values["num_inference_steps"],
-                    SAMPLER_CHOICES[values["sampler"]],
-                    bool(values["guided"]),
-                )
+                shape = (values["width"], values["height"], bool(values["guided"]))
+                key = (*shape, values["num_inference_steps"], SAMPLER_CHOICES[values["sampler"]])
                 yield key, row_class, tuple(digits for _, _, digits in choice)
 
-    def group_of(self, chunk: int) -> tuple[Group, int, int]:
-        """The chunk's group and the positions [start, stop) of its samples in that group."""
+    def section_of(self, chunk: int) -> tuple[Section, int, int]:
+        """The chunk's section and the positions [start, stop) of its samples in it."""
         if not 0 <= chunk < self.n_chunks:
             raise IndexError(f"chunk {chunk} is outside 0..{self.n_chunks - 1}")
-        first = int(np.searchsorted(self._first_chunks, chunk, side="right")) - 1
-        group = self.groups[first]
-        start = (chunk - group.first_chunk) * self.chunk_size
-        return group, start, min(start + self.chunk_size, group.n_samples)
+        section = self.sections[bisect_right(self.sections, chunk, key=lambda section: section.first_chunk) - 1]
+        start = (chunk - section.first_chunk) * self.chunk_size
+        return section, start, min(start + self.chunk_size, section.n_samples)
+
+    def pace_of(self, chunk: int) -> tuple[Key, int]:
+        """What chunks that take about as long have in common, and how many samples this one has."""
+        section, start, stop = self.section_of(chunk)
+        *_, (group, _, _) = section.cut(start, stop)
+        return group.key, stop - start
+
+    def pieces_of(self, section: Section, group: Group) -> Iterator[Piece]:
+        """What chunks have of the section's group, in order."""
+        end, size = group.first + group.n_samples, self.chunk_size
+        for number in range(group.first // size, -(-end // size)):
+            start = number * size
+            places = slice(max(group.first - start, 0), min(end - start, size))
+            yield Piece(section.first_chunk + number, places)
 
     def pieces(self, group: Group, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
         """The parts that hold the group's positions [start, stop), each with the positions inside that part."""
@@ -211,10 +282,6 @@ class Grid:
     def first_ordinal(self, part: int) -> int:
         """The ordinal of the part's first sample."""
         return int(self._images_before[part]) * self.combinations
-
-    @cached_property
-    def _first_chunks(self) -> NDArray[np.int64]:
-        return np.array([group.first_chunk for group in self.groups], dtype=np.int64)
 
     @cached_property
     def _ends_by_class(self) -> NDArray[np.int64]:

@@ -18,8 +18,8 @@ from latentmill.jobs.manifests.axes import Axis
 from latentmill.jobs.manifests.fields import Value, shorten
 from latentmill.jobs.manifests.validate import CARRIED_PREFIX, snapshot_schema
 from latentmill.jobs.models.resolved import ResolvedModel
-from latentmill.jobs.plans.columns import columns_of, formats, own_fields, values
-from latentmill.jobs.plans.grid import MAX_SAMPLES, Grid, Group, Place, class_fields, encode_class
+from latentmill.jobs.plans.columns import MIXED_CHUNKS_SINCE, columns_of, formats, own_fields, values
+from latentmill.jobs.plans.grid import MAX_SAMPLES, Grid, Group, Piece, Place, class_fields, encode_class
 from latentmill.jobs.plans.sample import PlannedSample
 from latentmill.jobs.plans.snapshot import PartInfo, SnapshotReader
 from latentmill.jobs.settings import settings_of
@@ -108,6 +108,7 @@ class Plan:
             classes=tuple(encode_class(class_fields(self.axes), values) for values in manifest["classes"]),
             images=np.array(manifest["images"], dtype=np.int64).reshape(len(manifest["parts"]), -1),
             chunk_size=self.settings.chunk_size,
+            mixed=self.format_version >= MIXED_CHUNKS_SINCE,
         )
         own = own_fields(self.format_version)
         carried = pa.ipc.read_schema(pa.py_buffer(bytes.fromhex(manifest["carried"])))
@@ -146,17 +147,21 @@ class Plan:
         """All chunks of the job; they are numbered 0..n_chunks-1."""
         return self.grid.n_chunks
 
-    @property
-    def groups(self) -> tuple[Group, ...]:
-        """The groups in order of execution; inside one, samples ascend by ordinal."""
-        return self.grid.groups
+    def pieces_of_groups(self) -> list[Iterator[Piece]]:
+        """For each group what chunks have of it, in order; so read, its samples ascend by ordinal."""
+        return [self.grid.pieces_of(section, group) for section in self.grid.sections for group in section.groups]
+
+    def groups_in(self, chunk: int) -> int:
+        """How many groups have samples in the chunk."""
+        section, start, stop = self.grid.section_of(chunk)
+        return sum(1 for _ in section.cut(start, stop))
 
     def samples_in_chunks(self, chosen: NDArray[np.bool_]) -> int:
         """How many samples the chosen chunks hold; `chosen` has one entry per chunk."""
         total = int(np.count_nonzero(chosen)) * self.settings.chunk_size
-        for group in self.groups:
-            if chosen[group.first_chunk + group.n_chunks - 1]:
-                total -= group.n_chunks * self.settings.chunk_size - group.n_samples
+        for section in self.grid.sections:
+            if chosen[section.first_chunk + section.n_chunks - 1]:
+                total -= section.n_chunks * self.settings.chunk_size - section.n_samples
         return total
 
     def images_per_row(self) -> Iterator[int]:
@@ -166,16 +171,20 @@ class Plan:
             yield from rows.images.tolist()
 
     def samples_of_chunk(self, chunk: int) -> list[PlannedSample]:
-        """The chunk's samples in order of execution, all of one loop key. Reads only the parts that they come from."""
-        group, start, stop = self.grid.group_of(chunk)
+        """The chunk's samples in order of execution, all of one shape. Reads only the parts that they come from."""
+        section, start, stop = self.grid.section_of(chunk)
         samples: list[PlannedSample] = []
+        for group, first, last in section.cut(start, stop):
+            samples += self._samples_of_group(group, first, last)
+        return samples
+
+    def _samples_of_group(self, group: Group, start: int, stop: int) -> Iterator[PlannedSample]:
         for part, first, last in self.grid.pieces(group, start, stop):
             table, rows = self._snapshot.part(part)
             places = list(rows.places(self.grid, group, part, first, last))
             low, high = places[0].row, places[-1].row
             values = _Rows(table.slice(low, high - low + 1))
-            samples.extend(self._sample(values, place, place.row - low) for place in places)
-        return samples
+            yield from (self._sample(values, place, place.row - low) for place in places)
 
     @cached_property
     def _id_digits(self) -> int:

@@ -126,8 +126,8 @@ class SnapshotWriter:
             counts[self.classes.setdefault(tuple(numbers), len(self.classes))] = int(total)
         if len(self.classes) > MAX_GROUPS:
             raise UsageError(
-                f"the manifest mixes more than {MAX_GROUPS:,} combinations of size, steps, sampler and guidance: "
-                "each needs separate chunks; use fewer, or split the manifest"
+                f"the manifest mixes more than {MAX_GROUPS:,} combinations of size, steps, sampler and guidance; "
+                "use fewer, or split the manifest"
             )
         self._images.append(counts)
 

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from latentmill.engine import count_passes, passes
 from latentmill.jobs.manifests.fields import Value, shorten
 from latentmill.jobs.manifests.manifest import Manifest, Suspect
-from latentmill.jobs.plans.grid import Group
+from latentmill.jobs.plans.grid import Grid, Group, Section
 
 PNG_BYTES_PER_PIXEL = 1.5
 """An estimate: half of the raw bytes."""
@@ -29,7 +30,7 @@ class RejectNote:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GroupNote:
-    """One group of samples that share a loop."""
+    """One group of samples that share shape and loop."""
 
     width: int
     height: int
@@ -37,8 +38,6 @@ class GroupNote:
     sampler: str
     guided: bool
     samples: int
-    chunks: int
-    batches: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,7 +47,9 @@ class PlanSummary:
     `tokens_over_limit` counts rows whose prompt or negative prompt has more than `token_limit` tokens, among the first
     `tokens_checked`; `long_prompts` says how they are handled. The limit is None if it is unknown.
     `parameters` holds the defaults; rows override those of `row_parameters`, the sweep those of `axes`.
-    `duplicate_ids` counts rows with the id of an earlier row, among the first `ids_compared`.
+    `passes` counts, about, how often the denoiser runs at a full batch; `padding_waste` is the share of its slots that
+    do nothing for any sample. `duplicate_ids` counts rows with the id of an earlier row, among the first
+    `ids_compared`.
     """
 
     plan_hash: str
@@ -69,9 +70,8 @@ class PlanSummary:
     groups: tuple[GroupNote, ...]
     chunks: int
     chunk_size: int
-    batches: int
+    passes: int
     batch_size: int
-    padded_slots: int
     padding_waste: float
     prompt_syntax: str
     long_prompts: str
@@ -129,11 +129,9 @@ def manifest_notes(
     return tuple(notes)
 
 
-def describe_group(group: Group, chunk_size: int, batch_size: int) -> GroupNote:
-    """A group with its batches: each chunk is padded to whole batches."""
-    width, height, steps, sampler, guided = group.key
-    last = group.n_samples - (group.n_chunks - 1) * chunk_size
-    batches = (group.n_chunks - 1) * -(-chunk_size // batch_size) + -(-last // batch_size)
+def describe_group(group: Group) -> GroupNote:
+    """A group as it is shown."""
+    width, height, guided, steps, sampler = group.key
     return GroupNote(
         width=width,
         height=height,
@@ -141,9 +139,31 @@ def describe_group(group: Group, chunk_size: int, batch_size: int) -> GroupNote:
         sampler=sampler,
         guided=guided,
         samples=group.n_samples,
-        chunks=group.n_chunks,
-        batches=batches,
     )
+
+
+def count_denoising(grid: Grid, batch_size: int) -> tuple[int, float]:
+    """How often the denoiser runs at a full batch, and the share of its slots that do nothing for any sample."""
+    total = sum(_section_passes(section, grid.chunk_size, batch_size) for section in grid.sections)
+    useful = sum(group.n_samples * passes(group.loop) for group in grid.groups)
+    return total, 1 - useful / (total * batch_size)
+
+
+def _section_passes(section: Section, size: int, batch_size: int) -> int:
+    """Chunks of one loop are counted by arithmetic; those where groups meet, and the last one, are looked at."""
+    total = 0
+    looked_at = {section.n_samples // size} if section.n_samples % size else set()
+    for group in section.groups:
+        whole = (group.first + group.n_samples) // size - -(-group.first // size)
+        total += max(whole, 0) * count_passes([group.loop] * size, batch_size)
+        if group.first % size:
+            looked_at.add(group.first // size)
+    for number in looked_at:
+        start = number * size
+        pieces = section.cut(start, min(start + size, section.n_samples))
+        loops = [group.loop for group, first, last in pieces for _ in range(first, last)]
+        total += count_passes(loops, batch_size)
+    return total
 
 
 def expected_bytes(groups: Sequence[GroupNote]) -> int:

@@ -81,8 +81,9 @@ def show_plan(plan: PlanSummary, *, quiet: bool = False) -> None:
         facts[f"sweep {name}"] = ", ".join(map(str, values[:_VALUES_SHOWN])) + more
     facts |= {
         "samples": f"{plan.samples:,}",
-        "chunks": f"{plan.chunks:,} of up to {plan.chunk_size} samples, in {len(plan.groups)} group(s) of one shape",
-        "batches": f"{plan.batches:,} of {plan.batch_size}, {plan.padding_waste:.1%} padding",
+        "chunks": f"{plan.chunks:,} of up to {plan.chunk_size} samples, in {len(plan.groups)} group(s) of one size, "
+        f"sampler and number of steps",
+        "denoising": f"{plan.passes:,} runs of {plan.batch_size} rows, {plan.padding_waste:.1%} padding",
         "prompts": "this model's limit of tokens is not known"
         if plan.token_limit is None
         else f"{plan.tokens_over_limit:,} of {plan.tokens_checked:,} have more than {plan.token_limit} tokens"

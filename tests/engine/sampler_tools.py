@@ -18,8 +18,9 @@ from diffusers import (
 
 from latentmill.engine.loading.config import SchedulerConfig
 from latentmill.engine.sampling.denoiser import Denoiser
-from latentmill.engine.sampling.samplers import sample
+from latentmill.engine.sampling.samplers import begin
 from latentmill.engine.sampling.schedule import NoiseSchedule
+from latentmill.engine.sampling.solvers import solve
 
 CONFIG = {
     "_class_name": "DDIMScheduler",
@@ -94,6 +95,10 @@ def no_noise() -> torch.Tensor:
 
 def column(*values: float) -> torch.Tensor:
     return torch.tensor(values).reshape(-1, 1, 1, 1)
+
+
+def sample(sampler, denoise, noise, schedule, steps, draw_noise, eta):
+    return solve(begin(sampler, noise, schedule, steps, draw_noise, eta.flatten().tolist()), denoise)
 
 
 def run_ours(sampler, schedule, latents, steps, function=model, draw_noise=None, eta=0.0):

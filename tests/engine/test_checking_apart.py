@@ -111,10 +111,10 @@ def test_what_failed_is_never_shown_to_the_checker(checking, monkeypatch):
 
 def test_a_batch_is_waited_for_when_the_next_one_has_begun(checking, monkeypatch):
     events: list[str] = []
-    sample, wait = type(checking._models).sample, acceleration.Download.wait
-    begun = lambda self, *rest: (events.append("begin"), sample(self, *rest))[1]  # noqa: E731 - as short as its twin
+    decode, wait = type(checking._models)._decode, acceleration.Download.wait
+    begun = lambda self, *rest: (events.append("begin"), decode(self, *rest))[1]  # noqa: E731 - as short as its twin
     waited = lambda self: (events.append("wait"), wait(self))[1]  # noqa: E731
-    monkeypatch.setattr(type(checking._models), "sample", begun)
+    monkeypatch.setattr(type(checking._models), "_decode", begun)
     monkeypatch.setattr(acceleration.Download, "wait", waited)
     assert len(checking.sample(ROWS)) == 8
     assert [name for name, *_ in map(tuple, itertools.groupby(events))] == ["begin", "wait"]

@@ -220,9 +220,9 @@ def test_a_retry_widens_the_weights_and_narrows_them_back_to_the_very_bits(folde
     assert torch.bfloat16 in {tensor.dtype for tensor in before}
     with model.in_fp32() as wide:
         assert {tensor.dtype for tensor in weights()} == {torch.float32}
-        pictures, finite = wide.sample([request(seed=seed) for seed in range(2)])
-        assert finite.all()
-        assert pictures.dtype == torch.float32
+        (drawn,) = wide.sample([request(seed=seed) for seed in range(2)], 2)
+        assert drawn.finite.all()
+        assert drawn.pictures.dtype == torch.float32
     after = weights()
     assert [tensor.dtype for tensor in after] == [tensor.dtype for tensor in before]
     assert all(map(torch.equal, before, after))

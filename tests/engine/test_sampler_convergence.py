@@ -15,9 +15,8 @@ from diffusers import PNDMScheduler
 
 from latentmill.engine.loading.config import SchedulerConfig
 from latentmill.engine.sampling.denoiser import Prediction
-from latentmill.engine.sampling.samplers import sample
 from latentmill.engine.sampling.schedule import NoiseSchedule
-from tests.engine.sampler_tools import CONFIG, column, no_noise, noise_source
+from tests.engine.sampler_tools import CONFIG, column, no_noise, noise_source, sample
 
 MU, S = 0.3, 0.8
 

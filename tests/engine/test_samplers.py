@@ -12,7 +12,6 @@ from diffusers import DDIMScheduler
 from latentmill.engine import SAMPLERS, EngineError, check_steps
 from latentmill.engine.sampling import solvers
 from latentmill.engine.sampling.denoiser import Prediction
-from latentmill.engine.sampling.samplers import sample
 from latentmill.engine.sampling.table import SAMPLER_TABLE
 from tests.engine.sampler_tools import (
     CONFIG,
@@ -29,6 +28,7 @@ from tests.engine.sampler_tools import (
     reference_for,
     run_ours,
     run_reference,
+    sample,
     schedule_for,
 )
 

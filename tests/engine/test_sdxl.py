@@ -58,6 +58,14 @@ def test_an_empty_negative_prompt_means_zeros_only_in_its_own_row(folder):
     assert np.array_equal(found[1], engine.generate([mixed[1]])[0].pixels)
 
 
+def test_pooled_text_moves_into_a_slot_with_its_row(folder):
+    engine = load(folder)
+    rows = [row for steps in (2, 4, 3) for row in requests(32, steps=steps, negative_prompt="ugly" * (steps == 3))]
+    assert len(rows) > engine.batch_size
+    for row, picture in zip(rows, pictures(engine, rows), strict=True):
+        assert np.array_equal(engine.generate([row])[0].pixels, picture)
+
+
 # diffusers' Euler converts a tensor by a protocol that numpy 2 has deprecated.
 theirs = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 SAMPLERS = {"euler": EulerDiscreteScheduler, "euler_a": EulerAncestralDiscreteScheduler}

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import random
 
 import numpy as np
 import pytest
 import torch
 
-from latentmill.engine import EMBEDDED_MODEL, Engine, GenerationRequest, ModelSpec, acceleration
+from latentmill.engine import EMBEDDED_MODEL, SAMPLERS, Engine, GenerationRequest, ModelSpec, acceleration
 from latentmill.engine.loading.config import UNetConfig, VAEConfig
 from latentmill.engine.networks.attention import attend
 from latentmill.engine.networks.autoencoder import AutoencoderKL
@@ -144,6 +146,20 @@ def test_a_batch_of_eight_at_1024_pixels_is_decoded_in_slices_whose_bits_do_not_
     assert torch.isfinite(decoded).all()
     order = [3, 0, 7, 5, 1, 6, 2, 4]
     assert torch.equal(acceleration.decode(vae, latents[order]), decoded[order])
+
+
+@pytest.mark.parametrize("execution", ["eager", "graphs"])
+def test_rows_of_all_samplers_have_the_same_bits_mixed_and_apart(execution):
+    engine = Engine.load(SPEC, device="cuda", dtype="float16", batch_size=4, execution=execution)
+    rows = [
+        dataclasses.replace(
+            ROWS[0], seed=number, sampler=sampler, num_inference_steps=steps, eta=0.5 * (sampler == "ddim")
+        )
+        for number, (sampler, steps) in enumerate(itertools.product(SAMPLERS, (3, 8)))
+    ]
+    random.Random(0).shuffle(rows)
+    for row, together in zip(rows, engine.generate(rows), strict=True):
+        assert np.array_equal(engine.generate([row])[0].pixels, together.pixels), row
 
 
 def test_a_row_that_overflows_is_made_again_in_full_precision(half, monkeypatch):

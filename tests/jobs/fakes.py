@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from latentmill.engine import GenerationRequest, GenerationResult, SafetyVerdict
+from latentmill.engine import GenerationRequest, GenerationResult, SafetyVerdict, queue_rows
 from latentmill.jobs.plans.plan import Plan
 
 
@@ -46,7 +46,9 @@ class FakeEngine:
         for request in requests:
             self._obey(request.prompt)
         self.generated += len(requests)
-        return [self._result(request, slot % self.batch_size) for slot, request in enumerate(requests)]
+        queues = queue_rows([request.loop for request in requests], self.batch_size)
+        slots = {row: slot for slot, queue in enumerate(queues) for row in queue}
+        return [self._result(request, slots[row]) for row, request in enumerate(requests)]
 
     def _obey(self, prompt: str) -> None:
         if self.broken:

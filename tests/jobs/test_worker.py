@@ -224,3 +224,58 @@ def test_an_upgrade_half_way_changes_no_byte(start_job: Callable[..., str], monk
     assert record is not None
     assert record.metadata["version.latentmill"] == "99"
     assert {row["sample_id"]: row["sha256"] for row in rows_of(job)} == before
+
+
+@pytest.fixture(scope="module")
+def many_loops(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Ten prompts in no order of steps and samplers, one of which cannot be drawn."""
+    path = tmp_path_factory.mktemp("loops") / "rows.jsonl"
+    loops = [("ddim", 4), ("heun", 2), ("plms", 3), ("ddim", 2), ("euler_a", 4)] * 2
+    rows = [
+        {"prompt": f"number {n}" + " poison" * (n == 6), "sampler": sampler, "num_inference_steps": steps}
+        for n, (sampler, steps) in enumerate(loops)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_a_chunk_of_many_loops_is_made_again_row_by_row_with_the_same_bits_and_slots(
+    start_job: Callable[..., str], many_loops: Path
+) -> None:
+    """By the real engine: whole, each row alone as after a crash, and each in its slot as for a repair."""
+    out = start_job(many_loops, sampler=None, num_inference_steps=None, safety="none")
+    job = open_job(out)
+    assert job.plan.n_chunks == 1
+    generator = ChunkGenerator(job)
+    whole = generator.generate(0)
+    assert isinstance(whole, GeneratedChunk)
+    steps = [sample.request.num_inference_steps for sample in job.plan.samples_of_chunk(0)]
+    assert steps == sorted(steps)
+    slots = {row: result.batch_slot for row, result in enumerate(whole.results)}
+    assert slots != {row: row % 4 for row in slots}, "nothing was put into another order"
+    for row, result in enumerate(whole.results):
+        alone = generator.process_row(0, row)
+        expected = postprocess.postprocess_sample(
+            job.plan, job.plan.samples_of_chunk(0)[row], result, whole.execution_class
+        )
+        assert alone.data == expected.data
+        assert alone.row == expected.row
+    for row, results in generator.generate_in_slots(0, slots):
+        first = next(results)
+        assert np.array_equal(first.pixels, whole.results[row].pixels)
+        assert first.batch_slot == slots[row]
+
+
+def test_a_repair_touches_no_other_row(start_job: Callable[..., str], many_loops: Path) -> None:
+    out = start_job(many_loops, sampler=None, num_inference_steps=None)
+    postprocess_chunk(open_job(out), generate(out))
+    rows = rows_of(open_job(out))
+    (failed,) = [place for place, row in enumerate(rows) if row["status"] == "failed"]
+    asked: list[str] = []
+    generator = ChunkGenerator(open_job(out), engine_factory=fake_engine)
+    sample = generator._engine.sample
+    generator._engine.sample = lambda batch: (asked.extend(row.prompt for row in batch), sample(batch))[1]  # type: ignore[method-assign]
+    again = generator.generate(0, repair=True)
+    assert isinstance(again, GeneratedChunk)
+    assert (list(again.rows), set(asked)) == ([failed], {"number 6 poison"})
+    assert again.results[0].batch_slot == rows[failed]["batch_slot"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from types import SimpleNamespace
@@ -13,6 +13,7 @@ import pyarrow as pa
 
 from latentmill.engine import GenerationRequest, GenerationResult, SafetyVerdict
 from latentmill.jobs.plans.columns import formats, own_fields
+from latentmill.jobs.plans.grid import Piece
 from latentmill.jobs.plans.planned import PlannedSample, fingerprint
 from latentmill.jobs.spec import JobSpec
 from tests.simulator.world import URL
@@ -48,7 +49,6 @@ class SimulatedPlan:
     settings = JobSpec(prompts=(), device="cpu", chunk_size=2, batch_size=2, watermark="none", watermark_text="")
     model = SimpleNamespace(name="simulated", weights_digest="0" * 64)
     versions: Mapping[str, str] = {"latentmill": "0"}
-    groups = (SimpleNamespace(first_chunk=0, n_chunks=2), SimpleNamespace(first_chunk=2, n_chunks=1))
     record_schema = pa.schema([entry for entry in own_fields() if entry.name in COLUMNS])
 
     def __init__(self, first_seed: int, poisoned: frozenset[int]) -> None:
@@ -60,6 +60,12 @@ class SimulatedPlan:
         self.identity["threads_per_actor"] = 1
         self.plan_hash = fingerprint(self.identity)
         self.rejected = f"the rejected rows of plan {first_seed}".encode()
+
+    def pieces_of_groups(self) -> list[Iterator[Piece]]:
+        return [iter([Piece(0, slice(2)), Piece(1, slice(1))]), iter([Piece(2, slice(2))])]
+
+    def groups_in(self, _chunk: int) -> int:
+        return 1
 
     def samples_of_chunk(self, chunk: int) -> list[PlannedSample]:
         return [self._sample(ordinal) for ordinal in CHUNKS[chunk]]

@@ -28,7 +28,7 @@ def test_a_chunk_that_broke_its_worker_twice_is_suspect(faults: Faults):
     assert not faults.is_suspect(8)
 
 
-def test_deadlines_follow_what_a_group_takes(faults: Faults):
+def test_deadlines_follow_what_chunks_of_one_pace_take(faults: Faults):
     assert faults.deadline(0, 32) == 32 * UNKNOWN_SECONDS
     faults.note_done("north", 0, 50.0)
     faults.note_done("north", 0, 20.0)

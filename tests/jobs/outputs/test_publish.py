@@ -69,7 +69,7 @@ def test_parts_are_sorted_complete_and_described(
     rows_per_part: int, make_job: Callable[..., Job], tmp_path: Path
 ) -> None:
     job = make_job(sweep={"guidance_scale": [1.0, 4.0]}, chunk_size=3)
-    assert len(job.plan.groups) == 12
+    assert len(job.plan.grid.groups) == 12
     unpublish(job)
     publication = publish(job, rows_per_part=rows_per_part)
     assert [part.rows for part in publication.parts[:-1]] == [rows_per_part] * (len(publication.parts) - 1)
@@ -88,6 +88,23 @@ def test_parts_are_sorted_complete_and_described(
     assert publication.images == publication.counts["ok"]
     assert publication.image_bytes == sum(row["bytes"] or 0 for row in rows)
     assert {name for name, _ in publication.schema} >= {"sample_id", "topic", "sha256"}
+
+
+def test_a_chunk_is_read_once_also_where_groups_share_it(
+    make_job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = make_job(sweep={"guidance_scale": [1.0, 4.0]}, chunk_size=16)
+    before = files_of(job)
+    assert max(map(job.plan.groups_in, range(job.plan.n_chunks))) > 1
+    unpublish(job)
+    reads: list[int] = []
+    read = type(job.ledger).read
+    monkeypatch.setattr(type(job.ledger), "read", lambda self, chunk: (reads.append(chunk), read(self, chunk))[1])
+    publish(job, rows_per_part=5)
+    assert sorted(reads) == list(range(job.plan.n_chunks))
+    unpublish(job)
+    publish(job)
+    assert files_of(job) == before
 
 
 def test_publishing_again_writes_nothing(make_job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -198,7 +215,7 @@ def test_memory_does_not_grow_with_the_number_of_chunks(
     monkeypatch.setattr(type(job.ledger), "read", counted)
     monkeypatch.setattr(publish_module._Stream, "_next", next_counted)
     publish(job, rows_per_part=5)
-    assert peak <= 8 + len(job.plan.groups)
+    assert peak <= 8 + len(job.plan.grid.groups)
 
 
 def failing_chunks(job: Job) -> list[int]:

@@ -308,10 +308,10 @@ def test_the_summary_says_what_would_happen(job, tmp_path):
     with draft_plan(spec) as draft:
         summary = draft.summary()
     assert (summary.rows, summary.rejected_rows, summary.samples) == (3, 1, 18)
-    assert [(group.width, group.guided, group.samples, group.chunks, group.batches) for group in summary.groups] == [
-        (256, False, 6, 2, 2), (256, True, 6, 2, 2), (512, False, 3, 1, 1), (512, True, 3, 1, 1),
+    assert [(group.width, group.guided, group.samples) for group in summary.groups] == [
+        (256, False, 6), (256, True, 6), (512, False, 3), (512, True, 3),
     ]  # fmt: skip
-    assert (summary.chunks, summary.batches, summary.padded_slots) == (6, 6, 6)
+    assert (summary.chunks, summary.passes) == (6, 6 * summary.groups[0].num_inference_steps)
     assert summary.padding_waste == pytest.approx(0.25)
     assert (summary.token_limit, summary.tokens_over_limit, summary.tokens_checked) == (75, 1, 3)
     assert summary.bytes_expected == int(1.5 * (12 * 256 * 256 + 6 * 512 * 256))

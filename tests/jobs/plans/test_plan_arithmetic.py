@@ -9,9 +9,10 @@ import random
 import numpy as np
 import pytest
 
-from latentmill.engine import GenerationRequest
+from latentmill.engine import GenerationRequest, count_passes, passes
 from latentmill.jobs.plans import snapshot
 from latentmill.jobs.plans.plan import adopt, draft_plan, load_plan
+from latentmill.jobs.plans.summary import count_denoising
 from latentmill.jobs.spec import JobSpec
 from latentmill.jobs.store.storage import Storage
 
@@ -96,14 +97,37 @@ def test_arithmetic_equals_enumeration(seed, tmp_path, tiny_model, monkeypatch):
     assert [sample.ordinal for sample in samples] == list(range(plan.n_samples))
     assert [(sample.extra["tag"], sample.request) for sample in samples] == expected
     assert [sample.sample_id for sample in samples] == [f"{number:08d}" for number in range(len(expected))]
-    for group in plan.groups:
-        inside = chunks[group.first_chunk : group.first_chunk + group.n_chunks]
-        assert {sample.request.loop_key for chunk in inside for sample in chunk} == {group.key}
-        assert [len(chunk) for chunk in inside[:-1]] == [chunk_size] * (group.n_chunks - 1)
-        ordinals = [sample.ordinal for chunk in inside for sample in chunk]
+    first = 0
+    for section in plan.grid.sections:
+        assert section.first_chunk == first
+        inside = chunks[first : first + section.n_chunks]
+        first += section.n_chunks
+        assert {sample.request.shape for chunk in inside for sample in chunk} == {section.groups[0].key[:3]}
+        assert [len(chunk) for chunk in inside[:-1]] == [chunk_size] * (section.n_chunks - 1)
+        assert sum(map(len, inside)) == section.n_samples
+        loops = [(sample.request.num_inference_steps, sample.request.sampler) for chunk in inside for sample in chunk]
+        assert loops == sorted(loops)
+    assert len({section.groups[0].key[:3] for section in plan.grid.sections}) == len(plan.grid.sections)
+    assert [len({sample.request.loop for sample in chunk}) for chunk in chunks] == list(
+        map(plan.groups_in, range(plan.n_chunks))
+    )
+    pieces = [list(group) for group in plan.pieces_of_groups()]
+    assert sum(map(len, pieces)) == sum(map(plan.groups_in, range(plan.n_chunks)))
+    for group, of_group in zip(plan.grid.groups, pieces, strict=True):
+        own = [sample for chunk, places in of_group for sample in chunks[chunk][places]]
+        assert {(*sample.request.shape, *reversed(sample.request.loop)) for sample in own} == {group.key}
+        ordinals = [sample.ordinal for sample in own]
         assert ordinals == sorted(ordinals)
         assert len(ordinals) == group.n_samples
-    assert len({group.key for group in plan.groups}) == len(plan.groups)
+    assert len({group.key for group in plan.grid.groups}) == len(plan.grid.groups)
+    for chunk, inside in enumerate(chunks):
+        request = inside[-1].request
+        assert plan.grid.pace_of(chunk) == ((*request.shape, *reversed(request.loop)), len(inside))
+    for batch_size in (1, 2, 8):
+        total, waste = count_denoising(plan.grid, batch_size)
+        loops = [[sample.request.loop for sample in chunk] for chunk in chunks]
+        assert total == sum(count_passes(inside, batch_size) for inside in loops)
+        assert waste == pytest.approx(1 - sum(passes(loop) for inside in loops for loop in inside) / total / batch_size)
     chosen = np.random.default_rng(seed).random(plan.n_chunks) < 0.5
     assert plan.samples_in_chunks(chosen) == sum(len(chunk) for chunk, take in zip(chunks, chosen, strict=True) if take)
 
