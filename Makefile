@@ -29,14 +29,14 @@ run: install ## make a small dataset with the model that ships, and a contact sh
 PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 test: dev ## run all tests that need no cluster, WORKERS=2 processes side by side
-	$(PYTEST) -m 'not cluster and not gpu and not stores'
+	$(PYTEST) -m 'not cluster and not long and not gpu and not stores'
 
 test-quick: dev ## of these, what takes a minute: no S3 server, no model run over more than a few steps
-	$(PYTEST) -m 'not cluster and not s3 and not slow and not gpu and not stores'
+	$(PYTEST) -m 'not cluster and not long and not s3 and not slow and not gpu and not stores'
 
 # One after the other: each of them keeps both cores busy, and some look at the clock.
-test-cluster: dev ## run the tests that start Ray clusters, storms and crash points
-	$(BIN)/python -m pytest -m cluster
+test-cluster: dev ## run the tests that start Ray clusters, storms and crash points, and those of the benchmarks
+	$(BIN)/python -m pytest -m 'cluster or long'
 
 test-gpu: $(if $(GPU_PYTHON),,dev) ## run the tests that need a CUDA device; GPU_PYTHON=python3 uses another torch
 	$(or $(GPU_PYTHON),$(BIN)/python) -m pytest -m gpu tests/gpu

@@ -50,7 +50,7 @@ def bars_of(name: str) -> set[str]:
     return {bar.figure for bar in BARS if bar.benchmark == name}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_engine_and_diffusers_draw_the_same_pictures():
     found = tiny("engine-embedded")
     assert bars_of("engine-embedded") <= names(found)
@@ -60,7 +60,7 @@ def test_the_engine_and_diffusers_draw_the_same_pictures():
     assert all(": 2 pictures, 100.00 % of all values within 2 levels" in note for note in same)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["gpu-matmul", "gpu-sd15-parts", "gpu-sd15-50", "gpu-sdxl-20"])
 def test_the_gpus_parts_run_without_ray_diffusers_and_what_else_such_a_machine_lacks(name):
     found = tiny(name, without=BLOCKED)
@@ -69,7 +69,7 @@ def test_the_gpus_parts_run_without_ray_diffusers_and_what_else_such_a_machine_l
         assert {"end to end: ours", "ours"} <= names(found) or {"U-Net: ours", "VAE: ours"} <= names(found)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["gpu-sd15-parts", "gpu-sdxl-parts"])
 def test_random_models_of_published_structure_are_the_same_for_diffusers(name):
     found = tiny(name)
@@ -78,13 +78,13 @@ def test_random_models_of_published_structure_are_the_same_for_diffusers(name):
     assert max(apart.values()) < 2e-3
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_cost_of_a_picture_is_told_by_step_beside_the_libraries():
     found = tiny("postprocess")
     assert {"256 px: all", "256 px: mark, library / ours", "256 px: PNG, library / ours"} <= names(found)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_loop_over_diffusers_makes_the_same_files_as_a_job(tmp_path):
     work = Work(manifest=write_prompts(tmp_path / "prompts.parquet", 8), steps=2, side=256)
     ours, loop = tmp_path / "ours", tmp_path / "loop"
@@ -96,7 +96,7 @@ def test_a_loop_over_diffusers_makes_the_same_files_as_a_job(tmp_path):
 
 
 @pytest.mark.cluster
-@pytest.mark.parametrize("name", ["job-24", "standin-20", "start", "overhead-1e4"])
+@pytest.mark.parametrize("name", ["job-24", "standin-20", "start"])
 def test_whole_jobs_give_the_figures_of_their_bars(name):
     assert bars_of(name) <= names(tiny(name))
 

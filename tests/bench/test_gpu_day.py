@@ -76,7 +76,7 @@ def test_a_piece_that_hangs_is_ended_with_what_it_started(day, tmp_path, monkeyp
     assert not state.exists() or state.read_text().rpartition(")")[2].split()[0] == "Z"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_training_goes_on_from_the_shipped_weights_and_then_from_where_it_stopped(tmp_path):
     work, out = tmp_path / "work", tmp_path / "model"
     work.mkdir()
