@@ -232,6 +232,7 @@ def test_an_output_begun_without_marks_stays_without_is_healed_and_not_gone_on_w
 ) -> None:
     with monkeypatch.context() as before:
         before.setattr(columns, "COLUMNS", tuple(column for column in COLUMNS if column.since <= version))
+        before.setattr(columns, "MIXED_CHUNKS_SINCE", version)
         run(spec)
     job = open_job(spec.out)
     assert job.plan.format_version == version
