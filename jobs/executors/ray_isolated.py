@@ -79,8 +79,10 @@ class RayIsolatedWorker:
     def _started(self) -> Any:
         import ray
 
-        last = ""
-        for _ in range(STARTS if self._actor is None else 0):
+        if self._actor is not None:
+            return self._actor
+        reason: str | None = ""
+        for _ in range(STARTS):
             actor = ray.remote(WorkerProcess).options(max_restarts=0, **self._options).remote(own_code())
             try:
                 reason, self.execution_class = ray.get(actor.load.remote(self._arguments), timeout=START_SECONDS)
@@ -89,10 +91,5 @@ class RayIsolatedWorker:
             if reason is None:
                 self._actor = actor
                 return actor
-            last = reason
             ray.kill(actor)
-        if self._actor is None:
-            raise JobError(
-                f"an isolated worker could not be started {STARTS} times: {last}; run the same command again"
-            )
-        return self._actor
+        raise JobError(f"an isolated worker could not be started {STARTS} times: {reason}; run the same command again")
