@@ -30,17 +30,31 @@ _PACKAGES = (
 
 
 def describe_machine() -> dict[str, Any]:
-    """Cores that this process may use, memory, load and the versions of what is installed."""
+    """Cores that this process may use and how busy they are, memory, load and the versions of what is installed."""
     pages = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return {
         "processor": _processor(),
         "cores": len(os.sched_getaffinity(0)),
         "memory_gib": round(pages / 2**30, 1),
         "load_1min": round(os.getloadavg()[0], 2),
+        "cores_busy": round(_cores_busy(), 2),
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
         **_versions(),
     }
+
+
+def _cores_busy(seconds: float = 1.0) -> float:
+    """How many cores others use at this moment: the load of a minute would still know the benchmark before."""
+
+    def idle_and_all() -> tuple[int, int]:
+        ticks = [int(number) for number in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
+        return ticks[3] + ticks[4], sum(ticks)
+
+    idle, total = idle_and_all()
+    time.sleep(seconds)
+    idle_now, total_now = idle_and_all()
+    return (os.cpu_count() or 1) * (1 - (idle_now - idle) / max(1, total_now - total))
 
 
 def describe_gpu() -> str | None:

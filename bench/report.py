@@ -7,7 +7,7 @@ from pathlib import Path
 
 from bench.bars import Bar
 from bench.figures import Figure
-from bench.results import BUSY_LOAD, Result, all_stored
+from bench.results import BUSY_CORES, Result, all_stored
 from bench.table import BENCHMARKS
 
 _HEAD = """# Measured
@@ -53,18 +53,18 @@ def _bars(bars: Sequence[Bar], results: dict[str, Result]) -> Iterator[str]:
 
 def _overview(results: dict[str, Result]) -> Iterator[str]:
     yield "## Benchmarks\n"
-    yield "| name | what | command | took | commit | device | load before |"
+    yield "| name | what | command | took | commit | device | cores busy before |"
     yield "|---|---|---|---|---|---|---|"
     for name, benchmark in BENCHMARKS.items():
         if name not in results:
             yield f"| {name} | {benchmark.what} | | about {benchmark.minutes:g} min | not measured | | |"
             continue
         result = results[name]
-        load = f"{result.machine['load_1min']}{' (busy)' if result.busy else ''}"
+        cores = f"{result.cores_busy:g}{' (busy)' if result.busy else ''}"
         minutes = f"{result.seconds / 60:.1f} min"
         yield (
             f"| {name} | {benchmark.what} | `{result.command}` | {minutes} | {result.commit} "
-            f"| {result.device} | {load} |"
+            f"| {result.device} | {cores} |"
         )
     yield ""
 
@@ -75,8 +75,7 @@ def _section(result: Result, folder: Path) -> Iterator[str]:
     if result.tiny:
         yield "**Smallest shapes, to see whether it works: these figures mean nothing.**\n"
     if result.busy:
-        load = result.machine["load_1min"]
-        yield f"**The machine was busy before it began: its load was {load}, which is more than {BUSY_LOAD:g}.**\n"
+        yield f"**The machine was busy before it began: {result.cores_busy:g} cores, more than {BUSY_CORES:g}.**\n"
     yield "| figure | median | runs | unit |"
     yield "|---|---|---|---|"
     for each in result.figures:
@@ -87,7 +86,9 @@ def _section(result: Result, folder: Path) -> Iterator[str]:
     for picture in sorted(folder.glob(f"*/{result.name}*.svg")):
         yield f"\n![{result.name}](results/{picture.relative_to(folder).as_posix()})"
     versions = ", ".join(
-        f"{name} {value}" for name, value in result.machine.items() if name not in {"load_1min", "processor"}
+        f"{name} {value}"
+        for name, value in result.machine.items()
+        if name not in {"load_1min", "cores_busy", "processor"}
     )
     yield f"\n{result.device}; {versions}; {result.date}.\n"
 

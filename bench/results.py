@@ -12,8 +12,8 @@ from bench.figures import Figure, figure
 from bench.machine import ROOT
 
 RESULTS = ROOT / "bench" / "results"
-BUSY_LOAD = 1.0
-"""A machine whose load was above this before the benchmark began had something else to do."""
+BUSY_CORES = 0.5
+"""A machine with more cores busy than this before the benchmark began had something else to do."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,7 +36,12 @@ class Result:
 
     @property
     def busy(self) -> bool:
-        return bool(self.machine["load_1min"] > BUSY_LOAD)
+        return self.cores_busy > BUSY_CORES
+
+    @property
+    def cores_busy(self) -> float:
+        """Before it began. Older documents have the load of a minute, which knows the benchmark before as well."""
+        return float(self.machine.get("cores_busy", self.machine["load_1min"]))
 
     def figure(self, name: str) -> Figure | None:
         """The figure of that name, if this result has it."""

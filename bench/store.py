@@ -49,7 +49,7 @@ def _wait_for(url: str, server: subprocess.Popen[bytes], log: Path) -> None:
         try:
             urllib.request.urlopen(url, timeout=2)
         except urllib.error.HTTPError as error:
-            if error.code == 403 and _has_bucket(url):
+            if error.code == 403 and _has_bucket(url.removesuffix("/test")):
                 return
         except OSError:
             pass

@@ -29,7 +29,7 @@ def result(*values: float, load: float = 0.1, tiny: bool = False) -> Result:
         date="2026-01-01T00:00:00+00:00",
         seconds=60.0,
         tiny=tiny,
-        machine={"load_1min": load, "cores": 2, "processor": "a processor"},
+        machine={"load_1min": 9.0, "cores_busy": load, "cores": 2, "processor": "a processor"},
         figures=(figure("ray-data / ours", "x", values),),
         notes=("a note",),
         details={"seen": 1},
