@@ -91,7 +91,7 @@ def test_the_report_says_what_was_not_measured_and_what_means_nothing(tmp_path):
     )
     text = report(tmp_path, result(1.0, load=2.5, tiny=True))
     assert "Smallest shapes" in text
-    assert "its load was 2.5" in text
+    assert "busy before it began: 2.5 cores" in text
     assert "- a note" in text
 
 
