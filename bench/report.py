@@ -7,7 +7,7 @@ from pathlib import Path
 
 from bench.bars import Bar
 from bench.figures import Figure
-from bench.results import BUSY_CORES, Result, all_stored
+from bench.results import Result, all_stored
 from bench.table import BENCHMARKS
 
 _HEAD = """# Measured
@@ -46,25 +46,24 @@ def _bars(bars: Sequence[Bar], results: dict[str, Result]) -> Iterator[str]:
             yield f"| {bar.name} | {limit} | - | not measured (`{bar.benchmark}`) |"
             continue
         verdict = "met" if bar.met_by(found) else "**missed**"
-        busy = ", on a busy machine" if results[bar.benchmark].busy else ""
+        busy = ", perhaps on a busy machine" if results[bar.benchmark].busy else ""
         yield f"| {bar.name} | {limit} {found.unit} | {_value(found)} {found.unit} | {verdict}{busy} |"
     yield ""
 
 
 def _overview(results: dict[str, Result]) -> Iterator[str]:
     yield "## Benchmarks\n"
-    yield "| name | what | command | took | commit | device | cores busy before |"
+    yield "| name | what | command | took | commit | device | before |"
     yield "|---|---|---|---|---|---|---|"
     for name, benchmark in BENCHMARKS.items():
         if name not in results:
             yield f"| {name} | {benchmark.what} | | about {benchmark.minutes:g} min | not measured | | |"
             continue
         result = results[name]
-        cores = f"{result.cores_busy:g}{' (busy)' if result.busy else ''}"
         minutes = f"{result.seconds / 60:.1f} min"
         yield (
             f"| {name} | {benchmark.what} | `{result.command}` | {minutes} | {result.commit} "
-            f"| {result.device} | {cores} |"
+            f"| {result.device} | {result.before} |"
         )
     yield ""
 
@@ -75,7 +74,7 @@ def _section(result: Result, folder: Path) -> Iterator[str]:
     if result.tiny:
         yield "**Smallest shapes, to see whether it works: these figures mean nothing.**\n"
     if result.busy:
-        yield f"**The machine was busy before it began: {result.cores_busy:g} cores, more than {BUSY_CORES:g}.**\n"
+        yield f"**The machine may have been busy before it began: {result.before}.**\n"
     yield "| figure | median | runs | unit |"
     yield "|---|---|---|---|"
     for each in result.figures:

@@ -36,12 +36,14 @@ class Result:
 
     @property
     def busy(self) -> bool:
-        return self.cores_busy > BUSY_CORES
+        return bool(self.machine.get("cores_busy", self.machine["load_1min"]) > BUSY_CORES)
 
     @property
-    def cores_busy(self) -> float:
-        """Before it began. Older documents have the load of a minute, which knows the benchmark before as well."""
-        return float(self.machine.get("cores_busy", self.machine["load_1min"]))
+    def before(self) -> str:
+        """How busy the machine was. Older documents have the load of a minute, which knows the benchmark before it."""
+        cores = self.machine.get("cores_busy")
+        load = f"load of the minute {self.machine['load_1min']:g}, the benchmark before it included"
+        return load if cores is None else f"{cores:g} cores busy"
 
     def figure(self, name: str) -> Figure | None:
         """The figure of that name, if this result has it."""

@@ -51,6 +51,8 @@ from tests.original_script import (
     write_small_sd1,
 )
 
+pytestmark = pytest.mark.slow
+
 ARTICLE: dict[str, Any] = {
     "prompt": "a painting of a virus monster playing guitar",
     "outdir": "outputs/txt2img-samples",

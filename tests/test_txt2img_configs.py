@@ -41,6 +41,8 @@ from tests.original_script import (
     write_small_sd1,
 )
 
+pytestmark = pytest.mark.slow
+
 FIRST_STAGE, COND_STAGE = "first_stage_config.params", "cond_stage_config.params"
 
 

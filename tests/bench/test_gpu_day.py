@@ -14,6 +14,8 @@ import torch
 from bench import gpu_day
 from bench.gpu_day import Piece
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 
 

@@ -14,6 +14,8 @@ import pytest
 from bench.faults import Killer, Outcome, _account
 from bench.processes import Process, read_process, run_command
 
+pytestmark = pytest.mark.slow
+
 
 def python(code: str) -> list[str]:
     return [sys.executable, "-c", code]

@@ -15,6 +15,8 @@ from latentmill.engine.latent_diffusion import LatentDiffusion, load_latent_diff
 from latentmill.engine.loading.layout import find_model
 from tests.engine.families import write_sdxl
 
+pytestmark = pytest.mark.slow
+
 
 def load(folder: Path, dtype: torch.dtype) -> LatentDiffusion:
     """The networks alone: the engine itself refuses half precision on a CPU."""

@@ -13,6 +13,8 @@ from latentmill.engine.networks.autoencoder import AutoencoderKL
 from latentmill.engine.networks.unet import UNet
 from latentmill.engine.types import EngineError
 
+pytestmark = pytest.mark.slow
+
 # Facts of the published model folders: only what differs from the reference library's defaults.
 SD15_UNET = {
     "block_out_channels": [320, 640, 1280, 1280],

@@ -15,6 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from latentmill.engine import EMBEDDED_MODEL, Engine, GenerationRequest, ModelSpec, acceleration
 
+pytestmark = pytest.mark.slow
+
 ROWS = 8
 
 

@@ -22,6 +22,8 @@ from latentmill.engine import Engine, EngineError, ModelSpec, describe_model
 from latentmill.engine.loading.checkpoint import open_weights
 from tests.engine.families import write_ldm
 
+pytestmark = pytest.mark.slow
+
 UNET = "unet/diffusion_pytorch_model.safetensors"
 SECONDS, BYTES = 20, 2 * 2**30
 

@@ -16,6 +16,8 @@ from latentmill.engine.sampling.table import SAMPLER_TABLE
 from latentmill.engine.types import Pixels
 from tests.harness.models import write_model
 
+pytestmark = pytest.mark.slow
+
 BATCH = 4
 
 

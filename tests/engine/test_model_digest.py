@@ -19,6 +19,8 @@ from tests.engine.diffusers_models import write_flux
 from tests.engine.families import write_ldm, write_sdxl
 from tests.harness.models import write_model
 
+pytestmark = pytest.mark.slow
+
 ADDED = json.dumps({"a red": 300, "cat</w>": 5})
 EXTRA = {
     "added_tokens.json": ADDED,

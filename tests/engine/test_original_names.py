@@ -28,6 +28,8 @@ from latentmill.engine.loading.weights import claim_single_file
 from tests.engine.originals import is_convolution
 from tests.engine.test_architecture_of_models import SD15_UNET, SD21_UNET, SD_VAE, SDXL_UNET
 
+pytestmark = pytest.mark.slow
+
 CLIP_L = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
 OPEN_CLIP_H = {
     "hidden_size": 1024,

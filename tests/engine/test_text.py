@@ -13,6 +13,8 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from latentmill.engine import Engine, EngineError, GenerationRequest, ModelSpec
 from tests.engine.families import write_sdxl
 
+pytestmark = pytest.mark.slow
+
 LONG = " ".join(f"word{number}" for number in range(40))
 """With a token a byte: over 200 tokens, three chunks of 75."""
 

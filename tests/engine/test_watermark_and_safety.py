@@ -15,6 +15,8 @@ from latentmill.engine import EngineError, ModelSpec, embed_watermark, read_wate
 from latentmill.engine.guards.open_nsfw import OpenNsfw
 from latentmill.engine.guards.safety import load_safety_checker
 
+pytestmark = pytest.mark.slow
+
 TEXT = "StableDiffusionV1"
 
 

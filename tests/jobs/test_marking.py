@@ -37,6 +37,8 @@ from latentmill.jobs.spec import JobSpec
 from tests.jobs.driver import job_spec, run
 from tests.jobs.outputs.repairs import healed_engine
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 TEXT = "StableDiffusionV1"
 PARAMETERS = [

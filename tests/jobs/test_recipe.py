@@ -22,6 +22,8 @@ from latentmill.jobs.worker import load_engine
 from tests.harness.models import write_model
 from tests.jobs.driver import job_spec, run
 
+pytestmark = pytest.mark.slow
+
 Manifest = Callable[..., Path]
 PROMPTS = ["a (red:1.4) circle", "a blue square"]
 UNUSUAL: Mapping[str, Any] = {

@@ -34,6 +34,8 @@ from latentmill.jobs.store.storage import Storage
 from tests.jobs.driver import job_spec, run
 from tests.jobs.outputs.repairs import repair
 
+pytestmark = pytest.mark.slow
+
 Manifest = Callable[..., Path]
 Change = Callable[[dict[str, Any]], Mapping[str, Any]]
 ROOT = Path(__file__).parents[2]

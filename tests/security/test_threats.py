@@ -78,6 +78,8 @@ from tests.engine.test_checkpoint_safety import WEIGHTS, canaries
 from tests.harness.s3 import S3_SECRET
 from tests.jobs.driver import job_spec, read_dataset, run
 
+pytestmark = pytest.mark.slow
+
 Manifest = Callable[..., Path]
 ROOT = Path(__file__).parents[2]
 THREATS = ["Pickle", "Ray", "Secrets", "Path traversal", "Bombs", "PNG text", "Control characters"]

@@ -21,6 +21,8 @@ from latentmill.jobs.outputs import publish as publish_module
 from latentmill.jobs.outputs.publish import load_publication
 from tests.simulator.schedule import Outcome, first_violation, run_schedule
 
+pytestmark = pytest.mark.slow
+
 SCHEDULES = 300
 
 

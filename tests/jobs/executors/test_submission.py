@@ -33,6 +33,8 @@ from tests.harness.cluster import ROOT, Cluster
 from tests.harness.s3 import S3_SECRET
 from tests.jobs.driver import read_dataset
 
+pytestmark = pytest.mark.slow
+
 HEAD = "http://head:8265"
 PATIENCE = 240.0
 """Seconds until a step that takes a few counts as hung; a machine that is busy otherwise may take long."""

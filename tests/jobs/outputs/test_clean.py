@@ -23,6 +23,8 @@ from latentmill.jobs.worker import postprocess_chunk
 from tests.jobs.driver import PROCESSES, job_spec, pictures, read_dataset, run
 from tests.jobs.outputs.repairs import repair, start_repair
 
+pytestmark = pytest.mark.slow
+
 PROMPTS = ["one", "two", "some nsfw", "some poison", "five", "six"]
 LOSER, OTHER = "0123456789abcdef", "fedcba9876543210"
 Manifest = Callable[..., Path]

@@ -29,6 +29,8 @@ from tests.jobs.outputs.repairs import healed_engine
 from tests.jobs.outputs.repairs import repair as retry
 from tests.jobs.traps import KillAt, arm
 
+pytestmark = pytest.mark.slow
+
 PROMPTS = ["one", "two", "some nsfw", "some poison", "five", "six", "seven"]
 Manifest = Callable[..., Path]
 

@@ -26,6 +26,8 @@ from latentmill.jobs.store.storage import Storage
 from tests.jobs.driver import job_spec, pictures, run
 from tests.jobs.outputs.repairs import HealedEngine, repair
 
+pytestmark = pytest.mark.slow
+
 Manifest = Callable[..., Path]
 
 

@@ -21,6 +21,8 @@ from latentmill.jobs.store.storage import Storage
 from tests.jobs.driver import KillAt, job_spec, pictures, read_dataset, run, start
 from tests.jobs.outputs.repairs import healed_engine, partly_healed_engine
 
+pytestmark = pytest.mark.slow
+
 PROMPTS = [
     "one",
     "poison two",

@@ -25,6 +25,8 @@ from latentmill.jobs.store.storage import Storage
 from tests.jobs.driver import job_spec, pictures, run
 from tests.jobs.outputs.repairs import repair
 
+pytestmark = pytest.mark.slow
+
 PROMPTS = ["one", "two", "some nsfw", "some poison", "five", "six"]
 
 

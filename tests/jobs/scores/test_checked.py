@@ -28,6 +28,8 @@ from tests.jobs.driver import job_spec, run
 from tests.jobs.fakes import fake_engine
 from tests.jobs.outputs.repairs import repair
 
+pytestmark = pytest.mark.slow
+
 PROMPTS = ["one", "two", "some nsfw", "some poison", "five", "six"]
 MANIFEST = "scores/sharpness/manifest.json"
 
