@@ -99,13 +99,3 @@ def test_a_loop_over_diffusers_makes_the_same_files_as_a_job(tmp_path):
 @pytest.mark.parametrize("name", ["job-24", "standin-20", "start"])
 def test_whole_jobs_give_the_figures_of_their_bars(name):
     assert bars_of(name) <= names(tiny(name))
-
-
-@pytest.mark.cluster
-@pytest.mark.timeout(600)
-def test_a_job_that_is_killed_loses_nothing_of_ours():
-    found = tiny("faults")["details"]
-    for schedule in ("workers", "drivers"):
-        ours = found[f"ours, {schedule}"]
-        assert ours["kills"]
-        assert (ours["finished"], ours["lost"], ours["doubled"], ours["missing_files"]) == (True, 0, 0, 0)
