@@ -371,7 +371,7 @@ def main() -> None:
         _complain("interrupted; the same command resumes", 130)
     except _click_errors.ClickException as error:
         _refuse_usage(error)
-    except Exception as error:
+    except Exception as error:  # which are expected is known by packages that a good start need not import
         from latentmill.engine import EngineError
         from latentmill.jobs.errors import JobError
 

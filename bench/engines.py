@@ -77,7 +77,7 @@ class Bench:
     def _warmed_up(self, part: str, name: str, work: Callable[[], Any]) -> bool:
         try:
             work()
-        except Exception as error:
+        except Exception as error:  # a compiler may raise anything
             if name != "diffusers compiled":
                 raise
             # A compiler that refuses a model is a finding about the peer, and must not cost the other figures.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -41,7 +42,7 @@ def compare(context: Context, seconds: float, pictures: int, peers: Sequence[str
         tails[name].append(tail_seconds(spans[name][-1], runs[name][-1].ended))
         return runs[name][-1].seconds
 
-    found = interleaved({name: (lambda name=name: run(name)) for name in runs}, context.rounds)  # type: ignore[misc]
+    found = interleaved({name: partial(run, name) for name in runs}, context.rounds)
     measured = Measured(
         notes=[
             f"{pictures} pictures of {SIDE} px, {seconds} s a batch of 8, which alone is "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 from bench.figures import figure
@@ -31,8 +32,8 @@ def timeline(context: Context) -> Measured:
             run = run_command(
                 traced,
                 environment={"BENCH_TRACE": str(trace)},
-                awaited={"first commit": lambda out=out: first_commit(out)},  # type: ignore[misc]
-                meanwhile=lambda _, seen, samples=samples, began=began: note(samples, seen, began),  # type: ignore[misc]
+                awaited={"first commit": partial(first_commit, out)},
+                meanwhile=partial(note, samples, began),
                 period=0.1,
             )
             commits.append(run.first["first commit"])
@@ -44,7 +45,7 @@ def timeline(context: Context) -> Measured:
     return measured
 
 
-def note(samples: list[Sample], seen: dict[tuple[int, int], Process], began: float) -> None:
+def note(samples: list[Sample], began: float, _: int, seen: dict[tuple[int, int], Process]) -> None:
     """What the processes have used of the processor up to now."""
     now = time.time() - began
     samples += [Sample(now, each.pid, each.title, each.cpu_seconds) for each in seen.values()]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 
 from bench.figures import figure, interleaved, ratio
@@ -36,7 +38,7 @@ def throughput(context: Context, pictures: int = 128) -> Measured:
             return pictures / (done.ended - min(span.began for span in read_trace(trace)))
 
         places = {"disk": str(context.folder), "S3 server": "s3://test"}
-        found = interleaved({name: (lambda at=at: run(at)) for name, at in places.items()}, context.rounds)  # type: ignore[misc]
+        found = interleaved({name: partial(run, at) for name, at in places.items()}, context.rounds)
     return Measured(
         figures=[
             *[figure(f"ours to {name}", "pictures/s", values) for name, values in found.items()],

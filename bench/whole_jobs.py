@@ -7,6 +7,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from bench.figures import figure, interleaved, ratio
@@ -81,7 +82,7 @@ def compare(context: Context, pictures: int, peers: Sequence[str], *, s3: bool =
             folder = context.folder / "server"
             folder.mkdir()
             environment = stack.enter_context(s3_server(folder))
-        seconds = interleaved({name: (lambda name=name: run(name)) for name in runs}, context.rounds)  # type: ignore[misc]
+        seconds = interleaved({name: partial(run, name) for name in runs}, context.rounds)
     measured = Measured()
     for name in runs:
         measured.figures.append(figure(name, "s", seconds[name]))

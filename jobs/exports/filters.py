@@ -41,7 +41,7 @@ class Filter:
 
     def mask(self, table: pa.Table) -> pa.Array:
         """True for each row for which it holds; what is compared with a null does not."""
-        found = pc.fill_null(_truth(self._node, table), False)  # noqa: FBT003
+        found = pc.fill_null(_truth(self._node, table), fill_value=False)
         return found if isinstance(found, pa.ChunkedArray | pa.Array) else pa.repeat(found, table.num_rows)
 
 
