@@ -60,6 +60,10 @@ class PageFolder:
         self._named.add(path)
         return place
 
+    def keep(self, place: str) -> None:
+        """Name a file of data that was added before, in the next `meta` again."""
+        self._named.add(f"{self._folder}/{place}")
+
     def publish(self, meta: Mapping[str, Any]) -> None:
         """Afterwards the page shows what was added since the last call, and files of data before that are gone.
 
@@ -87,10 +91,11 @@ def _script(place: str, text: str) -> bytes:
 
 
 def encode_columns(table: pa.Table, *, whole: bool = False) -> list[dict[str, Any]]:
-    """The columns of a table as `Columns` in common.js reads them: each a `name`, a `kind` and its values.
+    """The columns of a table as `Columns` in columns.js reads them: each a `name`, a `kind` and its values.
 
     Numbers are as JSON has them. All else is text, each different one once in `texts`, and `codes` says which of them
-    each row has; -1 is null. A text of more than MAX_TEXT characters is cut, unless `whole`.
+    each row has; -1 is null. One number or code in place of a list is that of all rows. A text of more than MAX_TEXT
+    characters is cut, unless `whole`.
     """
     return [_encode(name, column, whole=whole) for name, column in zip(table.column_names, table.columns, strict=True)]
 
@@ -101,13 +106,18 @@ def _encode(name: str, column: pa.ChunkedArray, *, whole: bool) -> dict[str, Any
         numbers = column.to_pylist()
         if pa.types.is_float32(kind):
             numbers = [None if value is None else float(str(np.float32(value))) for value in numbers]
-        return {"name": name, "kind": "number", "numbers": [_finite(value) for value in numbers]}
+        return {"name": name, "kind": "number", "numbers": _once([_finite(value) for value in numbers])}
     if pa.types.is_temporal(kind) and not pa.types.is_duration(kind):
         column = column.cast(pa.string())  # Python's own times stop at microseconds
     codes: dict[str, int] = {}
     rows = [-1 if value is None else codes.setdefault(_text(value), len(codes)) for value in column.to_pylist()]
     texts = list(codes) if whole else [text if len(text) <= MAX_TEXT else text[:MAX_TEXT] + "…" for text in codes]
-    return {"name": name, "kind": "text", "texts": texts, "codes": rows}
+    return {"name": name, "kind": "text", "texts": texts, "codes": _once(rows)}
+
+
+def _once(values: list[Any]) -> Any:
+    """The one value, if all are the same."""
+    return values[0] if values and all(value == values[0] for value in values) else values
 
 
 def _is_exact(column: pa.ChunkedArray) -> bool:
