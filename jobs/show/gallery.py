@@ -265,7 +265,7 @@ class Gallery:
             "title": plan.settings.out.rstrip("/").rpartition("/")[2] or "latentmill",
             "state": self._state,
             "live": live,
-            "updated": datetime.now(UTC).isoformat(timespec="seconds"),
+            "updated": datetime.now(UTC).isoformat(timespec="milliseconds"),
             "samples": plan.n_samples,
             "limit": self.limit,
             "counts": {status: sum(block.counts[status] for block in blocks) for status in STATUSES},

@@ -20,7 +20,8 @@
       dialog.querySelector("[data-do=close]").addEventListener("click", () => dialog.close());
       dialog.querySelector("[data-do=previous]").addEventListener("click", () => this.#step(-1));
       dialog.querySelector("[data-do=next]").addEventListener("click", () => this.#step(1));
-      dialog.addEventListener("keydown", (event) => this.#key(event));
+      // of the document: a button that was pressed may be gone, and with it the focus
+      document.addEventListener("keydown", (event) => dialog.open && this.#key(event));
       dialog.addEventListener("close", () => this.onclose?.(this.order[this.at]));
       this.picture.addEventListener("click", (event) => event.target === this.picture && dialog.close());
     }
@@ -130,12 +131,11 @@
       const { meta, rows } = this.gallery;
       const value = (name) => details?.get(name) ?? rows.column(name)?.value(row) ?? null;
       const texts = new Map(meta.columns.map((column) => [column.name, column.text]));
-      const id = String(rows.sample[row]).padStart(meta.digits, "0");
       const all = [...rows.columns.keys()].filter((name) => name !== "sample");
       const own = all.filter((name) => rows.column(name).varies && !FIRST.includes(name));
       const rest = all.filter((name) => !rows.column(name).varies && !FIRST.includes(name));
       const facts = (names, tag = "dl") => this.#facts(tag, names.filter((name) => value(name) !== null && value(name) !== ""), value, texts);
-      const command = `${meta.command} ${id}`;
+      const command = `${meta.command} ${rows.sample[row]}`;
       const file = PICTURE.test(value("image") ?? "") ? `../${value("image")}` : null;
       const parts = [
         el("header", {}, el("h2", {}, `Sample ${rows.sample[row]}`), el("span.badge", { data: { status: seen.status } }, seen.status)),
