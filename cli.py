@@ -242,6 +242,9 @@ def report(
     thumbnail: Annotated[
         int, typer.Option("--thumbnail", min=32, max=1024, help="Pixels of a thumbnail's longest side.")
     ] = 256,
+    font: Annotated[
+        str | None, typer.Option("--font", metavar="FILE", help="A .ttf or .otf file for the sheets' labels.")
+    ] = None,
     live: Annotated[bool, typer.Option("--live", help="Go on until the job is done; the open page follows.")] = False,
     json: Json = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help=QUIET)] = False,
@@ -258,6 +261,7 @@ def report(
             max_pictures=max_pictures,
             thumbnail=thumbnail,
             live=live,
+            font=font,
             on_progress=view.update,
         )
     _answer(summary.to_dict(), json, lambda views: views.show_report(summary), quiet=quiet)

@@ -15,9 +15,10 @@ from latentmill.jobs.exports.rows import Source
 from latentmill.jobs.job import Job, open_job
 from latentmill.jobs.ledger.pictures import decode_png
 from latentmill.jobs.outputs.publish import Publication, load_publication, read_columns
+from latentmill.jobs.show.fonts import Lettering
 from latentmill.jobs.show.gallery import REPORT_PREFIX, CommittedRows, Gallery, GallerySummary, PublishedRows
 from latentmill.jobs.show.sheet_pages import plan_sheets
-from latentmill.jobs.show.sheets import draw_sheet
+from latentmill.jobs.show.sheets import Sheet, draw_sheet
 from latentmill.jobs.store.errors import ForeignObjectError, StorageError
 
 _SHEET = re.compile(rf"{REPORT_PREFIX}/sheet-\d{{4,}}\.png", re.ASCII)
@@ -50,6 +51,8 @@ class ReportSummary:
     samples_shown: int
     samples: int
     unreadable: int = 0
+    without_glyph: str = ""
+    """Characters of labels that no font of this machine has: the sheets have a box for each."""
 
     def to_dict(self) -> dict[str, Any]:
         """For `--json`."""
@@ -63,6 +66,7 @@ def report(
     max_pictures: int = MAX_PICTURES,
     thumbnail: int = THUMBNAIL,
     live: bool = False,
+    font: str | None = None,
     on_progress: Callable[[ReportProgress], None] = lambda _: None,
     sleep: Callable[[float], None] = time.sleep,
 ) -> ReportSummary:
@@ -70,9 +74,11 @@ def report(
 
     Sheets are drawn of a published dataset only, the gallery of what is committed as well. With `live` it is written
     again and again until the dataset is published. Memory holds the rows of the gallery, or of one part if published,
-    the labels of `max_sheets` pages, and one page's pictures. Raises UsageError if the output has no plan.
+    the labels of `max_sheets` pages, and one page's pictures. `font` is a file for labels; without it, the fonts of
+    this machine serve. Raises UsageError if the output has no plan.
     """
     _check(max_sheets, max_pictures, thumbnail)
+    lettering = Lettering(font_file=font)
     job = open_job(out_url)
     gallery = Gallery(job=job, side=thumbnail, limit=max_pictures)
     pictures = _Counter(min(max_pictures, job.plan.n_samples), on_progress)
@@ -93,7 +99,7 @@ def report(
         return ReportSummary(out=job.storage.url, gallery=written, sheets=(), samples_shown=0, samples=written.samples)
     pictures.done = 0
     written = gallery.write(PublishedRows(Source(job, publication), max_pictures), live=False, on_pictures=pictures)
-    return _draw_sheets(job, publication, written, max_sheets, on_progress)
+    return _draw_sheets(job, publication, written, max_sheets, lettering, on_progress)
 
 
 class _Counter:
@@ -123,10 +129,13 @@ def _draw_sheets(
     publication: Publication,
     gallery: GallerySummary,
     max_sheets: int,
+    lettering: Lettering,
     on_progress: Callable[[ReportProgress], None],
 ) -> ReportSummary:
     rows = _rows(job, publication)
-    sheets = plan_sheets(rows, job.plan.images_per_row(), job.plan.axes, max_sheets) if max_sheets else []
+    sheets: list[Sheet] = []
+    if max_sheets:
+        sheets = plan_sheets(rows, job.plan.images_per_row(), job.plan.axes, max_sheets, lettering)
     paths = tuple(f"{REPORT_PREFIX}/sheet-{number:04d}.png" for number in range(1, len(sheets) + 1))
     unreadable: set[str] = set()
 
@@ -138,7 +147,7 @@ def _draw_sheets(
 
     for number, (path, sheet) in enumerate(zip(paths, sheets, strict=True), start=1):
         buffer = io.BytesIO()
-        draw_sheet(sheet, read_pixels).save(buffer, "PNG")
+        draw_sheet(sheet, read_pixels, lettering=lettering).save(buffer, "PNG")
         job.storage.write(path, buffer.getvalue())
         on_progress(ReportProgress(phase="contact sheets", done=number, total=len(sheets)))
     for path, _ in list(job.storage.list(REPORT_PREFIX)):
@@ -151,6 +160,7 @@ def _draw_sheets(
         samples_shown=sum(len(sheet.cells) for sheet in sheets),
         samples=publication.rows,
         unreadable=len(unreadable),
+        without_glyph="".join(sorted(lettering.missing)),
     )
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from latentmill.jobs.manifests.axes import Axis
+from latentmill.jobs.show.fonts import Lettering
 from latentmill.jobs.show.sheets import CAPTION_SIZE, TILE, TITLE_SIZE, Cell, Sheet, wrap
 
 _COLUMNS = 8
@@ -19,7 +20,11 @@ _NAMES = {"guidance_scale": "guidance", "num_inference_steps": "steps", "negativ
 
 
 def plan_sheets(
-    rows: Iterator[Mapping[str, Any]], images_per_row: Iterator[int], axes: tuple[Axis, ...], max_sheets: int
+    rows: Iterator[Mapping[str, Any]],
+    images_per_row: Iterator[int],
+    axes: tuple[Axis, ...],
+    max_sheets: int,
+    lettering: Lettering | None = None,
 ) -> list[Sheet]:
     """At most `max_sheets` pages with their cells, from published rows in order of sample_id.
 
@@ -28,8 +33,8 @@ def plan_sheets(
     """
     varying = [axis for axis in axes if len(axis.values) > 1]
     if not varying:
-        return _plain_sheets(rows, max_sheets)
-    book = _Book(max_sheets=max_sheets)
+        return _plain_sheets(rows, max_sheets, lettering)
+    book = _Book(max_sheets=max_sheets, lettering=lettering)
     place = _place_in_line if len(varying) == 1 else _place_on_page
     turned_away = False
     for located in _locate(rows, images_per_row, varying):
@@ -55,6 +60,7 @@ class _Book:
     """Pages by key, in the order in which they were opened."""
 
     max_sheets: int
+    lettering: Lettering | None = None
     sheets: dict[tuple[object, ...], Sheet] = field(default_factory=dict)
     _lines: dict[tuple[int, int], int] = field(default_factory=dict)
 
@@ -118,7 +124,7 @@ def _place_on_page(book: _Book, located: _Located, axes: Sequence[Axis]) -> bool
         fixed = [_label(axis, axis.values[digit]) for axis, digit in zip(outer, outer_digits, strict=True)]
         if located.image_number:
             fixed.append(f"image {located.image_number + 1}")
-        title = wrap(_clip(located.row["prompt"]), TITLE_SIZE, width, 2)
+        title = wrap(_clip(located.row["prompt"]), TITLE_SIZE, width, 2, book.lettering)
         return Sheet(
             title=(*title, *([", ".join(fixed)] if fixed else [])),
             column_headers=headers,
@@ -132,14 +138,14 @@ def _place_on_page(book: _Book, located: _Located, axes: Sequence[Axis]) -> bool
     return sheet is not None
 
 
-def _plain_sheets(rows: Iterator[Mapping[str, Any]], max_sheets: int) -> list[Sheet]:
+def _plain_sheets(rows: Iterator[Mapping[str, Any]], max_sheets: int, lettering: Lettering | None) -> list[Sheet]:
     sheets: list[Sheet] = []
     per_page = _PLAIN_COLUMNS * _PLAIN_ROWS
     for number, row in enumerate(itertools.islice(rows, max_sheets * per_page)):
         page, place = divmod(number, per_page)
         if page == len(sheets):
             sheets.append(Sheet(title=(), caption_lines=_PLAIN_CAPTION + 1))
-        prompt = wrap(_clip(row["prompt"]), CAPTION_SIZE, TILE, _PLAIN_CAPTION)
+        prompt = wrap(_clip(row["prompt"]), CAPTION_SIZE, TILE, _PLAIN_CAPTION, lettering)
         sheets[page].cells[divmod(place, _PLAIN_COLUMNS)] = _cell(row, (), tuple(prompt))
     for number, sheet in enumerate(sheets, start=1):
         sheet.title = (f"page {number} of {len(sheets)}",) if len(sheets) > 1 else ()

@@ -34,6 +34,7 @@ _PAIRS_SHOWN = 20
 _VALUES_SHOWN = 8
 _COLUMNS_SHOWN = 20
 _COLUMN_SHOWN = 60
+_GLYPHS_SHOWN = 8
 _MESSAGE_LINES = 30
 """Characters shown of a failed job's message, from its end, where the error is; `logs` has all of it."""
 _PROMPT_SHOWN = 100
@@ -310,6 +311,12 @@ def show_report(report: ReportSummary) -> None:
     unreadable = max(report.unreadable, gallery.unreadable)
     if unreadable:
         facts["unreadable"] = f"{unreadable:,} pictures, to be healed by: latentmill repair {shlex.quote(report.out)}"
+    if report.without_glyph:
+        named = " ".join(f"U+{ord(character):04X}" for character in report.without_glyph[:_GLYPHS_SHOWN])
+        facts["no glyph"] = (
+            f"{len(report.without_glyph):,} characters are boxes on the sheets ({named}): install a font that has "
+            f"them, or name one by --font; the gallery shows them with the browser's"
+        )
     facts |= {f"sheet {number}": f"{report.out}/{path}" for number, path in enumerate(report.sheets[:5], start=1)}
     if len(report.sheets) > 5:
         facts["more"] = f"{report.out}/report"

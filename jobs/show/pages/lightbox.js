@@ -142,7 +142,7 @@
         value("error") ? el("p.notice", { data: { status: "failed" } }, untrusted(value("error"))) : null,
         el("p.prompt", {}, untrusted(value("prompt") ?? "")),
         value("negative_prompt") ? el("p.prompt.negative", {}, el("span.soft", {}, "without "), untrusted(value("negative_prompt"))) : null,
-        el("section", {}, el("h3", {}, "Make it again"),
+        el("section", {}, el("h3", {}, "Make it again"), seen.status === "failed" ? el("p.soft", {}, "The job's own command with --retry-failed tries failed samples again.") :
           el("div.command", {}, el("code", {}, command.split(" ").flatMap((word, place) => [place ? " " : "", el("span", {}, word)])),
             el("button", { type: "button", onclick: (event) => copy(command, event.currentTarget) }, el("span", {}, "Copy command")))),
         el("div.buttons", {},
