@@ -170,11 +170,12 @@ class Gallery:
         changed = rows.refresh()
         for number in changed:
             self._blocks[number] = self._write_block(*rows.block(number), on_pictures)
+        if not self._state:
+            self._page.write_page("index.html", _FILES)
         self._state = rows.state
-        page = self._page.write_page("index.html", _FILES)
         self._publish(live=live)
         return GallerySummary(
-            page=page,
+            page=f"{REPORT_PREFIX}/index.html",
             state=rows.state,
             rows=sum(block.n for block in self._blocks.values()),
             samples=self.job.plan.n_samples,

@@ -17,7 +17,9 @@ from bench.synthetic import fill_output, write_manifest
 from bench.synthetic import job_spec as synthetic_spec
 from latentmill.jobs.job import open_job
 from latentmill.jobs.outputs.publish import publish
+from latentmill.jobs.outputs.score import score
 from latentmill.jobs.plans.plan import adopt, draft_plan
+from latentmill.jobs.scores.spec import ScoreSpec
 from latentmill.jobs.show.report import report
 from latentmill.jobs.store.storage import Storage
 from tests.harness.browser import serving
@@ -59,6 +61,7 @@ def _make(folder: Path, prompts: list[str], **settings: object) -> Path:
     axes = {"sweep": {"guidance_scale": [1.5, 3, 5.1, 7.5], "seed": [1, 2, 3]}}
     out = folder / "out"
     run(job_spec(write_tiny_model(folder / "model"), manifest, out, chunk_size=16, **{**axes, **settings}))
+    score(str(out), ["sharpness"], ScoreSpec())
     report(str(out))
     return out
 
@@ -206,6 +209,18 @@ def test_order_by_numbers_and_texts_both_ways(open_page: Open, sweep: Path):
     page.locator("#scroller").evaluate("element => element.scrollTo(0, element.scrollHeight)")
     expect(page.locator(".tile[data-index='35']")).to_be_attached()
     assert shown(page)[-1] == 23  # those without a score come last, in either direction
+
+
+def test_scores_filter_sort_and_show(open_page: Open, sweep: Path):
+    page = as_tiles(open_page(page_of(sweep)))
+    page.locator("#sort").select_option("sharpness")
+    page.get_by_label("Ascending").click()
+    caption = tiles(page).first.locator(".caption").text_content()
+    sharpest = float(re.search(r"sharpness ([\d.]+)", caption)[1])
+    facet(page, "sharpness").get_by_label("least").fill(str(sharpest - 0.001))
+    count(page, "1 of 36 samples")
+    tiles(page).first.click()
+    expect(page.locator("#lightbox")).to_contain_text("sharpness")
 
 
 def test_a_link_shows_what_was_shown(open_page: Open, sweep: Path):

@@ -397,6 +397,12 @@
     dispatchEvent(new Event("resize"));
   }
 
+  function readFilter({ any, contains, least, most }) {
+    if (any) return { any: new Set(any) };
+    if (contains !== undefined) return { contains: String(contains) };
+    return { ...(least === undefined ? {} : { least: Number(least) }), ...(most === undefined ? {} : { most: Number(most) }) };
+  }
+
   // The state in the address: a link shows what is shown now.
   function readState() {
     const state = { search: "", filters: new Map(), sort: "sample", descending: false };
@@ -409,7 +415,7 @@
         else if (key === "view") state.view = value === "matrix" ? "matrix" : "tiles";
         else if (key === "page") state.page = JSON.parse(value);
         else if (key === "size") state.size = Math.min(LARGEST, Math.max(SMALLEST, Number(value) || SMALLEST));
-        else if (key === "filters") state.filters = new Map(JSON.parse(value).map(([name, filter]) => [name, filter.any ? { any: new Set(filter.any) } : filter]));
+        else if (key === "filters") state.filters = new Map(JSON.parse(value).map(([name, filter]) => [String(name), readFilter(filter)]));
       }
     } catch {
       state.filters = new Map(); // a link that was cut
@@ -470,7 +476,7 @@
   async function follow(gallery) {
     while (gallery.meta.live) {
       await new Promise((resolve) => setTimeout(resolve, POLL_MS));
-      if (document.hidden) continue;
+      if (document.hidden || byId("lightbox").open) continue; // rows have other places afterwards
       try {
         const meta = await load("data/meta.js", { fresh: true });
         if (meta.updated !== gallery.meta.updated) await gallery.read(meta, { keep: true });

@@ -23,6 +23,7 @@ HOSTILE = [
     "\ud800",
     "🐦",
 ]
+PAGES = Path(__file__).parents[3] / "jobs/show/pages"
 CALL = re.compile(rb'latentmill\.receive\(("data/[\w.-]+\.js"), JSON\.parse\((".*")\)\);\n', re.ASCII)
 
 
@@ -118,7 +119,47 @@ def test_a_thumbnail_is_small_never_enlarged_and_marked():
 
 
 def test_a_page_brings_the_files_that_all_pages_share(storage: Storage):
-    assert PageFolder(storage, "report").write_page("icon.svg", []) == "report/icon.svg"
-    assert {path for path, _ in storage.list("report")} == {
-        f"report/{n}" for n in ("common.css", "common.js", "icon.svg")
-    }
+    assert PageFolder(storage, "report").write_page("index.html", ["view.js"]) == "report/index.html"
+    names = {path.removeprefix("report/") for path, _ in storage.list("report")}
+    assert names == {"index.html", "view.js", "common.css", "common.js", "icon.svg"}
+
+
+def luminance(colour: str) -> float:
+    parts = [int(colour[place : place + 2], 16) / 255 for place in (1, 3, 5)]
+    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_text_has_the_contrast_that_wcag_asks_for(theme: str):
+    """Level AA: 4.5 to 1 for text, 3 to 1 for the edges of fields."""
+    css = (PAGES / "common.css").read_text()
+    block = css.split(':root[data-theme="dark"] {')[theme == "dark"].split("}")[0]
+    colours = dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6});", block))
+
+    def contrast(ink: str, paper: str) -> float:
+        light, dark = sorted((luminance(colours[ink]), luminance(colours[paper])), reverse=True)
+        return (light + 0.05) / (dark + 0.05)
+
+    for ink in ("ink", "soft", "accent"):
+        assert min(contrast(ink, paper) for paper in ("paper", "raised", "sunken")) >= 4.5, ink
+    for pair in (("accent-ink", "accent"), ("accent", "accent-paper"), ("amber", "amber-paper"), ("red", "red-paper")):
+        assert contrast(*pair) >= 4.5, pair
+    assert contrast("green", "green-paper") >= 4.5
+    assert min(contrast("field", paper) for paper in ("paper", "raised")) >= 3
+
+
+@pytest.mark.parametrize("page", sorted(PAGES.glob("*.html")), ids=lambda path: path.name)
+def test_a_page_forbids_all_but_its_own_files(page: Path):
+    text = page.read_text(encoding="utf-8")
+    (policy,) = re.findall(r'Content-Security-Policy" content="([^"]+)"', text)
+    rules = dict(rule.strip().split(" ", 1) for rule in policy.split(";"))
+    assert (rules["default-src"], rules["require-trusted-types-for"]) == ("'none'", "'script'")
+    assert {rules[name] for name in ("script-src", "style-src", "img-src")} == {"'self'"}
+    assert re.findall(r"<script(?![^>]*\bsrc=)|\son\w+=|<style|\sstyle=", text) == []
+
+
+@pytest.mark.parametrize("script", sorted(PAGES.glob("*.js")), ids=lambda path: path.name)
+def test_no_script_makes_markup_or_code_of_a_text(script: Path):
+    sinks = re.compile(r"innerHTML|outerHTML|insertAdjacent|document\.write|\beval\b|new Function|fetch\(")
+    assert sinks.findall(script.read_text(encoding="utf-8")) == []
