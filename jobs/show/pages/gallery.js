@@ -78,7 +78,7 @@
       const scored = score === null || score === undefined ? "" : `safety score ${number(score)}`;
       const { sort } = this.state;
       const caption = [`#${sample}`];
-      if (sort !== "sample" && sort !== "prompt") caption.push(`${SHORT[sort] ?? sort} ${rows.column(sort)?.label(row) || "–"}`);
+      if (sort !== "sample" && sort !== "prompt") caption.push(`${SHORT[sort] ?? sort} ${brief(rows.column(sort)?.value(row) ?? "–")}`);
       for (const { name } of meta.axes) {
         if (name === "prompt" || name === sort || !rows.column(name)) continue;
         caption.push(`${SHORT[name] ?? name} ${rows.column(name).label(row)}`);
@@ -375,6 +375,7 @@
   }
 
   const said = (value) => (value === null ? "(none)" : value === "" ? "(empty)" : typeof value === "number" ? number(value) : value);
+  const brief = (value) => (typeof value === "number" && !Number.isInteger(value) ? number(Number(value.toPrecision(4))) : said(value));
   const isOnly = (filter, value) => filter?.any?.size === 1 && filter.any.has(value);
 
   function spoken(filter) {

@@ -151,7 +151,7 @@
           file && rows.pictures[row] !== HIDDEN ? el("a.button", { href: file, target: "_blank", rel: "noopener" }, "Open file") : null),
         el("section", {}, el("h3", {}, "Parameters"), facts(FIRST.slice(2).filter((name) => !name.endsWith("prompt")))),
         own.length ? el("section", {}, el("h3", {}, "This sample"), facts(own)) : null,
-        el("section", {}, el("h3", {}, "Its file"), details ? facts(meta.details, "dl.files") : el("p.soft", {}, "…")),
+        details && !value("image") ? null : el("section", {}, el("h3", {}, "Its file"), details ? facts(meta.details, "dl.files") : el("p.soft", {}, "…")),
         el("details", {}, el("summary", {}, "The same for all"), facts(rest)),
       ];
       this.panel.replaceChildren(...parts.filter(Boolean));
