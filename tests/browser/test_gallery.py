@@ -25,6 +25,7 @@ from latentmill.jobs.show.report import report
 from latentmill.jobs.store.storage import Storage
 from tests.harness.browser import serving
 from tests.harness.models import write_tiny_model
+from tests.harness.s3 import credentials, seaweedfs, set_identities
 from tests.jobs.driver import job_spec, run
 
 pytestmark = pytest.mark.browser
@@ -129,6 +130,26 @@ def test_it_opens_from_a_file_and_from_a_server(open_page: Open, address: str):
     tiles(page).first.click()
     expect(page.locator(".picture img[data-full]")).to_be_visible()
     assert page.evaluate("document.querySelector('.picture img').src").endswith(".png")
+
+
+@pytest.mark.s3
+def test_it_opens_at_a_bucket_s_own_address(open_page: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The store says what each file is; with a wrong type, Chromium would save the page and refuse the styles."""
+    (tmp_path / "store").mkdir()
+    (tmp_path / "prompts.txt").write_text("a cat\na dog\n")
+    with seaweedfs(tmp_path / "store") as url:
+        set_identities(tmp_path / "store", [{"name": "anonymous", "actions": ["Read:test"]}])
+        for name, value in credentials(url).items():
+            monkeypatch.setenv(name, value)
+        run(job_spec(write_tiny_model(tmp_path / "model"), tmp_path / "prompts.txt", "s3://test/birds"))
+        report("s3://test/birds")
+        page = open_page(f"{url}/test/birds/report/index.html")
+        count(page, "2 samples")
+        until(page, "[...document.querySelectorAll('.tile img')].every(i => i.naturalWidth === 64)")
+        assert page.evaluate("getComputedStyle(document.querySelector('.tile')).position") == "absolute"
+        tiles(page).first.click()
+        expect(page.locator(".picture img[data-full]")).to_be_visible()
+        expect(page.locator("#lightbox")).to_contain_text("latentmill regenerate s3://test/birds --sample 0")
 
 
 def test_a_sweep_of_two_axes_begins_as_a_grid_and_its_pages_are_turned(open_page: Open, sweep: Path):
