@@ -34,7 +34,7 @@ _THIRDS = {"self_attn.q_proj": 0, "self_attn.k_proj": 1, "self_attn.v_proj": 2}
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ClipEncoder(TextEncoderSpec):
-    """CLIP's text encoder, from transformers.
+    """CLIP's text encoder.
 
     `penultimate` takes the states before the last layer and without the final norm; `projection` gives a pooled state.
     """
@@ -63,16 +63,13 @@ class ClipEncoder(TextEncoderSpec):
         return clip_text_config(config, where)
 
     def build(self) -> nn.Module:
-        from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+        from latentmill.engine.networks.clip import ClipTextNetwork
 
-        kind = CLIPTextModelWithProjection if self.projection else CLIPTextModel
-        network: nn.Module = kind(CLIPTextConfig(**self.config))
-        return network
+        return ClipTextNetwork(self.config, penultimate=self.penultimate, projection=self.projection)
 
     def encode(self, network: nn.Module, ids: Tensor) -> tuple[Tensor, Tensor | None]:
-        output = network(ids, output_hidden_states=self.penultimate)
-        states = output.hidden_states[-2] if self.penultimate else output.last_hidden_state
-        return states, output.text_embeds if self.projection else None
+        encoded: tuple[Tensor, Tensor | None] = network(ids)
+        return encoded
 
     def folder_name(self, key: str) -> str | None:
         key = key.removeprefix("text_model.")

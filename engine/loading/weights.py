@@ -65,7 +65,7 @@ def claim_single_file(blueprint: Blueprint, shapes: Mapping[str, Shape], where: 
     with torch.device("meta"):
         modules = {component: build() for component, build in blueprint.builders.items()}
     claims = {
-        component: original_names(blueprint, component, _our_keys(module)) for component, module in modules.items()
+        component: original_names(blueprint, component, module.state_dict()) for component, module in modules.items()
     }
     claimed = {origin.key for origins in claims.values() for origin in origins.values()}
     missing = sorted(claimed - shapes.keys())
@@ -74,33 +74,24 @@ def claim_single_file(blueprint: Blueprint, shapes: Mapping[str, Shape], where: 
     return claims
 
 
-def _our_keys(module: nn.Module) -> dict[str, str]:
-    """A module's keys without the prefix that some versions of transformers put before them, and with it."""
-    return {key.removeprefix("text_model."): key for key in module.state_dict()}
-
-
 def _fill(module: Module, layout: ModelLayout, component: str, dtype: torch.dtype, device: torch.device) -> Module:
     """Give a module on the meta device its weights. Raises EngineError that names a bad key."""
     file = open_weights(layout.weights[component])
-    names = _our_keys(module)
+    expected = module.state_dict()
     if layout.single_file:
-        origins = original_names(layout.blueprint, component, names)
+        origins = original_names(layout.blueprint, component, expected)
         if layout.averaged and component == layout.blueprint.family.denoiser.component:
             origins = {key: averaged_name(origin) for key, origin in origins.items()}
     else:
-        origins = _claim_folder_file(file, layout.blueprint, component, names)
-    expected = module.state_dict()
-    state = {
-        names[key]: _read(file, origin, tuple(expected[names[key]].shape)).to(device, dtype)
-        for key, origin in origins.items()
-    }
+        origins = _claim_folder_file(file, layout.blueprint, component, expected)
+    state = {key: _read(file, origin, tuple(expected[key].shape)).to(device, dtype) for key, origin in origins.items()}
     module.load_state_dict(state, assign=True)
     place_constants(module, device)
     return module.eval().requires_grad_(requires_grad=False)
 
 
 def _claim_folder_file(
-    file: WeightsFile, blueprint: Blueprint, component: str, ours: Mapping[str, str]
+    file: WeightsFile, blueprint: Blueprint, component: str, ours: Mapping[str, Tensor]
 ) -> dict[str, Origin]:
     found: dict[str, Origin] = {}
     for key in file.shapes:

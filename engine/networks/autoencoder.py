@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from latentmill.engine.loading.config import VAEConfig
 from latentmill.engine.networks.attention import Attention, KeysValues
 from latentmill.engine.networks.blocks import Downsample, ResnetBlock, Upsample
+from latentmill.engine.networks.embedding import Embedding
 from latentmill.engine.networks.interface import Autoencoder
 
 _EPS = 1e-6
@@ -190,7 +191,7 @@ class VectorQuantizer(nn.Module):
 
     def __init__(self, entries: int, dim: int) -> None:
         super().__init__()
-        self.embedding = nn.Embedding(entries, dim)
+        self.embedding = Embedding(entries, dim)
 
     def forward(self, latents: Tensor) -> Tensor:
         # One row at a time: the distances of a whole batch would take gigabytes.
