@@ -18,6 +18,7 @@ from latentmill.jobs.flags import QUIET, Say, flag, takes_a_job, takes_settings
 from latentmill.jobs.scores.spec import SCORE_SETTINGS, SCORING
 from latentmill.jobs.settings import RUNNING
 
+_TIME = "Time and cost"
 _MAKE, _LOOK, _MORE = "Make images", "Look at a dataset", "More"
 
 _click_errors: Any = sys.modules[typer.BadParameter.__module__]
@@ -52,13 +53,31 @@ Address = Annotated[
     epilog="Example: [bold]latentmill plan prompts.csv --sweep guidance_scale=3,5,7.5 --sweep seed=0:16[/bold]",
 )
 @takes_a_job
-def plan(config: str | None, flags: dict[str, Any], say: Say) -> None:
+def plan(
+    config: str | None,
+    flags: dict[str, Any],
+    say: Say,
+    *,
+    measure: Annotated[
+        bool, flag("--measure", _TIME, "Load the model and time a few batches, to say how long a run takes.")
+    ] = False,
+    rate_from: Annotated[
+        str | None, flag("--rate-from", _TIME, "OUT of an earlier job, whose records say how long a run takes.")
+    ] = None,
+    gpu_hour_price: Annotated[
+        float | None, flag("--gpu-hour-price", _TIME, "What an hour of a GPU costs, to say what a run costs.")
+    ] = None,
+) -> None:
     """Say what a run would do, and write nothing."""
     from latentmill.jobs.job_file import resolve
-    from latentmill.jobs.plans.plan import draft_plan
+    from latentmill.jobs.plans.planning import draft_plan
 
     with draft_plan(resolve(config, flags, or_sample=True)) as draft:
         summary = draft.summary()
+        if measure or rate_from is not None or gpu_hour_price is not None:
+            from latentmill.jobs.estimate import with_estimate  # it brings the engine along
+
+            summary = with_estimate(draft, summary, measure=measure, rate_from=rate_from, price=gpu_hour_price)
     _answer(summary.to_dict(), say.as_json, lambda views: views.show_plan(summary, quiet=say.quiet))
 
 

@@ -19,8 +19,10 @@ from latentmill.jobs.errors import JobError
 from latentmill.jobs.job import Job
 from latentmill.jobs.ledger.records import encode_record, tool_versions
 from latentmill.jobs.models.place import place_model
+from latentmill.jobs.models.resolved import ResolvedModel
 from latentmill.jobs.plans.plan import Plan
 from latentmill.jobs.postprocess import ProcessedSample, postprocess_sample
+from latentmill.jobs.spec import JobSpec
 
 
 class ChunkEngine(Protocol):
@@ -69,22 +71,27 @@ class GeneratedChunk:
 
 def load_engine(plan: Plan, device: str) -> ChunkEngine:
     """The plan's own model on `device` (`auto`: a GPU if there is one), at the plan's dtype, threads and batch size."""
+    return load_model(plan.model, plan.settings, plan.batch_size, device)
+
+
+def load_model(model: ResolvedModel, settings: JobSpec, batch_size: int, device: str) -> ChunkEngine:
+    """The model as a job with these settings runs it."""
     import torch
 
     from latentmill.engine import Engine
 
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if plan.settings.threads_per_actor:
-        torch.set_num_threads(plan.settings.threads_per_actor)
+    if settings.threads_per_actor:
+        torch.set_num_threads(settings.threads_per_actor)
     spec = replace(
-        place_model(plan.model),
-        safety=plan.settings.safety,
-        safety_threshold=plan.settings.nsfw_threshold,
-        prompt_syntax=plan.settings.prompt_syntax,
-        long_prompts=plan.settings.long_prompts,
+        place_model(model),
+        safety=settings.safety,
+        safety_threshold=settings.nsfw_threshold,
+        prompt_syntax=settings.prompt_syntax,
+        long_prompts=settings.long_prompts,
     )
-    return Engine.load(spec, device=device, dtype=plan.settings.dtype, batch_size=plan.batch_size)
+    return Engine.load(spec, device=device, dtype=settings.dtype, batch_size=batch_size)
 
 
 class ChunkGenerator:

@@ -104,7 +104,17 @@ FIELDS: dict[str, Field] = {
 }
 """The manifest's own columns; every other column is carried through."""
 
-AXES = ("seed", "guidance_scale", "num_inference_steps", "sampler", "eta", "width", "height", "negative_prompt")
+AXES = (
+    "prompt",
+    "negative_prompt",
+    "seed",
+    "guidance_scale",
+    "num_inference_steps",
+    "sampler",
+    "eta",
+    "width",
+    "height",
+)
 """Parameters that a sweep may vary."""
 
 

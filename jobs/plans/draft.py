@@ -24,6 +24,7 @@ from latentmill.jobs.plans.columns import formats
 from latentmill.jobs.plans.grid import Grid, class_fields, decode_class
 from latentmill.jobs.plans.ids import IdCounter
 from latentmill.jobs.plans.planned import fingerprint
+from latentmill.jobs.plans.prompt_notes import PromptNotes
 from latentmill.jobs.plans.snapshot import RejectWriter, SnapshotWriter
 from latentmill.jobs.plans.summary import (
     PlanSummary,
@@ -55,6 +56,8 @@ class DraftPlan:
     grid: Grid
     ids: IdCounter
     tokens: TokenCounter
+    prompt_notes: PromptNotes
+    wildcards: bytes | None
     spool: ExitStack
 
     def __enter__(self) -> Self:
@@ -82,13 +85,14 @@ class DraftPlan:
     @cached_property
     def notes(self) -> tuple[str, ...]:
         """What a user should know about the manifest, one line each; texts in them are untrusted."""
-        return manifest_notes(
+        about_rows = manifest_notes(
             self.manifest,
             self.ids.duplicates(),
             self.ids.compared,
             self.n_rows,
             is_sample=self.spec.is_sample,
         )
+        return (*about_rows, *self.prompt_notes.notes())
 
     def document(self) -> dict[str, Any]:
         """The content of plan.json."""
@@ -136,6 +140,8 @@ class DraftPlan:
             threads_per_actor=identity["threads_per_actor"],
             parameters=dict(identity["parameters"]),
             axes={axis.name: list(axis.values) for axis in self.grid.axes},
+            zips=tuple(tuple(axis.name for axis in group) for group in self.grid.dimensions if len(group) > 1),
+            template=identity["template"],
             row_parameters=tuple(name for name in identity["parameters"] if name in own),
             rows=self.n_rows,
             rejected_rows=self.rejects.count,

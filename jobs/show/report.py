@@ -13,7 +13,7 @@ from latentmill.engine.types import Pixels
 from latentmill.jobs.errors import JobError, UsageError
 from latentmill.jobs.job import Job, open_job
 from latentmill.jobs.ledger.pictures import decode_png
-from latentmill.jobs.manifests.axes import Axis
+from latentmill.jobs.manifests.axes import Axis, joined_axis
 from latentmill.jobs.outputs.publish import Publication, load_publication, read_columns
 from latentmill.jobs.show.sheets import CAPTION_SIZE, TILE, TITLE_SIZE, Cell, Sheet, draw_sheet, wrap
 from latentmill.jobs.store.errors import ForeignObjectError, StorageError
@@ -65,7 +65,8 @@ def report(
             f"{job.storage.url} has no published dataset yet; finish it with the same `latentmill run` command, "
             f"`latentmill status {job.storage.url}` shows how far it is"
         )
-    sheets = plan_sheets(_rows(job, publication), job.plan.images_per_row(), job.plan.axes, max_sheets)
+    axes = tuple(map(joined_axis, job.plan.grid.dimensions))
+    sheets = plan_sheets(_rows(job, publication), job.plan.images_per_row(), axes, max_sheets)
     paths = tuple(f"{REPORT_PREFIX}/sheet-{number:04d}.png" for number in range(1, len(sheets) + 1))
     unreadable: set[str] = set()
 
@@ -175,7 +176,7 @@ def _place_in_line(book: _Book, located: _Located, axes: Sequence[Axis]) -> bool
 
     sheet = book.page((page_down, page_right), make)
     if sheet is not None:
-        sheet.row_headers[row] = _clip(located.row["prompt"])
+        sheet.row_headers[row] = "" if _gives_prompts(axis) else _clip(located.row["prompt"])
         sheet.cells[row, column] = _cell(located.row, axes)
     return sheet is not None
 
@@ -193,7 +194,8 @@ def _place_on_page(book: _Book, located: _Located, axes: Sequence[Axis]) -> bool
         fixed = [_label(axis, axis.values[digit]) for axis, digit in zip(outer, outer_digits, strict=True)]
         if located.image_number:
             fixed.append(f"image {located.image_number + 1}")
-        title = wrap(_clip(located.row["prompt"]), TITLE_SIZE, width, 2)
+        several = _gives_prompts(down) or _gives_prompts(across)
+        title = [] if several else wrap(_clip(located.row["prompt"]), TITLE_SIZE, width, 2)
         return Sheet(
             title=(*title, *([", ".join(fixed)] if fixed else [])),
             column_headers=headers,
@@ -234,6 +236,11 @@ def _cell(row: Mapping[str, Any], axes: Sequence[Axis], caption: tuple[str, ...]
         caption=(*caption, f"#{number}{seed}"),
         size=(row["width"], row["height"]),
     )
+
+
+def _gives_prompts(axis: Axis) -> bool:
+    """Whether prompts differ along the axis, so that no one of them is a title."""
+    return any(name.startswith("prompt") for name in axis.name.split(" with "))
 
 
 def _headers(axis: Axis, page: int, per_page: int) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ import sys
 from collections import Counter
 from typing import TYPE_CHECKING
 
+from latentmill.jobs.manifests.fields import shorten
 from latentmill.jobs.show.display import duration, print_facts, print_table, print_untrusted, safe, size
 from latentmill.jobs.terminal import print_line
 
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from latentmill.jobs.outputs.score import ScoreSummary
     from latentmill.jobs.outputs.status import StatusReport
     from latentmill.jobs.outputs.verify import VerifyReport
-    from latentmill.jobs.plans.summary import PlanSummary
+    from latentmill.jobs.plans.summary import Estimate, PlanSummary
     from latentmill.jobs.runner import RunSummary
     from latentmill.jobs.scores.duplicates import Duplicates
     from latentmill.jobs.show.report import ReportSummary
@@ -42,6 +43,10 @@ _UNREADABLE = {
     "record": "",
     "require": "; where it cannot be read back, the sample fails",
     "retry": "; where it cannot be read back, dwtDctSvd, and where that cannot, the sample fails",
+}
+_TEMPLATES = {
+    "dynamic": "one prompt of each template, drawn by the sample's seed",
+    "dynamic-all": "all prompts that the templates stand for",
 }
 _LONG_PROMPTS = {
     "truncate": "are cut there: --long-prompts chunk reads all of them",
@@ -78,7 +83,12 @@ def show_plan(plan: PlanSummary, *, quiet: bool = False) -> None:
         )
     for name, values in plan.axes.items():
         more = f", ... ({len(values):,} values)" if len(values) > _VALUES_SHOWN else ""
-        facts[f"sweep {name}"] = ", ".join(map(str, values[:_VALUES_SHOWN])) + more
+        shown = (shorten(value) if "prompt" in name else value for value in values[:_VALUES_SHOWN])
+        facts[f"sweep {name}"] = ", ".join(map(str, shown)) + more
+    if plan.zips:
+        facts["zip"] = "; ".join(" with ".join(names) for names in plan.zips)
+    if plan.template != "none":
+        facts["template"] = _TEMPLATES[plan.template]
     facts |= {
         "samples": f"{plan.samples:,}",
         "chunks": f"{plan.chunks:,} of up to {plan.chunk_size} samples, in {len(plan.groups)} group(s) of one size, "
@@ -95,6 +105,8 @@ def show_plan(plan: PlanSummary, *, quiet: bool = False) -> None:
         "plan hash": plan.plan_hash[:16],
         "output": f"{plan.out} (nothing was written)",
     }
+    if plan.estimate is not None:
+        facts |= _estimate_facts(plan.estimate)
     print_facts("plan", facts, style="cyan")
     for note in plan.notes:
         print_line(f"note: {safe(note)}")
@@ -103,7 +115,27 @@ def show_plan(plan: PlanSummary, *, quiet: bool = False) -> None:
         print_table(
             f"rejected rows (first {len(rows)} of {plan.rejected_rows:,})", ["file", "row", "why", "text"], rows
         )
-    print_line(safe(shlex.join(["next:", "latentmill", "run", *sys.argv[2:]])))  # a file's name can be hostile too
+    print_line(
+        safe(shlex.join(["next:", "latentmill", "run", *_flags_of_a_run(sys.argv[2:])]))
+    )  # a name can be hostile
+
+
+def _estimate_facts(estimate: Estimate) -> dict[str, object]:
+    several = f", {duration(estimate.elapsed)} by {estimate.models} at once" if estimate.models > 1 else ""
+    facts: dict[str, object] = {"time": f"about {duration(estimate.seconds)} by one model{several} ({estimate.source})"}
+    return facts if estimate.cost is None else {**facts, "cost": f"about {estimate.cost:,.2f}"}
+
+
+def _flags_of_a_run(typed: Sequence[str]) -> list[str]:
+    """What was typed, without the flags that only `plan` has."""
+    kept: list[str] = []
+    words = iter(typed)
+    for word in words:
+        if word in {"--rate-from", "--gpu-hour-price"}:
+            next(words, None)
+        elif word != "--measure" and not word.startswith(("--rate-from=", "--gpu-hour-price=")):
+            kept.append(word)
+    return kept
 
 
 def show_run(summary: RunSummary) -> None:

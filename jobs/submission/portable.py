@@ -44,7 +44,7 @@ def visible_to_nodes(spec: JobSpec, *, shared_filesystem: bool) -> JobSpec:
     local = {"out": spec.out} if _is_local(spec.out) else {}
     local |= {
         name: value
-        for name, value in (("model", spec.model), ("tokenizer", spec.tokenizer))
+        for name, value in (("model", spec.model), ("tokenizer", spec.tokenizer), ("wildcards", spec.wildcards))
         if value is not None and _is_local(_after_equals(value)) and Path(_after_equals(value)).exists()
     }
     if local and not shared_filesystem:
