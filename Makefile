@@ -89,7 +89,7 @@ $(VENV)/bin/python:
 	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
 	  echo "$(PYTHON) cannot make a virtual environment; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
 
-# Python compiles what it imports, when it does; pip would compile all 14,000 files: 84 s in place of 48.
+# Python compiles what it imports, when it does; pip would compile every file: 84 s in place of 48.
 PIP_OPTIONS := --quiet --disable-pip-version-check --no-compile
 
 # OpenCV's usual build, which invisible-watermark asks for, needs the system's libGL; where that is missing, as in

@@ -205,6 +205,10 @@ def verify(
     sample: Annotated[
         int | None, typer.Option("--sample", min=1, help="Read only this many images, drawn at random.")
     ] = None,
+    regenerate: Annotated[
+        int, typer.Option("--regenerate", min=0, help="Make so many samples again, drawn by --seed, and compare.")
+    ] = 0,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="What draws the samples of --regenerate.")] = 42,
     json: Json = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help=QUIET)] = False,
 ) -> None:
@@ -214,7 +218,9 @@ def verify(
     with progress_view("reading", verify_detail, quiet=quiet) as view:
         from latentmill.jobs.outputs.verify import verify as verify_job
 
-        report = verify_job(out, sample_n=sample, on_progress=view.update)
+        report = verify_job(
+            out, sample_n=sample, regenerate_n=regenerate, regenerate_seed=seed, on_progress=view.update
+        )
     _answer(report.to_dict(), json, lambda views: views.show_verify(report), quiet=quiet)
     raise typer.Exit(report.exit_code)
 
@@ -233,6 +239,49 @@ def repair(out: OutArgument, json: Json = False) -> None:
 
         report = repair_job(out, on_progress=view.update)
     _answer(report.to_dict(), json, lambda views: views.show_repair(report))
+    raise typer.Exit(report.exit_code)
+
+
+@app.command(
+    rich_help_panel=_MAKE,
+    epilog="Example: [bold]latentmill regenerate s3://bucket/dataset --sample 48113[/bold]\n\n"
+    "Exit codes: 0 every picture came out to the bit, or within --tolerance on another execution class; 1 one did not, "
+    "or has no picture.",
+)
+def regenerate(
+    out: OutArgument,
+    sample: Annotated[
+        list[str], typer.Option("--sample", help="Numbers of samples: 17 or 3,8,20:24; may be repeated.")
+    ],
+    to: Annotated[
+        str | None, typer.Option("--out", help="Where the pictures go; by default OUT-regenerated, beside OUT.")
+    ] = None,
+    device: Annotated[
+        str, typer.Option("--device", help="auto, cpu or cuda; auto is that of the row, where there is one.")
+    ] = "auto",
+    batch_size: Annotated[
+        int | None,
+        typer.Option("--batch-size", min=1, max=4096, help="In place of the bulk run's: faster, and other bits."),
+    ] = None,
+    tolerance: Annotated[
+        float,
+        typer.Option("--tolerance", min=0, max=255, help="Mean difference of 255 on another execution class."),
+    ] = 1.0,
+    json: Json = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help=QUIET)] = False,
+) -> None:
+    """Make single pictures again from their rows, as the bulk run made them, and say whether they are the same."""
+    from latentmill.jobs.show.display import progress_view
+
+    with progress_view("reading", lambda _: "", quiet=quiet) as view:
+        from latentmill.jobs.outputs.regenerate import Drawing, parse_samples
+        from latentmill.jobs.outputs.regenerate import regenerate as regenerate_samples
+
+        drawing = Drawing(device=device, batch_size=batch_size, tolerance=tolerance)
+        report = regenerate_samples(
+            out, parse_samples(sample), destination=to, drawing=drawing, on_progress=view.update
+        )
+    _answer(report.to_dict(), json, lambda views: views.show_regenerated(report), quiet=quiet)
     raise typer.Exit(report.exit_code)
 
 

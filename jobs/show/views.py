@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from latentmill.jobs.inspection import Inspection, Unread
     from latentmill.jobs.models.presets import ModelPreset
     from latentmill.jobs.outputs.clean import CleanReport
+    from latentmill.jobs.outputs.regenerate import RegenerateReport
     from latentmill.jobs.outputs.repair import RepairReport
     from latentmill.jobs.outputs.score import ScoreSummary
     from latentmill.jobs.outputs.status import StatusReport
@@ -257,6 +258,7 @@ def show_verify(report: VerifyReport) -> None:
         "read": f"{report.rows:,} rows in {report.chunks:,} chunks, {report.images_checked:,} images, "
         f"{report.parts_checked:,} dataset parts, {size(report.bytes_read)}",
         "defects": f"{len(report.defects):,}" if report.defects else "none",
+        **_regenerate_facts(report),
         **_repair_facts(report),
         "plan hash": report.plan_hash[:16],
     }
@@ -269,6 +271,29 @@ def show_verify(report: VerifyReport) -> None:
         shown = report.defects[:_DEFECTS_SHOWN]
         rows = [[defect.kind, defect.path, defect.detail] for defect in shown]
         print_table(f"defects (first {len(rows)} of {len(report.defects):,})", ["kind", "where", "what"], rows)
+
+
+def _regenerate_facts(report: VerifyReport) -> dict[str, object]:
+    if report.regenerate_seed is None:
+        return {}
+    counts = Counter(sample.outcome for sample in report.regenerated)
+    outcomes = ", ".join(f"{count:,} {outcome}" for outcome, count in counts.most_common())
+    return {"made again": f"{len(report.regenerated):,} samples drawn by seed {report.regenerate_seed}: {outcomes}"}
+
+
+def show_regenerated(report: RegenerateReport) -> None:
+    """One line for each sample, then what it was drawn on and where it lies."""
+    for sample in report.samples:
+        status = "" if sample.status == "ok" else f" ({sample.status})"
+        print_line(safe(f"{sample.sample_id}{status}: {sample.words}"))
+    facts: dict[str, object] = {"drawn on": "; ".join(report.execution_classes) or "nothing: no model was loaded"}
+    if not all(sample.outcome == "identical" for sample in report.samples):
+        facts["tolerance"] = f"a mean difference of {report.tolerance:g} of 255, on another execution class only"
+    if any(sample.file for sample in report.samples):
+        facts["pictures"] = report.destination
+    counts = Counter(sample.outcome for sample in report.samples)
+    title = ", ".join(f"{count:,} {outcome}" for outcome, count in counts.most_common())
+    print_facts(title, facts, style="red" if report.exit_code else "green")
 
 
 def show_repair(report: RepairReport) -> None:
