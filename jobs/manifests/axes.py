@@ -10,6 +10,7 @@ from typing import Any
 
 from latentmill.jobs.errors import UsageError
 from latentmill.jobs.manifests.fields import AXES, FIELDS, FieldError, Value, nearest, shorten
+from latentmill.jobs.manifests.loras import lora_of_axis, scale_field
 
 MAX_AXIS_VALUES = 65_536
 
@@ -29,7 +30,7 @@ def parse_axis(text: str) -> tuple[str, list[Any]]:
         raise UsageError(
             f"--sweep {shorten(text)} is not AXIS=VALUES; write for example guidance_scale=3,5,7.5 or seed=0:16"
         )
-    name = name.strip().replace("-", "_")
+    name = name.strip() if lora_of_axis(name.strip()) else name.strip().replace("-", "_")
     if name == "negative_prompt":
         raise UsageError("--sweep negative_prompt would be split at its commas; give this axis as a list in a job file")
     return name, [part.strip() for part in values.split(",")]
@@ -46,9 +47,11 @@ def count_combinations(axes: Sequence[Axis]) -> int:
 
 
 def _build_axis(name: str, values: Any) -> Axis:
-    if name not in AXES:
-        raise UsageError(f"sweep axis {name!r} is unknown{nearest(name, AXES)}; the axes are {', '.join(AXES)}")
-    field = FIELDS[name]
+    if name not in AXES and lora_of_axis(name) is None:
+        raise UsageError(
+            f"sweep axis {name!r} is unknown{nearest(name, AXES)}; the axes are {', '.join(AXES)}, lora.NAME"
+        )
+    field = FIELDS[name] if name in AXES else scale_field(name)
     raw = list(values) if isinstance(values, (list, tuple)) else [values]
     expanded: list[Any] = []
     for value in raw:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from latentmill.engine import SAMPLERS_WITH_ETA, SEED_LIMIT
 from latentmill.jobs.manifests.fields import Value
+from latentmill.jobs.manifests.loras import RowLoras
 from latentmill.jobs.manifests.tokens import TokenCounter
 
 
@@ -21,6 +22,7 @@ class Rules:
     """What rows are checked against. If an axis gives a parameter, the row's value and the default do not count.
 
     `steps_fault` says why a sampler cannot take so many steps, or None. `tokens` is given if long prompts are faults.
+    `loras` says how rows may name LoRAs.
     """
 
     factor: int
@@ -29,6 +31,7 @@ class Rules:
     defaults: Mapping[str, Value]
     axes: Mapping[str, tuple[Value, ...]]
     tokens: TokenCounter | None = None
+    loras: RowLoras = field(default_factory=lambda: RowLoras({}, "plain"))
 
 
 Rule = tuple[frozenset[str], NDArray[np.bool_], Any]

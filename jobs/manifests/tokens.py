@@ -8,7 +8,7 @@ from typing import Protocol
 
 import pyarrow as pa
 
-from latentmill.engine import parse_prompt
+from latentmill.engine import parse_prompt, without_lora_tags
 
 _REMEMBERED = 4096
 
@@ -21,7 +21,7 @@ class TokenCounter:
     """Counts for one job; the tokenizer is loaded when the first text is counted.
 
     `negatives` are a sweep's negative prompts, which replace those of rows and the default. `refused` is the number of
-    rows that are left out because they are too long.
+    rows that are left out because they are too long. With `reads_tags`, names of LoRAs are no words.
     """
 
     def __init__(
@@ -32,6 +32,7 @@ class TokenCounter:
         limit: int | None,
         negatives: Sequence[str] = (),
         default_negative: str = "",
+        reads_tags: bool = False,
     ) -> None:
         self.limit = limit
         self.refused = 0
@@ -39,6 +40,7 @@ class TokenCounter:
         self._syntax = syntax
         self._negatives = negatives
         self._default = default_negative
+        self._reads_tags = reads_tags
         self._remembered: dict[str, int] = {}
 
     @cached_property
@@ -81,7 +83,8 @@ class TokenCounter:
         if len(self._remembered) > _REMEMBERED:
             self._remembered.clear()
         new = list(dict.fromkeys(text for text in texts if text not in self._remembered))
-        pieces = [[piece.text for piece in parse_prompt(text, self._syntax)] for text in new]
+        read = [without_lora_tags(text) for text in new] if self._reads_tags else new
+        pieces = [[piece.text for piece in parse_prompt(text, self._syntax)] for text in read]
         counts = iter(self._tokenizer.count([piece for parts in pieces for piece in parts]))
         for text, parts in zip(new, pieces, strict=True):
             self._remembered[text] = sum(next(counts) for _ in parts)

@@ -83,6 +83,8 @@ def validate(batch: RowBatch, offset: int, schema: pa.Schema, rules: Rules) -> C
     for _, bad, reason in pair_rules(columns, count, rules):
         for index in np.flatnonzero(bad):
             faults.setdefault(int(index), [reason(int(index))])
+    for row, fault in rules.loras.faults(columns):
+        faults.setdefault(row, [fault])
     if rules.tokens is not None:
         _check_lengths(columns, rules, rules.tokens, faults)
     numbers = batch.lines + offset

@@ -52,6 +52,7 @@ def plan_identity(
         "axes": [[axis.name, list(axis.values)] for axis in axes],
         "manifest": digest,
         **_planned_settings(spec, batch_size),
+        **({"loras": dict(model.lora_scales)} if model.loras else {}),
     }
 
 

@@ -16,10 +16,12 @@ from latentmill.engine import GenerationRequest
 from latentmill.jobs.errors import JobError, UsageError
 from latentmill.jobs.manifests.axes import Axis
 from latentmill.jobs.manifests.fields import Value, shorten
+from latentmill.jobs.manifests.loras import RowLoras, format_scale
 from latentmill.jobs.manifests.validate import CARRIED_PREFIX, snapshot_schema
 from latentmill.jobs.models.resolved import ResolvedModel
 from latentmill.jobs.plans.columns import MIXED_CHUNKS_SINCE, columns_of, formats, own_fields, values
 from latentmill.jobs.plans.grid import MAX_SAMPLES, Grid, Group, Piece, Place, class_fields, encode_class
+from latentmill.jobs.plans.lora_columns import lora_fields, lora_values
 from latentmill.jobs.plans.sample import PlannedSample
 from latentmill.jobs.plans.snapshot import PartInfo, SnapshotReader
 from latentmill.jobs.settings import settings_of
@@ -74,6 +76,9 @@ def _settings(document: Mapping[str, Any], out: str) -> JobSpec:
         out=out,
         model=model["source"],
         sweep=dict(identity["axes"]),
+        lora={
+            name: f"{place}:{format_scale(identity['loras'][name])}" for name, place in model.get("loras", {}).items()
+        },
         **{name: model[name] for name in chosen},
         **identity["parameters"],
         **({name: identity[name] for name in names} | {"nsfw_threshold": document["nsfw_threshold"]}),
@@ -110,7 +115,8 @@ class Plan:
             chunk_size=self.settings.chunk_size,
             mixed=self.format_version >= MIXED_CHUNKS_SINCE,
         )
-        own = own_fields(self.format_version)
+        self._loras = RowLoras(self.model.lora_scales, self.settings.prompt_syntax)
+        own = (*own_fields(self.format_version), *lora_fields(self.model))
         carried = pa.ipc.read_schema(pa.py_buffer(bytes.fromhex(manifest["carried"])))
         self._names = record_names(carried.names, [field.name for field in own])
         self.record_schema = pa.schema(
@@ -210,6 +216,7 @@ class Plan:
             guidance_scale=value("guidance_scale"),
             sampler=value("sampler"),
             eta=value("eta"),
+            loras=tuple(self._loras.of(rows.get("loras", row), rows.get("prompt", row), swept).items()),
         )
         return PlannedSample(
             ordinal=place.ordinal,
@@ -217,7 +224,7 @@ class Plan:
             row_number=rows.get("row_number", row),
             row_id=rows.get("row_id", row),
             request=request,
-            extra=dict(zip(self._names, rows.carried(row), strict=True)),
+            extra=lora_values(self.model, request) | dict(zip(self._names, rows.carried(row), strict=True)),
         )
 
 

@@ -14,6 +14,7 @@ import pyarrow as pa
 from latentmill.engine import SEED_LIMIT, WATERMARK_MIN_PIXELS, EngineError, ModelDescription, load_tokenizer
 from latentmill.jobs.errors import UsageError
 from latentmill.jobs.manifests.axes import Axis, build_axes
+from latentmill.jobs.manifests.loras import row_loras
 from latentmill.jobs.manifests.manifest import Manifest, open_manifest
 from latentmill.jobs.manifests.rules import Rules
 from latentmill.jobs.manifests.tokens import TokenCounter
@@ -49,6 +50,7 @@ def draft_plan(spec: JobSpec, *, on_stage: Callable[[str], None] = lambda _: Non
             tokenizer=spec.tokenizer,
             prediction_type=spec.prediction_type,
             timestep_spacing=spec.timestep_spacing,
+            loras=spec.lora,
         )
     )
     try:
@@ -62,12 +64,14 @@ def draft_plan(spec: JobSpec, *, on_stage: Callable[[str], None] = lambda _: Non
     if spec.strict and manifest.suspects:
         raise UsageError(f"{suspect_note(manifest.suspects[0])} (strict refuses such columns)")
     axis_values = {axis.name: axis.values for axis in axes}
+    loras = row_loras(model.lora_scales, spec.prompt_syntax, tuple(axis_values))
     tokens = TokenCounter(
         lambda: load_tokenizer(place_model(model)),
         syntax=spec.prompt_syntax,
         limit=None if model.max_tokens is None else model.max_tokens - 2,
         negatives=[str(text) for text in axis_values.get("negative_prompt", ())],
         default_negative=str(parameters["negative_prompt"]),
+        reads_tags=loras.reads_tags,
     )
     rules = Rules(
         factor=model.factor,
@@ -76,6 +80,7 @@ def draft_plan(spec: JobSpec, *, on_stage: Callable[[str], None] = lambda _: Non
         defaults=parameters,
         axes=axis_values,
         tokens=tokens if spec.long_prompts == "error" else None,
+        loras=loras,
     )
     check_job(rules, manifest.own)
     spool = ExitStack()
@@ -117,6 +122,7 @@ def _draft(
         grid=grid,
         ids=ids,
         tokens=tokens,
+        loras=rules.loras,
         spool=spool,
     )
 
