@@ -19,6 +19,7 @@ from latentmill.jobs.models.choice import ModelChoice, resolve_model
 from latentmill.jobs.models.place import place_model
 from latentmill.jobs.models.resolved import ResolvedModel
 from latentmill.jobs.plans.columns import own_fields
+from latentmill.jobs.plans.lora_columns import recorded_places, recorded_scales
 from latentmill.jobs.postprocess import encode_picture, finish_pixels
 from latentmill.jobs.spec import JobSpec
 
@@ -138,6 +139,7 @@ def recipe_of(row: Mapping[str, Any]) -> Recipe:
             guidance_scale=_as_typed(row["guidance_scale"]),
             sampler=row["sampler"],
             eta=_as_typed(row["eta"]),
+            loras=recorded_scales(row),
         ),
         model=ModelChoice(
             source=row["model"],
@@ -145,6 +147,7 @@ def recipe_of(row: Mapping[str, Any]) -> Recipe:
             tokenizer=row["tokenizer"],
             prediction_type=row["prediction_type"],
             timestep_spacing=row["timestep_spacing"],
+            loras=recorded_places(row),
         ),
         model_sha256=row["model_sha256"],
         prompt_syntax=row["prompt_syntax"],

@@ -14,6 +14,7 @@ from latentmill.jobs.executor_table import EXECUTORS
 from latentmill.jobs.manifests.axes import build_axes, build_dimensions, listed_values
 from latentmill.jobs.manifests.fields import FieldError, nearest, shorten, text_fault
 from latentmill.jobs.manifests.formats import CHOICES, SUFFIXES, describe_choices
+from latentmill.jobs.manifests.loras import parse_loras
 from latentmill.jobs.manifests.prompt_texts import TEMPLATES
 from latentmill.jobs.settings import (
     CUTTING,
@@ -173,6 +174,13 @@ class JobSpec:
         PICTURES,
         "leading, trailing, linspace or original, in place of the model's own.",
         TIMESTEP_SPACINGS,
+    )
+    lora: Mapping[str, str] = special(
+        PICTURES,
+        "NAME=PLACE[:SCALE], a LoRA beside the model; may be repeated. Rows, prompts and axes may say other scales.",
+        parse_loras,
+        default_factory=dict,
+        several=True,
     )
     prompt_syntax: str = choice(
         "plain",

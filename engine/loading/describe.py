@@ -94,7 +94,14 @@ def describe_model(model: str | Path | ModelSpec) -> ModelDescription:
     """Read a model's architecture. Raises EngineError that names a missing file or an unsupported switch."""
     spec = _local_spec(model)
     pipeline = find_pipeline(spec)
-    return describe_layout(find_model(spec)) if pipeline is None else _describe_pipeline(pipeline)
+    if pipeline is None:
+        return describe_layout(find_model(spec))
+    if spec.loras:
+        raise EngineError(
+            f"{spec.model} is a {pipeline.class_name}, which runs by the library diffusers and takes no LoRA here; "
+            "leave the LoRAs out"
+        )
+    return _describe_pipeline(pipeline)
 
 
 def describe_layout(layout: ModelLayout) -> ModelDescription:

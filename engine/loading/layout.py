@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from latentmill.engine.loading.checkpoint import open_weights
 from latentmill.engine.loading.config import SchedulerConfig
 from latentmill.engine.loading.folder import pixel_files, read_blueprint, weights_files
 from latentmill.engine.loading.hub import fetch_model, fetch_tokenizer, is_hub_id
+from latentmill.engine.loading.lora_files import LoraFiles, find_loras
 from latentmill.engine.loading.original import as_configured
 from latentmill.engine.loading.single_file import recognise
 from latentmill.engine.loading.vocabulary import tokenizer_files
@@ -26,7 +27,7 @@ class ModelLayout:
 
     `weights` gives each component's file (in a single file, the same for all), `tokenizers` a folder per text encoder,
     `files` everything that can change a pixel, by a name that does not depend on this machine. `averaged` takes the
-    running average of the U-Net's weights instead of the weights.
+    running average of the U-Net's weights instead of the weights. `loras` are loaded beside them, by name.
     """
 
     path: Path
@@ -36,6 +37,7 @@ class ModelLayout:
     tokenizers: tuple[Path, ...]
     files: Mapping[str, Path]
     averaged: bool = False
+    loras: Mapping[str, LoraFiles] = field(default_factory=dict)
 
     @property
     def folder(self) -> Path:
@@ -59,7 +61,9 @@ def find_model(spec: ModelSpec) -> ModelLayout:
             f"model {spec.model} does not exist; give a local diffusers folder, a .safetensors or .ckpt file, or a hub "
             "id (owner/name)"
         )
-    return dataclasses.replace(layout, blueprint=_with_overrides(layout.blueprint, spec))
+    loras = find_loras(spec.loras)
+    files = {**layout.files, **{name: path for lora in loras.values() for name, path in lora.files.items()}}
+    return dataclasses.replace(layout, blueprint=_with_overrides(layout.blueprint, spec), files=files, loras=loras)
 
 
 def _folder(path: Path, spec: ModelSpec) -> ModelLayout:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -15,6 +15,8 @@ from latentmill.engine.acceleration import upload
 from latentmill.engine.families.family import TextEncoderSpec
 from latentmill.engine.loading.layout import ModelLayout
 from latentmill.engine.loading.weights import load_text_encoder
+from latentmill.engine.loras import Loras, RowScales, scales_of
+from latentmill.engine.text.lora_tags import without_lora_tags
 from latentmill.engine.text.prompts import Chunk, cut_into_chunks, parse_prompt
 from latentmill.engine.text.tokenizer import PromptTokenizer, load_prompt_tokenizer
 from latentmill.engine.types import LONG_PROMPTS, PROMPT_SYNTAXES, EngineError, ModelSpec
@@ -39,6 +41,10 @@ class Conditioning:
         """These rows, then the other's."""
         pooled = None if self.pooled is None or other.pooled is None else torch.cat([self.pooled, other.pooled])
         return Conditioning(torch.cat([self.context, other.context]), pooled)
+
+
+_Key = tuple[str, int, RowScales]
+"""What an embedding depends on: the text, its chunks, and the LoRAs of text encoders that count."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +80,13 @@ class TextEncoder:
     """
 
     def __init__(
-        self, layout: ModelLayout, spec: ModelSpec, dtype: torch.dtype, device: torch.device, batch_size: int
+        self,
+        layout: ModelLayout,
+        spec: ModelSpec,
+        dtype: torch.dtype,
+        device: torch.device,
+        batch_size: int,
+        loras: Loras,
     ) -> None:
         if spec.prompt_syntax not in PROMPT_SYNTAXES or spec.long_prompts not in LONG_PROMPTS:
             raise EngineError(
@@ -97,12 +109,18 @@ class TextEncoder:
         self._device = device
         self._batch_size = batch_size
         self._read = lru_cache(_PROMPT_LIMIT)(self._parse)
-        self._cache: dict[tuple[str, int], tuple[Tensor, Tensor | None]] = {}
+        self._cache: dict[_Key, tuple[Tensor, Tensor | None]] = {}
+        self._loras = loras
+        self._adapted: frozenset[str] = frozenset()
 
     @property
     def networks(self) -> list[nn.Module]:
         """The encoders' networks."""
         return [loaded.network for loaded in self._encoders]
+
+    def adapted_by(self, loras: Iterable[str]) -> None:
+        """From now on the networks have these LoRAs beside them: an embedding depends on their scales."""
+        self._adapted = frozenset(loras)
 
     def without_cache(self) -> TextEncoder:
         """The same encoder with no embeddings remembered: for networks whose precision has changed."""
@@ -124,26 +142,31 @@ class TextEncoder:
             raise EngineError(f"the prompt has {prompt.tokens} tokens, the limit is {self.max_tokens - 2}; shorten it")
         return max(map(len, prompt.chunks)) if self._long_prompts == "chunk" else 1
 
-    def encode(self, texts: Sequence[str], chunks: int = 1) -> Conditioning:
+    def encode(self, texts: Sequence[str], chunks: int = 1, loras: Sequence[RowScales] | None = None) -> Conditioning:
         """`n` texts -> their conditioning in the encoders' dtype: `chunks * max_tokens` token states each.
 
-        Longer texts are cut; shorter ones are continued with empty chunks.
+        Longer texts are cut; shorter ones are continued with empty chunks. `loras` are those of each row.
         """
         if len(self._cache) > _CACHE_LIMIT:
             self._cache.clear()
-        new = [text for text in dict.fromkeys(texts) if (text, chunks) not in self._cache]
+        scales = [tuple(pair for pair in row if pair[0] in self._adapted) for row in loras or [()] * len(texts)]
+        keys = [(text, chunks, own) for text, own in zip(texts, scales, strict=True)]
+        new = [key for key in dict.fromkeys(keys) if key not in self._cache]
         for start in range(0, len(new), self._batch_size):
             batch = new[start : start + self._batch_size]
             padded = batch + batch[:1] * (self._batch_size - len(batch))
-            encoded = self._encode_batch(padded, chunks)
-            self._cache.update(zip([(text, chunks) for text in batch], encoded, strict=False))
-        rows = [self._cache[text, chunks] for text in texts]
+            with self._loras.switchboard.holding(scales_of([own for _, _, own in padded], self._device)):
+                encoded = self._encode_batch([text for text, _, _ in padded], chunks)
+            self._cache.update(zip(batch, encoded, strict=False))
+        rows = [self._cache[key] for key in keys]
         pooled = [row_pooled for _, row_pooled in rows if row_pooled is not None]
         return Conditioning(torch.stack([states for states, _ in rows]), torch.stack(pooled) if pooled else None)
 
-    def encode_negative(self, texts: Sequence[str], chunks: int = 1) -> Conditioning:
+    def encode_negative(
+        self, texts: Sequence[str], chunks: int = 1, loras: Sequence[RowScales] | None = None
+    ) -> Conditioning:
         """As `encode`; but for models trained that way (SDXL), an empty negative prompt means zeros."""
-        encoded = self.encode(texts, chunks)
+        encoded = self.encode(texts, chunks, loras)
         if not self._zeros_for_empty:
             return encoded
         given = torch.tensor([bool(text) for text in texts], device=encoded.context.device)
@@ -152,7 +175,7 @@ class TextEncoder:
 
     def _parse(self, text: str) -> _Prompt:
         """Parse and tokenise a prompt, whole."""
-        pieces = parse_prompt(text, self._syntax)
+        pieces = parse_prompt(without_lora_tags(text) if self._loras.reads_tags else text, self._syntax)
         if self._long_prompts != "chunk":
             # A BREAK starts a new chunk; where there is only one, its two sides follow one another.
             pieces = [replace(piece, starts_chunk=False) for piece in pieces]

@@ -11,6 +11,7 @@ from typing import Any
 from latentmill.jobs.errors import UsageError
 from latentmill.jobs.manifests.axis_values import MAX_AXIS_VALUES, expand_values, read_values
 from latentmill.jobs.manifests.fields import AXES, FIELDS, Field, FieldError, Value, nearest, shorten
+from latentmill.jobs.manifests.loras import lora_of_axis, scale_field
 from latentmill.jobs.manifests.replacements import (
     FIELDS_WITH_TEXT,
     parse_replacement,
@@ -39,7 +40,7 @@ def parse_axis(text: str) -> tuple[str, Any]:
     replacement = parse_replacement(text)
     if replacement is None:
         name, separator, values = text.partition("=")
-        name = name.strip().replace("-", "_")
+        name = name.strip() if lora_of_axis(name.strip()) else name.strip().replace("-", "_")
     else:
         name, rest = replacement
         if not rest.startswith("="):
@@ -124,9 +125,11 @@ def _named(name: str) -> tuple[str, Field]:
     replaced = replaced_by(name)
     if replaced is not None:
         return replacement_name(*replaced), Field(name="value", kind="text")
+    if lora_of_axis(name) is not None:
+        return name, scale_field(name)
     if name not in AXES:
         raise UsageError(
-            f"sweep axis {name!r} is unknown{nearest(name, AXES)}; the axes are {', '.join(AXES)}, and "
+            f"sweep axis {name!r} is unknown{nearest(name, AXES)}; the axes are {', '.join(AXES)}, lora.NAME, and "
             f"prompt.s/TEXT/{{VALUES}}/"
         )
     return name, FIELDS[name]

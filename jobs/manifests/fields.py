@@ -99,6 +99,7 @@ FIELDS: dict[str, Field] = {
         Field(name="sampler", kind="sampler"),
         Field(name="eta", kind="float", high=1),
         Field(name="num_images", kind="int", low=1, high=MAX_IMAGES),
+        Field(name="loras", kind="text"),
         Field(name="id", kind="text"),
     )
 }

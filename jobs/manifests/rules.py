@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from latentmill.engine import SAMPLERS_WITH_ETA, SEED_LIMIT
 from latentmill.jobs.errors import UsageError
 from latentmill.jobs.manifests.fields import Value
+from latentmill.jobs.manifests.loras import RowLoras
 from latentmill.jobs.manifests.prompt_texts import PromptTexts, prompt_texts
 from latentmill.jobs.manifests.replacements import FIELDS_WITH_TEXT
 from latentmill.jobs.manifests.tokens import TokenCounter
@@ -28,7 +29,8 @@ class Rules:
     """What rows are checked against. If an axis gives a parameter, the row's value and the default do not count.
 
     The axes of each group of `zips` vary together. `steps_fault` says why a sampler cannot take so many steps, or None.
-    `texts` says what is drawn of a row's texts. `tokens` is given if long prompts are faults.
+    `texts` says what is drawn of a row's texts. `tokens` is given if long prompts are faults. `loras` says how rows
+    may name LoRAs.
     """
 
     factor: int
@@ -39,6 +41,7 @@ class Rules:
     zips: Sequence[Sequence[str]] = ()
     texts: PromptTexts = field(default_factory=lambda: prompt_texts("none", WildcardFolder(None), ()))
     tokens: TokenCounter | None = None
+    loras: RowLoras = field(default_factory=lambda: RowLoras({}, "plain"))
 
     @cached_property
     def cases(self) -> list[Rules]:

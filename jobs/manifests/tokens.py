@@ -8,7 +8,7 @@ from typing import Protocol
 
 import pyarrow as pa
 
-from latentmill.engine import parse_prompt
+from latentmill.engine import parse_prompt, without_lora_tags
 
 _REMEMBERED = 4096
 
@@ -22,7 +22,7 @@ class TokenCounter:
 
     `prompts` and `negatives` are a sweep's texts, which replace those of rows and the default. `longest_of` says what
     is about the longest text that comes of a given one, by its field: that is the one to count. `refused` is the number
-    of rows that are left out because they are too long.
+    of rows that are left out because they are too long. With `reads_tags`, names of LoRAs are no words.
     """
 
     def __init__(
@@ -35,6 +35,7 @@ class TokenCounter:
         negatives: Sequence[str] = (),
         default_negative: str = "",
         longest_of: Callable[[str, str], str] = lambda _, text: text,
+        reads_tags: bool = False,
     ) -> None:
         self.limit = limit
         self.refused = 0
@@ -44,6 +45,7 @@ class TokenCounter:
         self._negatives = negatives
         self._longest_of = longest_of
         self._default = default_negative
+        self._reads_tags = reads_tags
         self._remembered: dict[str, int] = {}
 
     @cached_property
@@ -90,7 +92,8 @@ class TokenCounter:
         if len(self._remembered) > _REMEMBERED:
             self._remembered.clear()
         new = list(dict.fromkeys(text for text in texts if text not in self._remembered))
-        pieces = [[piece.text for piece in parse_prompt(text, self._syntax)] for text in new]
+        read = [without_lora_tags(text) for text in new] if self._reads_tags else new
+        pieces = [[piece.text for piece in parse_prompt(text, self._syntax)] for text in read]
         counts = iter(self._tokenizer.count([piece for parts in pieces for piece in parts]))
         for text, parts in zip(new, pieces, strict=True):
             self._remembered[text] = sum(next(counts) for _ in parts)

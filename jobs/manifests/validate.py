@@ -100,6 +100,8 @@ def validate(batch: RowBatch, offset: int, schema: pa.Schema, rules: Rules) -> C
         prompts = enumerate(to_pylist(columns["prompt"]))
         counts = [1 if index in faults else rules.texts.variants(text) for index, text in prompts]
         columns[VARIANTS] = pa.array(counts, pa.int64())
+    for row, fault in rules.loras.faults(columns):
+        faults.setdefault(row, [fault])
     if rules.tokens is not None:
         _check_lengths(columns, rules, rules.tokens, faults)
     numbers = batch.lines + offset

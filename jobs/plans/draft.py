@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from latentmill.jobs.code import own_code
+from latentmill.jobs.manifests.loras import RowLoras
 from latentmill.jobs.manifests.manifest import Manifest
 from latentmill.jobs.manifests.tokens import TokenCounter
 from latentmill.jobs.models.resolved import ResolvedModel
@@ -58,6 +59,7 @@ class DraftPlan:
     tokens: TokenCounter
     prompt_notes: PromptNotes
     wildcards: bytes | None
+    loras: RowLoras
     spool: ExitStack
 
     def __enter__(self) -> Self:
@@ -85,7 +87,7 @@ class DraftPlan:
     @cached_property
     def notes(self) -> tuple[str, ...]:
         """What a user should know about the manifest, one line each; texts in them are untrusted."""
-        about_rows = manifest_notes(
+        about_rows = self.loras.notes() + manifest_notes(
             self.manifest,
             self.ids.duplicates(),
             self.ids.compared,
@@ -101,7 +103,7 @@ class DraftPlan:
             "plan_hash": self.plan_hash,
             "identity": self.identity,
             "nsfw_threshold": self.spec.nsfw_threshold,
-            "model": asdict(self.model),
+            "model": self.model.document,
             "manifest": {
                 "sources": [source.name for source in self.manifest.sources],
                 "digest": self.digest,
@@ -135,6 +137,7 @@ class DraftPlan:
             sources=tuple(source.name for source in self.manifest.sources),
             model=self.model.name,
             model_family=self.model.family,
+            loras=dict(self.model.lora_scales),
             device=identity["device"],
             dtype=identity["dtype"],
             threads_per_actor=identity["threads_per_actor"],

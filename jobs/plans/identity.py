@@ -49,7 +49,7 @@ def plan_identity(
 
     `zips` names the axes that vary together; `wildcards` is the digest of those that are used.
     """
-    later = {"zip": zips, "wildcards": wildcards}
+    later = {"zip": zips, "wildcards": wildcards, "loras": dict(model.lora_scales)}
     return {
         "model_files": dict(sorted(model.files.items())),
         "prediction_type": model.predicts,

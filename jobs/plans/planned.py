@@ -16,12 +16,14 @@ from latentmill.engine import GenerationRequest
 from latentmill.jobs.errors import JobError, UsageError
 from latentmill.jobs.manifests.axes import Axis, build_dimensions
 from latentmill.jobs.manifests.fields import Value, shorten
+from latentmill.jobs.manifests.loras import RowLoras, format_scale
 from latentmill.jobs.manifests.prompt_texts import TEMPLATE_COLUMN, added_columns, prompt_texts
 from latentmill.jobs.manifests.validate import CARRIED_PREFIX, VARIANTS, snapshot_schema
 from latentmill.jobs.manifests.wildcards import PlannedWildcards
 from latentmill.jobs.models.resolved import ResolvedModel
 from latentmill.jobs.plans.columns import MIXED_CHUNKS_SINCE, columns_of, formats, own_fields, values
 from latentmill.jobs.plans.grid import MAX_SAMPLES, Grid, Group, Piece, Place, class_fields, encode_class
+from latentmill.jobs.plans.lora_columns import lora_fields, lora_values
 from latentmill.jobs.plans.sample import PlannedSample
 from latentmill.jobs.plans.snapshot import PartInfo, SnapshotReader
 from latentmill.jobs.settings import settings_of
@@ -82,6 +84,9 @@ def _settings(document: Mapping[str, Any], out: str) -> JobSpec:
         model=model["source"],
         sweep=dict(identity["axes"]),
         zip=tuple(map(tuple, identity.get("zip", ()))),
+        lora={
+            name: f"{place}:{format_scale(identity['loras'][name])}" for name, place in model.get("loras", {}).items()
+        },
         **{name: model[name] for name in chosen},
         **identity["parameters"],
         **({name: identity[name] for name in names} | {"nsfw_threshold": document["nsfw_threshold"]}),
@@ -125,7 +130,9 @@ class Plan:
             self.axes,
         )
         self._added = added_columns(self.settings.template, self.axes)
-        own = [*own_fields(self.format_version), *(pa.field(name, pa.string()) for name in self._added)]
+        self._loras = RowLoras(self.model.lora_scales, self.settings.prompt_syntax)
+        added = [pa.field(name, pa.string()) for name in self._added]
+        own = [*own_fields(self.format_version), *added, *lora_fields(self.model)]
         carried = pa.ipc.read_schema(pa.py_buffer(bytes.fromhex(manifest["carried"])))
         self._names = record_names(carried.names, [field.name for field in own])
         self.record_schema = pa.schema(
@@ -231,6 +238,7 @@ class Plan:
             guidance_scale=value("guidance_scale"),
             sampler=value("sampler"),
             eta=value("eta"),
+            loras=tuple(self._loras.of(rows.get("loras", row), rows.get("prompt", row), swept).items()),
         )
         return PlannedSample(
             ordinal=place.ordinal,
@@ -239,6 +247,7 @@ class Plan:
             row_id=rows.get("row_id", row),
             request=request,
             extra={name: prompt if name == TEMPLATE_COLUMN else swept[name] for name in self._added}
+            | lora_values(self.model, request)
             | dict(zip(self._names, rows.carried(row), strict=True)),
         )
 

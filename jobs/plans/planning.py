@@ -14,6 +14,7 @@ import pyarrow as pa
 from latentmill.engine import SEED_LIMIT, WATERMARK_MIN_PIXELS, EngineError, ModelDescription, load_tokenizer
 from latentmill.jobs.errors import UsageError
 from latentmill.jobs.manifests.axes import Axis, Dimension, build_axes, build_dimensions
+from latentmill.jobs.manifests.loras import row_loras
 from latentmill.jobs.manifests.manifest import Manifest, open_manifest
 from latentmill.jobs.manifests.prompt_texts import expand_axes, prompt_texts
 from latentmill.jobs.manifests.rules import Rules
@@ -53,6 +54,7 @@ def draft_plan(spec: JobSpec, *, on_stage: Callable[[str], None] = lambda _: Non
             tokenizer=spec.tokenizer,
             prediction_type=spec.prediction_type,
             timestep_spacing=spec.timestep_spacing,
+            loras=spec.lora,
         )
     )
     try:
@@ -66,6 +68,7 @@ def draft_plan(spec: JobSpec, *, on_stage: Callable[[str], None] = lambda _: Non
     if spec.strict and manifest.suspects:
         raise UsageError(f"{suspect_note(manifest.suspects[0])} (strict refuses such columns)")
     axis_values = {axis.name: axis.values for axis in axes}
+    loras = row_loras(model.lora_scales, spec.prompt_syntax, tuple(axis_values))
     tokens = TokenCounter(
         lambda: load_tokenizer(place_model(model)),
         syntax=spec.prompt_syntax,
@@ -74,6 +77,7 @@ def draft_plan(spec: JobSpec, *, on_stage: Callable[[str], None] = lambda _: Non
         negatives=[str(text) for text in axis_values.get("negative_prompt", ())],
         default_negative=str(parameters["negative_prompt"]),
         longest_of=texts.longest,
+        reads_tags=loras.reads_tags,
     )
     rules = Rules(
         factor=model.factor,
@@ -84,6 +88,7 @@ def draft_plan(spec: JobSpec, *, on_stage: Callable[[str], None] = lambda _: Non
         zips=[[axis.name for axis in dimension] for dimension in dimensions if len(dimension) > 1],
         texts=texts,
         tokens=tokens if spec.long_prompts == "error" else None,
+        loras=loras,
     )
     check_job(rules, manifest.own)
     spool = ExitStack()
@@ -145,6 +150,7 @@ def _draft(
         tokens=tokens,
         prompt_notes=prompt_notes,
         wildcards=kept,
+        loras=rules.loras,
         spool=spool,
     )
 

@@ -61,7 +61,7 @@ class PlanSummary:
     `tokens_over_limit` counts rows whose prompt or negative prompt has more than `token_limit` tokens, among the first
     `tokens_checked`; `long_prompts` says how they are handled. The limit is None if it is unknown.
     `parameters` holds the defaults; rows override those of `row_parameters`, the sweep those of `axes`, of which those
-    in each group of `zips` vary together.
+    in each group of `zips` vary together. `loras` are the scales of LoRAs that rows, prompts and axes do not give.
     `passes` counts, about, how often the denoiser runs at a full batch; `padding_waste` is the share of its slots that
     do nothing for any sample. `duplicate_ids` counts rows with the id of an earlier row, among the first
     `ids_compared`.
@@ -72,6 +72,7 @@ class PlanSummary:
     sources: tuple[str, ...]
     model: str
     model_family: str
+    loras: dict[str, float]
     device: str
     dtype: str
     threads_per_actor: int

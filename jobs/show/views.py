@@ -66,6 +66,7 @@ def show_plan(plan: PlanSummary, *, quiet: bool = False) -> None:
         "manifest": ", ".join(plan.sources),
         "rows": f"{plan.rows:,} valid, {plan.rejected_rows:,} rejected",
         "model": f"{plan.model} ({plan.model_family}, {plan.dtype} on {plan.device})",
+        **({"LoRAs": ", ".join(f"{name} {scale:g}" for name, scale in plan.loras.items())} if plan.loras else {}),
         "parameters": ", ".join(
             f"{name} {value}"
             for name, value in plan.parameters.items()
