@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 from latentmill.engine.loading.fields import Fields
@@ -11,8 +12,12 @@ from latentmill.engine.loading.files import shown
 from latentmill.engine.types import EngineError
 
 Json = Mapping[str, Any]
-PredictionType = Literal["epsilon", "v_prediction", "sample"]
+PredictionType = Literal["epsilon", "v_prediction", "sample", "flow"]
 TimestepSpacing = Literal["leading", "trailing", "linspace", "original"]
+
+DIFFUSION_PREDICTIONS = ("epsilon", "v_prediction", "sample")
+FLOW_SPACINGS = ("linspace", "trailing")
+"""How flow matching's levels are spaced, before a shift: from 1 to the lowest of the training, or to 1 / steps."""
 
 LEVELS_LIMIT = 8
 LAYERS_LIMIT = 64
@@ -20,10 +25,12 @@ WIDTH_LIMIT = 2**15
 GROUPS_LIMIT = 2**10
 CELLS_LIMIT = 2**13
 CODES_LIMIT = 2**20
+TOKENS_LIMIT = 2**24
 TIMESTEPS_LIMIT = 100_000
 BLOCKS_LIMIT = 256
 """What a network may have at most: levels, layers of one block, features of one layer, groups of a norm, cells along a
-side, codes, timesteps of training, and transformer layers of a U-Net's way down. Each is far above what was published.
+side, codes, patches of a picture, timesteps of training, and transformer layers of a U-Net's way down. Each is far
+above what was published.
 """
 
 
@@ -250,11 +257,63 @@ def _mirrored_levels(down: Any, up: Any, kinds: Mapping[str, bool], levels: int,
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class FlowShift:
+    """How far flow matching's noise levels are shifted towards noise (arXiv:2403.03206, section 5.3.2).
+
+    By one factor, or where `dynamic` by one that grows with the number of patches of the picture: its logarithm is
+    `base_shift` at `base_tokens`, `max_shift` at `max_tokens`, and linear in between and beyond.
+    """
+
+    shift: float
+    dynamic: bool
+    base_shift: float
+    max_shift: float
+    base_tokens: int
+    max_tokens: int
+
+    def factor(self, tokens: int) -> float:
+        """The factor for a picture of so many patches."""
+        if not self.dynamic:
+            return self.shift
+        slope = (self.max_shift - self.base_shift) / (self.max_tokens - self.base_tokens)
+        return math.exp(self.base_shift + slope * (tokens - self.base_tokens))
+
+    @classmethod
+    def from_dict(cls, config: Json, where: str) -> FlowShift:
+        """Parse the config of one of diffusers' schedulers for flow matching. Raises EngineError."""
+        _refuse_other_than(
+            config,
+            where,
+            {
+                "invert_sigmas": (False,),
+                "shift_terminal": (None,),
+                "stochastic_sampling": (False,),
+                "time_shift_type": ("exponential",),
+                "timestep_spacing": FLOW_SPACINGS,
+                "use_beta_sigmas": (False, None),
+                "use_exponential_sigmas": (False, None),
+                "use_karras_sigmas": (False, None),
+            },
+        )
+        fields = Fields(config, where)
+        base_tokens = fields.whole("base_image_seq_len", 256, TOKENS_LIMIT)
+        return cls(
+            shift=fields.number("shift", 1.0, 1e3, least=1e-3),
+            dynamic=fields.flag("use_dynamic_shifting", default=False),
+            base_shift=fields.number("base_shift", 0.5, 10.0, least=-10.0),
+            max_shift=fields.number("max_shift", 1.15, 10.0, least=-10.0),
+            base_tokens=base_tokens,
+            max_tokens=fields.whole("max_image_seq_len", 4096, TOKENS_LIMIT, least=base_tokens + 1),
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class SchedulerConfig:
     """The folder's `scheduler/scheduler_config.json`, less its `_class_name`: the sampler is the user's choice.
 
-    The last two are for models distilled for few steps (arXiv:2310.04378). No folder has the spacing `original`, which
-    is the original command's: `ModelSpec.timestep_spacing` asks for it.
+    The last two before `flow` are for models distilled for few steps (arXiv:2310.04378). No folder has the spacing
+    `original`, which is the original command's: `ModelSpec.timestep_spacing` asks for it. A model of flow matching has
+    `flow`, predicts `flow`, and has no betas.
     """
 
     num_train_timesteps: int
@@ -271,6 +330,7 @@ class SchedulerConfig:
     clip_sample_range: float
     original_inference_steps: int
     timestep_scaling: float
+    flow: FlowShift | None = None
 
     @classmethod
     def from_dict(cls, config: Json, where: str = "scheduler/scheduler_config.json") -> SchedulerConfig:
@@ -283,7 +343,7 @@ class SchedulerConfig:
             where,
             {
                 "thresholding": (False,),
-                "prediction_type": ("epsilon", "v_prediction", "sample"),
+                "prediction_type": DIFFUSION_PREDICTIONS,
                 "timestep_spacing": get_args(TimestepSpacing),
                 "beta_schedule": ("linear", "scaled_linear", "squaredcos_cap_v2"),
                 "timestep_type": ("discrete",),
@@ -295,6 +355,7 @@ class SchedulerConfig:
         )
         fields = Fields(config, where)
         kind = config.get("_class_name", "DDIMScheduler")
+        flow = FlowShift.from_dict(config, where) if str(kind).startswith("FlowMatch") else None
         timesteps = fields.whole("num_train_timesteps", 1000, TIMESTEPS_LIMIT)
         trained = fields.numbers("trained_betas", 1.0, length=TIMESTEPS_LIMIT)
         if trained is not None and len(trained) != timesteps:
@@ -306,7 +367,7 @@ class SchedulerConfig:
             beta_schedule=config.get("beta_schedule", "linear"),
             trained_betas=trained,
             rescale_betas_zero_snr=fields.flag("rescale_betas_zero_snr", default=False),
-            prediction_type=config.get("prediction_type", "epsilon"),
+            prediction_type="flow" if flow is not None else config.get("prediction_type", "epsilon"),
             timestep_spacing=config.get(
                 "timestep_spacing", _DEFAULT_SPACING.get(kind, "leading") if isinstance(kind, str) else "leading"
             ),
@@ -316,7 +377,22 @@ class SchedulerConfig:
             clip_sample_range=fields.number("clip_sample_range", 1.0, 1e6),
             original_inference_steps=fields.whole("original_inference_steps", 50, TIMESTEPS_LIMIT),
             timestep_scaling=fields.number("timestep_scaling", 10.0, 1e6),
+            flow=flow,
         )
+
+    def overridden(self, prediction_type: str | None, timestep_spacing: str | None) -> SchedulerConfig:
+        """With the caller's choices in place of the files'. Raises EngineError for one that does not go with them."""
+        given = {"prediction_type": prediction_type, "timestep_spacing": timestep_spacing}
+        changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+        _refuse_other_than(
+            changes,
+            "the model is of flow matching, but the job" if self.flow is not None else "the job",
+            {
+                "prediction_type": DIFFUSION_PREDICTIONS if self.flow is None else ("flow",),
+                "timestep_spacing": get_args(TimestepSpacing) if self.flow is None else FLOW_SPACINGS,
+            },
+        )
+        return replace(self, **changes)
 
 
 _DEFAULT_SPACING: dict[str, TimestepSpacing] = {
@@ -324,5 +400,7 @@ _DEFAULT_SPACING: dict[str, TimestepSpacing] = {
     "EulerAncestralDiscreteScheduler": "linspace",
     "DPMSolverMultistepScheduler": "linspace",
     "HeunDiscreteScheduler": "linspace",
+    "FlowMatchEulerDiscreteScheduler": "linspace",
+    "FlowMatchHeunDiscreteScheduler": "linspace",
 }
 """What each diffusers class assumes when its config file says nothing; every other class assumes `leading`."""

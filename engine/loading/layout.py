@@ -6,12 +6,10 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from latentmill.engine.guards.safety import checker_files
 from latentmill.engine.loading.blueprint import Blueprint
 from latentmill.engine.loading.checkpoint import open_weights
-from latentmill.engine.loading.config import SchedulerConfig
 from latentmill.engine.loading.folder import pixel_files, read_blueprint, weights_files
 from latentmill.engine.loading.hub import fetch_model, fetch_tokenizer, is_hub_id
 from latentmill.engine.loading.original import as_configured
@@ -104,13 +102,5 @@ def _single_file(path: Path, spec: ModelSpec) -> ModelLayout:
 
 def _with_overrides(blueprint: Blueprint, spec: ModelSpec) -> Blueprint:
     """The caller's prediction type and spacing replace those of the files: single files do not have them."""
-    changes: dict[str, Any] = {
-        name: value
-        for name, value in (
-            ("prediction_type", spec.prediction_type),
-            ("timestep_spacing", spec.timestep_spacing),
-        )
-        if value is not None
-    }
-    SchedulerConfig.from_dict(changes)  # refuses an unknown name
-    return dataclasses.replace(blueprint, scheduler=dataclasses.replace(blueprint.scheduler, **changes))
+    scheduler = blueprint.scheduler.overridden(spec.prediction_type, spec.timestep_spacing)
+    return dataclasses.replace(blueprint, scheduler=scheduler)
