@@ -77,6 +77,21 @@ class UNetConfig:
             return None
         return self.projection_input_dim - 6 * self.addition_time_embed_dim
 
+    @property
+    def patch_size(self) -> int:
+        """It works on single cells."""
+        return 1
+
+    @property
+    def side_limit(self) -> int | None:
+        """It takes latents of any size."""
+        return None
+
+    @property
+    def distilled_guidance(self) -> bool:
+        """It knows guidance by the unconditional pass alone."""
+        return False
+
     @classmethod
     def from_dict(cls, config: Json, where: str = "unet/config.json") -> UNetConfig:
         """Parse diffusers' `UNet2DConditionModel` config. Raises EngineError for a switch that is not supported."""
@@ -151,7 +166,10 @@ class UNetConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class VAEConfig:
-    """Shape of the autoencoder, with KL or a codebook (arXiv:2112.10752, section 3.1), as in `vae/config.json`."""
+    """Shape of the autoencoder, with KL or a codebook (arXiv:2112.10752, section 3.1), as in `vae/config.json`.
+
+    `quant_conv` tells whether there are 1x1 convolutions between its two halves: later models have none.
+    """
 
     in_channels: int
     out_channels: int
@@ -166,6 +184,7 @@ class VAEConfig:
     attention: tuple[bool, ...]
     codebook_size: int | None
     codebook_dim: int
+    quant_conv: bool
 
     @property
     def denoiser_channels(self) -> int:
@@ -193,8 +212,7 @@ class VAEConfig:
             where,
             {
                 "act_fn": ("silu", "swish"),
-                "use_quant_conv": (True,),
-                "use_post_quant_conv": (True,),
+                "use_post_quant_conv": (config.get("use_quant_conv", True),),
                 "latents_mean": (None,),
                 "latents_std": (None,),
                 "norm_type": ("group",),
@@ -229,6 +247,7 @@ class VAEConfig:
             attention=_mirrored_levels(down, up, kinds, levels, where),
             codebook_size=fields.whole("num_vq_embeddings", 256, CODES_LIMIT) if is_vq else None,
             codebook_dim=fields.whole("vq_embed_dim", latent_channels, WIDTH_LIMIT),
+            quant_conv=is_vq or fields.flag("use_quant_conv", default=True),
         )
 
 

@@ -17,9 +17,9 @@ class PromptTokenizer:
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
-        # CLIP and BERT name their marks differently.
+        # CLIP and BERT name their marks differently; T5 has no start mark.
         self._start, self._end = (
-            int(tokenizer.convert_tokens_to_ids(mark or other))
+            [int(tokenizer.convert_tokens_to_ids(mark or other))] if mark or other else []
             for mark, other in (
                 (tokenizer.bos_token, tokenizer.cls_token),
                 (tokenizer.eos_token, tokenizer.sep_token),
@@ -43,8 +43,8 @@ class PromptTokenizer:
         return encoded
 
     def framed(self, ids: Sequence[int], length: int, pad_id: int | None) -> list[int]:
-        """Ids between a start and an end mark, padded to `length`; None pads as the tokenizer does."""
-        framed = [self._start, *ids, self._end]
+        """Ids between a start mark, if any, and an end mark, padded to `length`; None pads as the tokenizer does."""
+        framed = [*self._start, *ids, *self._end]
         pad = self._tokenizer.pad_token_id if pad_id is None else pad_id
         return framed + [int(pad)] * (length - len(framed))
 
