@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
-from latentmill.engine.loading.fields import Fields
+from latentmill.engine.loading.fields import Fields, refuse_other_than
 from latentmill.engine.loading.files import shown
+from latentmill.engine.loading.flow import FLOW_SPACINGS, FlowShift
 from latentmill.engine.types import EngineError
 
 Json = Mapping[str, Any]
@@ -16,8 +16,6 @@ PredictionType = Literal["epsilon", "v_prediction", "sample", "flow"]
 TimestepSpacing = Literal["leading", "trailing", "linspace", "original"]
 
 DIFFUSION_PREDICTIONS = ("epsilon", "v_prediction", "sample")
-FLOW_SPACINGS = ("linspace", "trailing")
-"""How flow matching's levels are spaced, before a shift: from 1 to the lowest of the training, or to 1 / steps."""
 
 LEVELS_LIMIT = 8
 LAYERS_LIMIT = 64
@@ -25,23 +23,11 @@ WIDTH_LIMIT = 2**15
 GROUPS_LIMIT = 2**10
 CELLS_LIMIT = 2**13
 CODES_LIMIT = 2**20
-TOKENS_LIMIT = 2**24
 TIMESTEPS_LIMIT = 100_000
 BLOCKS_LIMIT = 256
 """What a network may have at most: levels, layers of one block, features of one layer, groups of a norm, cells along a
-side, codes, patches of a picture, timesteps of training, and transformer layers of a U-Net's way down. Each is far
-above what was published.
+side, codes, timesteps of training, and transformer layers of a U-Net's way down. Each is far above what was published.
 """
-
-
-def _refuse_other_than(config: Json, where: str, allowed: Mapping[str, tuple[Any, ...]]) -> None:
-    """Refuse a switch whose effect is not built, instead of ignoring it and drawing wrong pictures."""
-    for name, values in allowed.items():
-        if name in config and config[name] not in values:
-            raise EngineError(
-                f"{where} has {name}={shown(config[name])}, which this engine does not build; "
-                f"it supports {', '.join(map(repr, values))}"
-            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -95,7 +81,7 @@ class UNetConfig:
     @classmethod
     def from_dict(cls, config: Json, where: str = "unet/config.json") -> UNetConfig:
         """Parse diffusers' `UNet2DConditionModel` config. Raises EngineError for a switch that is not supported."""
-        _refuse_other_than(
+        refuse_other_than(
             config,
             where,
             {
@@ -207,7 +193,7 @@ class VAEConfig:
     @classmethod
     def from_dict(cls, config: Json, where: str = "vae/config.json") -> VAEConfig:
         """Parse diffusers' `AutoencoderKL` or `VQModel` config. Raises EngineError for an unsupported switch."""
-        _refuse_other_than(
+        refuse_other_than(
             config,
             where,
             {
@@ -276,57 +262,6 @@ def _mirrored_levels(down: Any, up: Any, kinds: Mapping[str, bool], levels: int,
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class FlowShift:
-    """How far flow matching's noise levels are shifted towards noise (arXiv:2403.03206, section 5.3.2).
-
-    By one factor, or where `dynamic` by one that grows with the number of patches of the picture: its logarithm is
-    `base_shift` at `base_tokens`, `max_shift` at `max_tokens`, and linear in between and beyond.
-    """
-
-    shift: float
-    dynamic: bool
-    base_shift: float
-    max_shift: float
-    base_tokens: int
-    max_tokens: int
-
-    def factor(self, tokens: int) -> float:
-        """The factor for a picture of so many patches."""
-        if not self.dynamic:
-            return self.shift
-        slope = (self.max_shift - self.base_shift) / (self.max_tokens - self.base_tokens)
-        return math.exp(self.base_shift + slope * (tokens - self.base_tokens))
-
-    @classmethod
-    def from_dict(cls, config: Json, where: str) -> FlowShift:
-        """Parse the config of one of diffusers' schedulers for flow matching. Raises EngineError."""
-        _refuse_other_than(
-            config,
-            where,
-            {
-                "invert_sigmas": (False,),
-                "shift_terminal": (None,),
-                "stochastic_sampling": (False,),
-                "time_shift_type": ("exponential",),
-                "timestep_spacing": FLOW_SPACINGS,
-                "use_beta_sigmas": (False, None),
-                "use_exponential_sigmas": (False, None),
-                "use_karras_sigmas": (False, None),
-            },
-        )
-        fields = Fields(config, where)
-        base_tokens = fields.whole("base_image_seq_len", 256, TOKENS_LIMIT)
-        return cls(
-            shift=fields.number("shift", 1.0, 1e3, least=1e-3),
-            dynamic=fields.flag("use_dynamic_shifting", default=False),
-            base_shift=fields.number("base_shift", 0.5, 10.0, least=-10.0),
-            max_shift=fields.number("max_shift", 1.15, 10.0, least=-10.0),
-            base_tokens=base_tokens,
-            max_tokens=fields.whole("max_image_seq_len", 4096, TOKENS_LIMIT, least=base_tokens + 1),
-        )
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class SchedulerConfig:
     """The folder's `scheduler/scheduler_config.json`, less its `_class_name`: the sampler is the user's choice.
 
@@ -357,7 +292,7 @@ class SchedulerConfig:
 
         What only says how to sample (Karras sigmas, the solver's order) is not read: the sampler's name says that.
         """
-        _refuse_other_than(
+        refuse_other_than(
             config,
             where,
             {
@@ -403,7 +338,7 @@ class SchedulerConfig:
         """With the caller's choices in place of the files'. Raises EngineError for one that does not go with them."""
         given = {"prediction_type": prediction_type, "timestep_spacing": timestep_spacing}
         changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-        _refuse_other_than(
+        refuse_other_than(
             changes,
             "the model is of flow matching, but the job" if self.flow is not None else "the job",
             {

@@ -223,6 +223,17 @@ def test_a_file_that_lacks_parts_says_what_to_name(folders, tmp_path):
         load(ModelSpec(model=str(file), tokenizer=str(folders["flux-dev"])))
 
 
+def test_weights_in_fp8_are_widened(folders, tmp_path):
+    file = tmp_path / "small.safetensors"
+    weights = joint_weights(folders["flux-dev"], "", "", "transformer")
+    small = {key: tensor.to(torch.float8_e4m3fn).contiguous() for key, tensor in weights.items()}
+    save_file(small, file)
+    engine = load(ModelSpec(model=str(file), tokenizer=str(folders["flux-dev"])))
+    found = engine._models.denoiser.state_dict()
+    assert torch.equal(found["proj_out.weight"], small["final_layer.linear.weight"].float())
+    assert not torch.equal(found["proj_out.weight"], weights["final_layer.linear.weight"])
+
+
 def test_every_key_is_claimed_once(folders):
     for name in ("sd35-medium", "flux-dev"):
         blueprint = dataclasses.replace(
