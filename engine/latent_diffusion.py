@@ -24,14 +24,14 @@ from latentmill.engine.sampling.schedule import NoiseSchedule
 from latentmill.engine.sampling.slots import Finished, run_in_slots
 from latentmill.engine.sampling.solvers import Solver
 from latentmill.engine.text.encoder import TextEncoder
-from latentmill.engine.types import GenerationRequest, ModelSpec
+from latentmill.engine.types import EngineError, GenerationRequest, ModelSpec
 
 
 @dataclass(frozen=True, slots=True)
 class LatentDiffusion:
     """The networks at one precision, the schedule that they were trained on, and the denoiser's further conditions.
 
-    `run` is the denoiser as it is run, by `acceleration.executed`.
+    `run` is the denoiser as it is run, by `acceleration.executed`. A `distilled` one is told the guidance scale.
 
     Each sample draws all its noise from its own CPU generator, seeded with its seed.
     """
@@ -43,13 +43,16 @@ class LatentDiffusion:
     autoencoder: Autoencoder
     schedule: NoiseSchedule
     conditions: Callable[[Tensor, GenerationRequest], Mapping[str, Tensor]] | None
+    distilled: bool = False
 
     def batch_key(self, request: GenerationRequest) -> int:
         """Runs of the text encoder that the request takes: the length of its context, which is part of a batch's shape.
 
-        Raises for a prompt that cannot be encoded.
+        Raises for a prompt that cannot be encoded, and for a negative one where guidance is an input of the network.
         """
         self.loras.of(request)
+        if self.distilled and request.negative_prompt:
+            raise EngineError("this model was distilled for guidance: it takes no negative prompt; leave it out")
         prompt, negative = map(self.text.chunks_needed, (request.prompt, request.negative_prompt))
         return max(prompt, negative) if request.guided else prompt
 
@@ -103,7 +106,7 @@ class LatentDiffusion:
         chunks = self.batch_key(rows[0])
         loras = [self.loras.of(row) for row in rows]
         positive = self.text.encode([row.prompt for row in rows], chunks, loras)
-        guided = rows[0].guided
+        guided = rows[0].guided and not self.distilled
         negative = self.text.encode_negative([row.negative_prompt for row in rows], chunks, loras) if guided else None
 
         def condition(places: list[int]) -> Denoiser:
@@ -120,6 +123,9 @@ class LatentDiffusion:
                     network = partial(network, projected=self.denoiser.project(conditioning.context))
             if self.conditions is not None and conditioning.pooled is not None:
                 network = partial(network, **self.conditions(conditioning.pooled, rows[0]))
+            if self.distilled:
+                told = torch.tensor([rows[place].guidance_scale for place in places], dtype=torch.float32)
+                network = partial(network, guidance=upload(told, device))
             return Denoiser(network, self.schedule, conditioning.context, guidance)
 
         return condition
@@ -158,8 +164,16 @@ def load_latent_diffusion(
     adapted = load_loras(layout, {**networks, blueprint.family.denoiser.component: denoiser}, loras)
     text.adapted_by(name for component in networks for name in adapted.get(component, ()))
     run = executed(loras.around(arrange(denoiser)), execution, device)
-    schedule = NoiseSchedule(blueprint.scheduler)
-    return LatentDiffusion(text, loras, denoiser, run, arrange(autoencoder), schedule, blueprint.family.conditions)
+    return LatentDiffusion(
+        text=text,
+        loras=loras,
+        denoiser=denoiser,
+        run=run,
+        autoencoder=arrange(autoencoder),
+        schedule=NoiseSchedule(blueprint.scheduler, blueprint.denoiser.patch_size),
+        conditions=blueprint.family.conditions,
+        distilled=blueprint.denoiser.distilled_guidance,
+    )
 
 
 def _own_draws(row: GenerationRequest, shape: tuple[int, int, int]) -> Iterator[Tensor]:

@@ -138,9 +138,10 @@ class ModelSpec:
     """What to load, and the checker that goes with it.
 
     `model` is a diffusers folder, an original `.safetensors` or `.ckpt` file, or a hub id at a `revision`. A single
-    file holds no vocabulary: `tokenizer` names a folder or hub id (default: the one its family was trained with). It
-    does not hold its schedule either: set `prediction_type` and `timestep_spacing` where they are not the usual ones.
-    The spacing (`leading`, `trailing`, `linspace`, or `original` for the original command's) also replaces a folder's.
+    file holds no vocabulary: `tokenizer` names a folder or hub id (default: the one its family was trained with). A
+    file without text encoders or autoencoder takes them from there, a diffusers folder of its family. It does not hold
+    its schedule either: set `prediction_type` and `timestep_spacing` where they are not the usual ones. The spacing
+    (`leading`, `trailing`, `linspace`, or `original` for the original command's) also replaces a folder's.
     `safety` is `auto` (the folder's own `safety_checker/` if it has one, else open-nsfw), `open-nsfw`,
     `clip-concepts` or `none`. `safety_threshold` is the open-nsfw score from which a picture is flagged.
 

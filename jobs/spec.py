@@ -165,7 +165,11 @@ class JobSpec:
         "A preset (see `latentmill models`), PRESET=PLACE, folder, .safetensors, .ckpt, s3://... or hub id.",
     )
     revision: str | None = text(None, PICTURES, "Commit or branch of a hub id.")
-    tokenizer: str | None = text(None, PICTURES, "Folder or hub id of the vocabulary, for a single file.")
+    tokenizer: str | None = text(
+        None,
+        PICTURES,
+        "Folder or hub id of the vocabulary, for a single file. A whole model's also gives parts that the file lacks.",
+    )
     prediction_type: str | None = choice(
         None, PICTURES, "What a single file predicts: epsilon, v_prediction or sample.", PREDICTION_TYPES
     )

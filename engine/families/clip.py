@@ -37,26 +37,32 @@ class ClipEncoder(TextEncoderSpec):
     """CLIP's text encoder.
 
     `penultimate` takes the states before the last layer and without the final norm; `projection` gives a pooled state.
+    That state is not projected where it is `unprojected`; with `pooled_only` no token's state is used. Single files
+    name the weights as transformers does, whoever trained them, where there is an `alias`.
     """
 
     penultimate: bool = False
     projection: bool = False
+    unprojected: bool = False
+    pooled_only: bool = False
 
     tokenizer_class: ClassVar[str] = "CLIPTokenizer"
     usual_tokenizer: ClassVar[str] = "openai/clip-vit-large-patch14"
 
     @property
     def width(self) -> int:
-        return int(self.config["hidden_size"])
+        return 0 if self.pooled_only else int(self.config["hidden_size"])
 
     @property
     def pooled_width(self) -> int:
+        if self.unprojected:
+            return int(self.config["hidden_size"])
         return int(self.config["projection_dim"]) if self.projection else 0
 
     @property
     def is_open_clip(self) -> bool:
         """Whether single files name its weights as OpenCLIP does: those with its activation function do."""
-        return self.config.get("hidden_act") == "gelu"
+        return self.config.get("hidden_act") == "gelu" and not self.alias
 
     @staticmethod
     def checked_config(config: Json, where: str) -> dict[str, Any]:
@@ -65,7 +71,12 @@ class ClipEncoder(TextEncoderSpec):
     def build(self) -> nn.Module:
         from latentmill.engine.networks.clip import ClipTextNetwork
 
-        return ClipTextNetwork(self.config, penultimate=self.penultimate, projection=self.projection)
+        return ClipTextNetwork(
+            self.config,
+            penultimate=self.penultimate,
+            pools=self.projection or self.unprojected,
+            projects=self.projection,
+        )
 
     def encode(self, network: nn.Module, ids: Tensor) -> tuple[Tensor, Tensor | None]:
         encoded: tuple[Tensor, Tensor | None] = network(ids)
@@ -78,7 +89,8 @@ class ClipEncoder(TextEncoderSpec):
     def original_name(self, prefix: str, key: str) -> Origin:
         if self.is_open_clip:
             return _open_clip_origin(f"{prefix}model.", key)
-        return Origin(f"{prefix}transformer.text_model.{key}")
+        outside = key.startswith("text_projection.")
+        return Origin(f"{prefix}transformer.{key}" if outside else f"{prefix}transformer.text_model.{key}")
 
     def original_facts(self) -> tuple[str, tuple[tuple[str, Any, Any], ...]]:
         if self.is_open_clip:
@@ -117,6 +129,15 @@ def clip_config(shapes: Shapes, prefix: str) -> Json:
         "projection_dim": width,
         "eos_token_id": 2,
     }
+
+
+def renamed_clip_config(shapes: Shapes, prefix: str, *, open_clip: bool) -> Json:
+    """The config of either encoder in a single file that names its weights as transformers does."""
+    config = clip_config(shapes, prefix)
+    if not open_clip:
+        return config
+    projected = shapes[f"{prefix}transformer.text_projection.weight"][0]
+    return {**config, "hidden_act": "gelu", "projection_dim": projected}
 
 
 def open_clip_config(shapes: Shapes, prefix: str, *, unused_layers: int = 0) -> Json:

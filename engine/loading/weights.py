@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import TypeVar
 
 import torch
@@ -51,19 +51,25 @@ def check_claims(layout: ModelLayout) -> None:
     if not layout.single_file:
         return
     shapes = open_weights(layout.path).shapes
-    claims = claim_single_file(layout.blueprint, shapes, layout.path)
+    claims = claim_single_file(layout.blueprint, shapes, layout.path, layout.original)
     if layout.averaged:
         names = {averaged_name(origin).key for origin in claims[layout.blueprint.family.denoiser.component].values()}
         _refuse(sorted(names - shapes.keys()), [], f"{layout.path} has no whole running average of its weights")
 
 
-def claim_single_file(blueprint: Blueprint, shapes: Mapping[str, Shape], where: object) -> dict[str, dict[str, Origin]]:
+def claim_single_file(
+    blueprint: Blueprint, shapes: Mapping[str, Shape], where: object, components: Collection[str] | None = None
+) -> dict[str, dict[str, Origin]]:
     """For each component, where each of its weights lies in a file of the original names.
 
     Raises EngineError unless every key of the file is claimed, or one that the family ignores, and none is missing.
     """
     with torch.device("meta"):
-        modules = {component: build() for component, build in blueprint.builders.items()}
+        modules = {
+            component: build()
+            for component, build in blueprint.builders.items()
+            if components is None or component in components
+        }
     claims = {
         component: original_names(blueprint, component, module.state_dict()) for component, module in modules.items()
     }
@@ -78,7 +84,7 @@ def _fill(module: Module, layout: ModelLayout, component: str, dtype: torch.dtyp
     """Give a module on the meta device its weights. Raises EngineError that names a bad key."""
     file = open_weights(layout.weights[component])
     expected = module.state_dict()
-    if layout.single_file:
+    if component in layout.original:
         origins = original_names(layout.blueprint, component, expected)
         if layout.averaged and component == layout.blueprint.family.denoiser.component:
             origins = {key: averaged_name(origin) for key, origin in origins.items()}
@@ -118,6 +124,10 @@ def _read(file: WeightsFile, origin: Origin, expected: Shape) -> Tensor:
     tensor = file.read(origin.key)
     if origin.third is not None:
         tensor = rearrange(tensor, "(three d) ... -> three d ...", three=3)[origin.third]
+    if origin.rows is not None:
+        tensor = tensor[slice(*origin.rows)]
+    if origin.swapped:
+        tensor = torch.cat(tensor.chunk(2)[::-1])
     if origin.transposed:
         tensor = tensor.T
     if tensor.shape == (*expected, 1, 1):

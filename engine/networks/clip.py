@@ -90,29 +90,29 @@ class ClipLayers(nn.Module):
 
 
 class ClipTextNetwork(nn.Module):
-    """Token ids `(n, l)` -> states `(n, l, dim)` and, with a projection, one pooled state `(n, p)` per row.
+    """Token ids `(n, l)` -> states `(n, l, dim)` and, if it `pools`, one pooled state `(n, p)` per row.
 
-    `penultimate` takes the states before the last layer, without the final norm.
+    `penultimate` takes the states before the last layer, without the final norm. The pooled state is that of the last
+    layer at the end mark, through a projection if it `projects`.
     """
 
-    def __init__(self, config: Json, *, penultimate: bool, projection: bool) -> None:
+    def __init__(self, config: Json, *, penultimate: bool, pools: bool, projects: bool) -> None:
         super().__init__()
-        self.penultimate = penultimate
+        dim = config["hidden_size"]
+        self.penultimate, self.pools = penultimate, pools
         self.end = config["eos_token_id"]
         self.embeddings = ClipEmbeddings(config)
         self.encoder = ClipLayers(config)
-        self.final_layer_norm = nn.LayerNorm(config["hidden_size"], eps=config["layer_norm_eps"])
-        self.text_projection = (
-            nn.Linear(config["hidden_size"], config["projection_dim"], bias=False) if projection else None
-        )
+        self.final_layer_norm = nn.LayerNorm(dim, eps=config["layer_norm_eps"])
+        self.text_projection = nn.Linear(dim, config["projection_dim"], bias=False) if projects else None
 
     def forward(self, ids: Tensor) -> tuple[Tensor, Tensor | None]:
         last, before = self.encoder(self.embeddings(ids))
         last = self.final_layer_norm(last)
-        states = before if self.penultimate else last
-        return states, None if self.text_projection is None else self.text_projection(self._at_end(last, ids))
+        return before if self.penultimate else last, self._pooled(last, ids) if self.pools else None
 
-    def _at_end(self, states: Tensor, ids: Tensor) -> Tensor:
+    def _pooled(self, states: Tensor, ids: Tensor) -> Tensor:
         """The states `(n, dim)` at each row's first end mark."""
         ends = ids.argmax(dim=1) if self.end == _HIGHEST_TOKEN else (ids == self.end).int().argmax(dim=1)
-        return states[torch.arange(len(ids), device=ids.device), ends]
+        pooled = states[torch.arange(len(ids), device=ids.device), ends]
+        return pooled if self.text_projection is None else self.text_projection(pooled)

@@ -21,11 +21,12 @@ _MARKS = (("bos_token", "cls_token"), ("eos_token", "sep_token"), ("pad_token",)
 
 
 class PromptTokenizer:
-    """Counts a text's tokens and gives their ids. `start`, `end` and `pad` are the ids of marks."""
+    """Counts a text's tokens and gives their ids. `start`, `end` and `pad` are the ids of marks; T5 has no start."""
 
-    def __init__(self, tokenizer: Tokenizer, *, start: int, end: int, pad: int) -> None:
+    def __init__(self, tokenizer: Tokenizer, *, start: int | None, end: int, pad: int) -> None:
         self._tokenizer = tokenizer
-        self._start, self._end, self._pad = start, end, pad
+        self._start = [] if start is None else [start]
+        self._end, self._pad = end, pad
 
     @property
     def vocabulary(self) -> int:
@@ -41,8 +42,8 @@ class PromptTokenizer:
         return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def framed(self, ids: Sequence[int], length: int, pad_id: int | None) -> list[int]:
-        """Ids between a start and an end mark, padded to `length`; None pads as the tokenizer does."""
-        framed = [self._start, *ids, self._end]
+        """Ids between a start mark, if any, and an end mark, padded to `length`; None pads as the tokenizer does."""
+        framed = [*self._start, *ids, self._end]
         return framed + [self._pad if pad_id is None else pad_id] * (length - len(framed))
 
 
@@ -55,7 +56,7 @@ def load_prompt_tokenizer(folder: Path, encoder: TextEncoderSpec) -> PromptToken
     files = {file.name: file for file in tokenizer_files(folder)}
     if "tokenizer.json" in files and "tokenizer_config.json" in files:
         marks = _marks(read_json(files["tokenizer_config.json"]))
-        if None not in marks:
+        if None not in marks[1:]:
             from tokenizers import Tokenizer
 
             return _prompt_tokenizer(Tokenizer.from_file(str(files["tokenizer.json"])), marks)
@@ -81,7 +82,7 @@ def _prompt_tokenizer(tokenizer: Tokenizer, marks: Sequence[str | None]) -> Prom
     tokenizer.no_truncation()
     tokenizer.no_padding()
     start, end, pad = (None if mark is None else tokenizer.token_to_id(mark) for mark in marks)
-    if start is None or end is None or pad is None:
+    if (marks[0] is not None and start is None) or end is None or pad is None:
         raise EngineError(
             f"the tokenizer's marks {shown(list(marks))} are not all in its vocabulary: "
             "name those of start, end and padding in tokenizer_config.json"
