@@ -80,7 +80,7 @@ def enumerate_naively(rows, sweep, zips, defaults):
             has_seed = "seed" in swept or row.get("seed") is not None
             for image in range(given["num_images"]):
                 seed = given["seed"] + image if has_seed else defaults["seed"] + len(samples)
-                names = GenerationRequest.__dataclass_fields__.keys() - {"seed"}
+                names = GenerationRequest.__dataclass_fields__.keys() - {"seed", "loras"}
                 samples.append((row["tag"], GenerationRequest(seed=seed, **{name: given[name] for name in names})))
     return samples
 
