@@ -5,6 +5,8 @@ Nothing heavy is imported before a verb runs, so that `--help` answers at once. 
 
 from __future__ import annotations
 
+import atexit
+import gc
 import sys
 from collections.abc import Callable
 from typing import Annotated, Any, NoReturn
@@ -16,6 +18,7 @@ from latentmill.jobs.flags import QUIET, Say, flag, takes_a_job, takes_settings
 from latentmill.jobs.scores.spec import SCORE_SETTINGS, SCORING
 from latentmill.jobs.settings import RUNNING
 
+_TIME = "Time and cost"
 _MAKE, _LOOK, _MORE = "Make images", "Look at a dataset", "More"
 
 _click_errors: Any = sys.modules[typer.BadParameter.__module__]
@@ -50,13 +53,31 @@ Address = Annotated[
     epilog="Example: [bold]latentmill plan prompts.csv --sweep guidance_scale=3,5,7.5 --sweep seed=0:16[/bold]",
 )
 @takes_a_job
-def plan(config: str | None, flags: dict[str, Any], say: Say) -> None:
+def plan(
+    config: str | None,
+    flags: dict[str, Any],
+    say: Say,
+    *,
+    measure: Annotated[
+        bool, flag("--measure", _TIME, "Load the model and time a few batches, to say how long a run takes.")
+    ] = False,
+    rate_from: Annotated[
+        str | None, flag("--rate-from", _TIME, "OUT of an earlier job, whose records say how long a run takes.")
+    ] = None,
+    gpu_hour_price: Annotated[
+        float | None, flag("--gpu-hour-price", _TIME, "What an hour of a GPU costs, to say what a run costs.")
+    ] = None,
+) -> None:
     """Say what a run would do, and write nothing."""
     from latentmill.jobs.job_file import resolve
-    from latentmill.jobs.plans.plan import draft_plan
+    from latentmill.jobs.plans.planning import draft_plan
 
     with draft_plan(resolve(config, flags, or_sample=True)) as draft:
         summary = draft.summary()
+        if measure or rate_from is not None or gpu_hour_price is not None:
+            from latentmill.jobs.estimate import with_estimate  # it brings the engine along
+
+            summary = with_estimate(draft, summary, measure=measure, rate_from=rate_from, price=gpu_hour_price)
     _answer(summary.to_dict(), say.as_json, lambda views: views.show_plan(summary, quiet=say.quiet))
 
 
@@ -184,6 +205,10 @@ def verify(
     sample: Annotated[
         int | None, typer.Option("--sample", min=1, help="Read only this many images, drawn at random.")
     ] = None,
+    regenerate: Annotated[
+        int, typer.Option("--regenerate", min=0, help="Make so many samples again, drawn by --seed, and compare.")
+    ] = 0,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="What draws the samples of --regenerate.")] = 42,
     json: Json = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help=QUIET)] = False,
 ) -> None:
@@ -193,7 +218,9 @@ def verify(
     with progress_view("reading", verify_detail, quiet=quiet) as view:
         from latentmill.jobs.outputs.verify import verify as verify_job
 
-        report = verify_job(out, sample_n=sample, on_progress=view.update)
+        report = verify_job(
+            out, sample_n=sample, regenerate_n=regenerate, regenerate_seed=seed, on_progress=view.update
+        )
     _answer(report.to_dict(), json, lambda views: views.show_verify(report), quiet=quiet)
     raise typer.Exit(report.exit_code)
 
@@ -212,6 +239,49 @@ def repair(out: OutArgument, json: Json = False) -> None:
 
         report = repair_job(out, on_progress=view.update)
     _answer(report.to_dict(), json, lambda views: views.show_repair(report))
+    raise typer.Exit(report.exit_code)
+
+
+@app.command(
+    rich_help_panel=_MAKE,
+    epilog="Example: [bold]latentmill regenerate s3://bucket/dataset --sample 48113[/bold]\n\n"
+    "Exit codes: 0 every picture came out to the bit, or within --tolerance on another execution class; 1 one did not, "
+    "or has no picture.",
+)
+def regenerate(
+    out: OutArgument,
+    sample: Annotated[
+        list[str], typer.Option("--sample", help="Numbers of samples: 17 or 3,8,20:24; may be repeated.")
+    ],
+    to: Annotated[
+        str | None, typer.Option("--out", help="Where the pictures go; by default OUT-regenerated, beside OUT.")
+    ] = None,
+    device: Annotated[
+        str, typer.Option("--device", help="auto, cpu or cuda; auto is that of the row, where there is one.")
+    ] = "auto",
+    batch_size: Annotated[
+        int | None,
+        typer.Option("--batch-size", min=1, max=4096, help="In place of the bulk run's: faster, and other bits."),
+    ] = None,
+    tolerance: Annotated[
+        float,
+        typer.Option("--tolerance", min=0, max=255, help="Mean difference of 255 on another execution class."),
+    ] = 1.0,
+    json: Json = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help=QUIET)] = False,
+) -> None:
+    """Make single pictures again from their rows, as the bulk run made them, and say whether they are the same."""
+    from latentmill.jobs.show.display import progress_view
+
+    with progress_view("reading", lambda _: "", quiet=quiet) as view:
+        from latentmill.jobs.outputs.regenerate import Drawing, parse_samples
+        from latentmill.jobs.outputs.regenerate import regenerate as regenerate_samples
+
+        drawing = Drawing(device=device, batch_size=batch_size, tolerance=tolerance)
+        report = regenerate_samples(
+            out, parse_samples(sample), destination=to, drawing=drawing, on_progress=view.update
+        )
+    _answer(report.to_dict(), json, lambda views: views.show_regenerated(report), quiet=quiet)
     raise typer.Exit(report.exit_code)
 
 
@@ -390,6 +460,7 @@ def _answer(data: Any, as_json: bool, show: Callable[[Any], None], *, quiet: boo
 
 def main() -> None:
     """The console entry: what a job refuses is one line and an exit code, never a traceback."""
+    atexit.register(gc.freeze)  # else Python goes through all that torch has made, twice, before it ends: 0.2 s
     try:
         sys.exit(app(standalone_mode=False))
     except KeyboardInterrupt:

@@ -9,16 +9,17 @@ import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from bench.synthetic import instant_engine
 from latentmill.engine import GenerationRequest, GenerationResult, UncheckedResult
-from latentmill.engine.guards.open_nsfw import OpenNsfw
-from latentmill.engine.guards.safety import SafetyChecker, judge
-from latentmill.engine.guards.unchecked import Unchecked
 from latentmill.jobs.plans.plan import Plan
 from latentmill.jobs.worker import ChunkEngine, load_engine
+
+if TYPE_CHECKING:  # importing it takes as long as importing torch, which the command's own driver does not do either
+    from latentmill.engine.guards.safety import SafetyChecker
 
 
 def traced_engine(plan: Plan, device: str) -> ChunkEngine:
@@ -78,6 +79,8 @@ class StandIn:
 
     def check(self, sampled: Sequence[UncheckedResult]) -> list[GenerationResult]:
         """As the engine does."""
+        from latentmill.engine.guards.safety import judge
+
         return [judge(self._checker, result) for result in sampled]
 
     def generate(self, requests: Sequence[GenerationRequest]) -> list[GenerationResult]:
@@ -99,7 +102,11 @@ class StandIn:
 
 def _checker(plan: Plan) -> SafetyChecker:
     if plan.settings.safety == "none":
+        from latentmill.engine.guards.unchecked import Unchecked
+
         return Unchecked()
+    from latentmill.engine.guards.open_nsfw import OpenNsfw
+
     return OpenNsfw(plan.settings.nsfw_threshold, 1)
 
 

@@ -153,10 +153,11 @@ def samplers() -> str:
             sampler.solver,
             sampler.levels,
             "by `--eta`" if sampler.takes_eta else "each step" if sampler.stochastic else "",
+            "yes" if sampler.flow is not None else "",
         )
         for name, sampler in SAMPLER_TABLE.items()
     ]
-    return _table(("sampler", "name in web UIs", "solver", "levels", "adds noise"), rows)
+    return _table(("sampler", "name in web UIs", "solver", "levels", "adds noise", "flow matching"), rows)
 
 
 def presets() -> str:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from latentmill.engine.guards.safety import SAFETY_CHECKERS
     from latentmill.engine.guards.watermark import embed_watermark, read_watermark, watermark_bit_accuracy
     from latentmill.engine.loading.describe import ModelDescription, describe_model, load_tokenizer
+    from latentmill.engine.loading.lora import check_loras
     from latentmill.engine.sampling.levels import check_steps
     from latentmill.engine.sampling.noise import NoiseStream
     from latentmill.engine.sampling.queues import Loop, count_passes, passes, queue_rows
@@ -24,9 +25,13 @@ if TYPE_CHECKING:
         SAMPLERS,
         SAMPLERS_WITH_ETA,
     )
+    from latentmill.engine.text.lora_tags import has_lora_tags, lora_tags, without_lora_tags
     from latentmill.engine.text.prompts import parse_prompt
     from latentmill.engine.types import (
         LONG_PROMPTS,
+        LORA_NAME,
+        LORA_SCALE_LIMIT,
+        LORAS_LIMIT,
         PROMPT_SYNTAXES,
         SEED_LIMIT,
         WATERMARK_METHODS,
@@ -34,6 +39,7 @@ if TYPE_CHECKING:
         EngineError,
         GenerationRequest,
         GenerationResult,
+        LoraSpec,
         ModelSpec,
         OriginalModelSpec,
         SafetyVerdict,
@@ -54,16 +60,20 @@ _HOME = {
     "Loop": "sampling.queues",
     "ModelDescription": "loading.describe",
     "NoiseStream": "sampling.noise",
+    "check_loras": "loading.lora",
     "check_steps": "sampling.levels",
     "count_passes": "sampling.queues",
     "describe_model": "loading.describe",
     "embed_watermark": "guards.watermark",
+    "has_lora_tags": "text.lora_tags",
     "load_tokenizer": "loading.describe",
+    "lora_tags": "text.lora_tags",
     "parse_prompt": "text.prompts",
     "passes": "sampling.queues",
     "queue_rows": "sampling.queues",
     "read_watermark": "guards.watermark",
     "watermark_bit_accuracy": "guards.watermark",
+    "without_lora_tags": "text.lora_tags",
 }
 """The modules of the names below that are not in `types`."""
 
@@ -71,6 +81,9 @@ __all__ = [
     "EMBEDDED_MODEL",
     "FOLDER_SAMPLER",
     "LONG_PROMPTS",
+    "LORAS_LIMIT",
+    "LORA_NAME",
+    "LORA_SCALE_LIMIT",
     "PROMPT_SYNTAXES",
     "SAFETY_CHECKERS",
     "SAMPLERS",
@@ -85,22 +98,27 @@ __all__ = [
     "GenerationRequest",
     "GenerationResult",
     "Loop",
+    "LoraSpec",
     "ModelDescription",
     "ModelSpec",
     "NoiseStream",
     "OriginalModelSpec",
     "SafetyVerdict",
     "UncheckedResult",
+    "check_loras",
     "check_steps",
     "count_passes",
     "describe_model",
     "embed_watermark",
+    "has_lora_tags",
     "load_tokenizer",
+    "lora_tags",
     "parse_prompt",
     "passes",
     "queue_rows",
     "read_watermark",
     "watermark_bit_accuracy",
+    "without_lora_tags",
 ]
 
 

@@ -213,6 +213,11 @@ class Engine:
             raise EngineError(
                 f"size {request.width}x{request.height} is not a multiple of {factor}, as this model needs"
             )
+        limit = self.description.max_side
+        if limit is not None and max(request.width, request.height) > limit:
+            raise EngineError(
+                f"size {request.width}x{request.height} has a side of more than {limit}, this model's limit"
+            )
         if not 0 <= request.seed < SEED_LIMIT:
             raise EngineError(f"seed {request.seed} is outside 0..{SEED_LIMIT - 1}")
         self.description.check_steps(request.sampler, request.num_inference_steps)

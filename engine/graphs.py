@@ -49,7 +49,7 @@ class CapturedNetwork:
     def __init__(self, network: nn.Module) -> None:
         self._network = network
         self._graphs: dict[Hashable, _Graph] = {}
-        self._projected: Sequence[KeysValues] | None = None
+        self._context: Tensor | None = None
         self._weights: list[int] = []
 
     def __call__(
@@ -61,9 +61,9 @@ class CapturedNetwork:
         projected: Sequence[KeysValues] = (),
         **conditions: Tensor,
     ) -> Tensor:
-        if projected is not self._projected:
+        if context is not self._context:
             self._forget_moved_weights()
-            self._projected = projected
+            self._context = context
         names, pairs = list(conditions), len(projected)
 
         def call(given: Sequence[Tensor]) -> Tensor:

@@ -15,6 +15,7 @@ from latentmill.engine.acceleration import arrange, decode, executed, upload
 from latentmill.engine.device import widened
 from latentmill.engine.loading.layout import ModelLayout
 from latentmill.engine.loading.weights import check_claims, load_autoencoder, load_denoiser
+from latentmill.engine.loras import Loras, as_conditions, load_loras, scales_of
 from latentmill.engine.model import Drawn
 from latentmill.engine.networks.interface import Autoencoder, DenoisingNetwork, ProjectsContext
 from latentmill.engine.sampling.denoiser import Denoiser
@@ -23,30 +24,35 @@ from latentmill.engine.sampling.schedule import NoiseSchedule
 from latentmill.engine.sampling.slots import Finished, run_in_slots
 from latentmill.engine.sampling.solvers import Solver
 from latentmill.engine.text.encoder import TextEncoder
-from latentmill.engine.types import GenerationRequest, ModelSpec
+from latentmill.engine.types import EngineError, GenerationRequest, ModelSpec
 
 
 @dataclass(frozen=True, slots=True)
 class LatentDiffusion:
     """The networks at one precision, the schedule that they were trained on, and the denoiser's further conditions.
 
-    `run` is the denoiser as it is run, by `acceleration.executed`.
+    `run` is the denoiser as it is run, by `acceleration.executed`. A `distilled` one is told the guidance scale.
 
     Each sample draws all its noise from its own CPU generator, seeded with its seed.
     """
 
     text: TextEncoder
+    loras: Loras
     denoiser: nn.Module
     run: Callable[..., Tensor]
     autoencoder: Autoencoder
     schedule: NoiseSchedule
     conditions: Callable[[Tensor, GenerationRequest], Mapping[str, Tensor]] | None
+    distilled: bool = False
 
     def batch_key(self, request: GenerationRequest) -> int:
         """Runs of the text encoder that the request takes: the length of its context, which is part of a batch's shape.
 
-        Raises for a prompt that cannot be encoded.
+        Raises for a prompt that cannot be encoded, and for a negative one where guidance is an input of the network.
         """
+        self.loras.of(request)
+        if self.distilled and request.negative_prompt:
+            raise EngineError("this model was distilled for guidance: it takes no negative prompt; leave it out")
         prompt, negative = map(self.text.chunks_needed, (request.prompt, request.negative_prompt))
         return max(prompt, negative) if request.guided else prompt
 
@@ -58,7 +64,7 @@ class LatentDiffusion:
     def in_fp32(self) -> Iterator[LatentDiffusion]:
         """The same weights, widened in place as long as the context lasts."""
         with widened([*self.text.networks, self.denoiser, self.autoencoder]):
-            yield replace(self, text=self.text.without_cache(), run=self.denoiser)
+            yield replace(self, text=self.text.without_cache(), run=self.loras.around(self.denoiser))
 
     @property
     def refills(self) -> bool:
@@ -98,20 +104,28 @@ class LatentDiffusion:
     def _condition(self, rows: Sequence[GenerationRequest], device: torch.device) -> Callable[[list[int]], Denoiser]:
         """What makes the denoiser of some of the rows; all their prompts are encoded here, in full batches."""
         chunks = self.batch_key(rows[0])
-        positive = self.text.encode([row.prompt for row in rows], chunks)
-        guided = rows[0].guided
-        negative = self.text.encode_negative([row.negative_prompt for row in rows], chunks) if guided else None
+        loras = [self.loras.of(row) for row in rows]
+        positive = self.text.encode([row.prompt for row in rows], chunks, loras)
+        guided = rows[0].guided and not self.distilled
+        negative = self.text.encode_negative([row.negative_prompt for row in rows], chunks, loras) if guided else None
 
         def condition(places: list[int]) -> Denoiser:
             conditioning, guidance = positive.take(places), None
+            counting = [loras[place] for place in places]
             if negative is not None:
                 conditioning = negative.take(places).followed_by(conditioning)
                 guidance = _column([rows[place].guidance_scale for place in places], device)
-            network: DenoisingNetwork = self.run
+                counting += counting
+            scales = scales_of(counting, device)
+            network: DenoisingNetwork = partial(self.run, **as_conditions(scales)) if scales else self.run
             if isinstance(self.denoiser, ProjectsContext):
-                network = partial(network, projected=self.denoiser.project(conditioning.context))
+                with self.loras.switchboard.holding(scales):
+                    network = partial(network, projected=self.denoiser.project(conditioning.context))
             if self.conditions is not None and conditioning.pooled is not None:
                 network = partial(network, **self.conditions(conditioning.pooled, rows[0]))
+            if self.distilled:
+                told = torch.tensor([rows[place].guidance_scale for place in places], dtype=torch.float32)
+                network = partial(network, guidance=upload(told, device))
             return Denoiser(network, self.schedule, conditioning.context, guidance)
 
         return condition
@@ -143,11 +157,23 @@ def load_latent_diffusion(
     check_claims(layout)
     blueprint = layout.blueprint
     autoencoder = load_autoencoder(layout, torch.float32 if blueprint.autoencoder.force_upcast else dtype, device)
-    denoiser = arrange(load_denoiser(layout, dtype, device))
-    run = executed(denoiser, execution, device)
-    text = TextEncoder(layout, spec, dtype, device, batch_size)
-    schedule = NoiseSchedule(blueprint.scheduler)
-    return LatentDiffusion(text, denoiser, run, arrange(autoencoder), schedule, blueprint.family.conditions)
+    denoiser = load_denoiser(layout, dtype, device)
+    loras = Loras([lora.name for lora in spec.loras], reads_tags=spec.prompt_syntax == "a1111")
+    text = TextEncoder(layout, spec, dtype, device, batch_size, loras)
+    networks = dict(zip([encoder.component for encoder in blueprint.encoders], text.networks, strict=True))
+    adapted = load_loras(layout, {**networks, blueprint.family.denoiser.component: denoiser}, loras)
+    text.adapted_by(name for component in networks for name in adapted.get(component, ()))
+    run = executed(loras.around(arrange(denoiser)), execution, device)
+    return LatentDiffusion(
+        text=text,
+        loras=loras,
+        denoiser=denoiser,
+        run=run,
+        autoencoder=arrange(autoencoder),
+        schedule=NoiseSchedule(blueprint.scheduler, blueprint.denoiser.patch_size),
+        conditions=blueprint.family.conditions,
+        distilled=blueprint.denoiser.distilled_guidance,
+    )
 
 
 def _own_draws(row: GenerationRequest, shape: tuple[int, int, int]) -> Iterator[Tensor]:

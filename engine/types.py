@@ -22,6 +22,15 @@ PROMPT_SYNTAXES = ("plain", "a1111", "novelai")
 LONG_PROMPTS = ("truncate", "chunk", "error")
 """What `ModelSpec.long_prompts` takes: what happens to a prompt with more tokens than the text encoder takes."""
 
+LORA_NAME = r"\w(?:[\w .+-]{0,62}[\w.+-])?"
+"""What a LoRA may be called, as a pattern."""
+
+LORA_SCALE_LIMIT = 20.0
+"""The largest scale of a LoRA, in both directions: sliders go to about 8."""
+
+LORAS_LIMIT = 16
+"""LoRAs that one model may be loaded with."""
+
 WATERMARK_METHODS = ("dwtDct", "dwtDctSvd")
 WATERMARK_MIN_PIXELS = 256 * 256
 
@@ -32,7 +41,11 @@ class EngineError(ValueError):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GenerationRequest:
-    """One image to be made. Sizes are in pixels; `eta` is the eta of DDIM (arXiv:2010.02502, eq. 16)."""
+    """One image to be made. Sizes are in pixels; `eta` is the eta of DDIM (arXiv:2010.02502, eq. 16).
+
+    `loras` are scales by the names of the model's LoRAs; one that is not named here has the scale that the prompt's tag
+    gives it, if the model reads prompts as A1111 does, else 0.
+    """
 
     prompt: str
     negative_prompt: str = ""
@@ -43,6 +56,7 @@ class GenerationRequest:
     guidance_scale: float = 7.5
     sampler: str = "ddim"
     eta: float = 0.0
+    loras: tuple[tuple[str, float], ...] = ()
 
     @property
     def guided(self) -> bool:
@@ -112,18 +126,28 @@ class GenerationResult:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class LoraSpec:
+    """A LoRA (arXiv:2106.09685) by the name that requests give its scale by: a `.safetensors` file, or its folder."""
+
+    name: str
+    path: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ModelSpec:
     """What to load, and the checker that goes with it.
 
     `model` is a diffusers folder, an original `.safetensors` or `.ckpt` file, or a hub id at a `revision`. A single
-    file holds no vocabulary: `tokenizer` names a folder or hub id (default: the one its family was trained with). It
-    does not hold its schedule either: set `prediction_type` and `timestep_spacing` where they are not the usual ones.
-    The spacing (`leading`, `trailing`, `linspace`, or `original` for the original command's) also replaces a folder's.
+    file holds no vocabulary: `tokenizer` names a folder or hub id (default: the one its family was trained with). A
+    file without text encoders or autoencoder takes them from there, a diffusers folder of its family. It does not hold
+    its schedule either: set `prediction_type` and `timestep_spacing` where they are not the usual ones. The spacing
+    (`leading`, `trailing`, `linspace`, or `original` for the original command's) also replaces a folder's.
     `safety` is `auto` (the folder's own `safety_checker/` if it has one, else open-nsfw), `open-nsfw`,
     `clip-concepts` or `none`. `safety_threshold` is the open-nsfw score from which a picture is flagged.
 
     `prompt_syntax` says how brackets are read. `long_prompts` says what happens to more tokens than the text encoder
-    takes: cut (`truncate`), encoded in several chunks side by side (`chunk`), or refused (`error`).
+    takes: cut (`truncate`), encoded in several chunks side by side (`chunk`), or refused (`error`). `loras` are loaded
+    beside the weights: each request says how strongly each counts.
     """
 
     model: str
@@ -135,6 +159,7 @@ class ModelSpec:
     safety_threshold: float = 0.8
     prompt_syntax: str = "plain"
     long_prompts: str = "truncate"
+    loras: tuple[LoraSpec, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 MAX_JOB_FILE_BYTES = 1_000_000
 SAMPLE_MANIFEST = Path(__file__).parents[1] / "configs" / "prompts" / "sample.txt"
 """The prompts in the package, which are drawn where none are named."""
+BLANK_MANIFEST = SAMPLE_MANIFEST.with_name("blank.jsonl")
+"""One row without a text: what is drawn where no prompts are named, but an axis has some."""
 
 
 def load_job_file(path: str) -> dict[str, Any]:
@@ -58,8 +60,8 @@ def resolve(
 
     `flags["sweep"]` is a list of `AXIS=VALUES`, or a mapping of axes to their values; an axis given by flag replaces
     the file's axis of that name and keeps its place, and the file's other axes stay. `{date}` in `out` is replaced by
-    the key `date`, else by `today`, by default the day in UTC. With `or_sample`, a job without a file and without
-    prompts draws the package's sample.
+    the key `date`, else by `today`, by default the day in UTC. A job with a prompt axis needs no prompts. With
+    `or_sample`, a job without a file and without prompts draws the package's sample.
     """
     merged = load_job_file(job_file) if job_file is not None else {}
     given = {key: value for key, value in flags.items() if value is not None}
@@ -69,6 +71,8 @@ def resolve(
     if not given.get("prompts", True):
         given.pop("prompts")
     merged.update(_flatten(given))
+    if "prompts" not in merged and "prompt" in (merged.get("sweep") or ()):
+        merged["prompts"] = [str(BLANK_MANIFEST)]
     is_sample = or_sample and job_file is None and "prompts" not in merged
     if is_sample:
         merged["prompts"] = [str(SAMPLE_MANIFEST)]

@@ -9,8 +9,10 @@ from latentmill.engine import GenerationRequest, GenerationResult
 from latentmill.engine.types import Pixels
 from latentmill.jobs.ledger.pictures import blank, encode_png, encode_png_before_4, pixel_sha256
 from latentmill.jobs.manifests.parameters import parameters_text
+from latentmill.jobs.models.resolved import ResolvedModel
 from latentmill.jobs.plans.columns import columns_of, values
 from latentmill.jobs.plans.plan import Plan, PlannedSample
+from latentmill.jobs.spec import JobSpec
 from latentmill.jobs.watermark_bits import bits_needed, matching_bits
 
 RETRY_METHOD = "dwtDctSvd"
@@ -48,15 +50,14 @@ def postprocess_sample(
     if result.status == "failed":
         error = result.error or "the engine gave no picture or no safety verdict"
         return ProcessedSample(row=_row(plan, sample, result, execution_class, error=error), data=None)
-    pixels = _kept_pixels(plan, result)
-    if pixels is None:
-        return ProcessedSample(row=_row(plan, sample, result, execution_class), data=None)
     try:
-        picture, watermark = _watermarked(plan, pixels, required=pixels is result.pixels)
-        if watermark.fault is not None:
-            return ProcessedSample(row=_row(plan, sample, result, execution_class, error=watermark.fault), data=None)
-        encode = encode_png_before_4 if plan.format_version < 4 else encode_png
-        data = encode(picture, _text(plan, sample.request))
+        finished = finish_pixels(plan.settings, result)
+        if finished is None:
+            return ProcessedSample(row=_row(plan, sample, result, execution_class), data=None)
+        if finished.fault is not None:
+            return ProcessedSample(row=_row(plan, sample, result, execution_class, error=finished.fault), data=None)
+        version = plan.versions["latentmill"]  # the plan's: an upgrade half-way must not change a byte
+        data = encode_picture(finished.pixels, sample.request, plan.model, version, plan.format_version)
     except MemoryError:
         raise
     except Exception as error:  # noqa: BLE001 - OpenCV and NumPy share no base; the chunk must survive
@@ -66,57 +67,65 @@ def postprocess_sample(
         return ProcessedSample(row=_row(plan, sample, failed, execution_class, error=failed.error), data=None)
     row = _row(plan, sample, result, execution_class)
     row |= {
-        "watermark": watermark.method,
-        "watermark_bit_accuracy": watermark.accuracy,
-        "pixel_sha256": pixel_sha256(picture),
+        "watermark": finished.watermark,
+        "watermark_bit_accuracy": finished.accuracy,
+        "pixel_sha256": pixel_sha256(finished.pixels),
     }
     return ProcessedSample(row=row, data=data)
 
 
-def _kept_pixels(plan: Plan, result: GenerationResult) -> Pixels | None:
-    """The policy on flagged pictures; the status stays `flagged` under each of them."""
-    assert result.pixels is not None  # noqa: S101 - a result that is not `failed` has pixels
-    if result.status == "ok" or plan.settings.on_flagged == "keep":
-        return result.pixels
-    return blank(result.pixels) if plan.settings.on_flagged == "blank" else None
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Watermark:
-    """How a picture was watermarked, what was read back, and why that is not enough, if it is not."""
+class FinishedPixels:
+    """A picture as it is handed to the encoder; how it was watermarked, what was read back, and why that is not enough,
+    if it is not.
+    """
 
-    method: str
+    pixels: Pixels
+    watermark: str
     accuracy: float | None = None
     fault: str | None = None
 
 
-def _watermarked(plan: Plan, pixels: Pixels, *, required: bool) -> tuple[Pixels, _Watermark]:
-    """The picture with the plan's watermark, which need not be readable in a flagged picture's blank (`required`)."""
-    if plan.settings.watermark == "none":
-        return pixels, _Watermark(method="none")
+def finish_pixels(settings: JobSpec, result: GenerationResult) -> FinishedPixels | None:
+    """A picture that did not fail, as the settings want it: blanked if it is flagged, and watermarked. None if dropped.
+
+    The status stays `flagged` under each policy. A flagged picture's blank need not have a readable watermark.
+    """
+    assert result.pixels is not None  # noqa: S101 - a result that is not `failed` has pixels
+    if result.status == "ok" or settings.on_flagged == "keep":
+        return _watermarked(settings, result.pixels, required=True)
+    return _watermarked(settings, blank(result.pixels), required=False) if settings.on_flagged == "blank" else None
+
+
+def _watermarked(settings: JobSpec, pixels: Pixels, *, required: bool) -> FinishedPixels:
+    if settings.watermark == "none":
+        return FinishedPixels(pixels=pixels, watermark="none")
     from latentmill.engine import embed_watermark, watermark_bit_accuracy
 
-    methods = [plan.settings.watermark]
-    if plan.settings.watermark_policy == "retry" and plan.settings.watermark != RETRY_METHOD:
+    methods = [settings.watermark]
+    if settings.watermark_policy == "retry" and settings.watermark != RETRY_METHOD:
         methods.append(RETRY_METHOD)
-    n_bits = 8 * len(plan.settings.watermark_text.encode())
-    needed = bits_needed(n_bits) if required and plan.settings.watermark_policy != "record" else None
+    n_bits = 8 * len(settings.watermark_text.encode())
+    needed = bits_needed(n_bits) if required and settings.watermark_policy != "record" else None
     tried = []
     for method in methods:
-        picture = embed_watermark(pixels, plan.settings.watermark_text, method)
-        accuracy = watermark_bit_accuracy(picture, plan.settings.watermark_text, method)
+        picture = embed_watermark(pixels, settings.watermark_text, method)
+        accuracy = watermark_bit_accuracy(picture, settings.watermark_text, method)
         if needed is None or matching_bits(accuracy, n_bits) >= needed:
-            return picture, _Watermark(method=method, accuracy=accuracy)
+            return FinishedPixels(pixels=picture, watermark=method, accuracy=accuracy)
         tried.append(f"{method} {matching_bits(accuracy, n_bits)}")
     fault = f"the watermark cannot be read back: {', '.join(tried)} of {n_bits} bits, {needed} are needed"
-    return pixels, _Watermark(method=plan.settings.watermark, fault=fault)
+    return FinishedPixels(pixels=pixels, watermark=settings.watermark, fault=fault)
 
 
-def _text(plan: Plan, request: GenerationRequest) -> str:
-    version = f"latentmill {plan.versions['latentmill']}"  # the plan's: an upgrade half-way must not change a byte
-    return parameters_text(
-        request, model_name=plan.model.name, model_hash=plan.model.weights_digest[:10], version=version
+def encode_picture(
+    pixels: Pixels, request: GenerationRequest, model: ResolvedModel, version: str, format_version: int
+) -> bytes:
+    """The file of a finished picture in an output of that format, begun by that version of latentmill."""
+    text = parameters_text(
+        request, model_name=model.name, model_hash=model.weights_digest[:10], version=f"latentmill {version}"
     )
+    return encode_png_before_4(pixels, text) if format_version < 4 else encode_png(pixels, text)
 
 
 def _row(

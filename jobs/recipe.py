@@ -12,14 +12,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from latentmill.engine import GenerationRequest, GenerationResult, ModelSpec
+from latentmill.engine import GenerationRequest, ModelSpec
 from latentmill.engine.types import Pixels
 from latentmill.jobs.errors import JobError, UsageError
-from latentmill.jobs.ledger.pictures import blank
 from latentmill.jobs.models.choice import ModelChoice, resolve_model
 from latentmill.jobs.models.place import place_model
 from latentmill.jobs.models.resolved import ResolvedModel
 from latentmill.jobs.plans.columns import own_fields
+from latentmill.jobs.plans.lora_columns import recorded_places, recorded_scales
+from latentmill.jobs.postprocess import encode_picture, finish_pixels
+from latentmill.jobs.spec import JobSpec
 
 if TYPE_CHECKING:
     from latentmill.engine import Engine
@@ -55,6 +57,8 @@ class Recipe:
     batch_size: int
     slot: int
     execution_class: str
+    version: str
+    format_version: int
 
     def resolve(self) -> ResolvedModel:
         """The model as it is now. Raises UsageError if it is missing, JobError if its bytes are not the row's."""
@@ -94,18 +98,24 @@ class Recipe:
     def draw(self, engine: Engine) -> Pixels:
         """The picture as it was handed to the encoder: blanked if that was the policy, and watermarked."""
         result = engine.generate([self.request] * self.batch_size)[self.slot]
-        if result.pixels is None:
-            raise JobError(f"the picture cannot be made again: {result.error}")
-        return self._finished(result, result.pixels)
+        finished = None if result.pixels is None else finish_pixels(self.settings, result)
+        if finished is None:
+            raise JobError(f"the picture cannot be made again: {result.error or 'it is flagged now, and dropped'}")
+        return finished.pixels
 
-    def _finished(self, result: GenerationResult, pixels: Pixels) -> Pixels:
-        if result.status == "flagged" and self.on_flagged == "blank":
-            pixels = blank(pixels)
-        if self.watermark == "none":
-            return pixels
-        from latentmill.engine import embed_watermark
+    @property
+    def settings(self) -> JobSpec:
+        """What was done to the picture after it was drawn, as a job's settings."""
+        return JobSpec(
+            prompts=(),
+            on_flagged=self.on_flagged,
+            watermark=self.watermark,
+            watermark_text=self.watermark_text,
+        )
 
-        return embed_watermark(pixels, self.watermark_text, self.watermark)
+    def file(self, pixels: Pixels, model: ResolvedModel) -> bytes:
+        """The finished picture's file, by the recipe's own model."""
+        return encode_picture(pixels, self.request, model, self.version, self.format_version)
 
 
 def recipe_of(row: Mapping[str, Any]) -> Recipe:
@@ -129,6 +139,7 @@ def recipe_of(row: Mapping[str, Any]) -> Recipe:
             guidance_scale=_as_typed(row["guidance_scale"]),
             sampler=row["sampler"],
             eta=_as_typed(row["eta"]),
+            loras=recorded_scales(row),
         ),
         model=ModelChoice(
             source=row["model"],
@@ -136,6 +147,7 @@ def recipe_of(row: Mapping[str, Any]) -> Recipe:
             tokenizer=row["tokenizer"],
             prediction_type=row["prediction_type"],
             timestep_spacing=row["timestep_spacing"],
+            loras=recorded_places(row),
         ),
         model_sha256=row["model_sha256"],
         prompt_syntax=row["prompt_syntax"],
@@ -150,6 +162,8 @@ def recipe_of(row: Mapping[str, Any]) -> Recipe:
         batch_size=row["batch_size"],
         slot=row["batch_slot"],
         execution_class=row["execution_class"],
+        version=row["version"],
+        format_version=4 if "digital_source_type" in row else _FORMAT,
     )
 
 

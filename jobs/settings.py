@@ -44,6 +44,11 @@ def settings_of(spec: type) -> Mapping[str, Setting]:
     return {field.name: field.metadata["setting"] for field in dataclasses.fields(spec) if "setting" in field.metadata}
 
 
+def default_of(spec: type, name: str) -> Any:
+    """The default of a setting that has one."""
+    return next(field.default for field in dataclasses.fields(spec) if field.name == name)
+
+
 def parameter(name: str, text: str, default: Any = None) -> Any:
     """A parameter of a sample, which rows and axes may give as well: its type and limits are those of the column."""
     field = FIELDS[name]

@@ -11,9 +11,11 @@ from latentmill.engine import LONG_PROMPTS, PROMPT_SYNTAXES, SAFETY_CHECKERS, SA
 from latentmill.jobs.dated import PLACEHOLDER, DatedOutput
 from latentmill.jobs.errors import UsageError
 from latentmill.jobs.executor_table import EXECUTORS
-from latentmill.jobs.manifests.axes import build_axes, parse_axis
+from latentmill.jobs.manifests.axes import build_axes, build_dimensions, listed_values
 from latentmill.jobs.manifests.fields import FieldError, nearest, shorten, text_fault
 from latentmill.jobs.manifests.formats import CHOICES, SUFFIXES, describe_choices
+from latentmill.jobs.manifests.loras import parse_loras
+from latentmill.jobs.manifests.prompt_texts import TEMPLATES
 from latentmill.jobs.settings import (
     CUTTING,
     INPUT,
@@ -64,12 +66,20 @@ def _out(_: str, value: Any) -> str:
 def _sweep(_: str, value: Any) -> dict[str, list[Any]]:
     if not isinstance(value, Mapping):
         raise FieldError(f"sweep is {shorten(value)}, expected a mapping of axes to lists of values")
-    axes = {
-        str(name): list(values) if isinstance(values, list | tuple) else _split_values(str(name), values)
-        for name, values in value.items()
-    }
+    axes = {str(name): listed_values(str(name), values) for name, values in value.items()}
     build_axes(axes)
     return axes
+
+
+def _zip(name: str, value: Any) -> tuple[tuple[str, ...], ...]:
+    """Groups of axes: each is a list of names, or a text with commas between them."""
+    groups = [value] if isinstance(value, str) else value
+    if not isinstance(groups, list | tuple):
+        raise FieldError(f"{name} is {shorten(value)}, expected groups of axes such as width,height")
+    parsed = [group.split(",") if isinstance(group, str) else group for group in groups]
+    if not all(isinstance(group, list | tuple) and all(isinstance(axis, str) for axis in group) for group in parsed):
+        raise FieldError(f"{name} is {shorten(value)}, expected groups of axes such as width,height")
+    return tuple(tuple(axis.strip() for axis in group) for group in parsed)
 
 
 def _watermark_text(name: str, value: Any) -> str:
@@ -155,7 +165,11 @@ class JobSpec:
         "A preset (see `latentmill models`), PRESET=PLACE, folder, .safetensors, .ckpt, s3://... or hub id.",
     )
     revision: str | None = text(None, PICTURES, "Commit or branch of a hub id.")
-    tokenizer: str | None = text(None, PICTURES, "Folder or hub id of the vocabulary, for a single file.")
+    tokenizer: str | None = text(
+        None,
+        PICTURES,
+        "Folder or hub id of the vocabulary, for a single file. A whole model's also gives parts that the file lacks.",
+    )
     prediction_type: str | None = choice(
         None, PICTURES, "What a single file predicts: epsilon, v_prediction or sample.", PREDICTION_TYPES
     )
@@ -164,6 +178,13 @@ class JobSpec:
         PICTURES,
         "leading, trailing, linspace or original, in place of the model's own.",
         TIMESTEP_SPACINGS,
+    )
+    lora: Mapping[str, str] = special(
+        PICTURES,
+        "NAME=PLACE[:SCALE], a LoRA beside the model; may be repeated. Rows, prompts and axes may say other scales.",
+        parse_loras,
+        default_factory=dict,
+        several=True,
     )
     prompt_syntax: str = choice(
         "plain",
@@ -177,11 +198,27 @@ class JobSpec:
     )
     sweep: Mapping[str, list[Any]] = special(
         PICTURES,
-        "AXIS=VALUES, each value with every row; may be repeated. Ranges: seed=0:16.",
+        "AXIS=VALUES, each value with every row; may be repeated. Ranges: seed=0:16, guidance_scale=3..9/5. Texts: "
+        "prompt=@FILE, prompt.s/red/{blue,green}/.",
         _sweep,
         default_factory=dict,
         several=True,
     )
+    zip: tuple[tuple[str, ...], ...] = special(
+        PICTURES,
+        "AXIS,AXIS: these axes vary together, value by value; may be repeated.",
+        _zip,
+        default=(),
+        several=True,
+    )
+    template: str = choice(
+        "none",
+        PICTURES,
+        "Prompts as templates, {a|b}, __name__: dynamic draws one text by each sample's seed, dynamic-all all of them.",
+        TEMPLATES,
+        planned=True,
+    )
+    wildcards: str | None = text(None, PICTURES, "Folder or URL of text files: NAME.txt has the lines for __NAME__.")
     num_images: int = parameter("num_images", "Images per row, with seeds s, s+1, ...", 1)
     negative_prompt: str | None = parameter("negative_prompt", "What should not be seen.")
     seed: int = parameter("seed", "First seed; samples count on from it.", 42)
@@ -270,6 +307,7 @@ def _parsed(name: str, value: Any) -> Any:
 
 
 def _check_together(spec: JobSpec) -> None:
+    build_dimensions(build_axes(spec.sweep), spec.zip)
     if spec.watermark == "none" and spec.watermark_policy != "record":
         raise UsageError(
             f"watermark_policy {spec.watermark_policy!r} asks for a watermark, but watermark is none; "
@@ -280,10 +318,3 @@ def _check_together(spec: JobSpec) -> None:
             f"accelerator_type {spec.runtime.accelerator_type} chooses among a cluster's GPUs, but executor is "
             f"{spec.runtime.executor}; leave one of them out"
         )
-
-
-def _split_values(name: str, value: Any) -> list[Any]:
-    """One axis value of a job file, or the text of several as a flag has it: `ddim,plms`."""
-    if isinstance(value, str) and name != "negative_prompt":
-        return parse_axis(f"{name}={value}")[1]
-    return [value]

@@ -19,8 +19,11 @@ from latentmill.jobs.errors import JobError
 from latentmill.jobs.job import Job
 from latentmill.jobs.ledger.records import encode_record, tool_versions
 from latentmill.jobs.models.place import place_model
+from latentmill.jobs.models.resolved import ResolvedModel
 from latentmill.jobs.plans.plan import Plan
 from latentmill.jobs.postprocess import ProcessedSample, postprocess_sample
+from latentmill.jobs.slots import draw_in_slots, slot_batches
+from latentmill.jobs.spec import JobSpec
 
 
 class ChunkEngine(Protocol):
@@ -69,22 +72,27 @@ class GeneratedChunk:
 
 def load_engine(plan: Plan, device: str) -> ChunkEngine:
     """The plan's own model on `device` (`auto`: a GPU if there is one), at the plan's dtype, threads and batch size."""
+    return load_model(plan.model, plan.settings, plan.batch_size, device)
+
+
+def load_model(model: ResolvedModel, settings: JobSpec, batch_size: int, device: str) -> ChunkEngine:
+    """The model as a job with these settings runs it."""
     import torch
 
     from latentmill.engine import Engine
 
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if plan.settings.threads_per_actor:
-        torch.set_num_threads(plan.settings.threads_per_actor)
+    if settings.threads_per_actor:
+        torch.set_num_threads(settings.threads_per_actor)
     spec = replace(
-        place_model(plan.model),
-        safety=plan.settings.safety,
-        safety_threshold=plan.settings.nsfw_threshold,
-        prompt_syntax=plan.settings.prompt_syntax,
-        long_prompts=plan.settings.long_prompts,
+        place_model(model),
+        safety=settings.safety,
+        safety_threshold=settings.nsfw_threshold,
+        prompt_syntax=settings.prompt_syntax,
+        long_prompts=settings.long_prompts,
     )
-    return Engine.load(spec, device=device, dtype=plan.settings.dtype, batch_size=plan.batch_size)
+    return Engine.load(spec, device=device, dtype=settings.dtype, batch_size=batch_size)
 
 
 class ChunkGenerator:
@@ -155,11 +163,12 @@ class ChunkGenerator:
 
         Every other slot has one of them too: other rows are not touched, whatever is wrong with them.
         """
+        batch_size = self._job.plan.batch_size
         requests = [sample.request for sample in self._job.plan.samples_of_chunk(chunk)]
-        queues = queue_rows([request.loop for request in requests], self._job.plan.batch_size)
+        queues = queue_rows([request.loop for request in requests], batch_size)
         slots = {row: slot for slot, queue in enumerate(queues) for row in queue}
         sampled: dict[int, UncheckedResult] = {}
-        for batch, places in self._batches(requests, {row: slots[row] for row in rows}):
+        for batch, places in slot_batches(requests, {row: slots[row] for row in rows}, batch_size):
             found = self._engine.sample(batch)
             sampled |= {row: found[slot] for slot, row in places.items()}
         return {row: sampled[row] for row in rows}
@@ -167,36 +176,9 @@ class ChunkGenerator:
     def generate_in_slots(
         self, chunk: int, slots: Mapping[int, int]
     ) -> Iterator[tuple[int, Iterator[GenerationResult]]]:
-        """Rows of a committed chunk once more, each in that slot of a batch that it had; for each, what came of it.
-
-        The first result is the likeliest to have the same bits. Those after it, which are made when they are asked
-        for, come from the row without neighbours and from other slots: a retry in full precision had one of its own.
-        """
+        """Rows of a committed chunk once more, each in that slot of a batch that it had, as `draw_in_slots` says."""
         requests = [sample.request for sample in self._job.plan.samples_of_chunk(chunk)]
-        for batch, places in self._batches(requests, slots):
-            found = self._engine.generate(batch)
-            for slot, row in places.items():
-                yield row, self._results(requests[row], slot, found[slot])
-
-    def _batches(
-        self, requests: Sequence[GenerationRequest], slots: Mapping[int, int]
-    ) -> Iterator[tuple[list[GenerationRequest], dict[int, int]]]:
-        """Batches in which each row has its slot, one of them fills the others; and each batch's rows by slot."""
-        size, left = self._job.plan.batch_size, dict(slots)
-        while left:
-            places: dict[int, int] = {}
-            for row, slot in left.items():
-                places.setdefault(slot % size, row)
-            left = {row: slot for row, slot in left.items() if row not in places.values()}
-            filler = next(iter(places.values()))
-            yield [requests[places.get(slot, filler)] for slot in range(size)], places
-
-    def _results(self, request: GenerationRequest, slot: int, first: GenerationResult) -> Iterator[GenerationResult]:
-        if first.batch_slot == slot:  # prompts of several lengths do not all go into one batch
-            yield first
-        alone = self._engine.generate([request] * self._job.plan.batch_size)
-        yield alone[slot]
-        yield from alone
+        return draw_in_slots(self._engine, requests, slots, self._job.plan.batch_size)
 
     def process_row(self, chunk: int, row: int) -> ProcessedSample:
         """One row of a chunk from prompt to file, in this process, without the others."""

@@ -9,6 +9,7 @@ import pytest
 
 from latentmill.engine import SAMPLERS
 from latentmill.engine.loading.hub import is_hub_id
+from latentmill.engine.sampling.table import FLOW_SAMPLERS
 from latentmill.jobs.errors import UsageError
 from latentmill.jobs.models.choice import ModelChoice, resolve_model
 from latentmill.jobs.models.presets import list_presets
@@ -16,7 +17,9 @@ from tests.engine.families import write_sd2, write_sdxl
 from tests.engine.originals import write_safetensors
 
 PRESETS = list_presets()
-ROWS = {"sd15", "sd21", "sd21-base", "sdxl", "sd-turbo", "sdxl-turbo", "ldm-text2img-large", "ldm-vq-f4"}
+TRANSFORMERS = {"sd3-medium", "sd35-medium", "sd35-large", "flux-dev", "flux-schnell"}
+ROWS = {"sd15", "sd21", "sd21-base", "sdxl", "sd-turbo", "sdxl-turbo", "ldm-text2img-large", "ldm-vq-f4"} | TRANSFORMERS
+FEW_STEPS = {"sd-turbo", "sdxl-turbo", "flux-schnell"}
 
 
 def test_there_is_a_preset_for_every_family():
@@ -27,7 +30,7 @@ def test_there_is_a_preset_for_every_family():
 def test_a_preset_is_pinned_and_within_what_the_engine_takes(name):
     preset = PRESETS[name]
     assert preset.sampler in SAMPLERS
-    assert (preset.num_inference_steps <= 4) == ("turbo" in name) == (preset.guidance_scale == 0)
+    assert (preset.num_inference_steps <= 4) == (name in FEW_STEPS) == (preset.guidance_scale == 0)
     if is_hub_id(preset.path):
         assert re.fullmatch(r"[0-9a-f]{40}", preset.revision)
 
@@ -42,6 +45,13 @@ def test_offline_a_preset_says_what_is_missing_and_from_where(name, tmp_path, mo
     assert PRESETS[name].path in str(caught.value)
     assert "local" in str(caught.value)
     assert PRESETS[name].revision is None or PRESETS[name].revision in str(caught.value)
+
+
+@pytest.mark.parametrize("name", sorted(TRANSFORMERS))
+def test_a_preset_of_flow_matching_names_a_sampler_of_it_and_says_that_it_is_gated(name):
+    assert PRESETS[name].sampler in FLOW_SAMPLERS
+    assert "gated on the hub" in PRESETS[name].description
+    assert PRESETS[name].license
 
 
 def test_a_local_folder_takes_the_hubs_place(tmp_path: Path):

@@ -34,45 +34,53 @@ _THIRDS = {"self_attn.q_proj": 0, "self_attn.k_proj": 1, "self_attn.v_proj": 2}
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ClipEncoder(TextEncoderSpec):
-    """CLIP's text encoder, from transformers.
+    """CLIP's text encoder.
 
     `penultimate` takes the states before the last layer and without the final norm; `projection` gives a pooled state.
+    That state is not projected where it is `unprojected`; with `pooled_only` no token's state is used. Single files
+    name the weights as transformers does, whoever trained them, where there is an `alias`.
     """
 
     penultimate: bool = False
     projection: bool = False
+    unprojected: bool = False
+    pooled_only: bool = False
 
     tokenizer_class: ClassVar[str] = "CLIPTokenizer"
     usual_tokenizer: ClassVar[str] = "openai/clip-vit-large-patch14"
 
     @property
     def width(self) -> int:
-        return int(self.config["hidden_size"])
+        return 0 if self.pooled_only else int(self.config["hidden_size"])
 
     @property
     def pooled_width(self) -> int:
+        if self.unprojected:
+            return int(self.config["hidden_size"])
         return int(self.config["projection_dim"]) if self.projection else 0
 
     @property
     def is_open_clip(self) -> bool:
         """Whether single files name its weights as OpenCLIP does: those with its activation function do."""
-        return self.config.get("hidden_act") == "gelu"
+        return self.config.get("hidden_act") == "gelu" and not self.alias
 
     @staticmethod
     def checked_config(config: Json, where: str) -> dict[str, Any]:
         return clip_text_config(config, where)
 
     def build(self) -> nn.Module:
-        from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+        from latentmill.engine.networks.clip import ClipTextNetwork
 
-        kind = CLIPTextModelWithProjection if self.projection else CLIPTextModel
-        network: nn.Module = kind(CLIPTextConfig(**self.config))
-        return network
+        return ClipTextNetwork(
+            self.config,
+            penultimate=self.penultimate,
+            pools=self.projection or self.unprojected,
+            projects=self.projection,
+        )
 
     def encode(self, network: nn.Module, ids: Tensor) -> tuple[Tensor, Tensor | None]:
-        output = network(ids, output_hidden_states=self.penultimate)
-        states = output.hidden_states[-2] if self.penultimate else output.last_hidden_state
-        return states, output.text_embeds if self.projection else None
+        encoded: tuple[Tensor, Tensor | None] = network(ids)
+        return encoded
 
     def folder_name(self, key: str) -> str | None:
         key = key.removeprefix("text_model.")
@@ -81,7 +89,8 @@ class ClipEncoder(TextEncoderSpec):
     def original_name(self, prefix: str, key: str) -> Origin:
         if self.is_open_clip:
             return _open_clip_origin(f"{prefix}model.", key)
-        return Origin(f"{prefix}transformer.text_model.{key}")
+        outside = key.startswith("text_projection.")
+        return Origin(f"{prefix}transformer.{key}" if outside else f"{prefix}transformer.text_model.{key}")
 
     def original_facts(self) -> tuple[str, tuple[tuple[str, Any, Any], ...]]:
         if self.is_open_clip:
@@ -120,6 +129,15 @@ def clip_config(shapes: Shapes, prefix: str) -> Json:
         "projection_dim": width,
         "eos_token_id": 2,
     }
+
+
+def renamed_clip_config(shapes: Shapes, prefix: str, *, open_clip: bool) -> Json:
+    """The config of either encoder in a single file that names its weights as transformers does."""
+    config = clip_config(shapes, prefix)
+    if not open_clip:
+        return config
+    projected = shapes[f"{prefix}transformer.text_projection.weight"][0]
+    return {**config, "hidden_act": "gelu", "projection_dim": projected}
 
 
 def open_clip_config(shapes: Shapes, prefix: str, *, unused_layers: int = 0) -> Json:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from latentmill.engine.families.family import NetworkSpec, Origin, Shapes, count, renamed, unnamed
@@ -106,9 +108,12 @@ def unet_config(
     return config
 
 
-def vae_config(shapes: Shapes, *, scaling_factor: float, force_upcast: bool = False) -> Json:
+def vae_config(
+    shapes: Shapes, *, scaling_factor: float, force_upcast: bool = False, shift_factor: float = 0.0, prefix: str = VAE
+) -> Json:
     """The autoencoder's config, as in `vae/config.json`."""
-    down = f"{VAE}encoder.down."
+    down = f"{prefix}encoder.down."
+    has_convolutions = f"{prefix}post_quant_conv.weight" in shapes
     levels = count(shapes, re.escape(down) + r"(\d{1,3})\.block\.")
     attends = [f"{down}{level}.attn.0.norm.weight" in shapes for level in range(levels)]
     config: dict[str, Any] = {
@@ -116,9 +121,12 @@ def vae_config(shapes: Shapes, *, scaling_factor: float, force_upcast: bool = Fa
         "down_block_types": ["AttnDownEncoderBlock2D" if level else "DownEncoderBlock2D" for level in attends],
         "up_block_types": ["AttnUpDecoderBlock2D" if level else "UpDecoderBlock2D" for level in reversed(attends)],
         "layers_per_block": count(shapes, re.escape(down) + r"0\.block\.(\d{1,3})\."),
-        "latent_channels": shapes[f"{VAE}decoder.conv_in.weight"][1],
-        "mid_block_add_attention": f"{VAE}decoder.mid.attn_1.norm.weight" in shapes,
+        "latent_channels": shapes[f"{prefix}decoder.conv_in.weight"][1],
+        "mid_block_add_attention": f"{prefix}decoder.mid.attn_1.norm.weight" in shapes,
+        "use_quant_conv": has_convolutions,
+        "use_post_quant_conv": has_convolutions,
         "scaling_factor": scaling_factor,
+        "shift_factor": shift_factor,
         "force_upcast": force_upcast,
     }
     if CODEBOOK in shapes:
@@ -132,10 +140,10 @@ def _unet_origins(config: UNetConfig, ours: Iterable[str]) -> dict[str, Origin]:
     return {key: Origin(UNET + _within_block(key, blocks, _UNET_INNER)) for key in ours}
 
 
-def _vae_origins(config: VAEConfig, ours: Iterable[str]) -> dict[str, Origin]:
+def _vae_origins(config: VAEConfig, ours: Iterable[str], prefix: str = VAE) -> dict[str, Origin]:
     """Where each of our autoencoder's weights lies."""
     blocks = _vae_blocks(config)
-    return {key: Origin(VAE + _within_block(key, blocks, _VAE_INNER)) for key in ours}
+    return {key: Origin(prefix + _within_block(key, blocks, _VAE_INNER)) for key in ours}
 
 
 def _within_block(key: str, blocks: Mapping[str, str], inner: Mapping[str, str]) -> str:
@@ -238,3 +246,6 @@ AUTOENCODER = NetworkSpec(
     original_names=_vae_origins,
 )
 """The autoencoder of latent diffusion, with KL or a codebook."""
+
+BARE_AUTOENCODER = replace(AUTOENCODER, original_names=partial(_vae_origins, prefix=""))
+"""The same, where the version of a single file says how the keys begin."""

@@ -25,33 +25,47 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """Where a weight comes from: a key of the file, one third of it where `third` is given, or its transpose."""
+    """Where a weight comes from: a key of the file, one third of it where `third` is given, or its transpose.
+
+    `rows` are the first and the one after the last of the rows that are taken. Of `swapped` ones the second half comes
+    first.
+    """
 
     key: str
     third: int | None = None
     transposed: bool = False
+    rows: tuple[int, int] | None = None
+    swapped: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TextEncoderSpec(ABC):
     """One text encoder: its parts in a folder, its config.json once it has been read, and all that its kind needs.
 
-    `pad_id` overrides the tokenizer's own padding. `tokenizer_class` is a class of transformers, `usual_tokenizer` the
-    hub id of the vocabulary that such encoders were trained with.
+    `pad_id` overrides the tokenizer's own padding. The states of an encoder that `follows` are further tokens; those of
+    others are further features of the same tokens. An `optional` one may be left out, and zeros stand for its states.
+    `tokenizer_class` is a class of transformers, `usual_tokenizer` the hub id of the vocabulary that such encoders were
+    trained with. `marks` counts the tokens around a prompt. `spare_tokens` tells whether the network may know tokens
+    that its vocabulary has not. `alias` is its name in the keys of single files, where those have one.
     """
 
     component: str
     tokenizer: str
     config: Json = field(default_factory=dict)
     pad_id: int | None = None
+    follows: bool = False
+    optional: bool = False
+    alias: str = ""
 
     tokenizer_class: ClassVar[str]
     usual_tokenizer: ClassVar[str]
+    marks: ClassVar[int] = 2
+    spare_tokens: ClassVar[bool] = False
 
     @property
     @abstractmethod
     def width(self) -> int:
-        """Features of one token's state."""
+        """Features of one token's state; 0 where no token's state is used."""
 
     @property
     def pooled_width(self) -> int:
@@ -119,16 +133,20 @@ class SingleFile:
     """One version of a family as a single file: how it is told by its keys, and what no shape shows.
 
     All of `markers` must be in the file. `denoiser`, `autoencoder` and `text_encoders` read configs from its
-    shapes; they raise KeyError, IndexError or ValueError for a file that is not of this version. `prediction_type` is
-    None where the files do not say what the denoiser predicts: then `prediction_hint` says what to give.
+    shapes; they raise KeyError, IndexError or ValueError for a file that is not of this version. What is None is not in
+    the file, and comes from a folder of the same family. `prediction_type` is None where the files do not say what the
+    denoiser predicts: then `prediction_hint` says what to give. `prefix` begins the denoiser's keys, and
+    `autoencoder_prefix` the autoencoder's, unless their own names have it.
     """
 
     title: str
     markers: tuple[str, ...]
     denoiser: Callable[[Shapes], Json]
-    autoencoder: Callable[[Shapes], Json]
-    text_encoders: Callable[[Shapes], tuple[TextEncoderSpec, ...]]
+    autoencoder: Callable[[Shapes], Json] | None
+    text_encoders: Callable[[Shapes], tuple[TextEncoderSpec, ...]] | None
     scheduler: Json
+    prefix: str = ""
+    autoencoder_prefix: str = ""
     prediction_type: PredictionType | None = "epsilon"
     prediction_hint: str = ""
 
@@ -138,10 +156,13 @@ class Family:
     """Everything that the engine knows of one family.
 
     `pipelines` are the classes of its model_index.json, `text_encoders` those of a folder, still without configs.
-    `encoder_prefix` begins the keys of the encoder `{index}` in a single file, `ignored` are patterns of keys that no
-    picture depends on, `ignored_of` more of them for a first encoder, and `refused` says of a key which known but
-    unsupported model it belongs to. `conditions` gives the denoiser's further arguments, for a pooled state and a
-    request. `zeros_for_empty_prompt`: an empty negative prompt means zeros, unless the folder says otherwise.
+    `encoder_prefix` begins the keys of the encoder `{index}` or `{alias}` in a single file, `ignored` are patterns of
+    keys that no picture depends on, `ignored_of` more of them for a first encoder, and `refused` says of a key which
+    known but unsupported model it belongs to. `conditions` gives the denoiser's further arguments, for a pooled state
+    and a request. `zeros_for_empty_prompt`: an empty negative prompt means zeros, unless the folder says otherwise.
+    `scheduler` is what its pipelines take for granted of a folder's scheduler config. `plain_prompts`: brackets are
+    text to its encoders, and a prompt is never encoded in several chunks. `as_trained` changes an encoder to what the
+    denoiser's config says that it was trained with.
     """
 
     name: str
@@ -156,6 +177,9 @@ class Family:
     refused: Mapping[str, str] = field(default_factory=dict)
     conditions: Callable[[Tensor, GenerationRequest], Mapping[str, Tensor]] | None = None
     zeros_for_empty_prompt: bool = False
+    scheduler: Json = field(default_factory=dict)
+    plain_prompts: bool = False
+    as_trained: Callable[[Any, TextEncoderSpec], TextEncoderSpec] | None = None
 
 
 def renamed(key: str, table: Mapping[str, str]) -> str:

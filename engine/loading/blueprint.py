@@ -17,7 +17,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Blueprint:
-    """All that is needed to build the networks, before any weight is read."""
+    """All that is needed to build the networks, before any weight is read.
+
+    `empty_tokens` counts the tokens of an encoder that was left out: zeros stand for them. The last two begin the keys
+    of a single file.
+    """
 
     family: Family
     denoiser: DenoiserConfig
@@ -25,11 +29,41 @@ class Blueprint:
     scheduler: SchedulerConfig
     encoders: tuple[TextEncoderSpec, ...]
     force_zeros_for_empty_prompt: bool = False
+    empty_tokens: int = 0
+    denoiser_prefix: str = ""
+    autoencoder_prefix: str = ""
+
+    @property
+    def reader(self) -> int:
+        """Which of the text encoders takes most of a prompt: its tokens are the ones that are counted."""
+        taken = [encoder.max_tokens - encoder.marks for encoder in self.encoders]
+        return taken.index(max(taken))
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens of a prompt that are read, by the encoder that takes most of them."""
+        encoder = self.encoders[self.reader]
+        return encoder.max_tokens - encoder.marks
 
     @property
     def max_tokens(self) -> int:
-        """Tokens per prompt that every text encoder takes, start and end marks included."""
-        return min(encoder.max_tokens for encoder in self.encoders)
+        """As `prompt_tokens`, and a start and an end mark."""
+        return self.prompt_tokens + 2
+
+    @property
+    def factor(self) -> int:
+        """Pixels along a side that every size must be a multiple of."""
+        return self.autoencoder.factor * self.denoiser.patch_size
+
+    @property
+    def context_width(self) -> int:
+        """Features of one token: those of encoders side by side, or of the widest where they follow one another."""
+        widths = [0]
+        for encoder in self.encoders:
+            if encoder.follows:
+                widths.append(0)
+            widths[-1] += encoder.width
+        return max(widths)
 
     @property
     def builders(self) -> dict[str, Callable[[], nn.Module]]:
@@ -69,8 +103,9 @@ def check_fit(blueprint: Blueprint, where: object) -> None:
             f"{where}: the denoiser takes {denoiser.in_channels} latent channels and gives {denoiser.out_channels}, "
             f"the autoencoder has {latent_channels}: these parts are not of one text-to-image model"
         )
-    width = sum(encoder.width for encoder in blueprint.encoders)
-    if width != denoiser.context_dim:
+    width = blueprint.context_width
+    # An encoder that was left out may have been the widest.
+    if width > denoiser.context_dim or (width < denoiser.context_dim and not blueprint.empty_tokens):
         raise EngineError(
             f"{where}: the text encoder is {width} wide, the denoiser's attention expects {denoiser.context_dim}: "
             "these parts are not of one model"

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
-from latentmill.engine.loading.files import check_regular, shown
+from latentmill.engine.loading.files import check_regular, read_json, shown
 from latentmill.engine.loading.pickles import PICKLE_LIMIT, View, read_pickle
 from latentmill.engine.types import EngineError
 
@@ -57,6 +57,8 @@ def open_weights(path: Path) -> WeightsFile:
         _unreadable(path, error)
     if path.suffix == ".safetensors":
         return SafetensorsFile(path)
+    if is_index(path):
+        return ShardedFile(path)
     if path.suffix in _PICKLE_SUFFIXES:
         return PickledFile(path)
     raise EngineError(f"{path}: weights are read from .safetensors, {', '.join(_PICKLE_SUFFIXES)}; convert the file")
@@ -97,6 +99,45 @@ class SafetensorsFile:
         except (SafetensorError, OSError) as error:
             _unreadable(self.path, error)
         return tensor
+
+
+def is_index(path: Path) -> bool:
+    """Whether a file says which shards hold the weights."""
+    return ".safetensors.index." in path.name and path.suffix == ".json"
+
+
+def shard_paths(index: Path) -> list[Path]:
+    """The files that an index of weights names, which lie beside it. Raises EngineError for any other name."""
+    named = read_json(index).get("weight_map")
+    if not isinstance(named, dict) or not all(isinstance(name, str) for name in named.values()):
+        raise EngineError(f"{index} has no weight_map of file names; copy the file again")
+    names = sorted(set(named.values()))
+    for name in names:
+        if Path(name).name != name or not name.endswith(".safetensors"):
+            raise EngineError(f"{index} names {shown(name)}: shards are .safetensors files beside it; copy it again")
+        if not (index.parent / name).is_file():
+            raise EngineError(f"{index.parent} lacks {name}, which {index.name} names")
+    return [index.parent / name for name in names]
+
+
+class ShardedFile:
+    """Several `.safetensors` files as one, by the index that names them. No two hold the same key."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.metadata: dict[str, str] = {}
+        self.shapes: dict[str, Shape] = {}
+        self._shards: dict[str, SafetensorsFile] = {}
+        for shard in map(SafetensorsFile, shard_paths(path)):
+            twice = sorted(shard.shapes.keys() & self.shapes.keys())
+            if twice:
+                _unreadable(path, f"two of its shards hold {shown(twice[0])}")
+            self.shapes |= shard.shapes
+            self._shards |= dict.fromkeys(shard.shapes, shard)
+
+    def read(self, key: str) -> Tensor:
+        """One tensor, on the CPU, as it was saved."""
+        return self._shards[key].read(key)
 
 
 class PickledFile:

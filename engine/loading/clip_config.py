@@ -21,7 +21,7 @@ _ACTIVATIONS = ("quick_gelu", "gelu")
 
 
 def clip_text_config(config: Json, where: str) -> dict[str, Any]:
-    """The arguments of CLIPTextConfig. Raises EngineError for a field that is not what it should be."""
+    """What shapes the text encoder. Raises EngineError for a field that is not what it should be."""
     fields = Fields(config, where)
     return {
         **_clip_layers(fields, config, width=512, heads=8, hidden=2048),
@@ -30,9 +30,6 @@ def clip_text_config(config: Json, where: str) -> dict[str, Any]:
         "projection_dim": fields.whole("projection_dim", 512, WIDTH_LIMIT),
         # The pooled state is that of the first end mark, or of the highest token where this is 2.
         "eos_token_id": fields.whole("eos_token_id", 49407, TOKENS_LIMIT, least=0),
-        # No computation uses these two, but the library checks them against the vocabulary.
-        "bos_token_id": None,
-        "pad_token_id": None,
     }
 
 
@@ -42,6 +39,8 @@ def clip_vision_config(config: Json, where: str) -> dict[str, Any]:
     side = fields.whole("image_size", 224, SIDE_LIMIT)
     return {
         **_clip_layers(fields, config, width=768, heads=12, hidden=3072),
+        # The library has several ways to compute attention, and their bits differ: always use the same one.
+        "attn_implementation": "sdpa",
         "image_size": side,
         "patch_size": fields.whole("patch_size", 32, side),
     }
@@ -63,6 +62,4 @@ def _clip_layers(fields: Fields, config: Json, *, width: int, heads: int, hidden
         "num_hidden_layers": fields.whole("num_hidden_layers", 12, LAYERS_LIMIT),
         "hidden_act": activation,
         "layer_norm_eps": fields.number("layer_norm_eps", 1e-5, 1.0),
-        # There are several ways to compute attention, and their bits differ: always use the same one.
-        "attn_implementation": "sdpa",
     }

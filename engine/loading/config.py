@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
-from latentmill.engine.loading.fields import Fields
+from latentmill.engine.loading.fields import Fields, refuse_other_than
 from latentmill.engine.loading.files import shown
+from latentmill.engine.loading.flow import FLOW_SPACINGS, FlowShift
 from latentmill.engine.types import EngineError
 
 Json = Mapping[str, Any]
-PredictionType = Literal["epsilon", "v_prediction", "sample"]
+PredictionType = Literal["epsilon", "v_prediction", "sample", "flow"]
 TimestepSpacing = Literal["leading", "trailing", "linspace", "original"]
+
+DIFFUSION_PREDICTIONS = ("epsilon", "v_prediction", "sample")
 
 LEVELS_LIMIT = 8
 LAYERS_LIMIT = 64
@@ -25,16 +28,6 @@ BLOCKS_LIMIT = 256
 """What a network may have at most: levels, layers of one block, features of one layer, groups of a norm, cells along a
 side, codes, timesteps of training, and transformer layers of a U-Net's way down. Each is far above what was published.
 """
-
-
-def _refuse_other_than(config: Json, where: str, allowed: Mapping[str, tuple[Any, ...]]) -> None:
-    """Refuse a switch whose effect is not built, instead of ignoring it and drawing wrong pictures."""
-    for name, values in allowed.items():
-        if name in config and config[name] not in values:
-            raise EngineError(
-                f"{where} has {name}={shown(config[name])}, which this engine does not build; "
-                f"it supports {', '.join(map(repr, values))}"
-            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,10 +63,25 @@ class UNetConfig:
             return None
         return self.projection_input_dim - 6 * self.addition_time_embed_dim
 
+    @property
+    def patch_size(self) -> int:
+        """It works on single cells."""
+        return 1
+
+    @property
+    def side_limit(self) -> int | None:
+        """It takes latents of any size."""
+        return None
+
+    @property
+    def distilled_guidance(self) -> bool:
+        """It knows guidance by the unconditional pass alone."""
+        return False
+
     @classmethod
     def from_dict(cls, config: Json, where: str = "unet/config.json") -> UNetConfig:
         """Parse diffusers' `UNet2DConditionModel` config. Raises EngineError for a switch that is not supported."""
-        _refuse_other_than(
+        refuse_other_than(
             config,
             where,
             {
@@ -144,7 +152,10 @@ class UNetConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class VAEConfig:
-    """Shape of the autoencoder, with KL or a codebook (arXiv:2112.10752, section 3.1), as in `vae/config.json`."""
+    """Shape of the autoencoder, with KL or a codebook (arXiv:2112.10752, section 3.1), as in `vae/config.json`.
+
+    `quant_conv` tells whether there are 1x1 convolutions between its two halves: later models have none.
+    """
 
     in_channels: int
     out_channels: int
@@ -159,6 +170,7 @@ class VAEConfig:
     attention: tuple[bool, ...]
     codebook_size: int | None
     codebook_dim: int
+    quant_conv: bool
 
     @property
     def denoiser_channels(self) -> int:
@@ -181,13 +193,12 @@ class VAEConfig:
     @classmethod
     def from_dict(cls, config: Json, where: str = "vae/config.json") -> VAEConfig:
         """Parse diffusers' `AutoencoderKL` or `VQModel` config. Raises EngineError for an unsupported switch."""
-        _refuse_other_than(
+        refuse_other_than(
             config,
             where,
             {
                 "act_fn": ("silu", "swish"),
-                "use_quant_conv": (True,),
-                "use_post_quant_conv": (True,),
+                "use_post_quant_conv": (config.get("use_quant_conv", True),),
                 "latents_mean": (None,),
                 "latents_std": (None,),
                 "norm_type": ("group",),
@@ -222,6 +233,7 @@ class VAEConfig:
             attention=_mirrored_levels(down, up, kinds, levels, where),
             codebook_size=fields.whole("num_vq_embeddings", 256, CODES_LIMIT) if is_vq else None,
             codebook_dim=fields.whole("vq_embed_dim", latent_channels, WIDTH_LIMIT),
+            quant_conv=is_vq or fields.flag("use_quant_conv", default=True),
         )
 
 
@@ -253,8 +265,9 @@ def _mirrored_levels(down: Any, up: Any, kinds: Mapping[str, bool], levels: int,
 class SchedulerConfig:
     """The folder's `scheduler/scheduler_config.json`, less its `_class_name`: the sampler is the user's choice.
 
-    The last two are for models distilled for few steps (arXiv:2310.04378). No folder has the spacing `original`, which
-    is the original command's: `ModelSpec.timestep_spacing` asks for it.
+    The last two before `flow` are for models distilled for few steps (arXiv:2310.04378). No folder has the spacing
+    `original`, which is the original command's: `ModelSpec.timestep_spacing` asks for it. A model of flow matching has
+    `flow`, predicts `flow`, and has no betas.
     """
 
     num_train_timesteps: int
@@ -271,6 +284,7 @@ class SchedulerConfig:
     clip_sample_range: float
     original_inference_steps: int
     timestep_scaling: float
+    flow: FlowShift | None = None
 
     @classmethod
     def from_dict(cls, config: Json, where: str = "scheduler/scheduler_config.json") -> SchedulerConfig:
@@ -278,12 +292,12 @@ class SchedulerConfig:
 
         What only says how to sample (Karras sigmas, the solver's order) is not read: the sampler's name says that.
         """
-        _refuse_other_than(
+        refuse_other_than(
             config,
             where,
             {
                 "thresholding": (False,),
-                "prediction_type": ("epsilon", "v_prediction", "sample"),
+                "prediction_type": DIFFUSION_PREDICTIONS,
                 "timestep_spacing": get_args(TimestepSpacing),
                 "beta_schedule": ("linear", "scaled_linear", "squaredcos_cap_v2"),
                 "timestep_type": ("discrete",),
@@ -295,6 +309,7 @@ class SchedulerConfig:
         )
         fields = Fields(config, where)
         kind = config.get("_class_name", "DDIMScheduler")
+        flow = FlowShift.from_dict(config, where) if str(kind).startswith("FlowMatch") else None
         timesteps = fields.whole("num_train_timesteps", 1000, TIMESTEPS_LIMIT)
         trained = fields.numbers("trained_betas", 1.0, length=TIMESTEPS_LIMIT)
         if trained is not None and len(trained) != timesteps:
@@ -306,7 +321,7 @@ class SchedulerConfig:
             beta_schedule=config.get("beta_schedule", "linear"),
             trained_betas=trained,
             rescale_betas_zero_snr=fields.flag("rescale_betas_zero_snr", default=False),
-            prediction_type=config.get("prediction_type", "epsilon"),
+            prediction_type="flow" if flow is not None else config.get("prediction_type", "epsilon"),
             timestep_spacing=config.get(
                 "timestep_spacing", _DEFAULT_SPACING.get(kind, "leading") if isinstance(kind, str) else "leading"
             ),
@@ -316,7 +331,22 @@ class SchedulerConfig:
             clip_sample_range=fields.number("clip_sample_range", 1.0, 1e6),
             original_inference_steps=fields.whole("original_inference_steps", 50, TIMESTEPS_LIMIT),
             timestep_scaling=fields.number("timestep_scaling", 10.0, 1e6),
+            flow=flow,
         )
+
+    def overridden(self, prediction_type: str | None, timestep_spacing: str | None) -> SchedulerConfig:
+        """With the caller's choices in place of the files'. Raises EngineError for one that does not go with them."""
+        given = {"prediction_type": prediction_type, "timestep_spacing": timestep_spacing}
+        changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+        refuse_other_than(
+            changes,
+            "the model is of flow matching, but the job" if self.flow is not None else "the job",
+            {
+                "prediction_type": DIFFUSION_PREDICTIONS if self.flow is None else ("flow",),
+                "timestep_spacing": get_args(TimestepSpacing) if self.flow is None else FLOW_SPACINGS,
+            },
+        )
+        return replace(self, **changes)
 
 
 _DEFAULT_SPACING: dict[str, TimestepSpacing] = {
@@ -324,5 +354,7 @@ _DEFAULT_SPACING: dict[str, TimestepSpacing] = {
     "EulerAncestralDiscreteScheduler": "linspace",
     "DPMSolverMultistepScheduler": "linspace",
     "HeunDiscreteScheduler": "linspace",
+    "FlowMatchEulerDiscreteScheduler": "linspace",
+    "FlowMatchHeunDiscreteScheduler": "linspace",
 }
 """What each diffusers class assumes when its config file says nothing; every other class assumes `leading`."""

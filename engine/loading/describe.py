@@ -15,7 +15,7 @@ from latentmill.engine.loading.files import read_json
 from latentmill.engine.loading.hub import fetch_model, is_hub_id
 from latentmill.engine.loading.layout import ModelLayout, find_model
 from latentmill.engine.sampling.levels import check_steps
-from latentmill.engine.sampling.table import FOLDER_SAMPLER, SAMPLERS
+from latentmill.engine.sampling.table import FLOW_SAMPLERS, FOLDER_SAMPLER, SAMPLERS
 from latentmill.engine.text.tokenizer import load_prompt_tokenizer
 from latentmill.engine.types import EngineError, ModelSpec
 
@@ -34,9 +34,10 @@ class ModelDescription:
     """A model on disk.
 
     `factor` is the number of pixels that every size must be a multiple of; `default_size` is (width, height) in
-    pixels; `samplers` are the names that it takes, the usual one first; `max_tokens` counts the start and end marks,
-    and is None if the files do not say. `paths` names everything that can change a pixel. A model that the engine runs
-    itself has its architecture in `layout`; one that the library diffusers runs is in `pipeline`.
+    pixels, and no side may be longer than `max_side`; `samplers` are the names that it takes, the usual one first;
+    `max_tokens` counts a start and an end mark, and is None if the files do not say. `paths` names everything that can
+    change a pixel. A model that the engine runs itself has its architecture in `layout`; one that the library diffusers
+    runs is in `pipeline`.
     """
 
     name: str
@@ -52,6 +53,7 @@ class ModelDescription:
     max_tokens: int | None
     folder: Path
     paths: Mapping[str, Path]
+    max_side: int | None = None
     pipeline: DiffusersFolder | None = None
     own_layout: ModelLayout | None = None
 
@@ -83,6 +85,13 @@ class ModelDescription:
 
     def check_prompts(self, prompt_syntax: str, long_prompts: str) -> None:
         """Raises EngineError for a way of reading prompts that the model's text encoders cannot be asked for."""
+        own = self.own_layout
+        plain_only = own is not None and own.blueprint.family.plain_prompts
+        if plain_only and (prompt_syntax != "plain" or long_prompts == "chunk"):
+            raise EngineError(
+                f"prompt_syntax is {prompt_syntax!r} and long_prompts {long_prompts!r}, but the text encoders of "
+                f"{self.family} take no weights and no chunks; use plain, and truncate or error"
+            )
         if self.pipeline is not None and (prompt_syntax, long_prompts) != ("plain", "truncate"):
             raise EngineError(
                 f"prompt_syntax is {prompt_syntax!r} and long_prompts {long_prompts!r}, but a {self.family} reads "
@@ -94,40 +103,50 @@ def describe_model(model: str | Path | ModelSpec) -> ModelDescription:
     """Read a model's architecture. Raises EngineError that names a missing file or an unsupported switch."""
     spec = _local_spec(model)
     pipeline = find_pipeline(spec)
-    return describe_layout(find_model(spec)) if pipeline is None else _describe_pipeline(pipeline)
+    if pipeline is None:
+        return describe_layout(find_model(spec))
+    if spec.loras:
+        raise EngineError(
+            f"{spec.model} is a {pipeline.class_name}, which runs by the library diffusers and takes no LoRA here; "
+            "leave the LoRAs out"
+        )
+    return _describe_pipeline(pipeline)
 
 
 def describe_layout(layout: ModelLayout) -> ModelDescription:
     """The description of a model that has been found."""
     blueprint = layout.blueprint
-    side = blueprint.denoiser.sample_size * blueprint.autoencoder.factor
+    cell, limit = blueprint.autoencoder.factor, blueprint.denoiser.side_limit
+    side = blueprint.denoiser.sample_size * cell
     path = layout.path.resolve()
     return ModelDescription(
         name=path.stem if layout.single_file else path.name,
         path=layout.path,
         family=blueprint.family.name,
-        factor=blueprint.autoencoder.factor,
+        factor=blueprint.factor,
         latent_channels=blueprint.autoencoder.denoiser_channels,
         default_size=(side, side),
         prediction_type=blueprint.scheduler.prediction_type,
         timestep_spacing=blueprint.scheduler.timestep_spacing,
         num_train_timesteps=blueprint.scheduler.num_train_timesteps,
-        samplers=SAMPLERS,
+        samplers=SAMPLERS if blueprint.scheduler.flow is None else FLOW_SAMPLERS,
         max_tokens=blueprint.max_tokens,
         folder=layout.folder,
         paths=layout.files,
+        max_side=None if limit is None else limit * cell,
         own_layout=layout,
     )
 
 
 def load_tokenizer(model: str | Path | ModelSpec) -> TokenCounts:
-    """The tokenizer of a model, which is that of its first text encoder."""
+    """The tokenizer of a model: that of the text encoder which takes most of a prompt, the first of them."""
     spec = _local_spec(model)
     pipeline = find_pipeline(spec)
     if pipeline is not None:
         return load_first_tokenizer(pipeline)
     layout = find_model(spec)
-    return load_prompt_tokenizer(layout.tokenizers[0], layout.blueprint.encoders[0])
+    reader = layout.blueprint.reader
+    return load_prompt_tokenizer(layout.tokenizers[reader], layout.blueprint.encoders[reader])
 
 
 def _describe_pipeline(pipeline: DiffusersFolder) -> ModelDescription:

@@ -78,6 +78,16 @@ class Fields:
         )
 
 
+def refuse_other_than(config: Mapping[str, Any], where: str, allowed: Mapping[str, tuple[Any, ...]]) -> None:
+    """Refuse a switch whose effect is not built, instead of ignoring it and drawing wrong pictures."""
+    for name, values in allowed.items():
+        if name in config and config[name] not in values:
+            raise EngineError(
+                f"{where} has {name}={shown(config[name])}, which this engine does not build; "
+                f"it supports {', '.join(map(repr, values))}"
+            )
+
+
 def _is_whole(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 

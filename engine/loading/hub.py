@@ -20,7 +20,12 @@ _TOKENIZERS = tuple(f"{encoder.tokenizer}/{name}" for encoder in _ENCODERS for n
 _DENOISERS = {family.denoiser.component for family in FAMILIES}
 _AUTOENCODERS = {family.autoencoder.component for family in FAMILIES}
 _PARTS = sorted(_DENOISERS | _AUTOENCODERS | {encoder.component for encoder in _ENCODERS})
-_SAFETENSORS = tuple(f"{part}/{name}.safetensors" for part in _PARTS for name in ("diffusion_pytorch_model", "model"))
+_SAFETENSORS = tuple(
+    f"{part}/{name}{ending}"
+    for part in _PARTS
+    for name in ("diffusion_pytorch_model", "model")
+    for ending in (".safetensors", ".safetensors.index.json", "-*-of-*.safetensors")
+)
 _PICKLES = tuple(f"{part}/{name}.bin" for part in _PARTS for name in ("diffusion_pytorch_model", "pytorch_model"))
 _READ = ("json", "safetensors", "txt", "model", "jinja")
 """What is fetched of every part of a pipeline that runs by the library diffusers."""
@@ -46,14 +51,14 @@ def fetch_model(repo: str, revision: str | None) -> Path:
         patterns = ("model_index.json", *(f"{part}/*.{suffix}" for part in other for suffix in _READ))
         return _snapshot(repo, revision, patterns, needed, "diffusers folder")
     folder = _snapshot(repo, revision, (*_CONFIGS, *_CHECKERS, *_TOKENIZERS, *_SAFETENSORS), needed, "diffusers folder")
-    if not any((folder / part / "diffusion_pytorch_model.safetensors").is_file() for part in _DENOISERS):
+    if not any(any((folder / part).glob("diffusion_pytorch_model*.safetensors")) for part in _DENOISERS):
         folder = _snapshot(repo, revision, (*_CONFIGS, *_CHECKERS, *_TOKENIZERS, *_PICKLES), needed, "diffusers folder")
     return folder
 
 
 def fetch_tokenizer(repo: str) -> Path:
     """The local snapshot of a tokenizer's files. Raises EngineError as `fetch_model` does."""
-    needed = "the tokenizer's vocab.json and merges.txt (CLIP) or vocab.txt (BERT)"
+    needed = "the tokenizer's vocab.json and merges.txt (CLIP), vocab.txt (BERT) or tokenizer.json (T5)"
     return _snapshot(repo, None, TOKENIZER_FILES, needed, "folder, as tokenizer")
 
 

@@ -28,6 +28,18 @@ class DenoiserConfig(Protocol):
     def sample_size(self) -> int:
         """Cells along a side of the latents that it was trained on."""
 
+    @property
+    def patch_size(self) -> int:
+        """Cells along a side of what it sees as one token: the latents' sides are multiples of it."""
+
+    @property
+    def side_limit(self) -> int | None:
+        """Cells along a side of the latents at most; None where there is no limit."""
+
+    @property
+    def distilled_guidance(self) -> bool:
+        """Whether it is told the guidance scale, `guidance (n,)`, so that there is no unconditional pass."""
+
 
 class AutoencoderConfig(Protocol):
     """What the engine asks of any autoencoder's config."""

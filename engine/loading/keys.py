@@ -29,12 +29,17 @@ def original_names(blueprint: Blueprint, component: str, ours: Iterable[str]) ->
     """For each of our weights of a component, where it comes from in a single file with the original names."""
     family = blueprint.family
     if component == family.denoiser.component:
-        return family.denoiser.original_names(blueprint.denoiser, ours)
+        return _prefixed(blueprint.denoiser_prefix, family.denoiser.original_names(blueprint.denoiser, ours))
     if component == family.autoencoder.component:
-        return family.autoencoder.original_names(blueprint.autoencoder, ours)
+        return _prefixed(blueprint.autoencoder_prefix, family.autoencoder.original_names(blueprint.autoencoder, ours))
     index = [encoder.component for encoder in blueprint.encoders].index(component)
-    prefix = family.encoder_prefix.format(index=index)
-    return {key: blueprint.encoders[index].original_name(prefix, key) for key in ours}
+    encoder = blueprint.encoders[index]
+    prefix = family.encoder_prefix.format(index=index, alias=encoder.alias)
+    return {key: encoder.original_name(prefix, key) for key in ours}
+
+
+def _prefixed(prefix: str, origins: dict[str, Origin]) -> dict[str, Origin]:
+    return {key: dataclasses.replace(origin, key=prefix + origin.key) for key, origin in origins.items()}
 
 
 def averaged_name(origin: Origin) -> Origin:

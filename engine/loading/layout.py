@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
+from latentmill.engine.families.family import TextEncoderSpec
 from latentmill.engine.guards.safety import checker_files
 from latentmill.engine.loading.blueprint import Blueprint
 from latentmill.engine.loading.checkpoint import open_weights
-from latentmill.engine.loading.config import SchedulerConfig
-from latentmill.engine.loading.folder import pixel_files, read_blueprint, weights_files
+from latentmill.engine.loading.folder import part_files, pixel_files, read_blueprint, weights_files
 from latentmill.engine.loading.hub import fetch_model, fetch_tokenizer, is_hub_id
+from latentmill.engine.loading.lora_files import LoraFiles, find_loras
 from latentmill.engine.loading.original import as_configured
-from latentmill.engine.loading.single_file import recognise
+from latentmill.engine.loading.single_file import held_parts, is_partial, recognise
 from latentmill.engine.loading.vocabulary import tokenizer_files
 from latentmill.engine.types import EngineError, ModelSpec, OriginalModelSpec
 
@@ -24,9 +24,10 @@ from latentmill.engine.types import EngineError, ModelSpec, OriginalModelSpec
 class ModelLayout:
     """A model on disk whose files are all there.
 
-    `weights` gives each component's file (in a single file, the same for all), `tokenizers` a folder per text encoder,
-    `files` everything that can change a pixel, by a name that does not depend on this machine. `averaged` takes the
-    running average of the U-Net's weights instead of the weights.
+    `weights` gives each component's file (in a single file, the same for all that it holds), `tokenizers` a folder per
+    text encoder, `files` everything that can change a pixel, by a name that does not depend on this machine. `original`
+    are the components whose weights have the original names. `averaged` takes the running average of the U-Net's
+    weights instead of the weights. `loras` are loaded beside them, by name.
     """
 
     path: Path
@@ -35,7 +36,9 @@ class ModelLayout:
     weights: Mapping[str, Path]
     tokenizers: tuple[Path, ...]
     files: Mapping[str, Path]
+    original: frozenset[str] = frozenset()
     averaged: bool = False
+    loras: Mapping[str, LoraFiles] = field(default_factory=dict)
 
     @property
     def folder(self) -> Path:
@@ -59,7 +62,9 @@ def find_model(spec: ModelSpec) -> ModelLayout:
             f"model {spec.model} does not exist; give a local diffusers folder, a .safetensors or .ckpt file, or a hub "
             "id (owner/name)"
         )
-    return dataclasses.replace(layout, blueprint=_with_overrides(layout.blueprint, spec))
+    loras = find_loras(spec.loras)
+    files = {**layout.files, **{name: path for lora in loras.values() for name, path in lora.files.items()}}
+    return dataclasses.replace(layout, blueprint=_with_overrides(layout.blueprint, spec), files=files, loras=loras)
 
 
 def _folder(path: Path, spec: ModelSpec) -> ModelLayout:
@@ -79,38 +84,64 @@ def _folder(path: Path, spec: ModelSpec) -> ModelLayout:
 
 def _single_file(path: Path, spec: ModelSpec) -> ModelLayout:
     weights = open_weights(path)
-    blueprint = recognise(weights, spec.prediction_type)
+    companion = _companion(spec) if is_partial(weights) else None
+    blueprint = recognise(weights, spec.prediction_type, None if companion is None else read_blueprint(companion))
     averaged = isinstance(spec, OriginalModelSpec) and spec.use_ema
     if isinstance(spec, OriginalModelSpec):
         blueprint = as_configured(blueprint, weights, spec)
-    name = spec.tokenizer or blueprint.encoders[0].usual_tokenizer
-    tokenizer = Path(name) if Path(name).is_dir() else fetch_tokenizer(name)
-    # Most users know a model's own folder; its tokenizer lies inside.
-    if (tokenizer / "tokenizer").is_dir():
-        tokenizer /= "tokenizer"
+    held = held_parts(weights, blueprint)
+    beside = {} if companion is None else weights_files(companion, blueprint, frozenset(blueprint.components) - held)
+    tokenizers = tuple(
+        _vocabulary(encoder, blueprint.encoders[0], spec.tokenizer)
+        if companion is None
+        else companion / encoder.tokenizer
+        for encoder in blueprint.encoders
+    )
     files = {path.name: path}
-    files |= {f"tokenizer/{file.name}": file for file in tokenizer_files(tokenizer)}
+    for encoder, folder in zip(blueprint.encoders, tokenizers, strict=True):
+        # Encoders that share a folder have one entry: that of the first.
+        if folder not in tokenizers[: blueprint.encoders.index(encoder)]:
+            files |= {f"{encoder.tokenizer}/{file.name}": file for file in tokenizer_files(folder)}
+    if companion is not None:
+        files |= part_files(companion, beside)
     files |= checker_files(path.parent)
     return ModelLayout(
         path=path,
         blueprint=blueprint,
         single_file=True,
-        weights=dict.fromkeys(blueprint.components, path),
-        tokenizers=(tokenizer,) * len(blueprint.encoders),
+        weights={component: beside.get(component, path) for component in blueprint.components},
+        tokenizers=tokenizers,
         files=files,
+        original=held,
         averaged=averaged,
     )
 
 
+def _companion(spec: ModelSpec) -> Path | None:
+    """The whole folder that was named as tokenizer, which brings along what a single file has not."""
+    if spec.tokenizer is None:
+        return None
+    folder = Path(spec.tokenizer)
+    if not folder.is_dir() and is_hub_id(spec.tokenizer):
+        folder = fetch_model(spec.tokenizer, None)
+    return folder if (folder / "model_index.json").is_file() else None
+
+
+def _vocabulary(encoder: TextEncoderSpec, first: TextEncoderSpec, named: str | None) -> Path:
+    """The folder of an encoder's tokenizer, for a single file: the one that was named, or the usual one.
+
+    Most users know a model's own folder; its tokenizers lie inside. One that is named by itself is for all encoders of
+    the first one's kind.
+    """
+    if encoder.tokenizer_class != first.tokenizer_class:
+        inside = Path(named or "") / encoder.tokenizer
+        return inside if named and inside.is_dir() else fetch_tokenizer(encoder.usual_tokenizer)
+    name = named or first.usual_tokenizer
+    folder = Path(name) if Path(name).is_dir() else fetch_tokenizer(name)
+    return folder / "tokenizer" if (folder / "tokenizer").is_dir() else folder
+
+
 def _with_overrides(blueprint: Blueprint, spec: ModelSpec) -> Blueprint:
     """The caller's prediction type and spacing replace those of the files: single files do not have them."""
-    changes: dict[str, Any] = {
-        name: value
-        for name, value in (
-            ("prediction_type", spec.prediction_type),
-            ("timestep_spacing", spec.timestep_spacing),
-        )
-        if value is not None
-    }
-    SchedulerConfig.from_dict(changes)  # refuses an unknown name
-    return dataclasses.replace(blueprint, scheduler=dataclasses.replace(blueprint.scheduler, **changes))
+    scheduler = blueprint.scheduler.overridden(spec.prediction_type, spec.timestep_spacing)
+    return dataclasses.replace(blueprint, scheduler=scheduler)

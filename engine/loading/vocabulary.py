@@ -16,10 +16,11 @@ TOKENIZER_FILES = (
     "special_tokens_map.json",
     "added_tokens.json",
     "tokenizer.model",
+    "spiece.model",
     "tekken.json",
     "tiktoken.model",
 )
-"""All that transformers reads of the folder of a CLIP or BERT tokenizer: the last three in place of a vocabulary."""
+"""All that transformers reads of the folder of a CLIP, BERT or T5 tokenizer: the last four in place of a vocabulary."""
 
 _REDIRECTING = ("vocab", "merges", "tokenizer_object", "fast_tokenizer_files", "gguf_file", "init_inputs")
 """Entries of tokenizer_config.json by which transformers takes the vocabulary from elsewhere."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import TypeVar
 
 import torch
@@ -51,21 +51,27 @@ def check_claims(layout: ModelLayout) -> None:
     if not layout.single_file:
         return
     shapes = open_weights(layout.path).shapes
-    claims = claim_single_file(layout.blueprint, shapes, layout.path)
+    claims = claim_single_file(layout.blueprint, shapes, layout.path, layout.original)
     if layout.averaged:
         names = {averaged_name(origin).key for origin in claims[layout.blueprint.family.denoiser.component].values()}
         _refuse(sorted(names - shapes.keys()), [], f"{layout.path} has no whole running average of its weights")
 
 
-def claim_single_file(blueprint: Blueprint, shapes: Mapping[str, Shape], where: object) -> dict[str, dict[str, Origin]]:
+def claim_single_file(
+    blueprint: Blueprint, shapes: Mapping[str, Shape], where: object, components: Collection[str] | None = None
+) -> dict[str, dict[str, Origin]]:
     """For each component, where each of its weights lies in a file of the original names.
 
     Raises EngineError unless every key of the file is claimed, or one that the family ignores, and none is missing.
     """
     with torch.device("meta"):
-        modules = {component: build() for component, build in blueprint.builders.items()}
+        modules = {
+            component: build()
+            for component, build in blueprint.builders.items()
+            if components is None or component in components
+        }
     claims = {
-        component: original_names(blueprint, component, _our_keys(module)) for component, module in modules.items()
+        component: original_names(blueprint, component, module.state_dict()) for component, module in modules.items()
     }
     claimed = {origin.key for origins in claims.values() for origin in origins.values()}
     missing = sorted(claimed - shapes.keys())
@@ -74,33 +80,24 @@ def claim_single_file(blueprint: Blueprint, shapes: Mapping[str, Shape], where: 
     return claims
 
 
-def _our_keys(module: nn.Module) -> dict[str, str]:
-    """A module's keys without the prefix that some versions of transformers put before them, and with it."""
-    return {key.removeprefix("text_model."): key for key in module.state_dict()}
-
-
 def _fill(module: Module, layout: ModelLayout, component: str, dtype: torch.dtype, device: torch.device) -> Module:
     """Give a module on the meta device its weights. Raises EngineError that names a bad key."""
     file = open_weights(layout.weights[component])
-    names = _our_keys(module)
-    if layout.single_file:
-        origins = original_names(layout.blueprint, component, names)
+    expected = module.state_dict()
+    if component in layout.original:
+        origins = original_names(layout.blueprint, component, expected)
         if layout.averaged and component == layout.blueprint.family.denoiser.component:
             origins = {key: averaged_name(origin) for key, origin in origins.items()}
     else:
-        origins = _claim_folder_file(file, layout.blueprint, component, names)
-    expected = module.state_dict()
-    state = {
-        names[key]: _read(file, origin, tuple(expected[names[key]].shape)).to(device, dtype)
-        for key, origin in origins.items()
-    }
+        origins = _claim_folder_file(file, layout.blueprint, component, expected)
+    state = {key: _read(file, origin, tuple(expected[key].shape)).to(device, dtype) for key, origin in origins.items()}
     module.load_state_dict(state, assign=True)
     place_constants(module, device)
     return module.eval().requires_grad_(requires_grad=False)
 
 
 def _claim_folder_file(
-    file: WeightsFile, blueprint: Blueprint, component: str, ours: Mapping[str, str]
+    file: WeightsFile, blueprint: Blueprint, component: str, ours: Mapping[str, Tensor]
 ) -> dict[str, Origin]:
     found: dict[str, Origin] = {}
     for key in file.shapes:
@@ -127,6 +124,10 @@ def _read(file: WeightsFile, origin: Origin, expected: Shape) -> Tensor:
     tensor = file.read(origin.key)
     if origin.third is not None:
         tensor = rearrange(tensor, "(three d) ... -> three d ...", three=3)[origin.third]
+    if origin.rows is not None:
+        tensor = tensor[slice(*origin.rows)]
+    if origin.swapped:
+        tensor = torch.cat(tensor.chunk(2)[::-1])
     if origin.transposed:
         tensor = tensor.T
     if tensor.shape == (*expected, 1, 1):

@@ -7,14 +7,27 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 
-def attend(queries: Tensor, keys: Tensor, values: Tensor, heads: int) -> Tensor:
+def attend(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    heads: int,
+    *,
+    causal: bool = False,
+    bias: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
     """Scaled dot-product attention (arXiv:1706.03762, eq. 1) of `(n, l, heads * d)` over `(n, m, heads * d)`.
+
+    `causal`: each query over the keys up to its own place only. `bias (1, heads, l, m)` is added to the products, times
+    `scale`: by default one over the root of d.
 
     torch's kernels accumulate the products in fp32 for half-precision inputs, so that Stable Diffusion 2's
     `upcast_attention` needs no upcast here: as in diffusers, it would only rule out the fast kernels.
     """
     q, k, v = (rearrange(part, "n l (heads d) -> n heads l d", heads=heads) for part in (queries, keys, values))
-    return rearrange(F.scaled_dot_product_attention(q, k, v), "n heads l d -> n l (heads d)")
+    attended = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=causal, scale=scale)
+    return rearrange(attended, "n heads l d -> n l (heads d)")
 
 
 KeysValues = tuple[Tensor, Tensor]

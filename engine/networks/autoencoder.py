@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from latentmill.engine.loading.config import VAEConfig
 from latentmill.engine.networks.attention import Attention, KeysValues
 from latentmill.engine.networks.blocks import Downsample, ResnetBlock, Upsample
+from latentmill.engine.networks.embedding import Embedding
 from latentmill.engine.networks.interface import Autoencoder
 
 _EPS = 1e-6
@@ -165,15 +166,17 @@ class Decoder(nn.Module):
 
 
 class AutoencoderKL(Autoencoder):
-    """Encoder and decoder with 1x1 convolutions between. Latents are unscaled (see `config.scaling_factor`)."""
+    """Encoder and decoder, with 1x1 convolutions between if any. Latents are unscaled (see `config.scaling_factor`)."""
 
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
         self.config = config
         self.encoder = Encoder(config, 2 * config.latent_channels)
         self.decoder = Decoder(config)
-        self.quant_conv = nn.Conv2d(2 * config.latent_channels, 2 * config.latent_channels, 1)
-        self.post_quant_conv = nn.Conv2d(config.latent_channels, config.latent_channels, 1)
+        self.quant_conv, self.post_quant_conv = (
+            nn.Conv2d(channels, channels, 1) if config.quant_conv else nn.Identity()
+            for channels in (2 * config.latent_channels, config.latent_channels)
+        )
 
     def encode(self, pixels: Tensor) -> DiagonalGaussian:
         """`(n, 3, h, w)` in [-1, 1] -> posterior over `(n, latent, h / f, w / f)`."""
@@ -190,7 +193,7 @@ class VectorQuantizer(nn.Module):
 
     def __init__(self, entries: int, dim: int) -> None:
         super().__init__()
-        self.embedding = nn.Embedding(entries, dim)
+        self.embedding = Embedding(entries, dim)
 
     def forward(self, latents: Tensor) -> Tensor:
         # One row at a time: the distances of a whole batch would take gigabytes.

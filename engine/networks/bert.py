@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from latentmill.engine.loading.config import Json
 from latentmill.engine.networks.attention import attend
+from latentmill.engine.networks.embedding import Embedding
 from latentmill.engine.types import EngineError
 
 
@@ -54,8 +55,8 @@ class LdmBert(nn.Module):
             raise EngineError(f"bert/config.json has activation_function={config['activation_function']!r}, not gelu")
         dim = config["d_model"]
         heads, head_dim = config.get("encoder_attention_heads", 8), config.get("head_dim", 64)
-        self.token_embedding = nn.Embedding(config.get("vocab_size", 30522), dim)
-        self.position_embedding = nn.Embedding(config.get("max_position_embeddings", 77), dim)
+        self.token_embedding = Embedding(config.get("vocab_size", 30522), dim)
+        self.position_embedding = Embedding(config.get("max_position_embeddings", 77), dim)
         self.layers = nn.ModuleList(
             [
                 BertLayer(dim, config.get("encoder_ffn_dim", 5120), heads, head_dim)

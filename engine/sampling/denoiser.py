@@ -65,11 +65,16 @@ class Denoiser:
         return Prediction(prediction.noise, prediction.x0.clamp(-limit, limit))
 
     def _to_prediction(self, output: Tensor, latents: Tensor, level: NoiseLevel) -> Prediction:
-        """Convert what the model was trained to predict: noise, velocity (arXiv:2202.00512, app. D) or x0."""
+        """Convert what the model was trained to predict: noise, velocity (arXiv:2202.00512, app. D), x0, or flow.
+
+        Flow is noise less x0 (arXiv:2403.03206, eq. 13), where latents are on the straight line between them.
+        """
         signal, noise = level.signal, level.noise
         kind = self._config.prediction_type
         if kind == "epsilon":
             return Prediction(output, (latents - noise * output) / signal)
         if kind == "v_prediction":
             return Prediction(signal * output + noise * latents, signal * latents - noise * output)
+        if kind == "flow":
+            return Prediction(latents + signal * output, latents - noise * output)
         return Prediction((latents - signal * output) / noise, output)

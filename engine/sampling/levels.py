@@ -6,13 +6,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from types import MappingProxyType
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from latentmill.engine.loading.config import SchedulerConfig
 from latentmill.engine.sampling.noise_level import LEAST_ALPHA_BAR, NoiseLevel
-from latentmill.engine.sampling.table import SAMPLER_TABLE
+from latentmill.engine.sampling.table import FLOW_SAMPLERS, SAMPLER_TABLE
 from latentmill.engine.sampling.timesteps import (
     Timesteps,
     check_range,
@@ -21,6 +22,7 @@ from latentmill.engine.sampling.timesteps import (
     solver_timesteps,
     whole_timesteps,
 )
+from latentmill.engine.types import EngineError
 
 if TYPE_CHECKING:
     from latentmill.engine.sampling.schedule import NoiseSchedule
@@ -59,7 +61,7 @@ class Levels:
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """A way to place levels. `check` raises EngineError that names the nearest number of steps that works."""
+    """A way to place levels of diffusion. `check` raises EngineError that names the nearest number of steps."""
 
     check: Callable[[SchedulerConfig, int], object]
     place: Callable[[NoiseSchedule, int], Levels]
@@ -136,6 +138,40 @@ def _distilled(schedule: NoiseSchedule, steps: int) -> Levels:
     return Levels(_to_clean(levels), timestep_scaling=schedule.config.timestep_scaling)
 
 
+def _shifted(config: SchedulerConfig, shift: float, steps: int) -> list[NoiseLevel]:
+    """Flow matching's levels from noise alone on, spaced evenly and then shifted, as in diffusers.
+
+    By `linspace` the lowest level of the training, from which they are spaced, is a shifted one already, unless the
+    shift is dynamic. By `trailing` they are spaced from 1 to 1 / steps, as Flux's authors do.
+    """
+    total = config.num_train_timesteps
+    lowest = 1 / total
+    if config.timestep_spacing == "trailing":
+        lowest = 1 / steps
+    elif config.flow is not None and not config.flow.dynamic:
+        lowest = _shift(lowest, shift)
+    sigmas = _shift(np.linspace(1.0, lowest, steps), shift)
+    return [NoiseLevel.from_flow(sigma * total, sigma) for sigma in sigmas.tolist()]
+
+
+def _solver_shifted(config: SchedulerConfig, shift: float, steps: int) -> list[NoiseLevel]:
+    """DPM-Solver's for flow matching, which begins a little below noise alone: lambda is infinite there.
+
+    As in diffusers, the network is told whole timesteps, rounded down; so the signal is spaced and not the noise.
+    """
+    total = config.num_train_timesteps
+    sigmas = _shift(1 - np.linspace(1.0, 1 / total, steps + 1), shift)[:0:-1]
+    return [NoiseLevel.from_flow(int(sigma * total), sigma) for sigma in sigmas.tolist()]
+
+
+_Number = TypeVar("_Number", float, NDArray[np.float64])
+
+
+def _shift(sigma: _Number, shift: float) -> _Number:
+    """arXiv:2403.03206, eq. 23."""
+    return shift * sigma / (1 + (shift - 1) * sigma)
+
+
 def _interpolated(schedule: NoiseSchedule, timesteps: Timesteps) -> list[NoiseLevel]:
     """Between timesteps of the training, sigma is interpolated linearly, as in diffusers."""
     sigmas = np.interp(timesteps, np.arange(len(schedule.sigmas)), schedule.sigmas)
@@ -159,6 +195,26 @@ PLACEMENTS: Mapping[str, Placement] = MappingProxyType(
 )
 
 
+FLOW_PLACEMENTS: Mapping[str, Callable[[SchedulerConfig, float, int], list[NoiseLevel]]] = MappingProxyType(
+    {"shifted": _shifted, "solver shifted": _solver_shifted}
+)
+"""Ways to place levels of flow matching, by its config, the shift for a size, and the number of steps."""
+
+
+def place_levels(sampler: str, schedule: NoiseSchedule, steps: int, cells: int) -> Levels:
+    """What a sampler visits, for latents of so many cells. Raises EngineError if it cannot take so many steps."""
+    entry, config = SAMPLER_TABLE[sampler], schedule.config
+    if config.flow is None:
+        return PLACEMENTS[entry.levels].place(schedule, steps)
+    check_steps(sampler, config, steps)
+    if entry.flow is None:
+        raise EngineError(f"sampler {sampler!r} is not for models of flow matching; use {' or '.join(FLOW_SAMPLERS)}")
+    _, levels = entry.flow
+    shift = config.flow.factor(cells // schedule.patch_size**2)
+    return Levels(_to_clean(FLOW_PLACEMENTS[levels](config, shift, steps)))
+
+
 def check_steps(sampler: str, config: SchedulerConfig, steps: int) -> None:
     """Raises EngineError that names the nearest number of steps that works, if `steps` does not."""
-    PLACEMENTS[SAMPLER_TABLE[sampler].levels].check(config, steps)
+    check = PLACEMENTS[SAMPLER_TABLE[sampler].levels].check if config.flow is None else check_range
+    check(config, steps)

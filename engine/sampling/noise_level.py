@@ -30,6 +30,11 @@ class NoiseLevel:
         """The same, by noise over signal."""
         return cls.from_alpha_bar(timestep, 1 / (1 + sigma**2))
 
+    @classmethod
+    def from_flow(cls, timestep: float, noise: float) -> NoiseLevel:
+        """The level of flow matching (arXiv:2403.03206, eq. 13): a place on the straight line from x0 to noise."""
+        return cls(timestep, 1 - noise, noise)
+
     @property
     def sigma(self) -> float:
         """Noise over signal: the standard deviation of the noise where x0 keeps its scale (arXiv:2206.00364)."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from latentmill.engine.sampling import solvers
-from latentmill.engine.sampling.levels import PLACEMENTS
+from latentmill.engine.sampling.levels import place_levels
 from latentmill.engine.sampling.schedule import NoiseSchedule
 from latentmill.engine.sampling.solvers import DrawNoise, Solver
 from latentmill.engine.sampling.table import SAMPLER_TABLE
@@ -25,11 +25,12 @@ def begin(
 ) -> Solver:
     """The way from noise `(n, c, h, w) float32` to latents. `etas`, one for each row, count where they are taken."""
     entry = SAMPLER_TABLE[sampler]
-    levels = PLACEMENTS[entry.levels].place(schedule, num_inference_steps)
+    levels = place_levels(sampler, schedule, num_inference_steps, noise.shape[-2] * noise.shape[-1])
+    name = entry.solver if schedule.config.flow is None or entry.flow is None else entry.flow[0]
     options: dict[str, Any] = {}
     if entry.takes_eta and any(etas):
         # Filled in where the noise is: a column of the host's would have to be copied there.
         options["eta"] = torch.cat([torch.full((1, 1, 1, 1), eta, device=noise.device) for eta in etas])
     draws = entry.stochastic or bool(options)
-    solver: Solver = getattr(solvers, entry.solver)(noise, levels, draw_noise if draws else None, **options)
+    solver: Solver = getattr(solvers, name)(noise, levels, draw_noise if draws else None, **options)
     return solver

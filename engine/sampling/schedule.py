@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -11,19 +12,30 @@ from torch import Tensor
 
 from latentmill.engine.loading.config import SchedulerConfig
 from latentmill.engine.sampling.noise_level import LEAST_ALPHA_BAR, NoiseLevel
+from latentmill.engine.types import EngineError
 
 
 class NoiseSchedule:
-    """`alphas_cumprod (T,) float32`: the paper's cumulative product of 1 - beta (arXiv:2006.11239, section 2)."""
+    """The folder's schedule. `patch_size` counts cells along a side of what the network sees as one token."""
 
-    def __init__(self, config: SchedulerConfig) -> None:
+    def __init__(self, config: SchedulerConfig, patch_size: int = 1) -> None:
         self.config = config
-        self.alphas_cumprod = torch.cumprod(1.0 - _betas(config), dim=0)
-        self._final = 1.0 if config.set_alpha_to_one else float(self.alphas_cumprod[0])
+        self.patch_size = patch_size
+
+    @cached_property
+    def alphas_cumprod(self) -> Tensor:
+        """`(T,) float32`: the paper's cumulative product of 1 - beta (arXiv:2006.11239, section 2).
+
+        Raises EngineError for flow matching, which has no betas.
+        """
+        if self.config.flow is not None:
+            raise EngineError("the model is of flow matching: its schedule has no betas")
+        return torch.cumprod(1.0 - _betas(self.config), dim=0)
 
     def level(self, timestep: int) -> NoiseLevel:
         """The level at a timestep of the training; below 0, what the folder takes for x0 itself."""
-        alpha_bar = float(self.alphas_cumprod[timestep]) if timestep >= 0 else self._final
+        final = 1.0 if self.config.set_alpha_to_one else float(self.alphas_cumprod[0])
+        alpha_bar = float(self.alphas_cumprod[timestep]) if timestep >= 0 else final
         return NoiseLevel.from_alpha_bar(timestep, alpha_bar)
 
     @property

@@ -117,6 +117,18 @@ def euler(noise: Tensor, levels: Levels, draw_noise: DrawNoise | None = None) ->
     return x
 
 
+def flow_euler(noise: Tensor, levels: Levels, _draw_noise: DrawNoise | None = None) -> Solver:
+    """Euler's method along the flow from noise to data (arXiv:2403.03206, eq. 1 and 13). First order.
+
+    For models of flow matching, whose first level is noise alone: there is no x0 + sigma * noise to step in.
+    """
+    latents = noise
+    for here, following in levels.steps:
+        prediction = yield latents, here
+        latents = latents + (following.noise - here.noise) * (prediction.noise - prediction.x0)
+    return latents
+
+
 def heun(noise: Tensor, levels: Levels, _draw_noise: DrawNoise | None = None) -> Solver:
     """Heun's method in sigma (arXiv:2206.00364, algorithm 1). Second order.
 

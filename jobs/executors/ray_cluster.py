@@ -20,7 +20,10 @@ from latentmill.jobs.scratch import CLUSTER_PREFIX, scratch_folder, short_base
 from latentmill.jobs.store.urls import display_url
 from latentmill.jobs.terminal import held_back_stderr
 
-_MIB = 2**20
+_OBJECT_STORE_BYTES = 128 * 2**20
+"""Calls and their answers are all that goes through Ray, no pictures. The share of the memory that Ray takes by itself
+costs a second at the start, since every page of it is touched."""
+
 _ASK_SECONDS = 10.0
 
 
@@ -170,7 +173,7 @@ def _start_cluster(folder: Path) -> None:
             include_dashboard=False,
             log_to_driver=False,
             logging_level=logging.ERROR,
-            object_store_memory=_object_store_bytes(),
+            object_store_memory=_OBJECT_STORE_BYTES,
             runtime_env=_nowhere(folder),
             **ray_private.session_folder(folder / "r"),  # open to everyone: the folder above does not let them in
         )
@@ -211,9 +214,3 @@ def _importable_by_children(folder: Path) -> Iterator[None]:
 
 def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _object_store_bytes() -> int:
-    """A bounded share of the memory: the pictures of a few chunks are all that is ever in flight."""
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return max(128 * _MIB, min(2048 * _MIB, total // 8))

@@ -99,12 +99,23 @@ FIELDS: dict[str, Field] = {
         Field(name="sampler", kind="sampler"),
         Field(name="eta", kind="float", high=1),
         Field(name="num_images", kind="int", low=1, high=MAX_IMAGES),
+        Field(name="loras", kind="text"),
         Field(name="id", kind="text"),
     )
 }
 """The manifest's own columns; every other column is carried through."""
 
-AXES = ("seed", "guidance_scale", "num_inference_steps", "sampler", "eta", "width", "height", "negative_prompt")
+AXES = (
+    "prompt",
+    "negative_prompt",
+    "seed",
+    "guidance_scale",
+    "num_inference_steps",
+    "sampler",
+    "eta",
+    "width",
+    "height",
+)
 """Parameters that a sweep may vary."""
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from latentmill.engine import SAMPLER_LABELS, GenerationRequest
 from latentmill.jobs.manifests.fields import shorten
+from latentmill.jobs.manifests.loras import format_scales
 
 TEXT_LIMIT = 16_384
 """Bytes of text in one picture: Pillow writes more, but refuses to read much more back."""
@@ -58,6 +59,8 @@ def parameters_text(request: GenerationRequest, *, model_name: str, model_hash: 
     }
     if request.eta:
         settings["Eta"] = _number(request.eta)
+    if any(scale for _, scale in request.loras):
+        settings["LoRAs"] = format_scales(dict(request.loras))
     prompt, negative = _clean(request.prompt), _clean(request.negative_prompt)
     ambiguous = any(line.startswith((_NEGATIVE, _POSITIVE)) for line in [*prompt.split("\n"), *negative.split("\n")])
     if ambiguous:  # the texts do not show where the prompt ends, so a setting does

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+import itertools
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -12,15 +15,22 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from latentmill.engine import SAMPLERS_WITH_ETA, SEED_LIMIT
+from latentmill.jobs.errors import UsageError
 from latentmill.jobs.manifests.fields import Value
+from latentmill.jobs.manifests.loras import RowLoras
+from latentmill.jobs.manifests.prompt_texts import PromptTexts, prompt_texts
+from latentmill.jobs.manifests.replacements import FIELDS_WITH_TEXT
 from latentmill.jobs.manifests.tokens import TokenCounter
+from latentmill.jobs.manifests.wildcards import WildcardFolder
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class Rules:
     """What rows are checked against. If an axis gives a parameter, the row's value and the default do not count.
 
-    `steps_fault` says why a sampler cannot take so many steps, or None. `tokens` is given if long prompts are faults.
+    The axes of each group of `zips` vary together. `steps_fault` says why a sampler cannot take so many steps, or None.
+    `texts` says what is drawn of a row's texts. `tokens` is given if long prompts are faults. `loras` says how rows
+    may name LoRAs.
     """
 
     factor: int
@@ -28,14 +38,46 @@ class Rules:
     steps_fault: Callable[[str, int], str | None]
     defaults: Mapping[str, Value]
     axes: Mapping[str, tuple[Value, ...]]
+    zips: Sequence[Sequence[str]] = ()
+    texts: PromptTexts = field(default_factory=lambda: prompt_texts("none", WildcardFolder(None), ()))
     tokens: TokenCounter | None = None
+    loras: RowLoras = field(default_factory=lambda: RowLoras({}, "plain"))
+
+    @cached_property
+    def cases(self) -> list[Rules]:
+        """The same rules for each place of zipped axes: only values that meet in a sample need to go together."""
+        groups = [[name for name in group if name in _PAIRED] for group in self.zips]
+        choices = [set(zip(*(self.axes[name] for name in group), strict=True)) for group in groups if len(group) > 1]
+        groups = [group for group in groups if len(group) > 1]
+        count = math.prod(map(len, choices))
+        if count > MAX_CASES:
+            raise UsageError(
+                f"zip pairs {count:,} different combinations of size, sampler, steps and eta, the limit is "
+                f"{MAX_CASES:,}; use fewer, or put them into the manifest"
+            )
+        cases = []
+        for places in itertools.product(*(sorted(choice, key=str) for choice in choices)):
+            axes = dict(self.axes)
+            for group, values in zip(groups, places, strict=True):
+                axes |= {name: (value,) for name, value in zip(group, values, strict=True)}
+            cases.append(replace(self, axes=axes, zips=()))
+        return cases
 
 
 Rule = tuple[frozenset[str], NDArray[np.bool_], Any]
 
+MAX_CASES = 1024
+_PAIRED = ("width", "height", "sampler", "num_inference_steps", "eta")
+"""The parameters that rules hold against each other."""
+
 
 def pair_rules(columns: Mapping[str, pa.Array], count: int, rules: Rules) -> Iterator[Rule]:
     """Rules over several fields: each rule's parameters, the rows that break it, and the reason for one row."""
+    for case in rules.cases:
+        yield from _pair_rules(columns, count, case)
+
+
+def _pair_rules(columns: Mapping[str, pa.Array], count: int, rules: Rules) -> Iterator[Rule]:
 
     def bounds(name: str) -> tuple[NDArray[Any], NDArray[Any]]:
         if name in rules.axes:
@@ -109,14 +151,16 @@ def _distinct_steps(columns: Mapping[str, pa.Array], rules: Rules) -> list[int]:
 
 
 def length_fault(name: str, value: Value, rules: Rules) -> str | None:
-    """Why an axis value or default of the negative prompt is too long, or None."""
-    if rules.tokens is None or name != "negative_prompt":
+    """Why an axis value or default of a text is too long, or None."""
+    if rules.tokens is None or name not in FIELDS_WITH_TEXT:
         return None
-    return rules.tokens.fault(name, rules.tokens.count(str(value)))
+    return rules.tokens.fault(name, rules.tokens.count(name, str(value)))
 
 
 def value_fault(name: str, value: Value, rules: Rules) -> str | None:
-    """Why the model refuses one value, or None."""
+    """Why model or job refuse one value, or None."""
+    if name in FIELDS_WITH_TEXT:
+        return rules.texts.fault(name, str(value))
     if name in {"width", "height"} and isinstance(value, int) and value % rules.factor:
         below, above = value // rules.factor * rules.factor, (value // rules.factor + 1) * rules.factor
         near = f"{below} or {above}" if below else f"{above}"

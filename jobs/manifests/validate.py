@@ -14,6 +14,7 @@ from latentmill.jobs.errors import UsageError
 from latentmill.jobs.manifests.coerce import ARROW_TYPES, carry, coerce, to_pylist
 from latentmill.jobs.manifests.fields import FIELDS, shorten
 from latentmill.jobs.manifests.readers import RowBatch
+from latentmill.jobs.manifests.replacements import FIELDS_WITH_TEXT
 from latentmill.jobs.manifests.rules import Rules, length_fault, pair_rules, value_fault
 from latentmill.jobs.manifests.tokens import TokenCounter
 
@@ -41,11 +42,21 @@ class Checked:
     rejects: list[Reject]
 
 
-def snapshot_schema(own: tuple[str, ...], carried: pa.Schema) -> pa.Schema:
-    """Columns of the snapshot: the row's number and id, the parameters that the manifest gives, the carried columns."""
+VARIANTS = "variants"
+"""The column of the snapshot that says how many prompts a row's template stands for."""
+
+
+def snapshot_schema(own: tuple[str, ...], carried: pa.Schema, *, variants: bool = False) -> pa.Schema:
+    """Columns of the snapshot: the row's number and id, the parameters that the manifest gives, the carried columns.
+
+    With `variants`, also how many prompts each row stands for.
+    """
+    counted = [pa.field(VARIANTS, pa.int64())] if variants else []
     parameters = [pa.field(name, ARROW_TYPES[FIELDS[name].kind]) for name in own if name != "id"]
     carried_along = [pa.field(CARRIED_PREFIX + entry.name, entry.type) for entry in carried]
-    return pa.schema([pa.field("row_number", pa.int64()), pa.field("row_id", pa.string()), *parameters, *carried_along])
+    return pa.schema(
+        [pa.field("row_number", pa.int64()), pa.field("row_id", pa.string()), *counted, *parameters, *carried_along]
+    )
 
 
 def check_job(rules: Rules, own: tuple[str, ...]) -> None:
@@ -56,7 +67,8 @@ def check_job(rules: Rules, own: tuple[str, ...]) -> None:
             if fault:
                 raise UsageError(f"sweep axis {name}: {fault}")
     if "negative_prompt" not in own and "negative_prompt" not in rules.axes:
-        fault = length_fault("negative_prompt", rules.defaults["negative_prompt"], rules)
+        value = rules.defaults["negative_prompt"]
+        fault = value_fault("negative_prompt", value, rules) or length_fault("negative_prompt", value, rules)
         if fault:
             raise UsageError(fault)
     for fields, bad, reason in pair_rules({}, 1, rules):
@@ -83,6 +95,13 @@ def validate(batch: RowBatch, offset: int, schema: pa.Schema, rules: Rules) -> C
     for _, bad, reason in pair_rules(columns, count, rules):
         for index in np.flatnonzero(bad):
             faults.setdefault(int(index), [reason(int(index))])
+    _check_texts(columns, rules, faults)
+    if VARIANTS in schema.names:
+        prompts = enumerate(to_pylist(columns["prompt"]))
+        counts = [1 if index in faults else rules.texts.variants(text) for index, text in prompts]
+        columns[VARIANTS] = pa.array(counts, pa.int64())
+    for row, fault in rules.loras.faults(columns):
+        faults.setdefault(row, [fault])
     if rules.tokens is not None:
         _check_lengths(columns, rules, rules.tokens, faults)
     numbers = batch.lines + offset
@@ -107,6 +126,17 @@ def validate(batch: RowBatch, offset: int, schema: pa.Schema, rules: Rules) -> C
     return Checked(kept=kept.filter(pa.array(mask)), rejects=rejects)
 
 
+def _check_texts(columns: Mapping[str, pa.Array], rules: Rules, faults: dict[int, list[str]]) -> None:
+    """A fault for each valid row with a template that cannot be expanded, or that would become too long."""
+    for name in FIELDS_WITH_TEXT:
+        if name not in columns or name in rules.axes or not rules.texts.changes(name):
+            continue
+        for index, text in enumerate(columns[name].fill_null(rules.defaults.get(name, "")).to_pylist()):
+            fault = None if index in faults else rules.texts.fault(name, text)
+            if fault is not None:
+                faults[index] = [fault]
+
+
 def _check_lengths(
     columns: Mapping[str, pa.Array], rules: Rules, tokens: TokenCounter, faults: dict[int, list[str]]
 ) -> None:
@@ -115,7 +145,8 @@ def _check_lengths(
         if name not in columns or name in rules.axes:
             continue
         column = columns[name] if name == "prompt" else columns[name].fill_null(rules.defaults[name])
-        for index, count in enumerate(tokens.counts(column)):
+        valid = pa.array([index not in faults for index in range(len(column))])
+        for index, count in enumerate(tokens.counts(name, pc.if_else(valid, column, ""))):
             fault = tokens.fault(name, count)
             if fault is not None and index not in faults:
                 tokens.refused += 1

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
-from latentmill.engine import EngineError, ModelDescription, ModelSpec, describe_model
+from latentmill.engine import EngineError, LoraSpec, ModelDescription, ModelSpec, check_loras, describe_model
 from latentmill.jobs.errors import JobError, UsageError
 from latentmill.jobs.manifests.fields import nearest, shorten
+from latentmill.jobs.manifests.loras import split_place
 from latentmill.jobs.models.cache import is_single_file, is_url
 from latentmill.jobs.models.digests import file_digests
 from latentmill.jobs.models.place import place_newest
@@ -24,13 +26,17 @@ Its sampler is the first that it takes."""
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelChoice:
-    """A job's choice of a model. `source`: a preset, a folder, a single file, a URL, a hub id, or PRESET=PLACE."""
+    """A job's choice of a model. `source`: a preset, a folder, a single file, a URL, a hub id, or PRESET=PLACE.
+
+    `loras` gives each LoRA's name its place, with a scale behind it.
+    """
 
     source: str
     revision: str | None = None
     tokenizer: str | None = None
     prediction_type: str | None = None
     timestep_spacing: str | None = None
+    loras: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,6 +58,8 @@ def resolve_model(choice: ModelChoice) -> tuple[ResolvedModel, ModelDefaults, Mo
     try:
         spec, local = place_newest(spec)
         described = describe_model(local)
+        if local.loras:
+            check_loras(local)
         files = file_digests(described.paths)
     except (EngineError, JobError, OSError) as error:
         raise UsageError(_not_a_model(choice.source, spec.model, str(error).replace(local.model, spec.model))) from None
@@ -74,6 +82,8 @@ def resolve_model(choice: ModelChoice) -> tuple[ResolvedModel, ModelDefaults, Mo
         max_tokens=described.max_tokens,
         files=files,
         license=preset.license if preset and place is None else None,
+        loras={lora.name: lora.path for lora in spec.loras},
+        lora_scales={name: split_place(text)[1] for name, text in choice.loras.items()},
     )
     return model, _defaults(preset, described), described
 
@@ -81,7 +91,8 @@ def resolve_model(choice: ModelChoice) -> tuple[ResolvedModel, ModelDefaults, Mo
 def _model_spec(choice: ModelChoice, preset: ModelPreset | None, *, own_place: bool) -> ModelSpec:
     """Flags over the preset; a preset's revision applies to its own place only."""
     model = model_place(choice.source)
-    for place in (model, choice.tokenizer or ""):
+    loras = {name: split_place(text)[0] for name, text in choice.loras.items()}
+    for place in (model, choice.tokenizer or "", *loras.values()):
         if is_url(place) and display_url(place) != place:
             raise UsageError(
                 f"{display_url(place)} carries a user or a query; give the plain address, and credentials by "
@@ -93,15 +104,24 @@ def _model_spec(choice: ModelChoice, preset: ModelPreset | None, *, own_place: b
     # A preset's tokenizer is for a single file; a folder has its own.
     single = is_single_file(model) if is_url(model) else Path(model).is_file()
     tokenizer = choice.tokenizer or (preset.tokenizer if preset and single else None)
-    if tokenizer is not None and Path(tokenizer).expanduser().exists():
-        tokenizer = str(Path(tokenizer).expanduser().absolute())
+    if tokenizer is not None:
+        tokenizer = _absolute(tokenizer)
     return ModelSpec(
         model=model,
         revision=choice.revision or (preset.revision if preset and own_place else None),
         tokenizer=tokenizer,
         prediction_type=choice.prediction_type or (preset.prediction_type if preset else None),
         timestep_spacing=choice.timestep_spacing or (preset.timestep_spacing if preset else None),
+        loras=tuple(
+            LoraSpec(name=name, path=_absolute(place.removeprefix("file://"))) for name, place in loras.items()
+        ),
     )
+
+
+def _absolute(place: str) -> str:
+    """A place on this machine by its whole path; any other as it is."""
+    path = Path(place).expanduser()
+    return str(path.absolute()) if path.exists() else place
 
 
 def _last_part(place: str) -> str:

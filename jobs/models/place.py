@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
-from latentmill.engine import EngineError, ModelSpec, describe_model
+from latentmill.engine import EngineError, LoraSpec, ModelSpec, describe_model
 from latentmill.jobs.errors import JobError
 from latentmill.jobs.models.cache import fetch_newest, hold, is_single_file, is_url
 from latentmill.jobs.models.digests import file_digests
@@ -35,7 +35,11 @@ def place_newest(spec: ModelSpec) -> tuple[ModelSpec, ModelSpec]:
         # users may name a model's folder; the tokenizer is inside
         named = replace(named, tokenizer=f"{url}/tokenizer" if (folder / "tokenizer").is_dir() else url)
         local = replace(local, tokenizer=str(folder))
-    return named, local
+    loras = tuple(
+        replace(lora, path=str(fetch_newest(lora.path) / lora.path.rpartition("/")[2])) if _is_lora_url(lora) else lora
+        for lora in spec.loras
+    )
+    return named, replace(local, loras=loras)
 
 
 def place_model(model: ResolvedModel) -> ModelSpec:
@@ -83,11 +87,25 @@ def _held(model: ResolvedModel) -> ModelSpec:
             name = spec.model.rpartition("/")[2]
             spec = replace(spec, model=str(hold(spec.model, {name: model.files[name]}) / name))
         else:
-            spec = replace(spec, model=str(hold(spec.model, model.files)))
+            files = {name: digest for name, digest in model.files.items() if not name.startswith("loras/")}
+            spec = replace(spec, model=str(hold(spec.model, files)))
     if spec.tokenizer is not None and is_url(spec.tokenizer):
         files = {name.removeprefix(_TOKENIZER): digest for name, digest in vocabulary.items()}
         spec = replace(spec, tokenizer=str(hold(spec.tokenizer, files)))
-    return spec
+    loras = tuple(
+        replace(lora, path=str(hold(lora.path, model.lora_files(lora.name)) / lora.path.rpartition("/")[2]))
+        if _is_lora_url(lora)
+        else lora
+        for lora in spec.loras
+    )
+    return replace(spec, loras=loras)
+
+
+def _is_lora_url(lora: LoraSpec) -> bool:
+    """Raises EngineError for the URL of a folder: a LoRA at a URL is one file."""
+    if is_url(lora.path) and not is_single_file(lora.path):
+        raise EngineError(f"LoRA {lora.name} at {lora.path}: only a .safetensors file is fetched; name the file")
+    return is_url(lora.path)
 
 
 def _claim(url: str, outline: Path) -> Iterable[str]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
-from latentmill.engine import ModelSpec
+from latentmill.engine import LoraSpec, ModelSpec
 from latentmill.jobs.models.cache import listing_digest
 from latentmill.jobs.models.presets import model_place
 
@@ -19,7 +21,7 @@ class ResolvedModel:
     `source` is what the user named; it stays valid on another machine, where the files may be elsewhere. `revision` is
     the commit that a hub id stood for. The next three are as `ModelSpec` takes them, the two after them what the model
     works with. `files` maps each file that can change a pixel to its sha256. `license` is known of a preset's own
-    weights.
+    weights. `loras` are the places of LoRAs by name, and `lora_scales` what they count where nothing else says so.
     """
 
     source: str
@@ -36,6 +38,20 @@ class ResolvedModel:
     max_tokens: int | None
     files: Mapping[str, str]
     license: str | None = None
+    loras: Mapping[str, str] = field(default_factory=dict)
+    lora_scales: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def document(self) -> dict[str, Any]:
+        """What a plan's document has of it: nothing of what it does not use and older versions do not know."""
+        used = {"loras": dict(self.loras), "lora_scales": dict(self.lora_scales)} if self.loras else {}
+        fields = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
+        return {name: value for name, value in fields.items() if name not in {"loras", "lora_scales"}} | used
+
+    def lora_files(self, name: str) -> dict[str, str]:
+        """The files of a LoRA, each with its sha256."""
+        prefix = f"loras/{name}/"
+        return {path.removeprefix(prefix): digest for path, digest in self.files.items() if path.startswith(prefix)}
 
     @property
     def digest(self) -> str:
@@ -62,4 +78,5 @@ class ResolvedModel:
             tokenizer=self.tokenizer,
             prediction_type=self.prediction_type,
             timestep_spacing=self.timestep_spacing,
+            loras=tuple(LoraSpec(name=name, path=place) for name, place in self.loras.items()),
         )

@@ -31,6 +31,7 @@ Kind = Literal[
     "captions-damaged",
     "dataset-wrong",
     "scores-wrong",
+    "not-reproduced",
 ]
 
 

@@ -31,10 +31,14 @@ from latentmill.jobs.outputs.publish import (
     manifest_path,
     merged_tables,
 )
+from latentmill.jobs.outputs.regenerate import Drawing, Redrawer, Regenerated
+from latentmill.jobs.outputs.rows import draw_samples, rows_of
 from latentmill.jobs.outputs.score_check import score_defects
 from latentmill.jobs.store.parquet import OversizeError, read_parquet
 
-Phase = Literal["checking", "comparing", "healing"]
+Phase = Literal["checking", "comparing", "drawing", "healing"]
+DEFAULT_SEED = 42
+"""What draws the samples that are made again, unless another one is given."""
 _THREADS = 8
 _MAX_DEFECTS = 10_000
 _SLACK_BYTES = 64 << 20
@@ -58,6 +62,10 @@ class VerifyReport:
     superseded_parts: int
     """Whole parts of a publication with other repairs: no defect, `clean` removes them when they are a day old."""
     defects: tuple[Defect, ...]
+    regenerated: tuple[Regenerated, ...] = ()
+    """Samples that were drawn, made again and compared."""
+    regenerate_seed: int | None = None
+    """What they were drawn by."""
 
     @property
     def exit_code(self) -> int:
@@ -71,7 +79,8 @@ class VerifyReport:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class VerifyProgress:
-    """How far it is: chunks while `checking` records and pictures, dataset parts while `comparing`.
+    """How far it is: chunks while `checking` records and pictures, dataset parts while `comparing`, samples while
+    `drawing` them again.
 
     `repair` goes on with pictures while `healing`.
     """
@@ -88,19 +97,25 @@ def verify(
     out_url: str,
     *,
     sample_n: int | None = None,
+    regenerate_n: int = 0,
+    regenerate_seed: int = DEFAULT_SEED,
+    drawing: Drawing | None = None,
     on_progress: Callable[[VerifyProgress], None] = lambda _: None,
 ) -> VerifyReport:
     """Checks the ledger against the plan, every picture against its row, the published dataset against the ledger, and
     scores against the dataset.
 
-    `sample_n` reads only that many pictures, chosen at random; records and dataset are always read whole. Repairs
-    that are made meanwhile are not looked at. Raises UsageError if the output has no plan.
+    `sample_n` reads only that many pictures, chosen at random; records and dataset are always read whole. So many
+    samples as `regenerate_n` says, chosen by its seed, are made again from their rows. Repairs that are made meanwhile
+    are not looked at. Raises UsageError if the output has no plan.
     """
     checker = _Checker(open_job(out_url), sample_n, on_progress)
     checker.check_chunks()
     checker.check_strays()
     checker.check_dataset()
     checker.check_scores()
+    if regenerate_n:
+        checker.check_regenerated(regenerate_n, regenerate_seed, drawing or Drawing())
     return checker.report()
 
 
@@ -123,6 +138,8 @@ class _Checker:
         self._total = _ChunkFindings()
         self._defects: list[Defect] = []
         self._parts = 0
+        self._regenerated: dict[int, Regenerated] = {}
+        self._regenerate_seed: int | None = None
         self._chosen: frozenset[int] | None = None
         if sample_n is not None and sample_n < job.plan.n_samples:
             self._chosen = frozenset(random.sample(range(job.plan.n_samples), sample_n))
@@ -139,6 +156,8 @@ class _Checker:
             repairs=self._listing.n_repairs,
             superseded_parts=self._superseded,
             defects=tuple(sorted(self._defects, key=lambda defect: (defect.kind, defect.path, defect.detail))),
+            regenerated=tuple(self._regenerated[sample] for sample in sorted(self._regenerated)),
+            regenerate_seed=self._regenerate_seed,
         )
 
     def check_chunks(self) -> None:
@@ -300,6 +319,23 @@ class _Checker:
             # what is wrong with the published parts themselves is told already
             with contextlib.suppress(FileNotFoundError, JobError):
                 self._defects.extend(score_defects(self._job, self._publication))
+
+    def check_regenerated(self, count: int, seed: int, drawing: Drawing) -> None:
+        """Samples that a seed draws from what is published come out again as they are."""
+        self._regenerate_seed = seed
+        try:
+            rows = rows_of(self._job, draw_samples(self._job, count, seed))
+        except JobError as error:
+            self._defects.append(Defect(kind="not-reproduced", path=self._manifest, detail=str(error)))
+            return
+        self._show("drawing", 0, len(rows))
+        for sample, again in Redrawer(self._job, drawing).samples(rows):
+            self._regenerated[sample] = again
+            if not again.good:
+                detail = f"sample {again.sample_id} made again: {again.words}"
+                path = again.image or self._manifest
+                self._defects.append(Defect(kind="not-reproduced", path=path, detail=detail))
+            self._show("drawing", len(self._regenerated), len(rows))
 
     def _check_unnamed(self, path: str, publication: Publication) -> None:
         """A part that no manifest names: where there are repairs, it may be of the publication before or to come."""

@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from latentmill.jobs.code import own_code
+from latentmill.jobs.manifests.loras import RowLoras
 from latentmill.jobs.manifests.manifest import Manifest
 from latentmill.jobs.manifests.tokens import TokenCounter
 from latentmill.jobs.models.resolved import ResolvedModel
@@ -24,6 +25,7 @@ from latentmill.jobs.plans.columns import formats
 from latentmill.jobs.plans.grid import Grid, class_fields, decode_class
 from latentmill.jobs.plans.ids import IdCounter
 from latentmill.jobs.plans.planned import fingerprint
+from latentmill.jobs.plans.prompt_notes import PromptNotes
 from latentmill.jobs.plans.snapshot import RejectWriter, SnapshotWriter
 from latentmill.jobs.plans.summary import (
     PlanSummary,
@@ -55,6 +57,9 @@ class DraftPlan:
     grid: Grid
     ids: IdCounter
     tokens: TokenCounter
+    prompt_notes: PromptNotes
+    wildcards: bytes | None
+    loras: RowLoras
     spool: ExitStack
 
     def __enter__(self) -> Self:
@@ -82,13 +87,14 @@ class DraftPlan:
     @cached_property
     def notes(self) -> tuple[str, ...]:
         """What a user should know about the manifest, one line each; texts in them are untrusted."""
-        return manifest_notes(
+        about_rows = self.loras.notes() + manifest_notes(
             self.manifest,
             self.ids.duplicates(),
             self.ids.compared,
             self.n_rows,
             is_sample=self.spec.is_sample,
         )
+        return (*about_rows, *self.prompt_notes.notes())
 
     def document(self) -> dict[str, Any]:
         """The content of plan.json."""
@@ -97,7 +103,7 @@ class DraftPlan:
             "plan_hash": self.plan_hash,
             "identity": self.identity,
             "nsfw_threshold": self.spec.nsfw_threshold,
-            "model": asdict(self.model),
+            "model": self.model.document,
             "manifest": {
                 "sources": [source.name for source in self.manifest.sources],
                 "digest": self.digest,
@@ -131,11 +137,14 @@ class DraftPlan:
             sources=tuple(source.name for source in self.manifest.sources),
             model=self.model.name,
             model_family=self.model.family,
+            loras=dict(self.model.lora_scales),
             device=identity["device"],
             dtype=identity["dtype"],
             threads_per_actor=identity["threads_per_actor"],
             parameters=dict(identity["parameters"]),
             axes={axis.name: list(axis.values) for axis in self.grid.axes},
+            zips=tuple(tuple(axis.name for axis in group) for group in self.grid.dimensions if len(group) > 1),
+            template=identity["template"],
             row_parameters=tuple(name for name in identity["parameters"] if name in own),
             rows=self.n_rows,
             rejected_rows=self.rejects.count,

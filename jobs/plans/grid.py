@@ -23,8 +23,9 @@ from numpy.typing import NDArray
 
 from latentmill.engine import SAMPLER_CHOICES, SAMPLERS
 from latentmill.jobs.errors import JobError, UsageError
-from latentmill.jobs.manifests.axes import Axis, count_combinations
+from latentmill.jobs.manifests.axes import Axis, Dimension, count_combinations
 from latentmill.jobs.manifests.fields import Value
+from latentmill.jobs.manifests.validate import VARIANTS
 
 LOOP_FIELDS = ("width", "height", "num_inference_steps", "sampler", "guided")
 MAX_GROUPS = 1024
@@ -92,15 +93,17 @@ def encode_class(fields: Sequence[str], values: Sequence[Value]) -> RowClass:
 
 
 def images_per_row(table: pa.Table, defaults: Mapping[str, Value]) -> NDArray[np.int64]:
-    """How many images each row asks for, per combination of the axes."""
+    """How many images each row asks for, per combination of the axes: of each of its prompts, if it has several."""
     if "num_images" not in table.column_names:
-        return np.full(len(table), int(defaults["num_images"]), dtype=np.int64)
-    return np.asarray(table.column("num_images").fill_null(defaults["num_images"]).to_numpy(), dtype=np.int64)
+        images = np.full(len(table), int(defaults["num_images"]), dtype=np.int64)
+    else:
+        images = np.asarray(table.column("num_images").fill_null(defaults["num_images"]).to_numpy(), dtype=np.int64)
+    return images * table.column(VARIANTS).to_numpy() if VARIANTS in table.column_names else images
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Group:
-    """Samples of one key. `digits` holds, per axis, the places of those values that belong here.
+    """Samples of one key. `digits` holds, per dimension, the places of those values that belong here.
 
     They are at the positions [first, first + n_samples) of their section.
     """
@@ -151,7 +154,9 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Place:
-    """One sample: its row inside the part, the axis values' places, the image of the row, the global ordinal."""
+    """One sample: its row inside the part, the values' places in each dimension, the image of the row, the global
+    ordinal.
+    """
 
     row: int
     digits: tuple[int, ...]
@@ -163,19 +168,25 @@ class Place:
 class Grid:
     """All of a job's samples. `images[part, row_class]` sums the images per combination over the part's rows.
 
-    `mixed` is False for outputs of the first formats, whose chunks have one loop each.
+    A dimension is an axis, or axes that vary together. `mixed` is False for outputs of the first formats, whose chunks
+    have one loop each.
     """
 
-    axes: tuple[Axis, ...]
+    dimensions: tuple[Dimension, ...]
     classes: tuple[RowClass, ...]
     images: NDArray[np.int64]
     chunk_size: int
     mixed: bool = True
 
+    @property
+    def axes(self) -> tuple[Axis, ...]:
+        """All axes, those that vary together side by side."""
+        return tuple(axis for dimension in self.dimensions for axis in dimension)
+
     @cached_property
     def combinations(self) -> int:
         """Samples per row and image."""
-        return count_combinations(self.axes)
+        return count_combinations(self.dimensions)
 
     @cached_property
     def n_samples(self) -> int:
@@ -213,7 +224,7 @@ class Grid:
 
     def check_limits(self) -> None:
         """Raise UsageError if there are too many groups or samples, without enumerating them."""
-        count = len(self.classes) * math.prod(len(_axis_choices(axis)) for axis in self.axes)
+        count = len(self.classes) * math.prod(len(_choices(dimension)) for dimension in self.dimensions)
         if count > MAX_GROUPS:
             raise UsageError(
                 f"the job mixes {count:,} combinations of size, steps, sampler and guidance, the limit is "
@@ -237,14 +248,14 @@ class Grid:
 
     def _keys(self) -> Iterator[_GroupEntry]:
         fields = class_fields(self.axes)
-        choices = [_axis_choices(axis) for axis in self.axes]
+        choices = [_choices(dimension) for dimension in self.dimensions]
         for row_class, numbers in enumerate(self.classes):
             known: dict[str, Any] = dict(zip(fields, numbers, strict=True))
             for choice in itertools.product(*choices):
-                values = {**known, **{name: value for name, value, _ in choice if name is not None}}
+                values = known | {name: value for given, _ in choice for name, value in given.items()}
                 shape = (values["width"], values["height"], bool(values["guided"]))
                 key = (*shape, values["num_inference_steps"], SAMPLER_CHOICES[values["sampler"]])
-                yield key, row_class, tuple(digits for _, _, digits in choice)
+                yield key, row_class, tuple(digits for _, digits in choice)
 
     def section_of(self, chunk: int) -> tuple[Section, int, int]:
         """The chunk's section and the positions [start, stop) of its samples in it."""
@@ -293,15 +304,16 @@ class Grid:
         return np.asarray(np.cumsum(per_part) - per_part, dtype=np.int64)
 
 
-def _axis_choices(axis: Axis) -> list[tuple[str | None, int, tuple[int, ...]]]:
-    """How an axis splits into groups: (loop field, its encoded value, places of the values), or one choice of all."""
-    everything = tuple(range(len(axis.values)))
-    if axis.name == "guidance_scale":
-        sides = [(flag, tuple(i for i in everything if _encode("guided", axis.values[i]) == flag)) for flag in (0, 1)]
-        return [("guided", flag, digits) for flag, digits in sides if digits]
-    if axis.name in LOOP_FIELDS:
-        return [(axis.name, _encode(axis.name, axis.values[i]), (i,)) for i in everything]
-    return [(None, 0, everything)]
+def _choices(dimension: Dimension) -> list[tuple[dict[str, int], tuple[int, ...]]]:
+    """How a dimension splits into groups: the loop fields that it gives, and the places of those values."""
+    fields = [("guided" if axis.name == "guidance_scale" else axis.name, axis.values) for axis in dimension]
+    fields = [(name, values) for name, values in fields if name in LOOP_FIELDS]
+    choices: dict[tuple[int, ...], list[int]] = {}
+    for place in range(len(dimension[0].values)):
+        given = tuple(_encode(name, values[place]) for name, values in fields)
+        choices.setdefault(given, []).append(place)
+    names = [name for name, _ in fields]
+    return [(dict(zip(names, given, strict=True)), tuple(places)) for given, places in choices.items()]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -317,7 +329,7 @@ class PartRows:
         ends = np.cumsum(self.images[rows]) * group.combinations
         images_before = np.cumsum(self.images) - self.images
         first_ordinal = grid.first_ordinal(part)
-        sizes = [len(axis.values) for axis in grid.axes]
+        sizes = [len(dimension[0].values) for dimension in grid.dimensions]
         index = int(np.searchsorted(ends, start, side="right"))
         for position in range(start, stop):
             while position >= ends[index]:

@@ -12,7 +12,7 @@ from latentmill.jobs.manifests.axes import Axis
 from latentmill.jobs.manifests.fields import FIELDS, Value
 from latentmill.jobs.models.choice import ModelDefaults
 from latentmill.jobs.models.resolved import ResolvedModel
-from latentmill.jobs.settings import settings_of
+from latentmill.jobs.settings import default_of, settings_of
 from latentmill.jobs.spec import JobSpec
 
 
@@ -42,8 +42,14 @@ def plan_identity(
     axes: tuple[Axis, ...],
     digest: str,
     batch_size: int,
+    zips: list[list[str]],
+    wildcards: str | None,
 ) -> dict[str, Any]:
-    """All that can change a pixel or a row, and nothing else."""
+    """All that can change a pixel or a row, and nothing else.
+
+    `zips` names the axes that vary together; `wildcards` is the digest of those that are used.
+    """
+    later = {"zip": zips, "wildcards": wildcards, "loras": dict(model.lora_scales)}
     return {
         "model_files": dict(sorted(model.files.items())),
         "prediction_type": model.predicts,
@@ -52,6 +58,21 @@ def plan_identity(
         "axes": [[axis.name, list(axis.values)] for axis in axes],
         "manifest": digest,
         **_planned_settings(spec, batch_size),
+        **{name: value for name, value in later.items() if value},
+    }
+
+
+def in_words_of(begun: Mapping[str, Any], identity: Mapping[str, Any]) -> dict[str, Any]:
+    """The identity as an output has it that was begun before there were some of the settings.
+
+    What it does not know is left out where it has its default: that is what the output was made with. So a setting may
+    be added without a word about older outputs.
+    """
+    defaults = {name: default_of(JobSpec, name) for name, setting in settings_of(JobSpec).items() if setting.planned}
+    return {
+        name: value
+        for name, value in identity.items()
+        if name in begun or name not in defaults or value != defaults[name]
     }
 
 

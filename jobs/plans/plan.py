@@ -9,6 +9,7 @@ from latentmill.jobs.errors import OutputConflictError, UsageError
 from latentmill.jobs.manifests.fields import shorten
 from latentmill.jobs.plans.columns import formats
 from latentmill.jobs.plans.draft import DraftPlan
+from latentmill.jobs.plans.identity import in_words_of
 from latentmill.jobs.plans.planned import (
     MAX_PLAN_BYTES,
     PLAN_PATH,
@@ -18,6 +19,7 @@ from latentmill.jobs.plans.planned import (
     fingerprint,
     parse_plan,
     part_path,
+    wildcards_path,
 )
 from latentmill.jobs.plans.planning import draft_plan
 from latentmill.jobs.plans.sample import PlannedSample
@@ -38,6 +40,8 @@ def adopt(draft: DraftPlan, storage: Storage) -> Plan:
     if existing is None:
         for part in range(len(draft.snapshot.parts)):
             storage.create(part_path(draft.digest, part), draft.snapshot.path(part).read_bytes())
+        if draft.wildcards is not None:
+            storage.create(wildcards_path(draft.identity["wildcards"]), draft.wildcards)
         storage.create(PLAN_PATH, canonical(draft.document()).encode())
         existing = load_plan(storage)  # this draft's, or another driver's that was faster
     plan = _same_plan(draft, existing)
@@ -76,6 +80,7 @@ def _same_plan(draft: DraftPlan, existing: Plan) -> Plan:
         identity["threads_per_actor"] = existing.settings.threads_per_actor
     if existing.identity.get("format") == "files":
         identity["format"] = "files"  # an older version wrote its --format here; pictures are always files
+    identity = in_words_of(existing.identity, identity)
     if fingerprint(identity) == existing.plan_hash:
         return existing
     differences = list(_differences(existing.identity, identity))
@@ -95,8 +100,14 @@ def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str
 
 def _flat(identity: Mapping[str, Any]) -> dict[str, Any]:
     flat = {
-        key: value for key, value in identity.items() if key not in {"model_files", "parameters", "axes", "manifest"}
+        key: value
+        for key, value in identity.items()
+        if key not in {"model_files", "parameters", "axes", "manifest", "zip", "wildcards"}
     }
+    if "zip" in identity:
+        flat["zip"] = "; ".join(",".join(names) for names in identity["zip"])
+    if "wildcards" in identity:
+        flat["wildcards (digest)"] = identity["wildcards"][:12]
     flat |= {f"model file {name}": digest[:12] for name, digest in identity["model_files"].items()}
     flat |= identity["parameters"]
     flat |= {f"sweep {name}": ",".join(map(str, values)) for name, values in identity["axes"]}

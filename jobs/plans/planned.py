@@ -14,12 +14,16 @@ from numpy.typing import NDArray
 
 from latentmill.engine import GenerationRequest
 from latentmill.jobs.errors import JobError, UsageError
-from latentmill.jobs.manifests.axes import Axis
+from latentmill.jobs.manifests.axes import Axis, build_dimensions
 from latentmill.jobs.manifests.fields import Value, shorten
-from latentmill.jobs.manifests.validate import CARRIED_PREFIX, snapshot_schema
+from latentmill.jobs.manifests.loras import RowLoras, format_scale
+from latentmill.jobs.manifests.prompt_texts import TEMPLATE_COLUMN, added_columns, prompt_texts
+from latentmill.jobs.manifests.validate import CARRIED_PREFIX, VARIANTS, snapshot_schema
+from latentmill.jobs.manifests.wildcards import PlannedWildcards
 from latentmill.jobs.models.resolved import ResolvedModel
 from latentmill.jobs.plans.columns import MIXED_CHUNKS_SINCE, columns_of, formats, own_fields, values
 from latentmill.jobs.plans.grid import MAX_SAMPLES, Grid, Group, Piece, Place, class_fields, encode_class
+from latentmill.jobs.plans.lora_columns import lora_fields, lora_values
 from latentmill.jobs.plans.sample import PlannedSample
 from latentmill.jobs.plans.snapshot import PartInfo, SnapshotReader
 from latentmill.jobs.settings import settings_of
@@ -52,6 +56,11 @@ def part_path(digest: str, part: int) -> str:
     return f"_job/manifest-{digest[:16]}-{part:05d}.parquet"
 
 
+def wildcards_path(digest: str) -> str:
+    """Where the wildcards of a plan's templates lie in the output."""
+    return f"_job/wildcards-{digest[:16]}.json"
+
+
 def record_names(carried: Sequence[str], own: Collection[str]) -> list[str]:
     """The carried columns' names in the commit record: a name that is among our `own` gets the prefix `manifest_`."""
     taken = {*own, *carried}
@@ -74,6 +83,10 @@ def _settings(document: Mapping[str, Any], out: str) -> JobSpec:
         out=out,
         model=model["source"],
         sweep=dict(identity["axes"]),
+        zip=tuple(map(tuple, identity.get("zip", ()))),
+        lora={
+            name: f"{place}:{format_scale(identity['loras'][name])}" for name, place in model.get("loras", {}).items()
+        },
         **{name: model[name] for name in chosen},
         **identity["parameters"],
         **({name: identity[name] for name in names} | {"nsfw_threshold": document["nsfw_threshold"]}),
@@ -104,13 +117,22 @@ class Plan:
         self.n_rows: int = manifest["rows"]
         self.n_rejected: int = manifest["rejected"]
         self.grid = Grid(
-            axes=self.axes,
+            dimensions=build_dimensions(self.axes, self.settings.zip),
             classes=tuple(encode_class(class_fields(self.axes), values) for values in manifest["classes"]),
             images=np.array(manifest["images"], dtype=np.int64).reshape(len(manifest["parts"]), -1),
             chunk_size=self.settings.chunk_size,
             mixed=self.format_version >= MIXED_CHUNKS_SINCE,
         )
-        own = own_fields(self.format_version)
+        wildcards: str | None = identity.get("wildcards")
+        self._texts = prompt_texts(
+            self.settings.template,
+            PlannedWildcards(lambda: storage.read(wildcards_path(str(wildcards))), wildcards),
+            self.axes,
+        )
+        self._added = added_columns(self.settings.template, self.axes)
+        self._loras = RowLoras(self.model.lora_scales, self.settings.prompt_syntax)
+        added = [pa.field(name, pa.string()) for name in self._added]
+        own = [*own_fields(self.format_version), *added, *lora_fields(self.model)]
         carried = pa.ipc.read_schema(pa.py_buffer(bytes.fromhex(manifest["carried"])))
         self._names = record_names(carried.names, [field.name for field in own])
         self.record_schema = pa.schema(
@@ -119,7 +141,7 @@ class Plan:
         self._snapshot = SnapshotReader(
             lambda part: storage.read(part_path(manifest["digest"], part)),
             [PartInfo(**part) for part in manifest["parts"]],
-            snapshot_schema(tuple(manifest["own"]), carried),
+            snapshot_schema(tuple(manifest["own"]), carried, variants=self._texts.counts_variants),
             class_fields=class_fields(self.axes),
             defaults=self.parameters,
         )
@@ -191,7 +213,8 @@ class Plan:
         return max(_MIN_ID_DIGITS, len(str(self.n_samples - 1)))
 
     def _sample(self, rows: _Rows, place: Place, row: int) -> PlannedSample:
-        swept = {axis.name: axis.values[digit] for axis, digit in zip(self.axes, place.digits, strict=True)}
+        dimensions = zip(self.grid.dimensions, place.digits, strict=True)
+        swept = {axis.name: axis.values[digit] for dimension, digit in dimensions for axis in dimension}
 
         def value(name: str) -> Any:
             if name in swept:
@@ -199,17 +222,23 @@ class Plan:
             own = rows.get(name, row)
             return self.parameters[name] if own is None else own
 
-        seed = swept.get("seed", rows.get("seed", row))
+        given = swept.get("seed", rows.get("seed", row))
+        variant, image = (
+            divmod(place.image, rows.images(row, self.parameters)) if VARIANTS in rows else (0, place.image)
+        )
+        seed = int(self.parameters["seed"]) + place.ordinal if given is None else int(given) + image
+        prompt = swept.get("prompt", rows.get("prompt", row))
         request = GenerationRequest(
-            prompt=rows.get("prompt", row),
-            negative_prompt=value("negative_prompt"),
-            seed=int(self.parameters["seed"]) + place.ordinal if seed is None else int(seed) + place.image,
+            prompt=self._texts.prompt(prompt, seed, variant, swept),
+            negative_prompt=self._texts.negative(value("negative_prompt"), swept),
+            seed=seed,
             width=value("width"),
             height=value("height"),
             num_inference_steps=value("num_inference_steps"),
             guidance_scale=value("guidance_scale"),
             sampler=value("sampler"),
             eta=value("eta"),
+            loras=tuple(self._loras.of(rows.get("loras", row), rows.get("prompt", row), swept).items()),
         )
         return PlannedSample(
             ordinal=place.ordinal,
@@ -217,7 +246,9 @@ class Plan:
             row_number=rows.get("row_number", row),
             row_id=rows.get("row_id", row),
             request=request,
-            extra=dict(zip(self._names, rows.carried(row), strict=True)),
+            extra={name: prompt if name == TEMPLATE_COLUMN else swept[name] for name in self._added}
+            | lora_values(self.model, request)
+            | dict(zip(self._names, rows.carried(row), strict=True)),
         )
 
 
@@ -233,6 +264,13 @@ class _Rows:
         self._carried = [
             _python_values(table.column(name)) for name in table.column_names if name.startswith(CARRIED_PREFIX)
         ]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._columns
+
+    def images(self, row: int, parameters: Mapping[str, Value]) -> int:
+        own = self.get("num_images", row)
+        return int(parameters["num_images"] if own is None else own)
 
     def get(self, name: str, row: int) -> Any:
         column = self._columns.get(name)

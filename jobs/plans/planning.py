@@ -13,11 +13,14 @@ import pyarrow as pa
 
 from latentmill.engine import SEED_LIMIT, WATERMARK_MIN_PIXELS, EngineError, ModelDescription, load_tokenizer
 from latentmill.jobs.errors import UsageError
-from latentmill.jobs.manifests.axes import Axis, build_axes
+from latentmill.jobs.manifests.axes import Axis, Dimension, build_axes, build_dimensions
+from latentmill.jobs.manifests.loras import row_loras
 from latentmill.jobs.manifests.manifest import Manifest, open_manifest
+from latentmill.jobs.manifests.prompt_texts import expand_axes, prompt_texts
 from latentmill.jobs.manifests.rules import Rules
 from latentmill.jobs.manifests.tokens import TokenCounter
 from latentmill.jobs.manifests.validate import check_job, snapshot_schema, validate
+from latentmill.jobs.manifests.wildcards import Templates, WildcardFolder, encode_wildcards, wildcards_digest
 from latentmill.jobs.models.choice import ModelChoice, ModelDefaults, resolve_model
 from latentmill.jobs.models.place import place_model
 from latentmill.jobs.models.resolved import ResolvedModel
@@ -25,10 +28,9 @@ from latentmill.jobs.plans.draft import DraftPlan
 from latentmill.jobs.plans.grid import Grid, class_fields
 from latentmill.jobs.plans.identity import default_parameters, plan_identity
 from latentmill.jobs.plans.ids import MAX_IDS_COMPARED, IdCounter
+from latentmill.jobs.plans.prompt_notes import PromptNotes, prompts_of_axis
 from latentmill.jobs.plans.snapshot import RejectWriter, SnapshotWriter
-from latentmill.jobs.plans.summary import (
-    suspect_note,
-)
+from latentmill.jobs.plans.summary import suspect_note
 from latentmill.jobs.scratch import PLAN_PREFIX, scratch_folder
 from latentmill.jobs.spec import JobSpec
 from latentmill.jobs.watermark_bits import bits_needed
@@ -39,7 +41,10 @@ def draft_plan(spec: JobSpec, *, on_stage: Callable[[str], None] = lambda _: Non
 
     Raises UsageError for a job that cannot run. The caller closes the draft. `on_stage` is told of slow stages.
     """
-    axes = build_axes(spec.sweep)
+    wildcards = WildcardFolder(spec.wildcards)
+    axes = expand_axes(spec.template, Templates(wildcards), build_axes(spec.sweep))
+    dimensions = build_dimensions(axes, spec.zip)
+    texts = prompt_texts(spec.template, wildcards, axes)
     _check_watermark(spec)
     on_stage("finding and hashing the model")
     model, defaults, described = resolve_model(
@@ -49,6 +54,7 @@ def draft_plan(spec: JobSpec, *, on_stage: Callable[[str], None] = lambda _: Non
             tokenizer=spec.tokenizer,
             prediction_type=spec.prediction_type,
             timestep_spacing=spec.timestep_spacing,
+            loras=spec.lora,
         )
     )
     try:
@@ -62,12 +68,16 @@ def draft_plan(spec: JobSpec, *, on_stage: Callable[[str], None] = lambda _: Non
     if spec.strict and manifest.suspects:
         raise UsageError(f"{suspect_note(manifest.suspects[0])} (strict refuses such columns)")
     axis_values = {axis.name: axis.values for axis in axes}
+    loras = row_loras(model.lora_scales, spec.prompt_syntax, tuple(axis_values))
     tokens = TokenCounter(
         lambda: load_tokenizer(place_model(model)),
         syntax=spec.prompt_syntax,
         limit=None if model.max_tokens is None else model.max_tokens - 2,
+        prompts=[str(text) for text in axis_values.get("prompt", ())],
         negatives=[str(text) for text in axis_values.get("negative_prompt", ())],
         default_negative=str(parameters["negative_prompt"]),
+        longest_of=texts.longest,
+        reads_tags=loras.reads_tags,
     )
     rules = Rules(
         factor=model.factor,
@@ -75,13 +85,16 @@ def draft_plan(spec: JobSpec, *, on_stage: Callable[[str], None] = lambda _: Non
         steps_fault=_steps_fault(described),
         defaults=parameters,
         axes=axis_values,
+        zips=[[axis.name for axis in dimension] for dimension in dimensions if len(dimension) > 1],
+        texts=texts,
         tokens=tokens if spec.long_prompts == "error" else None,
+        loras=loras,
     )
     check_job(rules, manifest.own)
     spool = ExitStack()
     folder = spool.enter_context(scratch_folder(Path(tempfile.gettempdir()), PLAN_PREFIX))
     try:
-        return _draft(spec, model, defaults, manifest, rules, axes, tokens, folder, spool)
+        return _draft(spec, model, defaults, manifest, rules, axes, dimensions, tokens, wildcards, folder, spool)
     except BaseException:
         spool.close()
         raise
@@ -94,29 +107,50 @@ def _draft(
     manifest: Manifest,
     rules: Rules,
     axes: tuple[Axis, ...],
+    dimensions: tuple[Dimension, ...],
     tokens: TokenCounter,
+    wildcards: WildcardFolder,
     folder: Path,
     spool: ExitStack,
 ) -> DraftPlan:
-    schema = snapshot_schema(manifest.own, manifest.carried)
+    schema = snapshot_schema(manifest.own, manifest.carried, variants=rules.texts.counts_variants)
     snapshot = SnapshotWriter(folder, schema, class_fields=class_fields(axes), defaults=rules.defaults)
     rejects = RejectWriter(folder / "rejected.parquet")
     ids = IdCounter(MAX_IDS_COMPARED if "id" in manifest.own else 0)
-    digest = _spool(manifest, rules, schema, snapshot, rejects, ids, strict=spec.strict)
-    grid = Grid(axes=axes, classes=tuple(snapshot.classes), images=snapshot.image_counts(), chunk_size=spec.chunk_size)
+    prompt_notes = PromptNotes(rules.texts)
+    digest = _spool(manifest, rules, schema, snapshot, rejects, ids, prompt_notes, strict=spec.strict)
+    grid = Grid(
+        dimensions=dimensions,
+        classes=tuple(snapshot.classes),
+        images=snapshot.image_counts(),
+        chunk_size=spec.chunk_size,
+    )
     grid.check_limits()
     _check_default_seeds(grid, snapshot, spec.seed)
+    kept = encode_wildcards(wildcards.used) if wildcards.used else None
     return DraftPlan(
         spec=spec,
         model=model,
         manifest=manifest,
-        identity=plan_identity(spec, model, rules.defaults, axes, digest, spec.batch_size or defaults.batch_size),
+        identity=plan_identity(
+            spec,
+            model,
+            rules.defaults,
+            axes,
+            digest,
+            spec.batch_size or defaults.batch_size,
+            zips=[list(group) for group in rules.zips],
+            wildcards=None if kept is None else wildcards_digest(kept),
+        ),
         snapshot=snapshot,
         digest=digest,
         rejects=rejects,
         grid=grid,
         ids=ids,
         tokens=tokens,
+        prompt_notes=prompt_notes,
+        wildcards=kept,
+        loras=rules.loras,
         spool=spool,
     )
 
@@ -161,10 +195,13 @@ def _spool(
     snapshot: SnapshotWriter,
     rejects: RejectWriter,
     ids: IdCounter,
+    prompt_notes: PromptNotes,
     *,
     strict: bool,
 ) -> str:
     """Read, check and spool all rows; returns the digest of those that are kept."""
+    if "prompt" in rules.axes:
+        prompt_notes.add(prompts_of_axis(rules.axes["prompt"]))
     offset = 0
     for source in manifest.sources:
         last = 0
@@ -179,6 +216,8 @@ def _spool(
                     f"{source.name}, row {reject.line}: {reject.reason} (strict refuses a manifest with any bad row)"
                 )
             snapshot.add(checked.kept)
+            if "prompt" not in rules.axes:
+                prompt_notes.add(checked.kept.column("prompt"))
             ids.add(checked.kept.column("row_id"))
             last = int(batch.lines[-1])
         offset += last

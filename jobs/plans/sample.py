@@ -10,7 +10,10 @@ from latentmill.engine import GenerationRequest
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PlannedSample:
-    """One image to be made. `extra` holds the row's carried columns under their names in the commit record."""
+    """One image to be made. `extra` holds the row's carried columns under their names in the commit record.
+
+    Before them, of a job with LoRAs, their columns (lora_columns.py).
+    """
 
     ordinal: int
     sample_id: str

@@ -41,12 +41,27 @@ class GroupNote:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Estimate:
+    """About how long a job will take: `seconds` of one model at work, `elapsed` where `models` work at once.
+
+    `source` says where the rate comes from. `cost` is that of the GPU hours, None without a price.
+    """
+
+    seconds: float
+    elapsed: float
+    models: int
+    source: str
+    cost: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class PlanSummary:
     """A plan in numbers.
 
     `tokens_over_limit` counts rows whose prompt or negative prompt has more than `token_limit` tokens, among the first
     `tokens_checked`; `long_prompts` says how they are handled. The limit is None if it is unknown.
-    `parameters` holds the defaults; rows override those of `row_parameters`, the sweep those of `axes`.
+    `parameters` holds the defaults; rows override those of `row_parameters`, the sweep those of `axes`, of which those
+    in each group of `zips` vary together. `loras` are the scales of LoRAs that rows, prompts and axes do not give.
     `passes` counts, about, how often the denoiser runs at a full batch; `padding_waste` is the share of its slots that
     do nothing for any sample. `duplicate_ids` counts rows with the id of an earlier row, among the first
     `ids_compared`.
@@ -57,11 +72,14 @@ class PlanSummary:
     sources: tuple[str, ...]
     model: str
     model_family: str
+    loras: dict[str, float]
     device: str
     dtype: str
     threads_per_actor: int
     parameters: dict[str, Value]
     axes: dict[str, list[Value]]
+    zips: tuple[tuple[str, ...], ...]
+    template: str
     row_parameters: tuple[str, ...]
     rows: int
     rejected_rows: int
@@ -87,6 +105,7 @@ class PlanSummary:
     duplicate_ids: int
     ids_compared: int
     notes: tuple[str, ...]
+    estimate: Estimate | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """For `--json`."""
@@ -144,13 +163,16 @@ def describe_group(group: Group) -> GroupNote:
 
 def count_denoising(grid: Grid, batch_size: int) -> tuple[int, float]:
     """How often the denoiser runs at a full batch, and the share of its slots that do nothing for any sample."""
-    total = sum(_section_passes(section, grid.chunk_size, batch_size) for section in grid.sections)
+    total = sum(section_passes(section, grid.chunk_size, batch_size) for section in grid.sections)
     useful = sum(group.n_samples * passes(group.loop) for group in grid.groups)
     return total, 1 - useful / (total * batch_size)
 
 
-def _section_passes(section: Section, size: int, batch_size: int) -> int:
-    """Chunks of one loop are counted by arithmetic; those where groups meet, and the last one, are looked at."""
+def section_passes(section: Section, size: int, batch_size: int) -> int:
+    """How often the denoiser runs for a section at a full batch.
+
+    Chunks of one loop are counted by arithmetic; those where groups meet, and the last one, are looked at.
+    """
     total = 0
     looked_at = {section.n_samples // size} if section.n_samples % size else set()
     for group in section.groups:

@@ -86,7 +86,7 @@ def print_facts(title: str, facts: Mapping[str, object], *, style: str = "green"
     grid.add_column(style="bold", no_wrap=True)
     grid.add_column(overflow="fold")
     for name, value in facts.items():
-        grid.add_row(name, Text(safe(value)))
+        grid.add_row(Text(safe(name)), Text(safe(value)))
     console.print(Panel(grid, title=Text(safe(title)), title_align="left", border_style=style, expand=False))
 
 

@@ -24,7 +24,9 @@ import pyarrow.compute as pc
 from latentmill.jobs.errors import JobError
 from latentmill.jobs.exports.rows import Source
 from latentmill.jobs.job import Job
+from latentmill.jobs.manifests.replacements import replaced_by
 from latentmill.jobs.plans.columns import COLUMNS, STATUSES
+from latentmill.jobs.plans.planned import Plan
 from latentmill.jobs.show.page import MAX_TEXT, PageFolder, encode_columns, thumbnail
 from latentmill.jobs.store.errors import ForeignObjectError, StorageError
 
@@ -276,10 +278,22 @@ class Gallery:
             "detailRows": DETAIL_ROWS,
             "columns": [{"name": name, "text": texts.get(name, "")} for name in self._names],
             "details": list(_DETAILS),
-            "axes": [{"name": axis.name, "values": list(axis.values)} for axis in plan.axes if len(axis.values) > 1],
+            "axes": _axes(plan),
             "command": f"latentmill regenerate {shlex.quote(self.job.storage.url)} --sample",
             "blocks": [{"rows": block.rows, "details": block.details, "n": block.n} for block in blocks],
         }
+
+
+def _axes(plan: Plan) -> list[dict[str, Any]]:
+    """The columns in which a sweep's dimensions are seen, each with the order of its values where the plan has one.
+
+    Of axes that vary together the first one stands for all, and for a text that is replaced the column that it is in.
+    """
+    found: dict[str, list[Any]] = {}
+    for axis in (dimension[0] for dimension in plan.grid.dimensions if len(dimension[0].values) > 1):
+        replaced = replaced_by(axis.name)
+        found.setdefault(axis.name if replaced is None else replaced[0], list(axis.values) if replaced is None else [])
+    return [{"name": name, "values": values} for name, values in found.items()]
 
 
 def _detail_parts(table: pa.Table) -> Iterator[pa.Table]:

@@ -14,6 +14,7 @@ from latentmill.jobs.errors import JobError, UsageError
 from latentmill.jobs.exports.rows import Source
 from latentmill.jobs.job import Job, open_job
 from latentmill.jobs.ledger.pictures import decode_png
+from latentmill.jobs.manifests.axes import joined_axis
 from latentmill.jobs.outputs.publish import Publication, load_publication, read_columns
 from latentmill.jobs.show.fonts import Lettering
 from latentmill.jobs.show.gallery import REPORT_PREFIX, CommittedRows, Gallery, GallerySummary, PublishedRows
@@ -135,7 +136,8 @@ def _draw_sheets(
     rows = _rows(job, publication)
     sheets: list[Sheet] = []
     if max_sheets:
-        sheets = plan_sheets(rows, job.plan.images_per_row(), job.plan.axes, max_sheets, lettering)
+        axes = tuple(map(joined_axis, job.plan.grid.dimensions))
+        sheets = plan_sheets(rows, job.plan.images_per_row(), axes, max_sheets, lettering)
     paths = tuple(f"{REPORT_PREFIX}/sheet-{number:04d}.png" for number in range(1, len(sheets) + 1))
     unreadable: set[str] = set()
 

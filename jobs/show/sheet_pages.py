@@ -106,7 +106,7 @@ def _place_in_line(book: _Book, located: _Located, axes: Sequence[Axis]) -> bool
 
     sheet = book.page((page_down, page_right), make)
     if sheet is not None:
-        sheet.row_headers[row] = _clip(located.row["prompt"])
+        sheet.row_headers[row] = "" if _gives_prompts(axis) else _clip(located.row["prompt"])
         sheet.cells[row, column] = _cell(located.row, axes)
     return sheet is not None
 
@@ -124,7 +124,8 @@ def _place_on_page(book: _Book, located: _Located, axes: Sequence[Axis]) -> bool
         fixed = [_label(axis, axis.values[digit]) for axis, digit in zip(outer, outer_digits, strict=True)]
         if located.image_number:
             fixed.append(f"image {located.image_number + 1}")
-        title = wrap(_clip(located.row["prompt"]), TITLE_SIZE, width, 2, book.lettering)
+        several = _gives_prompts(down) or _gives_prompts(across)
+        title = [] if several else wrap(_clip(located.row["prompt"]), TITLE_SIZE, width, 2, book.lettering)
         return Sheet(
             title=(*title, *([", ".join(fixed)] if fixed else [])),
             column_headers=headers,
@@ -165,6 +166,11 @@ def _cell(row: Mapping[str, Any], axes: Sequence[Axis], caption: tuple[str, ...]
         caption=(*caption, f"#{number}{seed}"),
         size=(row["width"], row["height"]),
     )
+
+
+def _gives_prompts(axis: Axis) -> bool:
+    """Whether prompts differ along the axis, so that no one of them is a title."""
+    return any(name.startswith("prompt") for name in axis.name.split(" with "))
 
 
 def _headers(axis: Axis, page: int, per_page: int) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ import sys
 from collections import Counter
 from typing import TYPE_CHECKING
 
+from latentmill.jobs.manifests.fields import shorten
 from latentmill.jobs.show.display import duration, print_facts, print_table, print_untrusted, safe, size
 from latentmill.jobs.terminal import print_line
 
@@ -18,11 +19,12 @@ if TYPE_CHECKING:
     from latentmill.jobs.inspection import Inspection, Unread
     from latentmill.jobs.models.presets import ModelPreset
     from latentmill.jobs.outputs.clean import CleanReport
+    from latentmill.jobs.outputs.regenerate import RegenerateReport
     from latentmill.jobs.outputs.repair import RepairReport
     from latentmill.jobs.outputs.score import ScoreSummary
     from latentmill.jobs.outputs.status import StatusReport
     from latentmill.jobs.outputs.verify import VerifyReport
-    from latentmill.jobs.plans.summary import PlanSummary
+    from latentmill.jobs.plans.summary import Estimate, PlanSummary
     from latentmill.jobs.runner import RunSummary
     from latentmill.jobs.scores.duplicates import Duplicates
     from latentmill.jobs.show.report import ReportSummary
@@ -44,6 +46,10 @@ _UNREADABLE = {
     "require": "; where it cannot be read back, the sample fails",
     "retry": "; where it cannot be read back, dwtDctSvd, and where that cannot, the sample fails",
 }
+_TEMPLATES = {
+    "dynamic": "one prompt of each template, drawn by the sample's seed",
+    "dynamic-all": "all prompts that the templates stand for",
+}
 _LONG_PROMPTS = {
     "truncate": "are cut there: --long-prompts chunk reads all of them",
     "chunk": "are read whole, in several chunks",
@@ -61,6 +67,7 @@ def show_plan(plan: PlanSummary, *, quiet: bool = False) -> None:
         "manifest": ", ".join(plan.sources),
         "rows": f"{plan.rows:,} valid, {plan.rejected_rows:,} rejected",
         "model": f"{plan.model} ({plan.model_family}, {plan.dtype} on {plan.device})",
+        **({"LoRAs": ", ".join(f"{name} {scale:g}" for name, scale in plan.loras.items())} if plan.loras else {}),
         "parameters": ", ".join(
             f"{name} {value}"
             for name, value in plan.parameters.items()
@@ -79,7 +86,12 @@ def show_plan(plan: PlanSummary, *, quiet: bool = False) -> None:
         )
     for name, values in plan.axes.items():
         more = f", ... ({len(values):,} values)" if len(values) > _VALUES_SHOWN else ""
-        facts[f"sweep {name}"] = ", ".join(map(str, values[:_VALUES_SHOWN])) + more
+        shown = (shorten(value) if "prompt" in name else value for value in values[:_VALUES_SHOWN])
+        facts[f"sweep {name}"] = ", ".join(map(str, shown)) + more
+    if plan.zips:
+        facts["zip"] = "; ".join(" with ".join(names) for names in plan.zips)
+    if plan.template != "none":
+        facts["template"] = _TEMPLATES[plan.template]
     facts |= {
         "samples": f"{plan.samples:,}",
         "chunks": f"{plan.chunks:,} of up to {plan.chunk_size} samples, in {len(plan.groups)} group(s) of one size, "
@@ -96,6 +108,8 @@ def show_plan(plan: PlanSummary, *, quiet: bool = False) -> None:
         "plan hash": plan.plan_hash[:16],
         "output": f"{plan.out} (nothing was written)",
     }
+    if plan.estimate is not None:
+        facts |= _estimate_facts(plan.estimate)
     print_facts("plan", facts, style="cyan")
     for note in plan.notes:
         print_line(f"note: {safe(note)}")
@@ -104,7 +118,27 @@ def show_plan(plan: PlanSummary, *, quiet: bool = False) -> None:
         print_table(
             f"rejected rows (first {len(rows)} of {plan.rejected_rows:,})", ["file", "row", "why", "text"], rows
         )
-    print_line(safe(shlex.join(["next:", "latentmill", "run", *sys.argv[2:]])))  # a file's name can be hostile too
+    print_line(
+        safe(shlex.join(["next:", "latentmill", "run", *_flags_of_a_run(sys.argv[2:])]))
+    )  # a name can be hostile
+
+
+def _estimate_facts(estimate: Estimate) -> dict[str, object]:
+    several = f", {duration(estimate.elapsed)} by {estimate.models} at once" if estimate.models > 1 else ""
+    facts: dict[str, object] = {"time": f"about {duration(estimate.seconds)} by one model{several} ({estimate.source})"}
+    return facts if estimate.cost is None else {**facts, "cost": f"about {estimate.cost:,.2f}"}
+
+
+def _flags_of_a_run(typed: Sequence[str]) -> list[str]:
+    """What was typed, without the flags that only `plan` has."""
+    kept: list[str] = []
+    words = iter(typed)
+    for word in words:
+        if word in {"--rate-from", "--gpu-hour-price"}:
+            next(words, None)
+        elif word != "--measure" and not word.startswith(("--rate-from=", "--gpu-hour-price=")):
+            kept.append(word)
+    return kept
 
 
 def show_run(summary: RunSummary) -> None:
@@ -226,6 +260,7 @@ def show_verify(report: VerifyReport) -> None:
         "read": f"{report.rows:,} rows in {report.chunks:,} chunks, {report.images_checked:,} images, "
         f"{report.parts_checked:,} dataset parts, {size(report.bytes_read)}",
         "defects": f"{len(report.defects):,}" if report.defects else "none",
+        **_regenerate_facts(report),
         **_repair_facts(report),
         "plan hash": report.plan_hash[:16],
     }
@@ -238,6 +273,29 @@ def show_verify(report: VerifyReport) -> None:
         shown = report.defects[:_DEFECTS_SHOWN]
         rows = [[defect.kind, defect.path, defect.detail] for defect in shown]
         print_table(f"defects (first {len(rows)} of {len(report.defects):,})", ["kind", "where", "what"], rows)
+
+
+def _regenerate_facts(report: VerifyReport) -> dict[str, object]:
+    if report.regenerate_seed is None:
+        return {}
+    counts = Counter(sample.outcome for sample in report.regenerated)
+    outcomes = ", ".join(f"{count:,} {outcome}" for outcome, count in counts.most_common())
+    return {"made again": f"{len(report.regenerated):,} samples drawn by seed {report.regenerate_seed}: {outcomes}"}
+
+
+def show_regenerated(report: RegenerateReport) -> None:
+    """One line for each sample, then what it was drawn on and where it lies."""
+    for sample in report.samples:
+        status = "" if sample.status == "ok" else f" ({sample.status})"
+        print_line(safe(f"{sample.sample_id}{status}: {sample.words}"))
+    facts: dict[str, object] = {"drawn on": "; ".join(report.execution_classes) or "nothing: no model was loaded"}
+    if not all(sample.outcome == "identical" for sample in report.samples):
+        facts["tolerance"] = f"a mean difference of {report.tolerance:g} of 255, on another execution class only"
+    if any(sample.file for sample in report.samples):
+        facts["pictures"] = report.destination
+    counts = Counter(sample.outcome for sample in report.samples)
+    title = ", ".join(f"{count:,} {outcome}" for outcome, count in counts.most_common())
+    print_facts(title, facts, style="red" if report.exit_code else "green")
 
 
 def show_repair(report: RepairReport) -> None:

@@ -44,9 +44,11 @@ def visible_to_nodes(spec: JobSpec, *, shared_filesystem: bool) -> JobSpec:
     local = {"out": spec.out} if _is_local(spec.out) else {}
     local |= {
         name: value
-        for name, value in (("model", spec.model), ("tokenizer", spec.tokenizer))
+        for name, value in (("model", spec.model), ("tokenizer", spec.tokenizer), ("wildcards", spec.wildcards))
         if value is not None and _is_local(_after_equals(value)) and Path(_after_equals(value)).exists()
     }
+    loras = {name: text for name, text in spec.lora.items() if _is_local(text)}
+    local |= {f"lora {name}": text for name, text in loras.items()}
     if local and not shared_filesystem:
         name, value = next(iter(local.items()))
         raise UsageError(
@@ -54,6 +56,8 @@ def visible_to_nodes(spec: JobSpec, *, shared_filesystem: bool) -> JobSpec:
             f"or say --shared-filesystem if all nodes mount the same path"
         )
     absolute: dict[str, Any] = {name: _absolute(value) for name, value in local.items()}
+    for name in loras:
+        absolute["lora"] = {**absolute.get("lora", spec.lora), name: absolute.pop(f"lora {name}")}
     return replace(spec, **absolute)
 
 

@@ -15,6 +15,7 @@ logging.disable_progress_bar()
 DRAWING = {
     "embedded_model",
     "diffusers_pipelines",
+    "joint_transformers",
     "latent_diffusion",
     "pipeline",
     "sampler_pictures",

@@ -57,7 +57,7 @@ def t5(tokenizer: Any, width: int = 32) -> T5EncoderModel:
     ).eval()
 
 
-def clip(tokenizer: Any, kind: type = CLIPTextModel, width: int = 32) -> Any:
+def clip(tokenizer: Any, kind: type = CLIPTextModel, width: int = 64, **changes: Any) -> Any:
     end = len(tokenizer) - 1
     return kind(
         CLIPTextConfig(
@@ -65,34 +65,38 @@ def clip(tokenizer: Any, kind: type = CLIPTextModel, width: int = 32) -> Any:
             hidden_size=width,
             intermediate_size=2 * width,
             num_hidden_layers=2,
-            num_attention_heads=2,
+            num_attention_heads=width // 64,
             max_position_embeddings=77,
             projection_dim=width,
             bos_token_id=end - 1,
             eos_token_id=end,
             pad_token_id=end,
+            **changes,
         )
     ).eval()
 
 
 def vae(latent_channels: int, levels: int = 4) -> AutoencoderKL:
     return AutoencoderKL(
-        block_out_channels=(8,) * levels,
+        block_out_channels=(32,) * levels,
         down_block_types=("DownEncoderBlock2D",) * levels,
         up_block_types=("UpDecoderBlock2D",) * levels,
         layers_per_block=1,
-        norm_num_groups=4,
         latent_channels=latent_channels,
         scaling_factor=0.5,
         shift_factor=0.1,
     ).eval()
 
 
-def write_flux(folder: Path, *, distilled: bool = True) -> Path:
+FLUX_SCHEDULER = {"shift": 3.0, "use_dynamic_shifting": True}
+SCHNELL_SCHEDULER = {"shift": 1.0, "use_dynamic_shifting": False}
+
+
+def write_flux(folder: Path, *, distilled: bool = True, **scheduler: Any) -> Path:
     torch.manual_seed(0)
     tokenizer, tokenizer_2 = byte_tokenizer(), t5_tokenizer()
     FluxPipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+        scheduler=FlowMatchEulerDiscreteScheduler(**FLUX_SCHEDULER | scheduler),
         vae=vae(4),
         text_encoder=clip(tokenizer),
         tokenizer=tokenizer,
@@ -103,41 +107,45 @@ def write_flux(folder: Path, *, distilled: bool = True) -> Path:
             in_channels=16,
             num_layers=1,
             num_single_layers=1,
-            attention_head_dim=16,
-            num_attention_heads=2,
+            num_attention_heads=1,
             joint_attention_dim=32,
-            pooled_projection_dim=32,
-            axes_dims_rope=(4, 4, 8),
+            pooled_projection_dim=64,
             guidance_embeds=distilled,
         ).eval(),
     ).save_pretrained(folder)
     return folder
 
 
-def write_sd3(folder: Path) -> Path:
+def write_sd3(folder: Path, *, has_t5: bool = True, **transformer: Any) -> Path:
+    """`transformer` changes its config: 3.5 has norms of queries and keys, its medium size dual attention."""
     torch.manual_seed(1)
-    tokenizer, tokenizer_3 = byte_tokenizer(), t5_tokenizer()
+    tokenizer, tokenizer_2, tokenizer_3 = byte_tokenizer(), byte_tokenizer(), t5_tokenizer()
+    tokenizer_2.pad_token = "!"
+    encoder = clip(tokenizer, CLIPTextModelWithProjection)
+    # As published: its authors do not project the first encoder's state.
+    torch.nn.init.eye_(encoder.text_projection.weight)
     StableDiffusion3Pipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
         vae=vae(4),
-        text_encoder=clip(tokenizer, CLIPTextModelWithProjection),
+        text_encoder=encoder,
         tokenizer=tokenizer,
-        text_encoder_2=clip(tokenizer, CLIPTextModelWithProjection),
-        tokenizer_2=tokenizer,
-        text_encoder_3=t5(tokenizer_3, 64),
-        tokenizer_3=tokenizer_3,
+        text_encoder_2=clip(tokenizer, CLIPTextModelWithProjection, hidden_act="gelu"),
+        tokenizer_2=tokenizer_2,
+        text_encoder_3=t5(tokenizer_3, 128) if has_t5 else None,
+        tokenizer_3=tokenizer_3 if has_t5 else None,
         transformer=SD3Transformer2DModel(
             sample_size=16,
             patch_size=2,
             in_channels=4,
-            num_layers=2,
-            attention_head_dim=8,
-            num_attention_heads=4,
-            joint_attention_dim=64,
-            caption_projection_dim=32,
-            pooled_projection_dim=64,
+            num_layers=3,
+            attention_head_dim=64,
+            num_attention_heads=1,
+            joint_attention_dim=128,
+            caption_projection_dim=64,
+            pooled_projection_dim=128,
             out_channels=4,
             pos_embed_max_size=16,
+            **transformer,
         ).eval(),
     ).save_pretrained(folder)
     return folder

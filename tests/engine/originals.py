@@ -6,6 +6,7 @@ these files with a table of its own, and the digests of the original modules' na
 
 from __future__ import annotations
 
+import dataclasses
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from latentmill.engine.families.family import Origin
 from latentmill.engine.loading.blueprint import Blueprint
 from latentmill.engine.loading.keys import original_names
 from latentmill.engine.loading.layout import find_model
@@ -35,17 +37,42 @@ def original_weights(folder: Path) -> dict[str, Tensor]:
     weights: dict[str, Tensor] = {}
     for component, module in modules.items():
         ours = {key.removeprefix("text_model."): tensor for key, tensor in module.state_dict().items()}
-        thirds: dict[str, dict[int, Tensor]] = defaultdict(dict)
-        for key, origin in original_names(blueprint, component, ours).items():
-            if origin.third is not None:
-                thirds[origin.key][origin.third] = ours[key]
-            else:
-                weights[origin.key] = (ours[key].T if origin.transposed else ours[key]).clone()
-        weights |= {key: torch.cat([parts[0], parts[1], parts[2]]) for key, parts in thirds.items()}
+        weights |= as_original(original_names(blueprint, component, ours), ours)
     for key in list(weights):
         if weights[key].ndim == 2 and is_convolution(blueprint, key):
             weights[key] = weights[key][:, :, None, None]
     return weights | _beside(blueprint.family.name, weights)
+
+
+def joint_weights(folder: Path, prefix: str, autoencoder_prefix: str, *components: str) -> dict[str, Tensor]:
+    """Some components of a transformer's folder by the names of single files, which have no other tensors beside."""
+    layout = find_model(ModelSpec(model=str(folder)))
+    blueprint = dataclasses.replace(layout.blueprint, denoiser_prefix=prefix, autoencoder_prefix=autoencoder_prefix)
+    loaders = {
+        blueprint.family.denoiser.component: lambda: load_denoiser(layout, torch.float32, CPU),
+        blueprint.family.autoencoder.component: lambda: load_autoencoder(layout, torch.float32, CPU),
+    } | {
+        encoder.component: lambda encoder=encoder: load_text_encoder(layout, encoder, torch.float32, CPU)
+        for encoder in blueprint.encoders
+    }
+    weights: dict[str, Tensor] = {}
+    for component, load in loaders.items():
+        if component in (components or loaders):
+            ours = {key.removeprefix("text_model."): tensor for key, tensor in load().state_dict().items()}
+            weights |= as_original(original_names(blueprint, component, ours), ours)
+    return weights
+
+
+def as_original(origins: Mapping[str, Origin], ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of one component by their original names, put together where the original has one for several."""
+    parts: dict[str, dict[int, Tensor]] = defaultdict(dict)
+    for key, origin in origins.items():
+        tensor = ours[key].T if origin.transposed else ours[key]
+        if origin.swapped:
+            tensor = torch.cat(tensor.chunk(2)[::-1])
+        place = origin.rows[0] if origin.rows is not None else origin.third or 0
+        parts[origin.key][place] = tensor
+    return {key: torch.cat([part for _, part in sorted(found.items())]).clone() for key, found in parts.items()}
 
 
 def is_convolution(blueprint: Blueprint, key: str) -> bool:

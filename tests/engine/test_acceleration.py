@@ -14,6 +14,7 @@ from latentmill.engine import Engine, EngineError, GenerationRequest, ModelSpec,
 from latentmill.engine.latent_diffusion import LatentDiffusion, load_latent_diffusion
 from latentmill.engine.loading.layout import find_model
 from tests.engine.families import write_sdxl
+from tests.engine.test_transformer_networks import SMALL, ours
 
 pytestmark = pytest.mark.slow
 
@@ -170,6 +171,28 @@ def test_graphs_are_kept_by_shape_and_forgotten_when_the_weights_move(tmp_path, 
     unet.conv_in.weight.data = unet.conv_in.weight.data.clone(memory_format=torch.channels_last)
     assert batch(8) == 5
     assert batch(8) == 5
+
+
+@torch.inference_mode()
+def test_graphs_of_a_network_that_projects_no_context_are_forgotten_too(monkeypatch):
+    family, _, config = SMALL["flux-dev"]
+    network = ours(family, config)
+    monkeypatch.setattr(graphs, "_Graph", Replayed)
+    monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(Replayed, "made", 0)
+    run = graphs.CapturedNetwork(network)
+
+    def batch() -> int:
+        context = torch.randn(2, 5, 24)
+        extra = {"pooled": torch.randn(2, 20), "guidance": torch.tensor([2.0, 5.0])}
+        for _ in range(2):
+            latents, timesteps = torch.randn(2, 4, 8, 8), torch.full((2,), 500.0)
+            assert torch.equal(run(latents, timesteps, context, **extra), network(latents, timesteps, context, **extra))
+        return Replayed.made
+
+    assert [batch(), batch()] == [1, 1]
+    network.proj_out.weight.data = network.proj_out.weight.data.clone()
+    assert [batch(), batch()] == [2, 2]
 
 
 @pytest.mark.parametrize(

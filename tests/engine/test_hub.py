@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from latentmill.engine import Engine, EngineError, GenerationRequest, ModelSpec, describe_model
-from tests.engine.diffusers_models import write_flux
+from tests.engine.diffusers_models import write_pixart
 from tests.engine.families import write_ldm
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -88,7 +88,7 @@ def test_what_is_no_hub_id_is_not_looked_up(cache, name):
 
 
 def test_a_pipeline_of_diffusers_is_fetched_with_all_its_parts(cache, tmp_path, monkeypatch):
-    snapshot = put(cache, "someone/a-flux", write_flux(tmp_path / "flux"))
+    snapshot = put(cache, "someone/a-pixart", write_pixart(tmp_path / "pixart"))
     asked = []
     fetch = huggingface_hub.snapshot_download
     monkeypatch.setattr(
@@ -96,8 +96,8 @@ def test_a_pipeline_of_diffusers_is_fetched_with_all_its_parts(cache, tmp_path, 
         "snapshot_download",
         lambda *names, **options: (asked.append(options), fetch(*names, **options))[1],
     )
-    found = describe_model("someone/a-flux")
-    assert (found.path, found.family) == (snapshot, "FluxPipeline")
+    found = describe_model("someone/a-pixart")
+    assert (found.path, found.family) == (snapshot, "PixArtSigmaPipeline")
     patterns = asked[-1]["allow_patterns"]
     for name in found.files:
         assert any(fnmatch.fnmatch(name, pattern) for pattern in patterns), name

@@ -138,8 +138,8 @@ def test_a_row_that_is_not_finite_fails_alone_in_a_mixed_batch(eps_model, monkey
     text = engine._models.text
     encode = text.encode
 
-    def poisoned(texts, chunks=1):
-        encoded = encode(texts, chunks)
+    def poisoned(texts, *more):
+        encoded = encode(texts, *more)
         for place, prompt in enumerate(texts):
             if prompt == rows[3].prompt:
                 encoded.context[place] = float("nan")

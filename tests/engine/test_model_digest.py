@@ -15,11 +15,15 @@ from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionS
 from transformers import CLIPConfig, CLIPImageProcessorPil
 
 from latentmill.engine import Engine, EngineError, GenerationRequest, ModelSpec, describe_model
-from tests.engine.diffusers_models import write_flux
+from tests.engine.diffusers_models import write_flux, write_pixart
 from tests.engine.families import write_ldm, write_sdxl
 from tests.harness.models import write_model
 
-pytestmark = pytest.mark.slow
+pytestmark = [
+    pytest.mark.slow,
+    # diffusers' own, in its solver
+    pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),
+]
 
 ADDED = json.dumps({"a red": 300, "cat</w>": 5})
 EXTRA = {
@@ -58,7 +62,7 @@ def write_checked(folder: Path) -> Path:
     return folder
 
 
-WRITERS = {"sd1": write_checked, "sdxl": write_sdxl, "ldm": write_ldm, "flux": write_flux}
+WRITERS = {"sd1": write_checked, "sdxl": write_sdxl, "ldm": write_ldm, "flux": write_flux, "pixart": write_pixart}
 
 
 @pytest.fixture(scope="module")
@@ -180,7 +184,7 @@ def test_a_tokenizer_that_says_its_vocabulary_lies_elsewhere_is_refused(name, ke
 
 def test_a_shard_that_lies_elsewhere_is_refused(folders, tmp_path):
     folder = Path(shutil.copytree(folders["flux"], tmp_path / "model"))
-    shutil.copy(folder / "transformer/diffusion_pytorch_model.safetensors", tmp_path / "other.safetensors")
+    (folder / "transformer/diffusion_pytorch_model.safetensors").rename(tmp_path / "other.safetensors")
     index = folder / "transformer/diffusion_pytorch_model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"a": "../../other.safetensors"}}))
-    assert "lacks ../../other.safetensors" in digest(folder)
+    assert "names '../../other.safetensors': shards are .safetensors files beside it" in digest(folder)

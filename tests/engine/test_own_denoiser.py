@@ -24,6 +24,9 @@ class Config:
     context_dim: int
     pooled_dim: int | None
     sample_size: int
+    patch_size: int = 1
+    side_limit: int | None = None
+    distilled_guidance: bool = False
 
 
 class Average(nn.Module):

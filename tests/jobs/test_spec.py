@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from latentmill.jobs.errors import UsageError
-from latentmill.jobs.job_file import load_job_file, resolve
+from latentmill.jobs.job_file import BLANK_MANIFEST, load_job_file, resolve
 from latentmill.jobs.spec import SETTINGS
 
 EXAMPLES = sorted((Path(__file__).parents[2] / "configs" / "jobs").glob("*.yaml"))
@@ -42,11 +42,14 @@ def test_axes_by_flag_replace_those_of_the_file_by_name_and_keep_their_place(tmp
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_every_example_is_a_valid_job(path):
     spec = resolve(str(path), {})
-    assert spec.prompts == ("configs/prompts/sample.txt",)
+    if "prompt" in spec.sweep:
+        assert spec.prompts == (str(BLANK_MANIFEST),)
+    else:
+        assert spec.prompts == ("configs/prompts/sample.txt",)
 
 
 def test_there_is_an_example_for_each_use():
-    assert [path.stem for path in EXAMPLES] == ["bulk-dataset", "nightly-sweep", "seed-cfg-grid"]
+    assert [path.stem for path in EXAMPLES] == ["bulk-dataset", "nightly-sweep", "prompt-variants", "seed-cfg-grid"]
 
 
 @pytest.mark.parametrize(

@@ -214,7 +214,7 @@
     #valuesOf(column, rows) {
       const there = [...column.counts(rows).keys()];
       const axis = this.meta.axes.find(({ name }) => name === column.name)?.values;
-      const order = axis ?? (column.kind === "number" ? there.toSorted((a, b) => a - b) : column.texts);
+      const order = axis?.length ? axis : (column.kind === "number" ? there.toSorted((a, b) => a - b) : column.texts);
       const places = new Map(order.map((value, place) => [value, place]));
       const place = (value) => (value === null ? Infinity : (places.get(value) ?? order.length));
       return there.sort((a, b) => place(a) - place(b) || 0);

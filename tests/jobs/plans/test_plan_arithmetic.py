@@ -35,7 +35,20 @@ AXES = {
     "sampler": ["plms", "ddim"],
     "eta": [0.0],
     "negative_prompt": ["x", "y, z"],
+    "prompt": ["p1", "q p"],
+    "prompt.s/p/": ["p", "zebra", ""],
 }
+
+
+def random_zip(rng, sweep):
+    """Perhaps two of the axes, cut to the same length, vary together."""
+    if len(sweep) < 2 or rng.random() < 0.5:
+        return []
+    names = rng.sample(list(sweep), 2)
+    length = min(len(sweep[name]) for name in names)
+    for name in names:
+        sweep[name] = sweep[name][:length]
+    return [names]
 
 
 def random_job(seed):
@@ -48,27 +61,33 @@ def random_job(seed):
     ]
     names = rng.sample(list(AXES), rng.randint(0, 3))
     sweep = {name: rng.sample(AXES[name], rng.randint(1, len(AXES[name]))) for name in names}
-    return rows, sweep, rng.randint(1, 9), rng.randint(1, 8)
+    zips = random_zip(rng, sweep)
+    return rows, sweep, zips, rng.randint(1, 9), rng.randint(1, 8)
 
 
-def enumerate_naively(rows, sweep, defaults):
+def enumerate_naively(rows, sweep, zips, defaults):
     """All samples in the manifest's order."""
     samples = []
+    together = dict.fromkeys(zips[0], zips[0]) if zips else {}
+    groups = list(dict.fromkeys(tuple(name for name in sweep if name in together.get(axis, [axis])) for axis in sweep))
     for row in rows:
-        for combination in itertools.product(*sweep.values()):
-            swept = dict(zip(sweep, combination, strict=True))
+        for combination in itertools.product(*(zip(*map(sweep.get, group), strict=True) for group in groups)):
+            pairs = zip(groups, combination, strict=True)
+            swept = {name: value for group, values in pairs for name, value in zip(group, values, strict=True)}
+            replaced = swept.pop("prompt.s/p/", "p")
             given = defaults | {name: value for name, value in row.items() if value is not None} | swept
+            given["prompt"] = given["prompt"].replace("p", replaced)
             has_seed = "seed" in swept or row.get("seed") is not None
             for image in range(given["num_images"]):
                 seed = given["seed"] + image if has_seed else defaults["seed"] + len(samples)
-                names = GenerationRequest.__dataclass_fields__.keys() - {"seed"}
+                names = GenerationRequest.__dataclass_fields__.keys() - {"seed", "loras"}
                 samples.append((row["tag"], GenerationRequest(seed=seed, **{name: given[name] for name in names})))
     return samples
 
 
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("seed", range(60))
 def test_arithmetic_equals_enumeration(seed, tmp_path, tiny_model, monkeypatch):
-    rows, sweep, chunk_size, part_rows = random_job(seed)
+    rows, sweep, zips, chunk_size, part_rows = random_job(seed)
     monkeypatch.setattr(snapshot, "PART_ROWS", part_rows)
     path = tmp_path / "m.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -84,13 +103,16 @@ def test_arithmetic_equals_enumeration(seed, tmp_path, tiny_model, monkeypatch):
         out=str(tmp_path / "out"),
         model=str(tiny_model),
         sweep=sweep,
+        zip=tuple(map(tuple, zips)),
         chunk_size=chunk_size,
         **flags,
     )
     with draft_plan(spec) as draft:
         plan = adopt(draft, Storage.open(spec.out))
         assert len(draft.snapshot.parts) == -(-len(rows) // part_rows)
-    expected = enumerate_naively(rows, sweep, flags | {"width": 256, "height": 256, "sampler": "ddim", "eta": 0.0})
+    expected = enumerate_naively(
+        rows, sweep, zips, flags | {"width": 256, "height": 256, "sampler": "ddim", "eta": 0.0}
+    )
 
     chunks = [plan.samples_of_chunk(chunk) for chunk in range(plan.n_chunks)]
     samples = sorted((sample for chunk in chunks for sample in chunk), key=lambda sample: sample.ordinal)

@@ -138,6 +138,15 @@ def test_scores_are_columns_of_the_page(make: Callable[..., str]):
     assert all(row["sharpness"] > 0 for row in rows_of(out))
 
 
+def test_axes_are_columns_whatever_kind_of_axis_it_is(make: Callable[..., str]):
+    sweep = {"width": [64, 128], "height": [128, 64], "prompt.s/cat/": ["dog", "bird"], "seed": [7]}
+    out = make(["a cat"], sweep=sweep, zip=[["width", "height"]])
+    report(out)
+    assert meta_of(out)["axes"] == [{"name": "width", "values": [64, 128]}, {"name": "prompt", "values": []}]
+    assert [(row["width"], row["height"]) for row in rows_of(out)] == [(64, 128), (64, 128), (128, 64), (128, 64)]
+    assert [row["prompt"] for row in rows_of(out)] == ["a dog", "a bird"] * 2
+
+
 def test_the_limit_is_told(make: Callable[..., str]):
     out = make(["a", "b", "c"])
     summary = report(out, max_pictures=2)
