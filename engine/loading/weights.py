@@ -15,6 +15,7 @@ from latentmill.engine.loading.checkpoint import Shape, WeightsFile, open_weight
 from latentmill.engine.loading.files import shown
 from latentmill.engine.loading.keys import averaged_name, folder_name, is_ignored, original_names
 from latentmill.engine.loading.layout import ModelLayout
+from latentmill.engine.loading.vae import origins_in_file
 from latentmill.engine.networks.interface import Autoencoder
 from latentmill.engine.types import EngineError
 
@@ -51,7 +52,7 @@ def check_claims(layout: ModelLayout) -> None:
     if not layout.single_file:
         return
     shapes = open_weights(layout.path).shapes
-    claims = claim_single_file(layout.blueprint, shapes, layout.path)
+    claims = claim_single_file(layout.own_blueprint or layout.blueprint, shapes, layout.path)
     if layout.averaged:
         names = {averaged_name(origin).key for origin in claims[layout.blueprint.family.denoiser.component].values()}
         _refuse(sorted(names - shapes.keys()), [], f"{layout.path} has no whole running average of its weights")
@@ -83,7 +84,12 @@ def _fill(module: Module, layout: ModelLayout, component: str, dtype: torch.dtyp
     """Give a module on the meta device its weights. Raises EngineError that names a bad key."""
     file = open_weights(layout.weights[component])
     names = _our_keys(module)
-    if layout.single_file:
+    if layout.vae is not None and component == layout.blueprint.family.autoencoder.component:
+        if layout.vae.prefix is None:
+            origins = _claim_folder_file(file, layout.blueprint, component, names)
+        else:
+            origins = origins_in_file(layout.vae, names, file)
+    elif layout.single_file:
         origins = original_names(layout.blueprint, component, names)
         if layout.averaged and component == layout.blueprint.family.denoiser.component:
             origins = {key: averaged_name(origin) for key, origin in origins.items()}

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from latentmill.engine import SAMPLERS_WITH_ETA, SEED_LIMIT
 from latentmill.jobs.manifests.fields import Value
-from latentmill.jobs.manifests.loras import RowLoras
+from latentmill.jobs.manifests.row_loras import RowLoras
 from latentmill.jobs.manifests.tokens import TokenCounter
 
 
