@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
-from latentmill.engine import EngineError, LoraSpec, ModelDescription, ModelSpec, check_loras, describe_model
+from latentmill.engine import EngineError, LoraSpec, ModelDescription, ModelSpec, describe_model
 from latentmill.jobs.errors import JobError, UsageError
 from latentmill.jobs.manifests.fields import nearest, shorten
 from latentmill.jobs.manifests.loras import split_place
@@ -61,6 +61,8 @@ def resolve_model(choice: ModelChoice) -> tuple[ResolvedModel, ModelDefaults, Mo
         spec, local = place_newest(spec)
         described = describe_model(local)
         if local.loras:
+            from latentmill.engine import check_loras  # with torch, which no other plan needs
+
             check_loras(local)
         files = file_digests(described.paths)
     except (EngineError, JobError, OSError) as error:
