@@ -305,7 +305,8 @@ def test_a_lora_that_is_not_finite_in_a_row_leaves_the_others_their_bits(adapted
     expected = pictures(adapted, rows)
     for module in adapted._models.denoiser.modules():
         if isinstance(module, LowRank) and module.name == "ink":
-            monkeypatch.setattr(module, "down", torch.nn.Parameter(module.down * torch.inf, requires_grad=False))
+            infinite = torch.nn.Parameter(module.down * torch.inf, requires_grad=False)
+            monkeypatch.setitem(module._parameters, "down", infinite)
     results = adapted.generate(rows)
     assert [result.status for result in results] == ["ok", "failed", "ok"]
     assert "not finite" in str(results[1].error)
