@@ -15,7 +15,7 @@ from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler
 from safetensors.torch import load_file, save_file
 
 from latentmill.engine import Engine, EngineError, GenerationRequest, ModelSpec, describe_model, load_tokenizer
-from tests.engine.diffusers_models import SCHNELL_SCHEDULER, write_flux, write_sd3
+from tests.engine.diffusers_models import SCHNELL_SCHEDULER, in_shards, write_flux, write_sd3
 from tests.engine.families import assert_same_pictures, requests
 
 # diffusers' schedulers make arrays of tensors in a way that NumPy 2 frowns upon.
@@ -238,9 +238,7 @@ def test_weights_and_chunks_are_refused_before_anything_is_loaded(folders, chang
 def test_shards_are_read_as_one_file(folders, tmp_path, name):
     rows = rows_for(name, steps=2)
     expected = pictures(load(folders[name]), rows)
-    pipeline = DiffusionPipeline.from_pretrained(folders[name])
-    folder = tmp_path / "sharded"
-    pipeline.save_pretrained(folder, max_shard_size="40KB")
+    folder = in_shards(folders[name], tmp_path / "sharded")
     index = folder / "transformer/diffusion_pytorch_model.safetensors.index.json"
     assert index.is_file()
     found = describe_model(folder)
@@ -251,8 +249,7 @@ def test_shards_are_read_as_one_file(folders, tmp_path, name):
 
 
 def test_a_shard_that_is_missing_or_holds_too_much_is_named(folders, tmp_path):
-    folder = tmp_path / "sharded"
-    DiffusionPipeline.from_pretrained(folders["sd3"]).save_pretrained(folder, max_shard_size="40KB")
+    folder = in_shards(folders["sd3"], tmp_path / "sharded")
     first, second, *_ = sorted((folder / "transformer").glob("*.safetensors"))
     weights = load_file(second)
     save_file({**weights, **dict(list(load_file(first).items())[:1])}, second)
