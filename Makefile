@@ -9,7 +9,7 @@ SEED ?= 7
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help install dev run test test-quick test-cluster test-gpu test-stores soak lint typecheck docs bench bench-gpu gpu-prepare gpu-day train \
+.PHONY: help install dev run test test-quick test-browser test-cluster test-gpu test-stores soak lint typecheck docs bench bench-gpu gpu-prepare gpu-day train \
   evaluate
 
 help: ## this list
@@ -20,19 +20,23 @@ install: $(VENV)/.installed ## set up .venv with everything that a job needs
 
 dev: $(VENV)/.dev ## the same .venv, with the tests' and checkers' packages
 
-run: install ## make a small dataset with the model that ships, and a contact sheet of it
+run: install ## make a small dataset with the model that ships, and a gallery of it
 	$(BIN)/latentmill run configs/prompts/sample.txt --out $(OUT) --chunk-size 4 --batch-size 4
 	$(BIN)/latentmill report $(OUT)
-	@echo "look at $(OUT)/report/sheet-0001.png; the pictures are in $(OUT)/images, their rows in $(OUT)/dataset"
+	@echo "open $(OUT)/report/index.html in a browser; the pictures are in $(OUT)/images, their rows in $(OUT)/dataset"
 
 # Test processes side by side; a file's tests stay in one, for they share what they set up.
 PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 test: dev ## run all tests that need no cluster, WORKERS=2 processes side by side
-	$(PYTEST) -m 'not cluster and not long and not gpu and not stores'
+	$(PYTEST) -m 'not cluster and not long and not gpu and not stores and not browser'
 
 test-quick: dev ## of these, what takes a minute: no S3 server, no model run over more than a few steps
-	$(PYTEST) -m 'not cluster and not long and not s3 and not slow and not gpu and not stores'
+	$(PYTEST) -m 'not cluster and not long and not s3 and not slow and not gpu and not stores and not browser'
+
+test-browser: dev ## look at the gallery in a real Chromium, headless: apt-get install chromium
+	@$(BIN)/python -m tests.harness.browser
+	$(BIN)/python -m pytest -m browser tests/browser
 
 # One after the other: each of them keeps both cores busy, and some look at the clock.
 test-cluster: dev ## run the tests that start Ray clusters, storms and crash points, and those of the benchmarks

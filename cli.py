@@ -299,17 +299,42 @@ def clean(
     raise typer.Exit(report.exit_code)
 
 
-@app.command(rich_help_panel=_LOOK, epilog="Example: [bold]latentmill report out/sample --max-sheets 5[/bold]")
+@app.command(
+    rich_help_panel=_LOOK,
+    epilog="Example: [bold]latentmill report out/sample[/bold], then open out/sample/report/index.html in a browser",
+)
 def report(
     out: OutArgument,
-    max_sheets: Annotated[int, typer.Option("--max-sheets", min=1, help="Draw no more pages than this.")] = 20,
+    max_sheets: Annotated[int, typer.Option("--max-sheets", min=0, help="Draw no more contact sheets than this.")] = 20,
+    max_pictures: Annotated[
+        int, typer.Option("--max-pictures", min=1, help="The gallery shows the first so many samples.")
+    ] = 100_000,
+    thumbnail: Annotated[
+        int, typer.Option("--thumbnail", min=32, max=1024, help="Pixels of a thumbnail's longest side.")
+    ] = 256,
+    font: Annotated[
+        str | None, typer.Option("--font", metavar="FILE", help="A .ttf or .otf file for the sheets' labels.")
+    ] = None,
+    live: Annotated[bool, typer.Option("--live", help="Go on until the job is done; the open page follows.")] = False,
     json: Json = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help=QUIET)] = False,
 ) -> None:
-    """Draw labelled contact sheets of a finished dataset: sweep axes as rows and columns."""
-    from latentmill.jobs.show.report import report as draw_report
+    """Write a gallery for the browser, and labelled contact sheets once the dataset is finished."""
+    from latentmill.jobs.show.display import progress_view
 
-    summary = draw_report(out, max_sheets=max_sheets)
-    _answer(summary.to_dict(), json, lambda views: views.show_report(summary))
+    with progress_view("opening", lambda _: "", quiet=quiet) as view:
+        from latentmill.jobs.show.report import report as write_report
+
+        summary = write_report(
+            out,
+            max_sheets=max_sheets,
+            max_pictures=max_pictures,
+            thumbnail=thumbnail,
+            live=live,
+            font=font,
+            on_progress=view.update,
+        )
+    _answer(summary.to_dict(), json, lambda views: views.show_report(summary), quiet=quiet)
 
 
 @app.command(

@@ -1,47 +1,59 @@
-"""Contact sheets of a published dataset: sweep axes as rows and columns, labelled, a page at a time."""
+"""What a person looks at: contact sheets of a published dataset, and the gallery of any output, finished or not."""
 
 from __future__ import annotations
 
 import io
-import itertools
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from latentmill.engine.types import Pixels
 from latentmill.jobs.errors import JobError, UsageError
+from latentmill.jobs.exports.rows import Source
 from latentmill.jobs.job import Job, open_job
 from latentmill.jobs.ledger.pictures import decode_png
-from latentmill.jobs.manifests.axes import Axis, joined_axis
+from latentmill.jobs.manifests.axes import joined_axis
 from latentmill.jobs.outputs.publish import Publication, load_publication, read_columns
-from latentmill.jobs.show.sheets import CAPTION_SIZE, TILE, TITLE_SIZE, Cell, Sheet, draw_sheet, wrap
+from latentmill.jobs.show.fonts import Lettering
+from latentmill.jobs.show.gallery import REPORT_PREFIX, CommittedRows, Gallery, GallerySummary, PublishedRows
+from latentmill.jobs.show.sheet_pages import plan_sheets
+from latentmill.jobs.show.sheets import Sheet, draw_sheet
 from latentmill.jobs.store.errors import ForeignObjectError, StorageError
 
-REPORT_PREFIX = "report"
 _SHEET = re.compile(rf"{REPORT_PREFIX}/sheet-\d{{4,}}\.png", re.ASCII)
 MAX_SHEETS = 20
-_COLUMNS = 8
-_GRID_ROWS = 8
-_PLAIN_COLUMNS, _PLAIN_ROWS = 6, 5
-_PLAIN_CAPTION = 2
-_TEXT_LIMIT = 400
+MAX_PICTURES = 100_000
+THUMBNAIL = 256
+LIVE_SECONDS = 10.0
 _BATCH_ROWS = 2048
 _FIELDS = ["sample_id", "prompt", "seed", "width", "height", "status", "error", "nsfw_score", "image"]
-_NAMES = {"guidance_scale": "guidance", "num_inference_steps": "steps", "negative_prompt": "negative"}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReportProgress:
+    """How far it is: pictures of the gallery, or contact sheets."""
+
+    phase: str
+    done: int
+    total: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ReportSummary:
-    """What was drawn: the sheets' paths under `out`, how many samples are on them, and how many of their pictures could
-    not be read because they are lost or altered.
+    """What was written under `out`: the gallery's page; the sheets' paths, how many samples are on them, and how many
+    of their pictures could not be read because they are lost or altered.
     """
 
     out: str
+    gallery: GallerySummary
     sheets: tuple[str, ...]
     samples_shown: int
     samples: int
     unreadable: int = 0
+    without_glyph: str = ""
+    """Characters of labels that no font of this machine has: the sheets have a box for each."""
 
     def to_dict(self) -> dict[str, Any]:
         """For `--json`."""
@@ -49,24 +61,83 @@ class ReportSummary:
 
 
 def report(
-    out_url: str, *, max_sheets: int = MAX_SHEETS, on_sheet: Callable[[int, int], None] = lambda _done, _total: None
+    out_url: str,
+    *,
+    max_sheets: int = MAX_SHEETS,
+    max_pictures: int = MAX_PICTURES,
+    thumbnail: int = THUMBNAIL,
+    live: bool = False,
+    font: str | None = None,
+    on_progress: Callable[[ReportProgress], None] = lambda _: None,
+    sleep: Callable[[float], None] = time.sleep,
 ) -> ReportSummary:
-    """Afterwards OUT/report holds these sheets, and no sheet of an earlier report.
+    """Afterwards OUT/report holds the gallery as the output is now, its contact sheets, and none of an earlier report.
 
-    Memory holds the labels of `max_sheets` pages and one page's pictures. Raises UsageError if the output has no plan,
-    JobError if it is not published.
+    Sheets are drawn of a published dataset only, the gallery of what is committed as well. With `live` it is written
+    again and again until the dataset is published. Memory holds the rows of the gallery, or of one part if published,
+    the labels of `max_sheets` pages, and one page's pictures. `font` is a file for labels; without it, the fonts of
+    this machine serve. Raises UsageError if the output has no plan.
     """
-    if max_sheets < 1:
-        raise UsageError(f"max_sheets is {max_sheets}; give at least 1")
+    _check(max_sheets, max_pictures, thumbnail)
+    lettering = Lettering(font_file=font)
     job = open_job(out_url)
+    gallery = Gallery(job=job, side=thumbnail, limit=max_pictures)
+    pictures = _Counter(min(max_pictures, job.plan.n_samples), on_progress)
     publication = load_publication(job)
     if publication is None:
-        raise JobError(
-            f"{job.storage.url} has no published dataset yet; finish it with the same `latentmill run` command, "
-            f"`latentmill status {job.storage.url}` shows how far it is"
-        )
-    axes = tuple(map(joined_axis, job.plan.grid.dimensions))
-    sheets = plan_sheets(_rows(job, publication), job.plan.images_per_row(), axes, max_sheets)
+        committed = CommittedRows(job, max_pictures)
+        written = gallery.write(committed, live=live, on_pictures=pictures)
+        try:
+            while live and publication is None:
+                sleep(LIVE_SECONDS)
+                publication = load_publication(job)
+                if publication is None:
+                    written = gallery.write(committed, live=True, on_pictures=pictures)
+        finally:  # also when it is interrupted: a page that is open then stops to look for what nobody writes
+            if live:
+                gallery.end()
+    if publication is None:
+        return ReportSummary(out=job.storage.url, gallery=written, sheets=(), samples_shown=0, samples=written.samples)
+    pictures.done = 0
+    written = gallery.write(PublishedRows(Source(job, publication), max_pictures), live=False, on_pictures=pictures)
+    return _draw_sheets(job, publication, written, max_sheets, lettering, on_progress)
+
+
+class _Counter:
+    """How many pictures are done."""
+
+    def __init__(self, total: int, on_progress: Callable[[ReportProgress], None]) -> None:
+        self.done = 0
+        self._total = total
+        self._on_progress = on_progress
+
+    def __call__(self, more: int) -> None:
+        self.done += more
+        self._on_progress(ReportProgress(phase="pictures", done=min(self.done, self._total), total=self._total))
+
+
+def _check(max_sheets: int, max_pictures: int, thumbnail: int) -> None:
+    if max_sheets < 0:
+        raise UsageError(f"max_sheets is {max_sheets}; give 0 for none, or how many at most")
+    if max_pictures < 1:
+        raise UsageError(f"max_pictures is {max_pictures}; give at least 1")
+    if not 32 <= thumbnail <= 1024:
+        raise UsageError(f"thumbnail is {thumbnail}; give 32 to 1024 pixels")
+
+
+def _draw_sheets(
+    job: Job,
+    publication: Publication,
+    gallery: GallerySummary,
+    max_sheets: int,
+    lettering: Lettering,
+    on_progress: Callable[[ReportProgress], None],
+) -> ReportSummary:
+    rows = _rows(job, publication)
+    sheets: list[Sheet] = []
+    if max_sheets:
+        axes = tuple(map(joined_axis, job.plan.grid.dimensions))
+        sheets = plan_sheets(rows, job.plan.images_per_row(), axes, max_sheets, lettering)
     paths = tuple(f"{REPORT_PREFIX}/sheet-{number:04d}.png" for number in range(1, len(sheets) + 1))
     unreadable: set[str] = set()
 
@@ -78,182 +149,21 @@ def report(
 
     for number, (path, sheet) in enumerate(zip(paths, sheets, strict=True), start=1):
         buffer = io.BytesIO()
-        draw_sheet(sheet, read_pixels).save(buffer, "PNG")
+        draw_sheet(sheet, read_pixels, lettering=lettering).save(buffer, "PNG")
         job.storage.write(path, buffer.getvalue())
-        on_sheet(number, len(sheets))
+        on_progress(ReportProgress(phase="contact sheets", done=number, total=len(sheets)))
     for path, _ in list(job.storage.list(REPORT_PREFIX)):
         if _SHEET.fullmatch(path) and path not in paths:
             job.storage.delete(path)
-    shown = sum(len(sheet.cells) for sheet in sheets)
     return ReportSummary(
         out=job.storage.url,
+        gallery=gallery,
         sheets=paths,
-        samples_shown=shown,
+        samples_shown=sum(len(sheet.cells) for sheet in sheets),
         samples=publication.rows,
         unreadable=len(unreadable),
+        without_glyph="".join(sorted(lettering.missing)),
     )
-
-
-def plan_sheets(
-    rows: Iterator[Mapping[str, Any]], images_per_row: Iterator[int], axes: tuple[Axis, ...], max_sheets: int
-) -> list[Sheet]:
-    """At most `max_sheets` pages with their cells, from published rows in order of sample_id.
-
-    No axis: prompts side by side. One: a line for each prompt, its values as columns. Two or more: a page for each
-    prompt, the last axis as columns, the one before as rows, the others in the title.
-    """
-    varying = [axis for axis in axes if len(axis.values) > 1]
-    if not varying:
-        return _plain_sheets(rows, max_sheets)
-    book = _Book(max_sheets=max_sheets)
-    place = _place_in_line if len(varying) == 1 else _place_on_page
-    turned_away = False
-    for located in _locate(rows, images_per_row, varying):
-        if located.first_of_row and turned_away:
-            break
-        turned_away = not place(book, located, varying) or turned_away
-    return list(book.sheets.values())
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Located:
-    """A row of the dataset and where it belongs: the manifest row's number as read, axis digits, image of the row."""
-
-    row: Mapping[str, Any]
-    prompt_number: int
-    digits: tuple[int, ...]
-    image_number: int
-    first_of_row: bool
-
-
-@dataclass(kw_only=True, slots=True)
-class _Book:
-    """Pages by key, in the order in which they were opened."""
-
-    max_sheets: int
-    sheets: dict[tuple[object, ...], Sheet] = field(default_factory=dict)
-    _lines: dict[tuple[int, int], int] = field(default_factory=dict)
-
-    def line(self, key: tuple[int, int]) -> int:
-        """The number of a line, counted over all pages; lines past the last page share one number."""
-        if key not in self._lines and len(self._lines) < self.max_sheets * _GRID_ROWS:
-            self._lines[key] = len(self._lines)
-        return self._lines.get(key, self.max_sheets * _GRID_ROWS)
-
-    def page(self, key: tuple[object, ...], make: Callable[[], Sheet]) -> Sheet | None:
-        """The page, opened if necessary; None if the limit of pages is reached."""
-        if key not in self.sheets and len(self.sheets) < self.max_sheets:
-            self.sheets[key] = make()
-        return self.sheets.get(key)
-
-
-def _locate(
-    rows: Iterator[Mapping[str, Any]], images_per_row: Iterator[int], axes: Sequence[Axis]
-) -> Iterator[_Located]:
-    """Each row's place, from its number: prompts, then the axes, the last one fastest, then images."""
-    for prompt_number, images in enumerate(images_per_row):
-        combinations = itertools.product(*(range(len(axis.values)) for axis in axes))
-        places = ((digits, image) for digits in combinations for image in range(images))
-        for number, (digits, image) in enumerate(places):
-            yield _Located(
-                row=next(rows),
-                prompt_number=prompt_number,
-                digits=digits,
-                image_number=image,
-                first_of_row=number == 0,
-            )
-
-
-def _place_in_line(book: _Book, located: _Located, axes: Sequence[Axis]) -> bool:
-    """One axis: the sample goes into its prompt's line; long axes continue on further pages."""
-    (axis,) = axes
-    line = book.line((located.prompt_number, located.image_number))
-    page_down, row = divmod(line, _GRID_ROWS)
-    page_right, column = divmod(located.digits[0], _COLUMNS)
-
-    def make() -> Sheet:
-        return Sheet(title=(_NAMES.get(axis.name, axis.name),), column_headers=_headers(axis, page_right, _COLUMNS))
-
-    sheet = book.page((page_down, page_right), make)
-    if sheet is not None:
-        sheet.row_headers[row] = "" if _gives_prompts(axis) else _clip(located.row["prompt"])
-        sheet.cells[row, column] = _cell(located.row, axes)
-    return sheet is not None
-
-
-def _place_on_page(book: _Book, located: _Located, axes: Sequence[Axis]) -> bool:
-    """Two axes or more: the sample goes onto a page of its prompt and its values of the outer axes."""
-    *outer, down, across = axes
-    *outer_digits, digit_down, digit_across = located.digits
-    page_down, row = divmod(digit_down, _GRID_ROWS)
-    page_right, column = divmod(digit_across, _COLUMNS)
-
-    def make() -> Sheet:
-        headers = _headers(across, page_right, _COLUMNS)
-        width = max(3, len(headers)) * 200
-        fixed = [_label(axis, axis.values[digit]) for axis, digit in zip(outer, outer_digits, strict=True)]
-        if located.image_number:
-            fixed.append(f"image {located.image_number + 1}")
-        several = _gives_prompts(down) or _gives_prompts(across)
-        title = [] if several else wrap(_clip(located.row["prompt"]), TITLE_SIZE, width, 2)
-        return Sheet(
-            title=(*title, *([", ".join(fixed)] if fixed else [])),
-            column_headers=headers,
-            row_headers=dict(enumerate(_headers(down, page_down, _GRID_ROWS))),
-        )
-
-    key = (located.prompt_number, located.image_number, tuple(outer_digits), page_down, page_right)
-    sheet = book.page(key, make)
-    if sheet is not None:
-        sheet.cells[row, column] = _cell(located.row, axes)
-    return sheet is not None
-
-
-def _plain_sheets(rows: Iterator[Mapping[str, Any]], max_sheets: int) -> list[Sheet]:
-    sheets: list[Sheet] = []
-    per_page = _PLAIN_COLUMNS * _PLAIN_ROWS
-    for number, row in enumerate(itertools.islice(rows, max_sheets * per_page)):
-        page, place = divmod(number, per_page)
-        if page == len(sheets):
-            sheets.append(Sheet(title=(), caption_lines=_PLAIN_CAPTION + 1))
-        prompt = wrap(_clip(row["prompt"]), CAPTION_SIZE, TILE, _PLAIN_CAPTION)
-        sheets[page].cells[divmod(place, _PLAIN_COLUMNS)] = _cell(row, (), tuple(prompt))
-    for number, sheet in enumerate(sheets, start=1):
-        sheet.title = (f"page {number} of {len(sheets)}",) if len(sheets) > 1 else ()
-    return sheets
-
-
-def _cell(row: Mapping[str, Any], axes: Sequence[Axis], caption: tuple[str, ...] = ()) -> Cell:
-    """Only pictures that passed the safety check are shown, also where flagged ones were kept."""
-    number = int(row["sample_id"])
-    seed = "" if any(axis.name == "seed" for axis in axes) else f", seed {row['seed']}"
-    score = row["nsfw_score"]
-    detail = row["error"] or ("" if score is None else f"safety score {score:.2f}")
-    return Cell(
-        image=row["image"] if row["status"] == "ok" else None,
-        status=row["status"],
-        detail=str(detail)[:_TEXT_LIMIT],
-        caption=(*caption, f"#{number}{seed}"),
-        size=(row["width"], row["height"]),
-    )
-
-
-def _gives_prompts(axis: Axis) -> bool:
-    """Whether prompts differ along the axis, so that no one of them is a title."""
-    return any(name.startswith("prompt") for name in axis.name.split(" with "))
-
-
-def _headers(axis: Axis, page: int, per_page: int) -> tuple[str, ...]:
-    return tuple(_label(axis, value) for value in axis.values[page * per_page : (page + 1) * per_page])
-
-
-def _label(axis: Axis, value: Any) -> str:
-    shown = f"{value:g}" if isinstance(value, float) else str(value)[:_TEXT_LIMIT]
-    return f"{_NAMES.get(axis.name, axis.name)} {shown}"
-
-
-def _clip(text: str) -> str:
-    return text[:_TEXT_LIMIT]
 
 
 def _rows(job: Job, publication: Publication) -> Iterator[dict[str, Any]]:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import lru_cache
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from latentmill.engine.types import Pixels
-from latentmill.jobs.errors import JobError
 from latentmill.jobs.show.display import safe
+from latentmill.jobs.show.fonts import Lettering
 
 ELLIPSIS = "..."
 """Three dots: the built-in font has no glyph for the single character."""
@@ -69,55 +68,58 @@ class _Layout:
         return self.left + column * (self.tile + _GAP), self.top + row * self.row_height
 
 
-def draw_sheet(sheet: Sheet, read_pixels: ReadPixels, *, tile: int = TILE) -> Image.Image:
+def draw_sheet(
+    sheet: Sheet, read_pixels: ReadPixels, *, tile: int = TILE, lettering: Lettering | None = None
+) -> Image.Image:
     """The page as a picture. `read_pixels` gives None for a picture that cannot be read; its cell then says so."""
     layout = _measure(sheet, tile)
     page = Image.new("RGB", (layout.width, layout.height), _PAPER)
-    draw = ImageDraw.Draw(page)
-    _draw_lines(draw, (_MARGIN, _MARGIN), sheet.title, TITLE_SIZE, _INK, layout.width - 2 * _MARGIN)
+    pen = _Pen(ImageDraw.Draw(page), lettering or Lettering())
+    pen.lines((_MARGIN, _MARGIN), sheet.title, TITLE_SIZE, _INK, layout.width - 2 * _MARGIN)
     for column, header in enumerate(sheet.column_headers):
         x, _ = layout.place(0, column)
-        _draw_lines(draw, (x, layout.top - _line(_HEADER_SIZE) - 4), [header], _HEADER_SIZE, _INK, tile)
+        pen.lines((x, layout.top - _line(_HEADER_SIZE) - 4), [header], _HEADER_SIZE, _INK, tile)
     for row, header in sheet.row_headers.items():
         _, y = layout.place(row, 0)
         room = tile // _line(_HEADER_SIZE)
         width = layout.left - _MARGIN - _GAP
-        _draw_lines(draw, (_MARGIN, y), wrap(header, _HEADER_SIZE, width, room), _HEADER_SIZE, _INK, width)
+        pen.lines((_MARGIN, y), wrap(header, _HEADER_SIZE, width, room, pen.lettering), _HEADER_SIZE, _INK, width)
     for (row, column), thumbnail in _thumbnails(sheet, read_pixels, tile):
         cell, (x, y) = sheet.cells[row, column], layout.place(row, column)
         if thumbnail is None:
-            _draw_tile(draw, (x, y), cell, tile)
+            _draw_tile(pen, (x, y), cell, tile)
         else:
             page.paste(thumbnail, (x + (tile - thumbnail.width) // 2, y + (tile - thumbnail.height) // 2))
-        _draw_lines(draw, (x, y + tile + 2), cell.caption, CAPTION_SIZE, _FAINT, tile)
+        pen.lines((x, y + tile + 2), cell.caption, CAPTION_SIZE, _FAINT, tile)
     return page
 
 
-def wrap(text: str, size: int, width: int, max_lines: int) -> list[str]:
+def wrap(text: str, size: int, width: int, max_lines: int, lettering: Lettering | None = None) -> list[str]:
     """The text, made harmless, in at most `max_lines` lines of `width` pixels; a longer text ends in dots."""
-    font = _font(size)
+    lettering = lettering or Lettering()
     lines: list[str] = []
     rest = safe(" ".join(text.split()), 1000)
     while rest and len(lines) < max_lines:
-        take = _fitting(rest, font, width)
+        take = _fitting(rest, size, width, lettering)
         if take < len(rest) and " " in rest[1 : take + 1]:
             take = rest.rindex(" ", 1, take + 1)
         lines.append(rest[:take].rstrip())
         rest = rest[take:].lstrip()
     if rest and lines:
         last = lines[-1]
-        while last and font.getlength(last + ELLIPSIS) > width:
+        while last and lettering.width(last + ELLIPSIS, size) > width:
             last = last[:-1]
         lines[-1] = last.rstrip() + ELLIPSIS
     return lines
 
 
-def _fitting(text: str, font: ImageFont.FreeTypeFont, width: int) -> int:
+def _fitting(text: str, size: int, width: int, lettering: Lettering) -> int:
     """How many characters fit, at least one."""
     low, high = 1, len(text)
     while low < high:
         middle = (low + high + 1) // 2
-        low, high = (middle, high) if font.getlength(text[:middle]) <= width else (low, middle - 1)
+        fits = lettering.width(text[:middle], size) <= width
+        low, high = (middle, high) if fits else (low, middle - 1)
     return low
 
 
@@ -156,39 +158,31 @@ def _thumbnails(
         yield from zip(sheet.cells, pool.map(load, sheet.cells.values()), strict=True)
 
 
-def _draw_tile(draw: ImageDraw.ImageDraw, place: tuple[int, int], cell: Cell, tile: int) -> None:
+def _draw_tile(pen: _Pen, place: tuple[int, int], cell: Cell, tile: int) -> None:
     status = cell.status if cell.image is None else "failed"
     paper, ink = _TILES.get(status, _TILES["failed"])
     x, y = place
-    draw.rectangle((x, y, x + tile - 1, y + tile - 1), fill=paper, outline=ink)
+    pen.draw.rectangle((x, y, x + tile - 1, y + tile - 1), fill=paper, outline=ink)
     words = cell.status if cell.image is None else "unreadable"
-    lines = [words, *wrap(cell.detail, CAPTION_SIZE, tile - 16, 6)]
-    _draw_lines(draw, (x + 8, y + 8), lines[:1], _HEADER_SIZE, ink, tile - 16)
-    _draw_lines(draw, (x + 8, y + 12 + _line(_HEADER_SIZE)), lines[1:], CAPTION_SIZE, ink, tile - 16)
+    lines = [words, *wrap(cell.detail, CAPTION_SIZE, tile - 16, 6, pen.lettering)]
+    pen.lines((x + 8, y + 8), lines[:1], _HEADER_SIZE, ink, tile - 16)
+    pen.lines((x + 8, y + 12 + _line(_HEADER_SIZE)), lines[1:], CAPTION_SIZE, ink, tile - 16)
 
 
-def _draw_lines(
-    draw: ImageDraw.ImageDraw,
-    place: tuple[int, int],
-    lines: list[str] | tuple[str, ...],
-    size: int,
-    ink: tuple[int, int, int],
-    width: int,
-) -> None:
-    x, y = place
-    for line in lines:
-        shown = wrap(line, size, width, 1)
-        draw.text((x, y), shown[0] if shown else "", font=_font(size), fill=ink)
-        y += _line(size)
+@dataclass(frozen=True, slots=True)
+class _Pen:
+    draw: ImageDraw.ImageDraw
+    lettering: Lettering
 
-
-@lru_cache(maxsize=8)
-def _font(size: int) -> ImageFont.FreeTypeFont:
-    """Pillow's own scalable font: machines without any installed font draw the same sheets."""
-    font = ImageFont.load_default(size)
-    if not isinstance(font, ImageFont.FreeTypeFont):
-        raise JobError("this Pillow was built without FreeType, so nothing can be labelled; install Pillow's wheel")
-    return font
+    def lines(
+        self, place: tuple[int, int], lines: Sequence[str], size: int, ink: tuple[int, int, int], width: int
+    ) -> None:
+        """Lines below each other, each cut where it is wider than `width`."""
+        x, y = place
+        for line in lines:
+            for shown in wrap(line, size, width, 1, self.lettering):
+                self.lettering.draw(self.draw, (x, y), shown, size, ink)
+            y += _line(size)
 
 
 def _line(size: int) -> int:

@@ -36,6 +36,7 @@ _PAIRS_SHOWN = 20
 _VALUES_SHOWN = 8
 _COLUMNS_SHOWN = 20
 _COLUMN_SHOWN = 60
+_GLYPHS_SHOWN = 8
 _MESSAGE_LINES = 30
 """Characters shown of a failed job's message, from its end, where the error is; `logs` has all of it."""
 _PROMPT_SHOWN = 100
@@ -350,15 +351,29 @@ def show_clean(report: CleanReport) -> None:
 
 
 def show_report(report: ReportSummary) -> None:
-    """Where the sheets are."""
+    """Where the gallery and the sheets are, and what is on them."""
+    gallery = report.gallery
+    rows = f"{gallery.rows:,} of {gallery.samples:,} samples"
+    if gallery.state != "published":
+        rows += ", as the ledger has them now; --live follows the job"
+    elif gallery.rows < gallery.samples:
+        rows += "; --max-pictures shows more"
     facts: dict[str, object] = {
-        "sheets": f"{len(report.sheets)}",
-        "samples": f"{report.samples_shown:,} of {report.samples:,}"
+        "gallery": f"{report.out}/{gallery.page}",
+        "in it": f"{rows}; {gallery.thumbnails:,} thumbnails are new",
+        "sheets": f"{len(report.sheets)} with {report.samples_shown:,} of {report.samples:,} samples"
         + ("" if report.samples_shown == report.samples else "; --max-sheets shows more"),
     }
-    if report.unreadable:
-        facts["unreadable"] = (
-            f"{report.unreadable:,} pictures, to be healed by: latentmill repair {shlex.quote(report.out)}"
+    if gallery.state != "published":
+        facts["sheets"] = "none: they are drawn of a finished dataset"
+    unreadable = max(report.unreadable, gallery.unreadable)
+    if unreadable:
+        facts["unreadable"] = f"{unreadable:,} pictures, to be healed by: latentmill repair {shlex.quote(report.out)}"
+    if report.without_glyph:
+        named = " ".join(f"U+{ord(character):04X}" for character in report.without_glyph[:_GLYPHS_SHOWN])
+        facts["no glyph"] = (
+            f"{len(report.without_glyph):,} characters are boxes on the sheets ({named}): install a font that has "
+            f"them, or name one by --font; the gallery shows them with the browser's"
         )
     facts |= {f"sheet {number}": f"{report.out}/{path}" for number, path in enumerate(report.sheets[:5], start=1)}
     if len(report.sheets) > 5:

@@ -4,9 +4,20 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from pathlib import PurePosixPath
 from typing import Any, Protocol
 
 from latentmill.jobs.store.errors import FOREIGN_REMEDY, ForeignObjectError, is_refused_create
+
+_CONTENT_TYPES = {
+    ".css": "text/css; charset=utf-8",
+    ".html": "text/html; charset=utf-8",
+    ".js": "text/javascript; charset=utf-8",
+    ".png": "image/png",
+    ".svg": "image/svg+xml",
+    ".webp": "image/webp",
+}
+"""What a browser must be told of an object, or it saves the page in place of showing it."""
 
 
 class Backend(Protocol):
@@ -44,7 +55,7 @@ class ObjectStore:
         return data
 
     def write(self, path: str, data: bytes) -> None:
-        self._fs.pipe_file(self._full(path), data)
+        self._fs.pipe_file(self._full(path), data, **self._about(path))
 
     def create(self, path: str, data: bytes) -> bool:
         if not data:
@@ -89,6 +100,22 @@ class ObjectStore:
             self._fs.rm_file(self._full(path))
         except FileNotFoundError:
             return
+
+    def _about(self, path: str) -> dict[str, Any]:
+        """The content type as the client of this store takes it; other files have the store's default."""
+        kind = _CONTENT_TYPES.get(PurePosixPath(path).suffix)
+        protocols = {self._fs.protocol} if isinstance(self._fs.protocol, str) else set(self._fs.protocol)
+        if kind is None:
+            return {}
+        if "s3" in protocols:
+            return {"ContentType": kind}
+        if "gs" in protocols:
+            return {"content_type": kind}
+        if "abfs" in protocols:
+            from azure.storage.blob import ContentSettings
+
+            return {"content_settings": ContentSettings(content_type=kind)}
+        return {}
 
     def _find(self, prefix: str) -> Iterator[tuple[str, dict[str, Any]]]:
         folder = self._full(prefix.strip("/")) + "/"

@@ -10,8 +10,8 @@ from PIL import Image
 
 from latentmill.jobs.errors import JobError, UsageError
 from latentmill.jobs.manifests.axes import Axis
-from latentmill.jobs.show.report import plan_sheets as plan_any_sheets
 from latentmill.jobs.show.report import report
+from latentmill.jobs.show.sheet_pages import plan_sheets as plan_any_sheets
 from latentmill.jobs.show.sheets import CAPTION_SIZE, TILE, Cell, Sheet, draw_sheet, wrap
 from latentmill.jobs.store.storage import Storage
 from tests.jobs.driver import job_spec, run
@@ -163,6 +163,10 @@ def test_a_drawn_sheet_has_each_picture_in_its_place_and_tiles_for_the_rest():
     assert dark.max(axis=0)[1] - dark.min(axis=0)[1] + 1 == TILE
 
 
+def sheets(storage: Storage) -> list[str]:
+    return sorted(path for path, _ in storage.list("report") if path.endswith(".png"))
+
+
 @pytest.fixture
 def finished(tiny_model: Path, manifest, tmp_path: Path) -> str:
     out = str(tmp_path / "out")
@@ -177,10 +181,12 @@ def test_a_report_of_a_real_output_lies_beside_it_and_replaces_the_last_one(fini
     summary = report(finished)
     assert summary.sheets == ("report/sheet-0001.png", "report/sheet-0002.png", "report/sheet-0003.png")
     assert (summary.samples_shown, summary.samples) == (12, 12)
-    assert sorted(path for path, _ in storage.list("report")) == list(summary.sheets)
+    assert sheets(storage) == list(summary.sheets)
     first = np.asarray(Image.open(io.BytesIO(storage.read(summary.sheets[0]))))
     assert first.std() > 20
     assert report(finished, max_sheets=1).samples_shown == 4
+    assert report(finished, max_sheets=0).sheets == ()
+    assert sheets(storage) == []
 
 
 def test_a_report_on_s3(tiny_model: Path, manifest, s3: str):
@@ -189,9 +195,19 @@ def test_a_report_on_s3(tiny_model: Path, manifest, s3: str):
     assert Storage.open(s3).read("report/sheet-0001.png").startswith(b"\x89PNG")
 
 
-def test_what_cannot_be_reported_says_why(tiny_model: Path, manifest, tmp_path: Path, finished: str):
+def test_what_cannot_be_reported_says_why(finished: str, tmp_path: Path):
     with pytest.raises(UsageError, match="has no plan"):
         report(str(tmp_path / "nothing"))
-    (Path(finished) / "_job/dataset.json").unlink()
-    with pytest.raises(JobError, match=r"no published dataset yet.*latentmill status"):
+    for wrong in ({"max_sheets": -1}, {"max_pictures": 0}, {"thumbnail": 8}):
+        with pytest.raises(UsageError, match="give"):
+            report(finished, **wrong)
+    part = next((Path(finished) / "dataset").glob("part-*.parquet"))
+    part.unlink()
+    with pytest.raises(JobError, match=r"is damaged.*latentmill repair"):
         report(finished)
+
+
+def test_an_unfinished_output_has_a_gallery_and_no_sheets(finished: str):
+    (Path(finished) / "_job/dataset.json").unlink()
+    summary = report(finished)
+    assert (summary.gallery.state, summary.gallery.rows, summary.sheets) == ("running", 12, ())

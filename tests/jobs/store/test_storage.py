@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import fsspec
 import pytest
 
 from latentmill.jobs.errors import UsageError
@@ -294,3 +295,13 @@ def test_store_codes_decide_what_is_transient(code: str, transient: bool) -> Non
     error = OSError("translated")
     error.__cause__ = _ClientError(code)
     assert is_transient(error) is transient
+
+
+def test_a_browser_is_told_what_a_page_of_a_bucket_is(s3: str):
+    storage = Storage.open(s3)
+    kinds = {"page.html": "text/html; charset=utf-8", "a.js": "text/javascript; charset=utf-8", "a.webp": "image/webp"}
+    for name in kinds:
+        storage.write(f"report/{name}", b"bytes")
+    client = fsspec.filesystem("s3", use_listings_cache=False)
+    for name, kind in kinds.items():
+        assert client.info(f"{s3}/report/{name}")["ContentType"] == kind
