@@ -244,6 +244,37 @@ def report(
 
 @app.command(
     rich_help_panel=_LOOK,
+    epilog="Example: [bold]latentmill compare s3://bucket/sweep/latest[/bold], which is tonight with last night\n\n"
+    "Exit codes: 0 the same, 1 something changed, is new or is gone, 2 they cannot be compared.",
+)
+def compare(
+    before: Annotated[str, typer.Argument(metavar="BEFORE", help="An output; alone, tonight's: its day or 'latest'.")],
+    after: Annotated[str | None, typer.Argument(metavar="[AFTER]", help="The output to compare it with.")] = None,
+    top: Annotated[int, typer.Option("--top", help="Pairs that are shown and listed, the biggest change first.")] = 200,
+    tolerance: Annotated[
+        float, typer.Option("--tolerance", help="Perceptual distance (1 - SSIM) that counts as no change.")
+    ] = 0.0,
+    ignore: Annotated[
+        list[str] | None, typer.Option("--ignore", help="A parameter that may differ in a pair; may be repeated.")
+    ] = None,
+    json: Json = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help=QUIET)] = False,
+) -> None:
+    """Compare two datasets, sample by sample: what is the same, changed and by how much, new or gone."""
+    from latentmill.jobs.show.display import progress_view
+
+    with progress_view("opening", lambda _: "", quiet=quiet) as view:
+        from latentmill.jobs.compare.compare import compare as compare_outputs
+
+        found = compare_outputs(
+            before, after, top=top, tolerance=tolerance, ignored=ignore or (), on_progress=view.update
+        )
+    _answer(found.to_dict(), json, lambda views: views.show_comparison(found), quiet=quiet)
+    raise typer.Exit(found.exit_code)
+
+
+@app.command(
+    rich_help_panel=_LOOK,
     epilog="Example: [bold]latentmill export out/sample --to hf --out out/sample-hf --image-format webp[/bold]\n\n"
     "The same command again resumes where it stopped. Exit codes: 0 complete, 2 usage, 3 --out holds another export.",
 )

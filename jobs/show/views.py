@@ -13,6 +13,7 @@ from latentmill.jobs.terminal import print_line
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from latentmill.jobs.compare.compare import Comparison, Pair
     from latentmill.jobs.exports.export import ExportSummary
     from latentmill.jobs.exports.push import PushSummary
     from latentmill.jobs.inspection import Inspection, Unread
@@ -331,6 +332,45 @@ def _show_duplicates(found: Duplicates) -> None:
     print_table(
         title, ["sample", "looks like", "bits apart"], [[pair.second, pair.first, pair.distance] for pair in pairs]
     )
+
+
+def show_comparison(found: Comparison) -> None:
+    """What is the same and what is not, and what changed most."""
+    facts: dict[str, object] = {
+        "before": found.before.url,
+        "after": found.after.url,
+        "identical": f"{found.identical:,}",
+        "changed": f"{found.changed:,}",
+        "new": f"{found.added:,}",
+        "gone": f"{found.removed:,}",
+    }
+    if found.tolerance:
+        facts["within tolerance"] = f"{found.within_tolerance:,} changed by up to {found.tolerance:g}"
+    if found.settings:
+        shown = found.settings[:_VALUES_SHOWN]
+        more = len(found.settings) - len(shown)
+        facts["jobs differ in"] = "; ".join(shown) + (f"; and {more:,} more" if more else "")
+    print_facts("different" if found.exit_code else "the same", facts, style="yellow" if found.exit_code else "green")
+    pairs = found.pairs[:_PAIRS_SHOWN]
+    if pairs:
+        columns = ["before", "after", "perceptual", "pixels", "status", "prompt"]
+        print_table(
+            f"changed (first {len(pairs)} of {found.changed:,})", columns, [_pair_cells(pair) for pair in pairs]
+        )
+    for title, rows, total in (
+        ("new", found.added_rows, found.added),
+        ("gone", found.removed_rows, found.removed),
+    ):
+        cells = [[row["sample_id"], row["row_id"], safe(row["prompt"], _PROMPT_SHOWN)] for row in rows[:_PAIRS_SHOWN]]
+        if cells:
+            print_table(f"{title} (first {len(cells)} of {total:,})", ["sample", "row", "prompt"], cells)
+
+
+def _pair_cells(pair: Pair) -> list[object]:
+    one, other, apart = pair.before, pair.after, pair.distance
+    status = other["status"] if one["status"] == other["status"] else f"{one['status']} -> {other['status']}"
+    shown = ("-", "-") if apart is None else (f"{apart.perceptual:.4f}", f"{apart.pixel:.2f}")
+    return [one["sample_id"], other["sample_id"], *shown, status, safe(other["prompt"], _PROMPT_SHOWN)]
 
 
 def show_export(summary: ExportSummary) -> None:
