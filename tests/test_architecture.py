@@ -16,6 +16,7 @@ import pytest
 
 from latentmill.engine.families.table import FAMILIES, PIPELINES
 from latentmill.engine.guards.safety import CHECKERS
+from latentmill.jobs.code import code_files
 from latentmill.jobs.executor_table import EXECUTORS
 from latentmill.jobs.executors import ray_private
 
@@ -281,3 +282,12 @@ def test_every_folder_with_code_is_in_the_wheel():
     told = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]["packages"]
     folders = {path.parent.relative_to(ROOT) for path in sources("engine", "jobs")} | {Path(), Path("configs")}
     assert set(told) == {".".join(["latentmill", *folder.parts]) for folder in folders}
+
+
+def test_every_file_of_data_is_in_the_wheel():
+    """`code_files` is what goes to a cluster; a wheel has code by its packages, and other files by these patterns."""
+    told = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]["package-data"]
+    folders = {package: ROOT.joinpath(*package.split(".")[1:]) for package in told}
+    packed = {path for package, folder in folders.items() for pattern in told[package] for path in folder.glob(pattern)}
+    missing = [path for path in code_files(ROOT) if path.suffix != ".py" and path not in packed]
+    assert missing == []
