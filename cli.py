@@ -244,12 +244,13 @@ def report(
 
 @app.command(
     rich_help_panel=_LOOK,
-    epilog="Example: [bold]latentmill compare s3://bucket/sweep/latest[/bold], which is tonight with last night\n\n"
+    epilog="Example: [bold]latentmill compare s3://bucket/sweep/latest --out pairs[/bold], tonight with last night\n\n"
     "Exit codes: 0 the same, 1 something changed, is new or is gone, 2 they cannot be compared.",
 )
 def compare(
     before: Annotated[str, typer.Argument(metavar="BEFORE", help="An output; alone, tonight's: its day or 'latest'.")],
     after: Annotated[str | None, typer.Argument(metavar="[AFTER]", help="The output to compare it with.")] = None,
+    out: Annotated[str | None, typer.Option("--out", help="Folder or URL for a page of the pairs.")] = None,
     top: Annotated[int, typer.Option("--top", help="Pairs that are shown and listed, the biggest change first.")] = 200,
     tolerance: Annotated[
         float, typer.Option("--tolerance", help="Perceptual distance (1 - SSIM) that counts as no change.")
@@ -264,13 +265,13 @@ def compare(
     from latentmill.jobs.show.display import progress_view
 
     with progress_view("opening", lambda _: "", quiet=quiet) as view:
-        from latentmill.jobs.compare.compare import compare as compare_outputs
+        from latentmill.jobs.show.comparison import compare_outputs
 
-        found = compare_outputs(
-            before, after, top=top, tolerance=tolerance, ignored=ignore or (), on_progress=view.update
+        shown = compare_outputs(
+            before, after, out, top=top, tolerance=tolerance, ignored=ignore or (), on_progress=view.update
         )
-    _answer(found.to_dict(), json, lambda views: views.show_comparison(found), quiet=quiet)
-    raise typer.Exit(found.exit_code)
+    _answer(shown.to_dict(), json, lambda views: views.show_comparison(shown), quiet=quiet)
+    raise typer.Exit(shown.found.exit_code)
 
 
 @app.command(

@@ -146,7 +146,7 @@ def compare(
     """
     try:
         _check(top, tolerance, ignored)
-        before, after = (Side(place) for place in _nights(first, second))
+        before, after = (Side(place) for place in nights(first, second))
         total = max(before.publication.rows, after.publication.rows)
         on_progress(CompareProgress(phase="matching rows", done=0, total=total))
         matching = match(before.batches(NEEDED), after.batches(NEEDED), ignored)
@@ -225,8 +225,11 @@ def _check(top: int, tolerance: float, ignored: Sequence[str]) -> None:
             )
 
 
-def _nights(first: str, second: str | None) -> tuple[str, str]:
-    """The places of both outputs; of one alone, the output of the night before it and itself."""
+def nights(first: str, second: str | None) -> tuple[str, str]:
+    """The places of both outputs; of one alone, the output of the night before it and itself.
+
+    Raises JobError if there is no such night.
+    """
     if second is not None:
         return _output(first), _output(second)
     night = named_night(first)

@@ -54,18 +54,26 @@ class Side:
             found.update(zip(wanted, table.to_pylist(), strict=True))
         return [found[number] for number in numbers]
 
-    def picture(self, row: Mapping[str, Any]) -> Pixels:
-        """The pixels of a row's picture, whose file has the digest of the row. Raises JobError otherwise."""
+    def file(self, row: Mapping[str, Any]) -> bytes:
+        """The file of a row's picture, which has the digest of the row. Raises JobError otherwise."""
         try:
             data = self.job.pictures.read(row["image"], row["bytes"] or 0)
-            if hashlib.sha256(data).hexdigest() != row["sha256"]:
-                raise ValueError("it has not the sha256 of its row")
-            return decode_png(data, (row["width"], row["height"]))
-        except (FileNotFoundError, ForeignObjectError, ValueError) as error:
+        except (FileNotFoundError, ForeignObjectError) as error:
             why = "it is missing" if isinstance(error, FileNotFoundError) else str(error)
-            raise JobError(
-                f"{row['image']} in {self.url} cannot be compared: {why}; heal it by: latentmill repair {self.url}"
-            ) from error
+            raise JobError(self._refusal(row, why)) from error
+        if hashlib.sha256(data).hexdigest() != row["sha256"]:
+            raise JobError(self._refusal(row, "it has not the sha256 of its row"))
+        return data
+
+    def picture(self, row: Mapping[str, Any]) -> Pixels:
+        """The pixels of a row's picture. Raises JobError if it is not as its row says."""
+        try:
+            return decode_png(self.file(row), (row["width"], row["height"]))
+        except ValueError as error:
+            raise JobError(self._refusal(row, str(error))) from error
+
+    def _refusal(self, row: Mapping[str, Any], why: str) -> str:
+        return f"{row['image']} in {self.url} cannot be compared: {why}; heal it by: latentmill repair {self.url}"
 
     def _read_part(self, part: Part, names: tuple[str, ...]) -> pa.Table:
         try:

@@ -13,7 +13,7 @@ from latentmill.jobs.terminal import print_line
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from latentmill.jobs.compare.compare import Comparison, Pair
+    from latentmill.jobs.compare.compare import Pair
     from latentmill.jobs.exports.export import ExportSummary
     from latentmill.jobs.exports.push import PushSummary
     from latentmill.jobs.inspection import Inspection, Unread
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from latentmill.jobs.plans.summary import PlanSummary
     from latentmill.jobs.runner import RunSummary
     from latentmill.jobs.scores.duplicates import Duplicates
+    from latentmill.jobs.show.comparison import ShownComparison
     from latentmill.jobs.show.report import ReportSummary
     from latentmill.jobs.submission.api import JobInfo
     from latentmill.jobs.submission.submission import JobStatus, Submission
@@ -334,8 +335,9 @@ def _show_duplicates(found: Duplicates) -> None:
     )
 
 
-def show_comparison(found: Comparison) -> None:
+def show_comparison(shown: ShownComparison) -> None:
     """What is the same and what is not, and what changed most."""
+    found = shown.found
     facts: dict[str, object] = {
         "before": found.before.url,
         "after": found.after.url,
@@ -347,9 +349,11 @@ def show_comparison(found: Comparison) -> None:
     if found.tolerance:
         facts["within tolerance"] = f"{found.within_tolerance:,} changed by up to {found.tolerance:g}"
     if found.settings:
-        shown = found.settings[:_VALUES_SHOWN]
-        more = len(found.settings) - len(shown)
-        facts["jobs differ in"] = "; ".join(shown) + (f"; and {more:,} more" if more else "")
+        first = found.settings[:_VALUES_SHOWN]
+        more = len(found.settings) - len(first)
+        facts["jobs differ in"] = "; ".join(first) + (f"; and {more:,} more" if more else "")
+    if shown.page is not None:
+        facts["page"] = shown.page
     print_facts("different" if found.exit_code else "the same", facts, style="yellow" if found.exit_code else "green")
     pairs = found.pairs[:_PAIRS_SHOWN]
     if pairs:
