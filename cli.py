@@ -358,14 +358,17 @@ def inspect(
     dataset: Annotated[
         str | None, typer.Option("--dataset", metavar="OUT", help="A published output, to look up each file's row.")
     ] = None,
+    trust: Annotated[
+        str | None, typer.Option("--trust", metavar="PEM", help="Certificates that signers by C2PA may follow from.")
+    ] = None,
     json: Json = False,
 ) -> None:
-    """Say what pictures carry: watermark, XMP, C2PA, parameters; exit code 1 if one lacks the watermark."""
+    """Say what pictures carry: watermark, XMP, C2PA, parameters; exit code 1 if one lacks the mark or was changed."""
     from latentmill.jobs.inspection import inspect_files
 
-    answers = inspect_files(files, text=expect, method=watermark, dataset=dataset)
+    answers = inspect_files(files, text=expect, method=watermark, dataset=dataset, trust=trust)
     _answer([answer.to_dict() for answer in answers], json, lambda views: views.show_inspections(answers))
-    raise typer.Exit(0 if all(answer.found for answer in answers) else 1)
+    raise typer.Exit(0 if all(answer.sound for answer in answers) else 1)
 
 
 def _print_version(wanted: bool) -> None:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from latentmill.jobs.compare.compare import Pair
+    from latentmill.jobs.credentials import Credentials
     from latentmill.jobs.exports.export import ExportSummary
     from latentmill.jobs.exports.push import PushSummary
     from latentmill.jobs.inspection import Inspection, Unread
@@ -422,16 +423,33 @@ def show_inspections(answers: Sequence[Inspection | Unread]) -> None:
             print_line(f"error: {safe(answer.error)}", error=True)
             continue
         print_line(f"{safe(answer.file)}: {_watermark_words(answer)}")
-        credentials = {None: "not looked for in this format", True: "there, not checked", False: "none"}
         facts = {
             "source type (XMP)": answer.digital_source_type or "not stated",
-            "C2PA": credentials[answer.c2pa],
+            "C2PA": _credentials_words(answer.c2pa),
             "parameters": safe(answer.parameters or "none", 200),
         }
         if answer.row is not None:
             facts["row"] = "sample {sample_id}, {status}, {image}".format(**answer.row)
         for name, value in facts.items():
             print_line(f"  {name}: {safe(value)}")
+
+
+def _credentials_words(found: Credentials | None) -> str:
+    from latentmill.jobs.credentials import EXTRA
+
+    if found is None:
+        return "not looked for in this format"
+    match found.state:
+        case "none":
+            return "none"
+        case "not checked":
+            return f"there, not checked: install {EXTRA}"
+        case "invalid":
+            return f"INVALID: {', '.join(found.failures)}"
+    by = ", ".join(text for text in (found.signer, found.issuer) if text)
+    when = f" at {found.time}" if found.time else ""
+    trusted = "trusted" if found.state == "trusted" else "valid, by a certificate that is not trusted here"
+    return f"{trusted}; signed by {by}{when}; made by {found.generator}; source type {found.digital_source_type}"
 
 
 def _watermark_words(answer: Inspection) -> str:
