@@ -339,6 +339,38 @@ def report(
 
 @app.command(
     rich_help_panel=_LOOK,
+    epilog="Example: [bold]latentmill compare s3://bucket/sweep/latest --out pairs[/bold], tonight with last night\n\n"
+    "Exit codes: 0 the same, 1 something changed, is new or is gone, 2 they cannot be compared.",
+)
+def compare(
+    before: Annotated[str, typer.Argument(metavar="BEFORE", help="An output; alone, tonight's: its day or 'latest'.")],
+    after: Annotated[str | None, typer.Argument(metavar="[AFTER]", help="The output to compare it with.")] = None,
+    out: Annotated[str | None, typer.Option("--out", help="Folder or URL for a page of the pairs.")] = None,
+    top: Annotated[int, typer.Option("--top", help="Pairs that are shown and listed, the biggest change first.")] = 200,
+    tolerance: Annotated[
+        float, typer.Option("--tolerance", help="Perceptual distance (1 - SSIM) that counts as no change.")
+    ] = 0.0,
+    ignore: Annotated[
+        list[str] | None, typer.Option("--ignore", help="A parameter that may differ in a pair; may be repeated.")
+    ] = None,
+    json: Json = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help=QUIET)] = False,
+) -> None:
+    """Compare two datasets, sample by sample: what is the same, changed and by how much, new or gone."""
+    from latentmill.jobs.show.display import progress_view
+
+    with progress_view("opening", lambda _: "", quiet=quiet) as view:
+        from latentmill.jobs.show.comparison import compare_outputs
+
+        shown = compare_outputs(
+            before, after, out, top=top, tolerance=tolerance, ignored=ignore or (), on_progress=view.update
+        )
+    _answer(shown.to_dict(), json, lambda views: views.show_comparison(shown), quiet=quiet)
+    raise typer.Exit(shown.found.exit_code)
+
+
+@app.command(
+    rich_help_panel=_LOOK,
     epilog="Example: [bold]latentmill export out/sample --to hf --out out/sample-hf --image-format webp[/bold]\n\n"
     "The same command again resumes where it stopped. Exit codes: 0 complete, 2 usage, 3 --out holds another export.",
 )
@@ -421,14 +453,17 @@ def inspect(
     dataset: Annotated[
         str | None, typer.Option("--dataset", metavar="OUT", help="A published output, to look up each file's row.")
     ] = None,
+    trust: Annotated[
+        str | None, typer.Option("--trust", metavar="PEM", help="Certificates that signers by C2PA may follow from.")
+    ] = None,
     json: Json = False,
 ) -> None:
-    """Say what pictures carry: watermark, XMP, C2PA, parameters; exit code 1 if one lacks the watermark."""
+    """Say what pictures carry: watermark, XMP, C2PA, parameters; exit code 1 if one lacks the mark or was changed."""
     from latentmill.jobs.inspection import inspect_files
 
-    answers = inspect_files(files, text=expect, method=watermark, dataset=dataset)
+    answers = inspect_files(files, text=expect, method=watermark, dataset=dataset, trust=trust)
     _answer([answer.to_dict() for answer in answers], json, lambda views: views.show_inspections(answers))
-    raise typer.Exit(0 if all(answer.found for answer in answers) else 1)
+    raise typer.Exit(0 if all(answer.sound for answer in answers) else 1)
 
 
 def _print_version(wanted: bool) -> None:

@@ -147,7 +147,8 @@ class ModelSpec:
 
     `prompt_syntax` says how brackets are read. `long_prompts` says what happens to more tokens than the text encoder
     takes: cut (`truncate`), encoded in several chunks side by side (`chunk`), or refused (`error`). `loras` are loaded
-    beside the weights: each request says how strongly each counts.
+    beside the weights: each request says how strongly each counts. `vae` is an autoencoder in place of the model's own,
+    `preview_decoder` a tiny decoder (TAESD) in its place: each a diffusers folder or a `.safetensors` file.
     """
 
     model: str
@@ -160,6 +161,8 @@ class ModelSpec:
     prompt_syntax: str = "plain"
     long_prompts: str = "truncate"
     loras: tuple[LoraSpec, ...] = ()
+    vae: str | None = None
+    preview_decoder: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from latentmill.jobs.errors import UsageError
@@ -40,6 +41,12 @@ class DatedOutput:
         first = datetime.date.fromisoformat(self.date)
         days = range(1, (last - first).days + 1)
         return [DatedOutput(template=self.template, date=str(first + datetime.timedelta(day))) for day in days]
+
+    def outputs_before(self, days: int) -> Iterator[DatedOutput]:
+        """The outputs of the days before this one, the newest first."""
+        day = datetime.date.fromisoformat(self.date)
+        for ago in range(1, days + 1):
+            yield DatedOutput(template=self.template, date=str(day - datetime.timedelta(ago)))
 
 
 def dated_output(out: str, date: object = None, today: datetime.date | None = None) -> DatedOutput | None:

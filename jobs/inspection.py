@@ -16,9 +16,9 @@ from PIL import Image
 from latentmill.engine import WATERMARK_METHODS, WATERMARK_MIN_PIXELS, read_watermark, watermark_bit_accuracy
 from latentmill.engine.types import Pixels
 from latentmill.jobs import xmp
+from latentmill.jobs.credentials import Credentials, read_credentials
 from latentmill.jobs.errors import JobError, UsageError
 from latentmill.jobs.job import open_job
-from latentmill.jobs.ledger.png_chunks import read_chunks
 from latentmill.jobs.manifests.fields import nearest, shorten
 from latentmill.jobs.outputs.publish import read_columns, standing_publication
 from latentmill.jobs.store.urls import allowed_filesystem, display_url
@@ -28,9 +28,6 @@ MAX_PIXELS = 1 << 25
 """Twice the largest picture that a job can make; reading a watermark takes 20 bytes a pixel."""
 
 MAX_FILE_BYTES = 256 << 20
-
-_CONTENT_CREDENTIALS = b"caBX"
-"""The chunk of a PNG that holds C2PA's manifests."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,9 +51,8 @@ class WatermarkReading:
 class Inspection:
     """What one file says.
 
-    `watermark` is None where the picture is too small to carry one. `c2pa` is whether content credentials are in the
-    file, which are not checked, or None for a format where that is not known. `row` is that of the dataset whose sha256
-    is the file's.
+    `watermark` is None where the picture is too small to carry one. `c2pa` is what its content credentials say, or None
+    for a format where they are not looked for. `row` is that of the dataset whose sha256 is the file's.
     """
 
     file: str
@@ -66,13 +62,18 @@ class Inspection:
     watermark: WatermarkReading | None
     digital_source_type: str | None
     parameters: str | None
-    c2pa: bool | None
+    c2pa: Credentials | None
     row: Mapping[str, Any] | None = None
 
     @property
     def found(self) -> bool:
         """Whether the watermark that was looked for is there, beyond chance."""
         return self.watermark is not None and self.watermark.found
+
+    @property
+    def sound(self) -> bool:
+        """Whether it is there, and no content credentials say that the file was changed."""
+        return self.found and (self.c2pa is None or self.c2pa.state != "invalid")
 
     def to_dict(self) -> dict[str, Any]:
         """For `--json`."""
@@ -91,18 +92,29 @@ class Unread:
         """No watermark was found in it."""
         return False
 
+    @property
+    def sound(self) -> bool:
+        """Nothing is known of it."""
+        return False
+
     def to_dict(self) -> dict[str, Any]:
         """For `--json`."""
         return asdict(self) | {"found": False}
 
 
 def inspect_files(
-    files: Sequence[str], *, text: str, method: str | None = None, dataset: str | None = None
+    files: Sequence[str],
+    *,
+    text: str,
+    method: str | None = None,
+    dataset: str | None = None,
+    trust: str | None = None,
 ) -> list[Inspection | Unread]:
     """One answer per file; the watermark is read by `method` or by whichever of all fits best.
 
-    Raises UsageError if none of the files can be read as a picture; one among others is `Unread`. Raises JobError if
-    there is no published dataset where one is named.
+    `trust` names a file of certificates that signers may follow from. Raises UsageError if none of the files can be
+    read as a picture; one among others is `Unread`. Raises JobError if there is no published dataset where one is
+    named.
     """
     if method is not None and method not in WATERMARK_METHODS:
         raise UsageError(
@@ -118,7 +130,7 @@ def inspect_files(
     answers: list[Inspection | Unread] = []
     for file in files:
         try:
-            answers.append(_inspect(file, text, methods))
+            answers.append(_inspect(file, text, methods, trust))
         except UsageError as error:
             answers.append(Unread(file=file, error=str(error)))
     failed = [answer for answer in answers if isinstance(answer, Unread)]
@@ -133,10 +145,9 @@ def inspect_files(
     ]
 
 
-def _inspect(file: str, text: str, methods: Sequence[str]) -> Inspection:
+def _inspect(file: str, text: str, methods: Sequence[str], trust: str | None) -> Inspection:
     data = _read(file)
-    pixels, packet, parameters = _decode(file, data)
-    kinds = {kind for kind, _ in read_chunks(data)}
+    form, pixels, packet, parameters = _decode(file, data)
     height, width = pixels.shape[:2]
     return Inspection(
         file=file,
@@ -146,7 +157,7 @@ def _inspect(file: str, text: str, methods: Sequence[str]) -> Inspection:
         watermark=None if width * height < WATERMARK_MIN_PIXELS else _read_watermark(pixels, text, methods),
         digital_source_type=None if packet is None else xmp.source_type(packet),
         parameters=parameters,
-        c2pa=_CONTENT_CREDENTIALS in kinds if kinds else None,
+        c2pa=read_credentials(data, form, trust),
     )
 
 
@@ -180,8 +191,8 @@ def _read(file: str) -> bytes:
     return data
 
 
-def _decode(file: str, data: bytes) -> tuple[Pixels, bytes | None, str | None]:
-    """The pixels, the XMP packet and the parameters of a picture in any format that Pillow reads."""
+def _decode(file: str, data: bytes) -> tuple[str, Pixels, bytes | None, str | None]:
+    """The format, the pixels, the XMP packet and the parameters of a picture in any format that Pillow reads."""
     try:
         with Image.open(io.BytesIO(data)) as image:
             if image.width * image.height > MAX_PIXELS:  # as the header says, before anything is unpacked
@@ -190,10 +201,12 @@ def _decode(file: str, data: bytes) -> tuple[Pixels, bytes | None, str | None]:
                     f"give the picture as it was generated"
                 )
             pixels: Pixels = np.asarray(image.convert("RGB"))
+            form = image.format or ""
             packet, parameters = image.info.get("xmp"), image.info.get("parameters")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UsageError(f"{display_url(file)} cannot be read as a picture: {' '.join(str(error).split())}") from None
     return (
+        form,
         pixels,
         packet if isinstance(packet, bytes) else None,
         str(parameters) if isinstance(parameters, str) else None,

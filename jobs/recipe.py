@@ -19,7 +19,7 @@ from latentmill.jobs.models.choice import ModelChoice, resolve_model
 from latentmill.jobs.models.place import place_model
 from latentmill.jobs.models.resolved import ResolvedModel
 from latentmill.jobs.plans.columns import own_fields
-from latentmill.jobs.plans.lora_columns import recorded_places, recorded_scales
+from latentmill.jobs.plans.option_columns import recorded_places, recorded_scales
 from latentmill.jobs.postprocess import encode_picture, finish_pixels
 from latentmill.jobs.spec import JobSpec
 
@@ -148,6 +148,8 @@ def recipe_of(row: Mapping[str, Any]) -> Recipe:
             prediction_type=row["prediction_type"],
             timestep_spacing=row["timestep_spacing"],
             loras=recorded_places(row),
+            vae=row.get("vae"),
+            preview_decoder=row.get("preview_decoder"),
         ),
         model_sha256=row["model_sha256"],
         prompt_syntax=row["prompt_syntax"],

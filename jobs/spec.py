@@ -179,6 +179,12 @@ class JobSpec:
         "leading, trailing, linspace or original, in place of the model's own.",
         TIMESTEP_SPACINGS,
     )
+    vae: str | None = text(
+        None, PICTURES, "Another autoencoder in place of the model's: a folder, a .safetensors file or its URL."
+    )
+    preview_decoder: str | None = text(
+        None, PICTURES, "A tiny decoder (TAESD) in place of the autoencoder, for previews: places as for --vae."
+    )
     lora: Mapping[str, str] = special(
         PICTURES,
         "NAME=PLACE[:SCALE], a LoRA beside the model; may be repeated. Rows, prompts and axes may say other scales.",

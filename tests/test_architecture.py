@@ -268,6 +268,7 @@ def test_there_is_no_circle_among_the_parts_of_jobs():
         ("import latentmill.jobs.runner", {"torch", "ray", "transformers", "cv2"}),
         ("import latentmill.jobs.show.report", {"torch", "ray", "transformers", "cv2"}),
         ("import latentmill.jobs.outputs.score", {"torch", "ray", "transformers", "cv2"}),
+        ("import latentmill.jobs.compare.compare", {"torch", "ray", "transformers", "cv2"}),
         ("import latentmill.jobs.exports.runners", {"torch", "ray", "transformers", "cv2", "pandas"}),
     ],
 )

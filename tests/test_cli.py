@@ -26,7 +26,7 @@ from latentmill.jobs.runner import RunSummary
 
 ROOT = Path(__file__).parents[1]
 VERBS = ["plan", "run", "submit", "status", "logs", "cancel", "verify", "report", "clean", "export", "push-to-hub"]
-VERBS += ["score", "models", "inspect"]
+VERBS += ["compare", "score", "models", "inspect"]
 
 Call = Callable[..., tuple[int, str, str]]
 

@@ -105,10 +105,10 @@ def describe_model(model: str | Path | ModelSpec) -> ModelDescription:
     pipeline = find_pipeline(spec)
     if pipeline is None:
         return describe_layout(find_model(spec))
-    if spec.loras:
+    if spec.loras or spec.vae or spec.preview_decoder:
         raise EngineError(
-            f"{spec.model} is a {pipeline.class_name}, which runs by the library diffusers and takes no LoRA here; "
-            "leave the LoRAs out"
+            f"{spec.model} is a {pipeline.class_name}, which runs by the library diffusers and takes neither LoRA nor "
+            "another autoencoder here; leave them out"
         )
     return _describe_pipeline(pipeline)
 

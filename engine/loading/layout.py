@@ -16,6 +16,7 @@ from latentmill.engine.loading.hub import fetch_model, fetch_tokenizer, is_hub_i
 from latentmill.engine.loading.lora_files import LoraFiles, find_loras
 from latentmill.engine.loading.original import as_configured
 from latentmill.engine.loading.single_file import held_parts, is_partial, recognise
+from latentmill.engine.loading.vae import OtherVae, find_vae
 from latentmill.engine.loading.vocabulary import tokenizer_files
 from latentmill.engine.types import EngineError, ModelSpec, OriginalModelSpec
 
@@ -27,7 +28,8 @@ class ModelLayout:
     `weights` gives each component's file (in a single file, the same for all that it holds), `tokenizers` a folder per
     text encoder, `files` everything that can change a pixel, by a name that does not depend on this machine. `original`
     are the components whose weights have the original names. `averaged` takes the running average of the U-Net's
-    weights instead of the weights. `loras` are loaded beside them, by name.
+    weights instead of the weights. `loras` are loaded beside them, by name. `vae` takes the place of the model's own
+    autoencoder: `blueprint` is then the model's with it, and `own_blueprint` without.
     """
 
     path: Path
@@ -39,6 +41,8 @@ class ModelLayout:
     original: frozenset[str] = frozenset()
     averaged: bool = False
     loras: Mapping[str, LoraFiles] = field(default_factory=dict)
+    vae: OtherVae | None = None
+    own_blueprint: Blueprint | None = None
 
     @property
     def folder(self) -> Path:
@@ -64,7 +68,25 @@ def find_model(spec: ModelSpec) -> ModelLayout:
         )
     loras = find_loras(spec.loras)
     files = {**layout.files, **{name: path for lora in loras.values() for name, path in lora.files.items()}}
-    return dataclasses.replace(layout, blueprint=_with_overrides(layout.blueprint, spec), files=files, loras=loras)
+    layout = dataclasses.replace(layout, blueprint=_with_overrides(layout.blueprint, spec), files=files, loras=loras)
+    return _with_vae(layout, spec) if spec.vae or spec.preview_decoder else layout
+
+
+def _with_vae(layout: ModelLayout, spec: ModelSpec) -> ModelLayout:
+    """The model with another autoencoder, whose files count instead of its own where those are files of their own."""
+    if spec.vae and spec.preview_decoder:
+        raise EngineError("an autoencoder and a decoder for previews are both named; use one of them")
+    vae = find_vae(str(spec.vae or spec.preview_decoder), layout.blueprint, tiny=spec.vae is None)
+    own = layout.blueprint.family.autoencoder.component
+    kept = {name: path for name, path in layout.files.items() if not name.startswith(f"{own}/")}
+    return dataclasses.replace(
+        layout,
+        blueprint=vae.blueprint,
+        own_blueprint=layout.blueprint,
+        weights={**layout.weights, vae.blueprint.family.autoencoder.component: vae.weights},
+        files={**kept, **vae.files},
+        vae=vae,
+    )
 
 
 def _folder(path: Path, spec: ModelSpec) -> ModelLayout:

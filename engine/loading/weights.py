@@ -15,6 +15,7 @@ from latentmill.engine.loading.checkpoint import Shape, WeightsFile, open_weight
 from latentmill.engine.loading.files import shown
 from latentmill.engine.loading.keys import averaged_name, folder_name, is_ignored, original_names
 from latentmill.engine.loading.layout import ModelLayout
+from latentmill.engine.loading.vae import origins_in_file
 from latentmill.engine.networks.interface import Autoencoder
 from latentmill.engine.types import EngineError
 
@@ -51,7 +52,7 @@ def check_claims(layout: ModelLayout) -> None:
     if not layout.single_file:
         return
     shapes = open_weights(layout.path).shapes
-    claims = claim_single_file(layout.blueprint, shapes, layout.path, layout.original)
+    claims = claim_single_file(layout.own_blueprint or layout.blueprint, shapes, layout.path, layout.original)
     if layout.averaged:
         names = {averaged_name(origin).key for origin in claims[layout.blueprint.family.denoiser.component].values()}
         _refuse(sorted(names - shapes.keys()), [], f"{layout.path} has no whole running average of its weights")
@@ -84,7 +85,12 @@ def _fill(module: Module, layout: ModelLayout, component: str, dtype: torch.dtyp
     """Give a module on the meta device its weights. Raises EngineError that names a bad key."""
     file = open_weights(layout.weights[component])
     expected = module.state_dict()
-    if component in layout.original:
+    if layout.vae is not None and component == layout.blueprint.family.autoencoder.component:
+        if layout.vae.prefix is None:
+            origins = _claim_folder_file(file, layout.blueprint, component, expected)
+        else:
+            origins = origins_in_file(layout.vae, expected, file)
+    elif component in layout.original:
         origins = original_names(layout.blueprint, component, expected)
         if layout.averaged and component == layout.blueprint.family.denoiser.component:
             origins = {key: averaged_name(origin) for key, origin in origins.items()}

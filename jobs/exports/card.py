@@ -92,6 +92,9 @@ def _facts(written: Written) -> dict[str, str]:
         "marking": f"invisible watermark {_code(settings.watermark_text)} by {_code(settings.watermark)}"
         if marked
         else "no invisible watermark",
+        "content credentials": "none"
+        if written.signing is None
+        else f"C2PA, each picture signed; sha256 of the certificate {_code(written.signing['certificate_sha256'])}",
         "export": ", ".join(f"{name} {_code(value)}" for name, value in options.items()),
         "plan hash": _code(plan.plan_hash),
     }

@@ -31,12 +31,16 @@ _FORMAT = 1
 
 @dataclass(frozen=True, kw_only=True)
 class ExportPlan:
-    """What is exported and how it is cut. Two exports with one plan write the same bytes."""
+    """What is exported and how it is cut. Two exports with one plan write the same bytes, unless they are signed.
+
+    `signing` says by whom, if they are (signing.py); where the certificate and its key lie is not told.
+    """
 
     source: Mapping[str, Any]
     options: Mapping[str, Any]
     shards: Sequence[Shard]
     made_with: Mapping[str, str] = field(default_factory=lambda: {name: version(name) for name in _MADE_WITH})
+    signing: Mapping[str, Any] | None = None
 
     @cached_property
     def digest(self) -> str:
@@ -47,14 +51,19 @@ class ExportPlan:
         """The file's bytes."""
         return _encode({**self._document(), "digest": self.digest})
 
-    def spec(self, dest: str) -> ExportSpec:
-        """The export that it was made for."""
-        return make_export_spec({**self.options, "out": dest})
+    def spec(self, dest: str, sign: str | None = None, key: str | None = None) -> ExportSpec:
+        """The export that it was made for. One that is signed needs the places of the certificate and its key."""
+        signed: dict[str, Any] = {}
+        if self.signing is not None:
+            told = self.signing["prompts"], self.signing["timestamp_url"]
+            signed = {"sign": sign, "key": key, "sign_prompt": told[0], "timestamp_url": told[1]}
+        return make_export_spec({**self.options, "out": dest, **signed})
 
     def _document(self) -> dict[str, Any]:
         shards = [[shard.split, shard.start, shard.stop, shard.rows] for shard in self.shards]
         parts = {"source": dict(self.source), "options": dict(self.options), "made_with": dict(self.made_with)}
-        return {"format": _FORMAT, **parts, "shards": shards}
+        signed = {} if self.signing is None else {"signing": dict(self.signing)}
+        return {"format": _FORMAT, **parts, "shards": shards, **signed}
 
     @classmethod
     def from_json(cls, data: bytes) -> ExportPlan:
@@ -68,6 +77,7 @@ class ExportPlan:
                 source=told["source"],
                 options=told["options"],
                 made_with=told["made_with"],
+                signing=told.get("signing"),
                 shards=number_shards(cuts, alone=told["options"].get("split") is None),
             )
             if made.digest != told["digest"]:
@@ -193,7 +203,11 @@ def _differences(there: ExportPlan, here: ExportPlan) -> list[str]:
         return ["the dataset was published again since, with other rows"]
     found = [
         f"{name} is {told.get(name)} there and {asked.get(name)} here"
-        for told, asked in ((there.options, here.options), (there.made_with, here.made_with))
+        for told, asked in (
+            (there.options, here.options),
+            (there.made_with, here.made_with),
+            ({"signing": there.signing}, {"signing": here.signing}),
+        )
         for name in sorted({*told, *asked})
         if told.get(name) != asked.get(name)
     ]

@@ -23,6 +23,7 @@ from latentmill.jobs.exports.documents import (
 from latentmill.jobs.exports.format import Written, WrittenFile
 from latentmill.jobs.exports.rows import open_source
 from latentmill.jobs.exports.shards import Export, cut, write_file
+from latentmill.jobs.exports.signing import open_signing
 from latentmill.jobs.exports.spec import ExportSpec
 from latentmill.jobs.exports.table import EXPORTS, runner
 from latentmill.jobs.store.storage import Storage
@@ -102,7 +103,9 @@ def _planned(out_url: str, spec: ExportSpec, on_progress: Callable[[ExportProgre
             f"{wanted}; widen --status or --filter"
         )
     shards = number_shards(cuts, alone=spec.split is None)
-    plan = ExportPlan(source=source_facts(source), options=spec.planned(), shards=shards)
+    signing = open_signing(spec, source.job.plan.model.digest)
+    facts = None if signing is None else signing.facts
+    plan = ExportPlan(source=source_facts(source), options=spec.planned(), shards=shards, signing=facts)
     return Export(source=source, dest=Storage.open(spec.out), spec=spec, plan=plan)
 
 
@@ -132,6 +135,7 @@ def _finish(work: Export, records: list[ShardRecord]) -> bytes:
         plan=work.source.job.plan,
         publication=work.source.publication,
         options=work.plan.options,
+        signing=work.plan.signing,
         schema=work.schema,
         shards=[(shard, record.files) for shard, record in zip(work.plan.shards, records, strict=True)],
         read=work.dest.read,

@@ -81,6 +81,8 @@ class Written:
     schema: pa.Schema
     shards: Sequence[tuple[Shard, Sequence[WrittenFile]]]
     read: Callable[[str], bytes]
+    signing: Mapping[str, Any] | None = None
+    """By whom the pictures are signed (signing.py), if they are."""
 
     def files_by_split(self) -> dict[str, list[WrittenFile]]:
         """The files of each split, in order."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from functools import lru_cache, partial
@@ -29,7 +30,8 @@ def ray(export: Export, numbers: Sequence[int]) -> Iterator[ShardRecord]:
     """The same by tasks of a cluster, whose nodes reach both places."""
     spec = export.spec
     places = _shared_url(export.source.job.url), _shared_url(spec.out)
-    call = partial(_write_there, places)
+    keys = tuple(None if file is None else os.path.abspath(file) for file in (spec.sign, spec.key))  # noqa: PTH100 - a name
+    call = partial(_write_there, (*places, *keys))
     return run_tasks(call, numbers, at_once=spec.workers, address=spec.address, insecure=spec.insecure_ray)
 
 
@@ -41,7 +43,7 @@ def _shared_url(url: str) -> str:
     return path if protocol == "file" else url
 
 
-def _write_there(places: tuple[str, str], number: int) -> ShardRecord:
+def _write_there(places: tuple[str | None, ...], number: int) -> ShardRecord:
     return write_shard(_opened(*places), number)
 
 

@@ -12,16 +12,18 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from latentmill.jobs.errors import JobError
+from latentmill.jobs.errors import JobError, UsageError
 from latentmill.jobs.exports.documents import ExportPlan, ShardRecord, read_plan, record_path, source_facts
 from latentmill.jobs.exports.format import Picture, Shard, WrittenFile
 from latentmill.jobs.exports.rows import Selection, Source, open_source, renamed
+from latentmill.jobs.exports.signing import Signing, open_signing
 from latentmill.jobs.exports.spec import ExportSpec
 from latentmill.jobs.exports.table import EXPORTS, IMAGE_FORMATS
 from latentmill.jobs.store.storage import Storage
 
 _THREADS = 8
 _PICTURE_COLUMN = "image"
+_NEEDED = ["sample_id", _PICTURE_COLUMN, "bytes", "sha256", "width", "height", "prompt", "negative_prompt"]
 _EXPORTED = ("exported_bytes", "exported_sha256")
 
 
@@ -40,6 +42,17 @@ class Export:
         return Selection(self.spec, self.source.schema)
 
     @cached_property
+    def signing(self) -> Signing | None:
+        """Who signs the pictures, if anybody. Raises UsageError if it is not who began the export."""
+        found = open_signing(self.spec, self.source.job.plan.model.digest)
+        if (None if found is None else found.facts) != self.plan.signing:
+            raise UsageError(
+                f"the certificate at {self.spec.sign} on this machine is not the one that the export at "
+                f"{self.dest.url} was begun with; put that one there"
+            )
+        return found
+
+    @cached_property
     def names(self) -> list[str]:
         """The exported columns' names: one that the export needs itself is the manifest's own, and gets a prefix."""
         kept = [name for name in self.source.schema.names if name != _PICTURE_COLUMN]
@@ -53,16 +66,17 @@ class Export:
         return pa.schema([*(pa.field(name, type_) for name, type_ in zip(self.names, types, strict=True)), *own])
 
 
-def open_export(out_url: str, dest_url: str) -> Export:
+def open_export(out_url: str, dest_url: str, sign: str | None = None, key: str | None = None) -> Export:
     """The export that has begun at a place, for a process that did not begin it.
 
-    Raises JobError if the dataset is another one by now.
+    Where its pictures are signed, certificate and key are files of this machine. Raises JobError if the dataset is
+    another one by now.
     """
     dest, source = Storage.open(dest_url), open_source(out_url)
     plan = read_plan(dest)
     if plan.source != source_facts(source):
         raise JobError(f"{source.job.storage.url} was published again since this export began; use another --out")
-    return Export(source=source, dest=dest, spec=plan.spec(dest_url), plan=plan)
+    return Export(source=source, dest=dest, spec=plan.spec(dest_url, sign, key), plan=plan)
 
 
 def cut(source: Source, spec: ExportSpec) -> list[tuple[str, int, int, int]]:
@@ -94,7 +108,7 @@ def write_shard(export: Export, number: int) -> ShardRecord:
     shard = export.plan.shards[number]
     rows = _rows(export, shard)
     with ThreadPoolExecutor(_THREADS) as pool:
-        picture_rows = rows.select(["sample_id", _PICTURE_COLUMN, "bytes", "sha256", "width", "height"]).to_pylist()
+        picture_rows = rows.select(_NEEDED).to_pylist()
         pictures = list(pool.map(partial(_picture, export), picture_rows))
         exported = _exported(export, rows, pictures)
         files = EXPORTS[export.spec.to].format.files(shard, exported, pictures)
@@ -134,6 +148,8 @@ def _picture(export: Export, row: dict[str, Any]) -> Picture:
     except ValueError as error:
         url = export.source.job.storage.url
         raise JobError(f"{row['image']} in {url} has the sha256 of its row, but is no picture: {error}") from error
+    if export.signing is not None:
+        encoded = export.signing.sign(encoded, export.spec.image_format, row)
     return Picture(key=row["sample_id"], suffix=entry.suffix, data=encoded)
 
 

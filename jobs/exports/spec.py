@@ -17,6 +17,8 @@ from latentmill.jobs.store.urls import allowed_filesystem
 WHAT = "What is exported"
 HOW = "How it is written (never changes a byte)"
 
+SIGNED = "Content credentials (C2PA)"
+
 PICTURED = ("ok", "flagged")
 """The statuses whose samples may have a picture."""
 
@@ -101,6 +103,15 @@ class ExportSpec:
     )
     verify: bool = switch(HOW, "Read what is there already, and compare its digests; otherwise its sizes are compared.")
 
+    sign: str | None = text(
+        None, SIGNED, "PEM file of the certificates to sign with, the signer's own first; needs latentmill[c2pa]."
+    )
+    key: str | None = text(None, SIGNED, "PEM file of its private key. On Ray, each node reads both files itself.")
+    sign_prompt: bool = switch(SIGNED, "Put prompt and negative prompt into the credentials, which say neither else.")
+    timestamp_url: str | None = text(
+        None, SIGNED, "Time-stamping server (RFC 3161), asked once for each picture: http://...", pattern="https?://.+"
+    )
+
     @property
     def splits(self) -> Mapping[str, float]:
         """The names of the splits with their shares: one, if none are asked for."""
@@ -132,6 +143,8 @@ def make_export_spec(values: Mapping[str, Any]) -> ExportSpec:
         if name not in given:
             raise UsageError(f"--{name} is not given; give {remedy}")
     spec = ExportSpec(**given)
+    if (spec.sign is None) != (spec.key is None) or (spec.sign is None and (spec.sign_prompt or spec.timestamp_url)):
+        raise UsageError("signing takes a certificate and its key; give both --sign and --key")
     if spec.image_quality is not None and not IMAGE_FORMATS[spec.image_format].quality:
         raise UsageError(
             f"image_quality {spec.image_quality} has no meaning for {spec.image_format}; leave it out, or choose "

@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 from latentmill.engine import SAMPLERS_WITH_ETA, SEED_LIMIT
 from latentmill.jobs.errors import UsageError
 from latentmill.jobs.manifests.fields import Value
-from latentmill.jobs.manifests.loras import RowLoras
 from latentmill.jobs.manifests.prompt_texts import PromptTexts, prompt_texts
 from latentmill.jobs.manifests.replacements import FIELDS_WITH_TEXT
+from latentmill.jobs.manifests.row_loras import RowLoras
 from latentmill.jobs.manifests.tokens import TokenCounter
 from latentmill.jobs.manifests.wildcards import WildcardFolder
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
-from latentmill.engine import EngineError, LoraSpec, ModelDescription, ModelSpec, check_loras, describe_model
+from latentmill.engine import EngineError, LoraSpec, ModelDescription, ModelSpec, describe_model
 from latentmill.jobs.errors import JobError, UsageError
 from latentmill.jobs.manifests.fields import nearest, shorten
 from latentmill.jobs.manifests.loras import split_place
@@ -28,7 +28,7 @@ Its sampler is the first that it takes."""
 class ModelChoice:
     """A job's choice of a model. `source`: a preset, a folder, a single file, a URL, a hub id, or PRESET=PLACE.
 
-    `loras` gives each LoRA's name its place, with a scale behind it.
+    `loras` gives each LoRA's name its place, with a scale behind it. `vae` and `preview_decoder` are places, too.
     """
 
     source: str
@@ -37,6 +37,8 @@ class ModelChoice:
     prediction_type: str | None = None
     timestep_spacing: str | None = None
     loras: Mapping[str, str] = field(default_factory=dict)
+    vae: str | None = None
+    preview_decoder: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,6 +61,8 @@ def resolve_model(choice: ModelChoice) -> tuple[ResolvedModel, ModelDefaults, Mo
         spec, local = place_newest(spec)
         described = describe_model(local)
         if local.loras:
+            from latentmill.engine import check_loras  # with torch, which no other plan needs
+
             check_loras(local)
         files = file_digests(described.paths)
     except (EngineError, JobError, OSError) as error:
@@ -84,6 +88,8 @@ def resolve_model(choice: ModelChoice) -> tuple[ResolvedModel, ModelDefaults, Mo
         license=preset.license if preset and place is None else None,
         loras={lora.name: lora.path for lora in spec.loras},
         lora_scales={name: split_place(text)[1] for name, text in choice.loras.items()},
+        vae=spec.vae,
+        preview_decoder=spec.preview_decoder,
     )
     return model, _defaults(preset, described), described
 
@@ -92,7 +98,7 @@ def _model_spec(choice: ModelChoice, preset: ModelPreset | None, *, own_place: b
     """Flags over the preset; a preset's revision applies to its own place only."""
     model = model_place(choice.source)
     loras = {name: split_place(text)[0] for name, text in choice.loras.items()}
-    for place in (model, choice.tokenizer or "", *loras.values()):
+    for place in (model, choice.tokenizer or "", *loras.values(), choice.vae or "", choice.preview_decoder or ""):
         if is_url(place) and display_url(place) != place:
             raise UsageError(
                 f"{display_url(place)} carries a user or a query; give the plain address, and credentials by "
@@ -104,23 +110,23 @@ def _model_spec(choice: ModelChoice, preset: ModelPreset | None, *, own_place: b
     # A preset's tokenizer is for a single file; a folder has its own.
     single = is_single_file(model) if is_url(model) else Path(model).is_file()
     tokenizer = choice.tokenizer or (preset.tokenizer if preset and single else None)
-    if tokenizer is not None:
-        tokenizer = _absolute(tokenizer)
+    if tokenizer is not None and Path(tokenizer).expanduser().exists():
+        tokenizer = str(Path(tokenizer).expanduser().absolute())
     return ModelSpec(
         model=model,
         revision=choice.revision or (preset.revision if preset and own_place else None),
         tokenizer=tokenizer,
         prediction_type=choice.prediction_type or (preset.prediction_type if preset else None),
         timestep_spacing=choice.timestep_spacing or (preset.timestep_spacing if preset else None),
-        loras=tuple(
-            LoraSpec(name=name, path=_absolute(place.removeprefix("file://"))) for name, place in loras.items()
-        ),
+        loras=tuple(LoraSpec(name=name, path=_absolute(place)) for name, place in loras.items()),
+        vae=None if choice.vae is None else _absolute(choice.vae),
+        preview_decoder=None if choice.preview_decoder is None else _absolute(choice.preview_decoder),
     )
 
 
 def _absolute(place: str) -> str:
     """A place on this machine by its whole path; any other as it is."""
-    path = Path(place).expanduser()
+    path = Path(place.removeprefix("file://")).expanduser()
     return str(path.absolute()) if path.exists() else place
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 
-from latentmill.engine import EngineError, LoraSpec, ModelSpec, describe_model
+from latentmill.engine import EngineError, ModelSpec, describe_model
 from latentmill.jobs.errors import JobError
 from latentmill.jobs.models.cache import fetch_newest, hold, is_single_file, is_url
 from latentmill.jobs.models.digests import file_digests
@@ -35,11 +35,7 @@ def place_newest(spec: ModelSpec) -> tuple[ModelSpec, ModelSpec]:
         # users may name a model's folder; the tokenizer is inside
         named = replace(named, tokenizer=f"{url}/tokenizer" if (folder / "tokenizer").is_dir() else url)
         local = replace(local, tokenizer=str(folder))
-    loras = tuple(
-        replace(lora, path=str(fetch_newest(lora.path) / lora.path.rpartition("/")[2])) if _is_lora_url(lora) else lora
-        for lora in spec.loras
-    )
-    return named, replace(local, loras=loras)
+    return named, _with_files(local, fetch_newest)
 
 
 def place_model(model: ResolvedModel) -> ModelSpec:
@@ -87,25 +83,42 @@ def _held(model: ResolvedModel) -> ModelSpec:
             name = spec.model.rpartition("/")[2]
             spec = replace(spec, model=str(hold(spec.model, {name: model.files[name]}) / name))
         else:
-            files = {name: digest for name, digest in model.files.items() if not name.startswith("loras/")}
+            files = {name: digest for name, digest in model.files.items() if not name.startswith(_beside(model))}
             spec = replace(spec, model=str(hold(spec.model, files)))
     if spec.tokenizer is not None and is_url(spec.tokenizer):
         files = {name.removeprefix(_TOKENIZER): digest for name, digest in vocabulary.items()}
         spec = replace(spec, tokenizer=str(hold(spec.tokenizer, files)))
-    loras = tuple(
-        replace(lora, path=str(hold(lora.path, model.lora_files(lora.name)) / lora.path.rpartition("/")[2]))
-        if _is_lora_url(lora)
-        else lora
-        for lora in spec.loras
+    return _with_files(spec, lambda url: hold(url, _file_at(url, model)))
+
+
+def _with_files(spec: ModelSpec, fetch: Callable[[str], Path]) -> ModelSpec:
+    """The model with its LoRAs and its other autoencoder on this machine: what lies at a URL is one file."""
+
+    def local(place: str) -> str:
+        if not is_url(place):
+            return place
+        if not is_single_file(place):
+            raise EngineError(f"{place} is not a .safetensors file, and nothing else is fetched in its place; name one")
+        return str(fetch(place) / place.rpartition("/")[2])
+
+    return replace(
+        spec,
+        loras=tuple(replace(lora, path=local(lora.path)) for lora in spec.loras),
+        vae=None if spec.vae is None else local(spec.vae),
+        preview_decoder=None if spec.preview_decoder is None else local(spec.preview_decoder),
     )
-    return replace(spec, loras=loras)
 
 
-def _is_lora_url(lora: LoraSpec) -> bool:
-    """Raises EngineError for the URL of a folder: a LoRA at a URL is one file."""
-    if is_url(lora.path) and not is_single_file(lora.path):
-        raise EngineError(f"LoRA {lora.name} at {lora.path}: only a .safetensors file is fetched; name the file")
-    return is_url(lora.path)
+def _beside(model: ResolvedModel) -> tuple[str, ...]:
+    """How the names of files begin that do not lie at the model's own place."""
+    return ("loras/", "vae/") if model.vae or model.preview_decoder else ("loras/",)
+
+
+def _file_at(url: str, model: ResolvedModel) -> dict[str, str]:
+    """The planned file at the URL of a LoRA or of an autoencoder."""
+    name = url.rpartition("/")[2]
+    lora = next((lora for lora, place in model.loras.items() if place == url), None)
+    return model.lora_files(lora) if lora is not None else {name: model.files[f"vae/{name}"]}
 
 
 def _claim(url: str, outline: Path) -> Iterable[str]:

@@ -11,6 +11,9 @@ from latentmill.engine import LoraSpec, ModelSpec
 from latentmill.jobs.models.cache import listing_digest
 from latentmill.jobs.models.presets import model_place
 
+_LATER = ("loras", "lora_scales", "vae", "preview_decoder")
+"""Fields that documents have had since outputs lie somewhere."""
+
 _WEIGHTS = (".safetensors", ".ckpt", ".bin")
 
 
@@ -22,6 +25,7 @@ class ResolvedModel:
     the commit that a hub id stood for. The next three are as `ModelSpec` takes them, the two after them what the model
     works with. `files` maps each file that can change a pixel to its sha256. `license` is known of a preset's own
     weights. `loras` are the places of LoRAs by name, and `lora_scales` what they count where nothing else says so.
+    `vae` and `preview_decoder` are places of what decodes in the model's own autoencoder's stead.
     """
 
     source: str
@@ -40,13 +44,14 @@ class ResolvedModel:
     license: str | None = None
     loras: Mapping[str, str] = field(default_factory=dict)
     lora_scales: Mapping[str, float] = field(default_factory=dict)
+    vae: str | None = None
+    preview_decoder: str | None = None
 
     @property
     def document(self) -> dict[str, Any]:
         """What a plan's document has of it: nothing of what it does not use and older versions do not know."""
-        used = {"loras": dict(self.loras), "lora_scales": dict(self.lora_scales)} if self.loras else {}
         fields = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
-        return {name: value for name, value in fields.items() if name not in {"loras", "lora_scales"}} | used
+        return {name: value for name, value in fields.items() if value or name not in _LATER}
 
     def lora_files(self, name: str) -> dict[str, str]:
         """The files of a LoRA, each with its sha256."""
@@ -79,4 +84,6 @@ class ResolvedModel:
             prediction_type=self.prediction_type,
             timestep_spacing=self.timestep_spacing,
             loras=tuple(LoraSpec(name=name, path=place) for name, place in self.loras.items()),
+            vae=self.vae,
+            preview_decoder=self.preview_decoder,
         )

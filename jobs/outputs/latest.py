@@ -8,14 +8,20 @@ from __future__ import annotations
 
 import datetime
 import json
-from dataclasses import asdict, dataclass
+import re
+from dataclasses import asdict, dataclass, replace
 
-from latentmill.jobs.dated import DatedOutput
-from latentmill.jobs.outputs.publish import MAX_MANIFEST_BYTES, Publication, find_manifest
+from latentmill.jobs.dated import PLACEHOLDER, DatedOutput
+from latentmill.jobs.outputs.publish import MANIFEST_PATH, MAX_MANIFEST_BYTES, Publication, find_manifest
 from latentmill.jobs.store.storage import Storage
 from latentmill.jobs.store.urls import allowed_filesystem, display_url
 
+MAX_DAYS = 100
+"""How far back an earlier output is looked for."""
+
 _POINTER_BYTES = 1 << 20
+_LATEST = "latest"
+_DAY = re.compile(r"\d{4}-\d{2}-\d{2}", re.ASCII)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,6 +64,40 @@ def point_to_latest(dated: DatedOutput, today: datetime.date | None = None) -> L
             storage.write(dated.pointer, published.to_json())
             newest = published
     return newest
+
+
+def named_night(place: str) -> DatedOutput | None:
+    """The dated output that a place stands for: `.../latest` is the one that the pointer there names.
+
+    So does the pointer's own name, and an output whose name has a day in it is itself. None for any other place. The
+    pointer is trusted with a day only: the output lies in the pointer's own folder.
+    """
+    folder, slash, name = place.rstrip("/").removesuffix(".json").rpartition("/")
+    around = folder + slash
+    day = _DAY.search(name)
+    if day is not None and _is_day(day[0]):
+        return DatedOutput(template=around + name.replace(day[0], PLACEHOLDER), date=day[0])
+    if _LATEST not in name:
+        return None
+    dated = DatedOutput(template=around + name.replace(_LATEST, PLACEHOLDER), date="")
+    pointed = _read(Storage.open(dated.folder), dated)
+    return None if pointed is None else replace(dated, date=pointed.date)
+
+
+def _is_day(text: str) -> bool:
+    try:
+        datetime.date.fromisoformat(text)
+    except ValueError:
+        return False
+    return True
+
+
+def night_before(dated: DatedOutput) -> DatedOutput | None:
+    """The newest published output of an earlier day; None if there is none in the last hundred days."""
+    for earlier in dated.outputs_before(MAX_DAYS):
+        if Storage.open(earlier.out).exists(MANIFEST_PATH):
+            return earlier
+    return None
 
 
 def _published(dated: DatedOutput) -> Latest | None:

@@ -17,8 +17,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from latentmill.jobs.code import own_code
-from latentmill.jobs.manifests.loras import RowLoras
 from latentmill.jobs.manifests.manifest import Manifest
+from latentmill.jobs.manifests.row_loras import RowLoras
 from latentmill.jobs.manifests.tokens import TokenCounter
 from latentmill.jobs.models.resolved import ResolvedModel
 from latentmill.jobs.plans.columns import formats

@@ -83,15 +83,15 @@ def _same_plan(draft: DraftPlan, existing: Plan) -> Plan:
     identity = in_words_of(existing.identity, identity)
     if fingerprint(identity) == existing.plan_hash:
         return existing
-    differences = list(_differences(existing.identity, identity))
+    differences = list(differences_of(existing.identity, identity))
     shown = "; ".join(differences[:6]) + ("; …" if len(differences) > 6 else "")
     raise OutputConflictError(
         f"{display_url(draft.spec.out)} belongs to another plan: {shown}. Use another --out, or the old settings"
     )
 
 
-def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:
-    """`field: old -> new` for every field that differs."""
+def differences_of(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:
+    """`field: old -> new` for every field in which the identities of two plans differ."""
     before, after = _flat(old), _flat(new)
     for name in sorted(before.keys() | after.keys()):
         if before.get(name) != after.get(name):

@@ -16,14 +16,15 @@ from latentmill.engine import GenerationRequest
 from latentmill.jobs.errors import JobError, UsageError
 from latentmill.jobs.manifests.axes import Axis, build_dimensions
 from latentmill.jobs.manifests.fields import Value, shorten
-from latentmill.jobs.manifests.loras import RowLoras, format_scale
+from latentmill.jobs.manifests.loras import format_scale
 from latentmill.jobs.manifests.prompt_texts import TEMPLATE_COLUMN, added_columns, prompt_texts
+from latentmill.jobs.manifests.row_loras import RowLoras
 from latentmill.jobs.manifests.validate import CARRIED_PREFIX, VARIANTS, snapshot_schema
 from latentmill.jobs.manifests.wildcards import PlannedWildcards
 from latentmill.jobs.models.resolved import ResolvedModel
 from latentmill.jobs.plans.columns import MIXED_CHUNKS_SINCE, columns_of, formats, own_fields, values
 from latentmill.jobs.plans.grid import MAX_SAMPLES, Grid, Group, Piece, Place, class_fields, encode_class
-from latentmill.jobs.plans.lora_columns import lora_fields, lora_values
+from latentmill.jobs.plans.option_columns import option_fields, option_values
 from latentmill.jobs.plans.sample import PlannedSample
 from latentmill.jobs.plans.snapshot import PartInfo, SnapshotReader
 from latentmill.jobs.settings import settings_of
@@ -84,6 +85,8 @@ def _settings(document: Mapping[str, Any], out: str) -> JobSpec:
         model=model["source"],
         sweep=dict(identity["axes"]),
         zip=tuple(map(tuple, identity.get("zip", ()))),
+        vae=model.get("vae"),
+        preview_decoder=model.get("preview_decoder"),
         lora={
             name: f"{place}:{format_scale(identity['loras'][name])}" for name, place in model.get("loras", {}).items()
         },
@@ -132,7 +135,7 @@ class Plan:
         self._added = added_columns(self.settings.template, self.axes)
         self._loras = RowLoras(self.model.lora_scales, self.settings.prompt_syntax)
         added = [pa.field(name, pa.string()) for name in self._added]
-        own = [*own_fields(self.format_version), *added, *lora_fields(self.model)]
+        own = [*own_fields(self.format_version), *added, *option_fields(self.model)]
         carried = pa.ipc.read_schema(pa.py_buffer(bytes.fromhex(manifest["carried"])))
         self._names = record_names(carried.names, [field.name for field in own])
         self.record_schema = pa.schema(
@@ -247,7 +250,7 @@ class Plan:
             row_id=rows.get("row_id", row),
             request=request,
             extra={name: prompt if name == TEMPLATE_COLUMN else swept[name] for name in self._added}
-            | lora_values(self.model, request)
+            | option_values(self.model, request)
             | dict(zip(self._names, rows.carried(row), strict=True)),
         )
 

@@ -14,9 +14,9 @@ import pyarrow as pa
 from latentmill.engine import SEED_LIMIT, WATERMARK_MIN_PIXELS, EngineError, ModelDescription, load_tokenizer
 from latentmill.jobs.errors import UsageError
 from latentmill.jobs.manifests.axes import Axis, Dimension, build_axes, build_dimensions
-from latentmill.jobs.manifests.loras import row_loras
 from latentmill.jobs.manifests.manifest import Manifest, open_manifest
 from latentmill.jobs.manifests.prompt_texts import expand_axes, prompt_texts
+from latentmill.jobs.manifests.row_loras import row_loras
 from latentmill.jobs.manifests.rules import Rules
 from latentmill.jobs.manifests.tokens import TokenCounter
 from latentmill.jobs.manifests.validate import check_job, snapshot_schema, validate
@@ -55,6 +55,8 @@ def draft_plan(spec: JobSpec, *, on_stage: Callable[[str], None] = lambda _: Non
             prediction_type=spec.prediction_type,
             timestep_spacing=spec.timestep_spacing,
             loras=spec.lora,
+            vae=spec.vae,
+            preview_decoder=spec.preview_decoder,
         )
     )
     try:

@@ -12,7 +12,7 @@ from latentmill.engine import GenerationRequest
 class PlannedSample:
     """One image to be made. `extra` holds the row's carried columns under their names in the commit record.
 
-    Before them, of a job with LoRAs, their columns (lora_columns.py).
+    Before them, of a job with LoRAs or another autoencoder, their columns (option_columns.py).
     """
 
     ordinal: int

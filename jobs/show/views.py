@@ -14,6 +14,8 @@ from latentmill.jobs.terminal import print_line
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from latentmill.jobs.compare.compare import Pair
+    from latentmill.jobs.credentials import Credentials
     from latentmill.jobs.exports.export import ExportSummary
     from latentmill.jobs.exports.push import PushSummary
     from latentmill.jobs.inspection import Inspection, Unread
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from latentmill.jobs.plans.summary import Estimate, PlanSummary
     from latentmill.jobs.runner import RunSummary
     from latentmill.jobs.scores.duplicates import Duplicates
+    from latentmill.jobs.show.comparison import ShownComparison
     from latentmill.jobs.show.report import ReportSummary
     from latentmill.jobs.submission.api import JobInfo
     from latentmill.jobs.submission.submission import JobStatus, Submission
@@ -406,6 +409,48 @@ def _show_duplicates(found: Duplicates) -> None:
     )
 
 
+def show_comparison(shown: ShownComparison) -> None:
+    """What is the same and what is not, and what changed most."""
+    found = shown.found
+    facts: dict[str, object] = {
+        "before": found.before.url,
+        "after": found.after.url,
+        "identical": f"{found.identical:,}",
+        "changed": f"{found.changed:,}",
+        "new": f"{found.added:,}",
+        "gone": f"{found.removed:,}",
+    }
+    if found.tolerance:
+        facts["within tolerance"] = f"{found.within_tolerance:,} changed by up to {found.tolerance:g}"
+    if found.settings:
+        first = found.settings[:_VALUES_SHOWN]
+        more = len(found.settings) - len(first)
+        facts["jobs differ in"] = "; ".join(first) + (f"; and {more:,} more" if more else "")
+    if shown.page is not None:
+        facts["page"] = shown.page
+    print_facts("different" if found.exit_code else "the same", facts, style="yellow" if found.exit_code else "green")
+    pairs = found.pairs[:_PAIRS_SHOWN]
+    if pairs:
+        columns = ["before", "after", "perceptual", "pixels", "status", "prompt"]
+        print_table(
+            f"changed (first {len(pairs)} of {found.changed:,})", columns, [_pair_cells(pair) for pair in pairs]
+        )
+    for title, rows, total in (
+        ("new", found.added_rows, found.added),
+        ("gone", found.removed_rows, found.removed),
+    ):
+        cells = [[row["sample_id"], row["row_id"], safe(row["prompt"], _PROMPT_SHOWN)] for row in rows[:_PAIRS_SHOWN]]
+        if cells:
+            print_table(f"{title} (first {len(cells)} of {total:,})", ["sample", "row", "prompt"], cells)
+
+
+def _pair_cells(pair: Pair) -> list[object]:
+    one, other, apart = pair.before, pair.after, pair.distance
+    status = other["status"] if one["status"] == other["status"] else f"{one['status']} -> {other['status']}"
+    shown = ("-", "-") if apart is None else (f"{apart.perceptual:.4f}", f"{apart.pixel:.2f}")
+    return [one["sample_id"], other["sample_id"], *shown, status, safe(other["prompt"], _PROMPT_SHOWN)]
+
+
 def show_export(summary: ExportSummary) -> None:
     """What was written, and where."""
     there = summary.shards - summary.written
@@ -451,16 +496,33 @@ def show_inspections(answers: Sequence[Inspection | Unread]) -> None:
             print_line(f"error: {safe(answer.error)}", error=True)
             continue
         print_line(f"{safe(answer.file)}: {_watermark_words(answer)}")
-        credentials = {None: "not looked for in this format", True: "there, not checked", False: "none"}
         facts = {
             "source type (XMP)": answer.digital_source_type or "not stated",
-            "C2PA": credentials[answer.c2pa],
+            "C2PA": _credentials_words(answer.c2pa),
             "parameters": safe(answer.parameters or "none", 200),
         }
         if answer.row is not None:
             facts["row"] = "sample {sample_id}, {status}, {image}".format(**answer.row)
         for name, value in facts.items():
             print_line(f"  {name}: {safe(value)}")
+
+
+def _credentials_words(found: Credentials | None) -> str:
+    from latentmill.jobs.credentials import EXTRA
+
+    if found is None:
+        return "not looked for in this format"
+    match found.state:
+        case "none":
+            return "none"
+        case "not checked":
+            return f"there, not checked: install {EXTRA}"
+        case "invalid":
+            return f"INVALID: {', '.join(found.failures)}"
+    by = ", ".join(text for text in (found.signer, found.issuer) if text)
+    when = f" at {found.time}" if found.time else ""
+    trusted = "trusted" if found.state == "trusted" else "valid, by a certificate that is not trusted here"
+    return f"{trusted}; signed by {by}{when}; made by {found.generator}; source type {found.digital_source_type}"
 
 
 def _watermark_words(answer: Inspection) -> str:

@@ -44,7 +44,7 @@ def visible_to_nodes(spec: JobSpec, *, shared_filesystem: bool) -> JobSpec:
     local = {"out": spec.out} if _is_local(spec.out) else {}
     local |= {
         name: value
-        for name, value in (("model", spec.model), ("tokenizer", spec.tokenizer), ("wildcards", spec.wildcards))
+        for name, value in _places(spec)
         if value is not None and _is_local(_after_equals(value)) and Path(_after_equals(value)).exists()
     }
     loras = {name: text for name, text in spec.lora.items() if _is_local(text)}
@@ -59,6 +59,11 @@ def visible_to_nodes(spec: JobSpec, *, shared_filesystem: bool) -> JobSpec:
     for name in loras:
         absolute["lora"] = {**absolute.get("lora", spec.lora), name: absolute.pop(f"lora {name}")}
     return replace(spec, **absolute)
+
+
+def _places(spec: JobSpec) -> tuple[tuple[str, str | None], ...]:
+    """Where the model's parts and wildcards lie, by the setting that says so."""
+    return tuple((name, getattr(spec, name)) for name in ("model", "tokenizer", "vae", "preview_decoder", "wildcards"))
 
 
 def _is_local(place: str) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from diffusers import (
     AutoencoderKL,
+    DiffusionPipeline,
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
@@ -114,6 +115,12 @@ def write_flux(folder: Path, *, distilled: bool = True, **scheduler: Any) -> Pat
         ).eval(),
     ).save_pretrained(folder)
     return folder
+
+
+def in_shards(folder: Path, place: Path) -> Path:
+    """The same pipeline with its networks in several files each, as large ones are published."""
+    DiffusionPipeline.from_pretrained(folder).save_pretrained(place, max_shard_size="40KB")
+    return place
 
 
 def write_sd3(folder: Path, *, has_t5: bool = True, **transformer: Any) -> Path:

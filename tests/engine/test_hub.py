@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from latentmill.engine import Engine, EngineError, GenerationRequest, ModelSpec, describe_model
-from tests.engine.diffusers_models import write_pixart
+from tests.engine.diffusers_models import in_shards, write_flux, write_pixart
 from tests.engine.families import write_ldm
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -101,6 +101,23 @@ def test_a_pipeline_of_diffusers_is_fetched_with_all_its_parts(cache, tmp_path, 
     patterns = asked[-1]["allow_patterns"]
     for name in found.files:
         assert any(fnmatch.fnmatch(name, pattern) for pattern in patterns), name
+
+
+def test_a_transformer_is_fetched_with_its_shards_and_all_tokenizers(cache, tmp_path, monkeypatch):
+    put(cache, "someone/a-flux", in_shards(write_flux(tmp_path / "flux"), tmp_path / "sharded"))
+    asked = []
+    fetch = huggingface_hub.snapshot_download
+    monkeypatch.setattr(
+        huggingface_hub,
+        "snapshot_download",
+        lambda *names, **options: (asked.append(options), fetch(*names, **options))[1],
+    )
+    found = describe_model("someone/a-flux")
+    assert found.family == "flux"
+    assert any("-of-" in name for name in found.files)
+    for name in found.files:
+        assert any(fnmatch.fnmatch(name, pattern) for pattern in asked[-1]["allow_patterns"]), name
+    assert not any(fnmatch.fnmatch("flux1-dev.safetensors", pattern) for pattern in asked[-1]["allow_patterns"])
 
 
 def test_what_the_client_says_of_every_try_is_not_shown_beside_the_error(cache, monkeypatch):

@@ -24,14 +24,17 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, 
 from latentmill.engine import Engine, EngineError, ModelSpec, describe_model
 from latentmill.engine.families import compvis, flux, sd3
 from latentmill.engine.families.clip import ClipEncoder
-from latentmill.engine.families.family import Family
+from latentmill.engine.families.family import Family, TextEncoderSpec
 from latentmill.engine.families.t5 import T5Encoder
+from latentmill.engine.loading.single_file import recognise
 from latentmill.engine.loading.weights import claim_single_file
 from tests.engine.diffusers_models import SCHNELL_SCHEDULER, write_flux, write_sd3
 from tests.engine.families import requests
 from tests.engine.originals import as_original, joint_weights
+from tests.engine.test_original_names import CLIP_L, OPEN_CLIP_G, Listing, digest
 from tests.engine.test_transformer_networks import (
     FLUX_DEV,
+    PUBLISHED,
     SD3_MEDIUM,
     SD35_LARGE,
     SD35_MEDIUM,
@@ -85,6 +88,71 @@ def test_the_references_conversion_gives_our_weights_row_by_row(name, prefix):
         assert torch.equal(found[key].reshape(tensor.shape), tensor), key
 
 
+ORIGINALS = {
+    "sd3-medium": (491, "37026a80c799e08efcdbd0b517f326d6fe3a9b4925e440d218827e307d040b2b"),
+    "sd35-large": (923, "d73da97d9c7f485f6679e21e8263ada1f94f313a22423a26a9a521ec99674d74"),
+    "sd35-medium": (665, "d1a44fe78e34c9cdec236af5f8ec80058ba6dcab81d6ae11be40ebf5e6d42237"),
+    "flux-schnell": (776, "52689c68aa55ffafecd1df380d95eb03584cb990ea330be809514f5e9638d77c"),
+    "flux-dev": (780, "54111f97ed587fc4b278df82593209ed620f470933d3a9177befaadcd3a54ed8"),
+}
+"""The authors' own modules (Stability-AI/sd3.5, black-forest-labs/flux), built elsewhere on torch's meta device: the
+number of their keys, and the sha256 of the sorted lines `key shape`."""
+
+ENCODERS: dict[str, TextEncoderSpec] = {
+    "clip_l": ClipEncoder(config=CLIP_L, component="text_encoder", tokenizer="tokenizer", alias="clip_l"),
+    "clip_g": ClipEncoder(
+        config=OPEN_CLIP_G, component="text_encoder_2", tokenizer="tokenizer_2", alias="clip_g", projection=True
+    ),
+    "t5xxl": T5Encoder(component="t5", tokenizer="tokenizer_3", alias="t5xxl").configured(T5_XXL, "config.json"),
+}
+
+
+def real_shapes(name: str) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the transformer's file as its authors wrote it, from our networks and our table."""
+    family, _, config, _ = PUBLISHED[name]
+    read = family.denoiser.read(config, "config.json")
+    with torch.device("meta"):
+        weights = ours(family, config).state_dict()
+    originals = as_original(family.denoiser.original_names(read, weights), weights)
+    return {key: tuple(tensor.shape) for key, tensor in originals.items()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ORIGINALS)
+def test_our_names_and_shapes_are_those_of_the_authors_modules(name):
+    shapes = real_shapes(name)
+    assert (len(shapes), digest(shapes)) == ORIGINALS[name]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["sd3-medium", "sd35-medium", "flux-dev"])
+def test_a_listing_of_a_whole_file_at_real_width_is_recognised_and_claimed(name):
+    family, _, config, _ = PUBLISHED[name]
+    autoencoder_prefix = "vae." if family is flux.FAMILY else VAE
+    shapes = {MODEL + key: shape for key, shape in real_shapes(name).items()}
+    with torch.device("meta"):
+        spec = compvis.BARE_AUTOENCODER
+        vae = spec.read(VAE_16, "config.json")
+        weights = spec.build(vae).state_dict()
+        shapes |= {
+            autoencoder_prefix + key: tuple(tensor.shape)
+            for key, tensor in as_original(spec.original_names(vae, weights), weights).items()
+        }
+        for alias in ("clip_l", "t5xxl") if family is flux.FAMILY else ENCODERS:
+            weights = ENCODERS[alias].build().state_dict()
+            weights = {key.removeprefix("text_model."): tensor for key, tensor in weights.items()}
+            origins = {key: ENCODERS[alias].original_name(f"text_encoders.{alias}.", key) for key in weights}
+            shapes |= {origin.key: tuple(weights[key].shape) for key, origin in origins.items()}
+    shapes["text_encoders.clip_l.logit_scale"] = ()
+    found = recognise(Listing(shapes), None)
+    assert found.denoiser == family.denoiser.read(config, "config.json")
+    assert (found.family, found.autoencoder.denoiser_channels, found.autoencoder.force_upcast) == (family, 16, True)
+    claims = claim_single_file(found, shapes, name)
+    claimed = [(origin.key, origin.third, origin.rows) for origins in claims.values() for origin in origins.values()]
+    assert len(claimed) == len(set(claimed))
+    assert {key for key, _, _ in claimed} == shapes.keys() - {"text_encoders.clip_l.logit_scale"}
+
+
 def test_the_references_conversion_of_text_encoders_gives_our_weights():
     encoders = [
         ClipEncoder(component="a", tokenizer="", alias="clip_g", projection=True),
@@ -132,7 +200,7 @@ def load(spec: ModelSpec) -> Engine:
 
 def pictures(spec: ModelSpec) -> np.ndarray:
     engine = load(spec)
-    rows = [dataclasses.replace(row, sampler="euler", num_inference_steps=2) for row in requests(32)]
+    rows = [dataclasses.replace(row, sampler="euler", num_inference_steps=1) for row in requests(32)]
     results = engine.generate(rows)
     assert [result.error for result in results] == [None] * 4
     return np.stack([result.pixels for result in results])

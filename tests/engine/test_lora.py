@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import CLIPTextModel
 
-from latentmill.engine import Engine, EngineError, GenerationRequest, ModelSpec, describe_model
+from latentmill.engine import EMBEDDED_MODEL, Engine, EngineError, GenerationRequest, ModelSpec, describe_model
 from latentmill.engine.acceleration import compiled
 from latentmill.engine.loading.keys import original_names
 from latentmill.engine.loading.layout import find_model
@@ -45,6 +45,7 @@ from tests.engine.loras import (
 pytestmark = pytest.mark.slow
 
 SCALE = 0.7
+LORAS = Path(__file__).parents[2] / "configs" / "loras"
 WRITERS = {"sd": write_sd1, "sdxl": write_sdxl}
 
 
@@ -304,7 +305,8 @@ def test_a_lora_that_is_not_finite_in_a_row_leaves_the_others_their_bits(adapted
     expected = pictures(adapted, rows)
     for module in adapted._models.denoiser.modules():
         if isinstance(module, LowRank) and module.name == "ink":
-            monkeypatch.setattr(module, "down", torch.nn.Parameter(module.down * torch.inf, requires_grad=False))
+            infinite = torch.nn.Parameter(module.down * torch.inf, requires_grad=False)
+            monkeypatch.setitem(module._parameters, "down", infinite)
     results = adapted.generate(rows)
     assert [result.status for result in results] == ["ok", "failed", "ok"]
     assert "not finite" in str(results[1].error)
@@ -472,3 +474,21 @@ def test_every_file_of_a_lora_is_in_the_models_digest(folders, tmp_path):
     described = describe_model(ModelSpec(model=str(folders("sd")), loras=(LoraSpec(name="ink", path=str(place)),)))
     names = ["loras/ink/adapter_config.json", "loras/ink/adapter_model.safetensors"]
     assert sorted(described.files.keys() - describe_model(folders("sd")).files.keys()) == names
+
+
+def test_the_loras_that_ship_dye_the_embedded_models_pictures(tmp_path):
+    """Made by `python -m training.lora`: each pulls every picture towards its own colour, the more the larger it is."""
+    assert sum(path.stat().st_size for path in LORAS.iterdir()) < 400_000
+    engine = load(EMBEDDED_MODEL, batch_size=3, **{path.stem: path for path in LORAS.iterdir()})
+    plain = GenerationRequest(
+        prompt="a large black square in the center on a white background",
+        seed=1,
+        width=256,
+        height=256,
+        num_inference_steps=6,
+        guidance_scale=4.0,
+    )
+    for name, warmer in (("sepia", 1), ("blueprint", -1)):
+        drawn = pictures(engine, scaled([plain] * 3, 0.0, 0.5, 1.0, name=name)).astype(float)
+        red_over_blue = warmer * (drawn[..., 0] - drawn[..., 2]).mean((1, 2))
+        assert red_over_blue[0] + 5 < red_over_blue[1] < red_over_blue[2] - 5, (name, red_over_blue)

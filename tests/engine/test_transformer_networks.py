@@ -148,7 +148,7 @@ SMALL = {
 }
 
 
-@pytest.mark.parametrize("size", [(16, 16), (24, 10), (6, 22)])
+@pytest.mark.parametrize("size", [(24, 10), (6, 22)])
 @pytest.mark.parametrize("name", SMALL)
 def test_it_computes_what_the_reference_computes(name, size):
     family, kind, config = SMALL[name]

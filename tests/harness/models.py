@@ -127,7 +127,7 @@ def write_model(
     return folder
 
 
-def write_tiny_model(folder: Path) -> Path:
+def write_tiny_model(folder: Path, *, seed: int = 0) -> Path:
     """The smallest that draws 256 x 256 in a blink: two levels, attention in the lower one, a few hundred words."""
     shallow = {
         "layers_per_block": 1,
@@ -143,6 +143,7 @@ def write_tiny_model(folder: Path) -> Path:
         heads=2,
         unet=shallow,
         tokenizer=build_tokenizer(),
+        seed=seed,
     )
 
 

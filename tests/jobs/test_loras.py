@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from diffusers import UNet2DConditionModel
+from diffusers import AutoencoderTiny, UNet2DConditionModel
 from transformers import CLIPTextModel
 
 from latentmill.jobs.errors import OutputConflictError, UsageError
@@ -17,7 +17,8 @@ from latentmill.jobs.job import open_job
 from latentmill.jobs.job_file import resolve
 from latentmill.jobs.ledger.pictures import pixel_sha256
 from latentmill.jobs.manifests.fields import FieldError
-from latentmill.jobs.manifests.loras import RowLoras, format_scales, parse_loras, parse_scales
+from latentmill.jobs.manifests.loras import format_scales, parse_loras, parse_scales
+from latentmill.jobs.manifests.row_loras import RowLoras
 from latentmill.jobs.models.place import ModelMismatchError, place_model
 from latentmill.jobs.outputs.verify import verify
 from latentmill.jobs.plans.plan import draft_plan
@@ -26,6 +27,7 @@ from latentmill.jobs.runner import run_job
 from latentmill.jobs.spec import JobSpec
 from latentmill.jobs.submission.portable import portable_job_file, visible_to_nodes
 from tests.engine.loras import random_terms, write_kohya
+from tests.harness.models import write_tiny_model
 from tests.jobs.driver import job_spec, read_dataset
 
 pytestmark = pytest.mark.slow
@@ -179,7 +181,7 @@ def test_a_lora_in_a_bucket_is_fetched_and_held_to_its_digest(
     ("lora", "sweep", "reason"),
     [
         (["ink=/gone.safetensors"], {}, "LoRA ink: /gone.safetensors does not exist"),
-        (["ink=s3://bucket/folder"], {}, "only a .safetensors file is fetched"),
+        (["ink=s3://bucket/folder"], {}, "is not a .safetensors file"),
         (["ink=https://me:secret@host/ink.safetensors"], {}, "carries a user or a query"),
         ([], {"lora.ink": [1]}, "sweep axis lora.ink: the job has no LoRA 'ink'"),
     ],
@@ -213,6 +215,30 @@ def test_scales_are_written_as_they_are_read() -> None:
     for bad in ("ink:1,ink:2", "ink:1:2:x", "ink:99", ":1"):
         with pytest.raises(FieldError):
             parse_scales(bad)
+
+
+def test_another_autoencoder_is_in_plan_and_rows(tiny_model: Path, manifest: Manifest, tmp_path: Path) -> None:
+    other = write_tiny_model(tmp_path / "other", seed=5) / "vae"
+    spec = job_spec(tiny_model, manifest(1), tmp_path / "out", safety="none", vae=str(other))
+    (row,) = job(spec)
+    plan = open_job(spec.out).plan
+    assert (row["vae"], plan.settings.vae) == (str(other), str(other))
+    assert plan.model.files["vae/config.json"]
+    assert verify(spec.out).defects == ()
+    recipe = recipe_of(row)
+    assert pixel_sha256(recipe.draw(recipe.load("cpu"))) == row["pixel_sha256"]
+    (own,) = job(job_spec(tiny_model, manifest(1), tmp_path / "own", safety="none"))
+    assert "vae" not in own
+    assert own["pixel_sha256"] != row["pixel_sha256"]
+    with pytest.raises(OutputConflictError, match="vae/diffusion_pytorch_model"):
+        job(job_spec(tiny_model, manifest(1), spec.out, safety="none"))
+
+
+def test_a_tiny_decoder_draws_previews_and_rows_say_so(tiny_model: Path, manifest: Manifest, tmp_path: Path) -> None:
+    AutoencoderTiny().save_pretrained(tmp_path / "taesd")
+    settings: dict[str, Any] = {"safety": "none", "preview_decoder": str(tmp_path / "taesd")}
+    (row,) = job(job_spec(tiny_model, manifest(1), tmp_path / "out", **settings))
+    assert row["preview_decoder"] == str(tmp_path / "taesd")
 
 
 def test_flags_reach_job_file_and_cluster(loras: dict[str, Path], manifest: Manifest, tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from PIL import Image
 
 from latentmill.engine import embed_watermark, watermark_bit_accuracy
 from latentmill.jobs import postprocess, xmp
+from latentmill.jobs.credentials import Credentials, installed
 from latentmill.jobs.errors import JobError, OutputConflictError
 from latentmill.jobs.inspection import Inspection, Unread, inspect_files
 from latentmill.jobs.job import Job, open_job
@@ -265,7 +266,7 @@ def test_inspect_says_all_that_a_file_carries_and_its_row(tiny_model: Path, mani
     answer = inspect_one(tmp_path / "copy.png", dataset=spec.out)
     assert answer.found
     assert answer.sha256 == hashlib.sha256(data).hexdigest()
-    assert (answer.width, answer.height, answer.c2pa) == (256, 256, False)
+    assert (answer.width, answer.height, answer.c2pa) == (256, 256, Credentials(state="none"))
     assert answer.digital_source_type == xmp.DIGITAL_SOURCE_TYPE
     assert answer.parameters is not None
     assert answer.parameters.startswith("two\nSteps: 2, Sampler: DDIM")
@@ -274,7 +275,7 @@ def test_inspect_says_all_that_a_file_carries_and_its_row(tiny_model: Path, mani
     signed = with_chunks(data, struct.pack(">I4s4sI", 4, b"caBX", b"jumb", zlib.crc32(b"caBXjumb")))
     (tmp_path / "signed.png").write_bytes(signed)
     signed_answer = inspect_one(tmp_path / "signed.png", dataset=spec.out)
-    assert (signed_answer.c2pa, signed_answer.row) == (True, None)
+    assert (signed_answer.c2pa.state, signed_answer.row) == ("invalid" if installed() else "not checked", None)
     with pytest.raises(JobError, match="has no plan"):
         inspect_one(tmp_path / "copy.png", dataset=str(tmp_path))
     command = [sys.executable, "-m", "latentmill", "inspect", "copy.png", "none.png", "--dataset", "out"]
@@ -302,9 +303,9 @@ def test_other_programs_pictures_are_inspected_too(tmp_path: Path) -> None:
     Image.fromarray(pixels[:64, :64]).save(tmp_path / "small.png")
     answer = inspect_one(tmp_path / "a.jpg")
     assert (answer.found, answer.digital_source_type, answer.parameters) == (False, xmp.DIGITAL_SOURCE_TYPE, None)
-    assert answer.c2pa is None, "where JPEG keeps it is not looked at"
+    assert answer.c2pa == Credentials(state="none")
     answer = inspect_one(tmp_path / "small.png")
-    assert (answer.watermark, answer.digital_source_type, answer.c2pa) == (None, None, False)
+    assert (answer.watermark, answer.digital_source_type, answer.c2pa) == (None, None, Credentials(state="none"))
     (tmp_path / "text.png").write_text("no picture")
     _, unread = inspect_files([str(tmp_path / name) for name in ("a.jpg", "text.png")], text=TEXT)
     assert isinstance(unread, Unread)

@@ -27,13 +27,13 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def test_a_job_mixes_steps_samplers_and_guidance(
     folders: dict[str, Path], manifest: Callable[..., Path], tmp_path: Path, name: str, spacing: str
 ):
-    axes = {"guidance_scale": [1.0, 3.0], "num_inference_steps": [1, 3], "sampler": ["euler", "dpmpp_2m"]}
-    spec = job_spec(folders[name], manifest(["a red cat", "a sad dog"]), tmp_path / "out", sweep=axes, safety="none")
+    axes = {"guidance_scale": [1.0, 3.0], "num_inference_steps": [1, 2], "sampler": ["euler", "dpmpp_2m"]}
+    spec = job_spec(folders[name], manifest(["a red cat"]), tmp_path / "out", sweep=axes, safety="none")
     summary = run(spec, engine_factory=load_engine)
-    assert (summary.exit_code, summary.generated) == (0, 16)
+    assert (summary.exit_code, summary.generated) == (0, 8)
     rows = read_dataset(str(tmp_path / "out")).rows
     assert set(rows.column("status").to_pylist()) == {"ok"}
-    assert len(set(rows.column("pixel_sha256").to_pylist())) == 16
+    assert len(set(rows.column("pixel_sha256").to_pylist())) == 8
     assert set(rows.column("prediction_type").to_pylist()) == {"flow"}
     assert set(rows.column("timestep_spacing").to_pylist()) == {spacing}
     assert verify(str(tmp_path / "out")).exit_code == 0

@@ -18,6 +18,7 @@ from latentmill.jobs.plans.plan import adopt, draft_plan
 from latentmill.jobs.spec import JobSpec
 from latentmill.jobs.store.storage import Storage
 from latentmill.jobs.worker import load_engine
+from tests.engine.diffusers_models import in_shards, write_flux
 from tests.engine.families import write_sd1
 from tests.engine.originals import write_safetensors
 from tests.jobs.driver import job_spec, read_dataset, run
@@ -113,6 +114,17 @@ def test_a_model_at_a_url_is_the_same_set_of_files_as_the_folder(
     held = Path(place_model(remote).model)
     placed = {path.relative_to(held).as_posix() for path in held.rglob("*") if path.is_file()}
     assert placed == remote.files.keys() | {".complete"}
+
+
+def test_every_shard_of_a_transformer_at_a_url_is_placed(node_cache: Path, tmp_path: Path) -> None:
+    folder = in_shards(write_flux(tmp_path / "flux"), tmp_path / "sharded")
+    local, _, _ = resolve_model(ModelChoice(source=str(folder)))
+    remote, _, _ = resolve_model(ModelChoice(source=upload(folder, "memory://weights-10/flux")))
+    assert (remote.files, remote.digest) == (local.files, local.digest)
+    held = Path(place_model(remote).model)
+    shards = {path.relative_to(held).as_posix() for path in held.rglob("transformer/*.safetensors")}
+    assert len(shards) > 1
+    assert shards < remote.files.keys()
 
 
 @pytest.mark.slow

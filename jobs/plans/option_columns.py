@@ -1,4 +1,7 @@
-"""What the rows of a job with LoRAs say of them: columns that only the outputs of such jobs have."""
+"""What rows say of LoRAs and of another autoencoder: columns that only the outputs of jobs with them have.
+
+So outputs of jobs without them are what they were, and those of earlier versions are gone on with.
+"""
 
 from __future__ import annotations
 
@@ -15,18 +18,22 @@ from latentmill.jobs.models.resolved import ResolvedModel
 SCALES, FILES = "loras", "lora_files"
 """The scale of each LoRA that counts in the row; and as JSON the place and files' sha256 of each LoRA of the job."""
 
-
-def lora_fields(model: ResolvedModel) -> tuple[pa.Field, ...]:
-    """The columns; none without LoRAs, so that outputs of earlier versions are gone on with."""
-    return (pa.field(SCALES, pa.string()), pa.field(FILES, pa.string())) if model.loras else ()
+DECODERS = ("vae", "preview_decoder")
+"""The place of an autoencoder that took that of the model's own, and of a tiny decoder: pictures by it are previews."""
 
 
-def lora_values(model: ResolvedModel, request: GenerationRequest) -> dict[str, Any]:
+def option_fields(model: ResolvedModel) -> tuple[pa.Field, ...]:
+    """The columns of a job with this model."""
+    names = [*([SCALES, FILES] if model.loras else []), *(name for name in DECODERS if getattr(model, name))]
+    return tuple(pa.field(name, pa.string()) for name in names)
+
+
+def option_values(model: ResolvedModel, request: GenerationRequest) -> dict[str, Any]:
     """Their values in one row."""
-    if not model.loras:
-        return {}
     files = {name: {"place": place, "sha256": model.lora_files(name)} for name, place in model.loras.items()}
-    return {SCALES: format_scales(dict(request.loras)), FILES: json.dumps(files, sort_keys=True)}
+    scales = {SCALES: format_scales(dict(request.loras)), FILES: json.dumps(files, sort_keys=True)}
+    values = scales | {name: getattr(model, name) for name in DECODERS}
+    return {field.name: values[field.name] for field in option_fields(model)}
 
 
 def recorded_places(row: Mapping[str, Any]) -> dict[str, str]:
