@@ -20,7 +20,8 @@ from latentmill.jobs.manifests.tokens import TokenCounter
 class Rules:
     """What rows are checked against. If an axis gives a parameter, the row's value and the default do not count.
 
-    `steps_fault` says why a sampler cannot take so many steps, or None. `tokens` is given if long prompts are faults.
+    `factor` and `max_side` are in pixels. `steps_fault` says why a sampler cannot take so many steps, or None. `tokens`
+    is given if long prompts are faults.
     """
 
     factor: int
@@ -29,6 +30,12 @@ class Rules:
     defaults: Mapping[str, Value]
     axes: Mapping[str, tuple[Value, ...]]
     tokens: TokenCounter | None = None
+    max_side: int | None = None
+
+    def fits(self, side: Any) -> Any:
+        """Whether the model takes a width or height, or which of an array of them."""
+        whole = side % self.factor == 0
+        return whole if self.max_side is None else whole & (side <= self.max_side)
 
 
 Rule = tuple[frozenset[str], NDArray[np.bool_], Any]
@@ -50,8 +57,7 @@ def pair_rules(columns: Mapping[str, pa.Array], count: int, rules: Rules) -> Ite
     for name in ("width", "height"):
         if name not in rules.axes:
             values = bounds(name)[0]
-            bad = values % rules.factor != 0
-            yield frozenset({name}), bad, lambda i, n=name, v=values: value_fault(n, int(v[i]), rules)
+            yield frozenset({name}), ~rules.fits(values), lambda i, n=name, v=values: value_fault(n, int(v[i]), rules)
     (width, _), (height, _) = bounds("width"), bounds("height")
     yield (
         frozenset({"width", "height"}),
@@ -117,8 +123,10 @@ def length_fault(name: str, value: Value, rules: Rules) -> str | None:
 
 def value_fault(name: str, value: Value, rules: Rules) -> str | None:
     """Why the model refuses one value, or None."""
-    if name in {"width", "height"} and isinstance(value, int) and value % rules.factor:
+    if name not in {"width", "height"} or not isinstance(value, int) or rules.fits(value):
+        return None
+    if value % rules.factor:
         below, above = value // rules.factor * rules.factor, (value // rules.factor + 1) * rules.factor
         near = f"{below} or {above}" if below else f"{above}"
         return f"{name} {value} is not a multiple of {rules.factor}, the model's factor; use {near}"
-    return None
+    return f"{name} {value} is more than {rules.max_side}, the model's longest side"
