@@ -28,9 +28,9 @@ from latentmill.jobs.manifests.wildcards import WildcardFolder
 class Rules:
     """What rows are checked against. If an axis gives a parameter, the row's value and the default do not count.
 
-    The axes of each group of `zips` vary together. `steps_fault` says why a sampler cannot take so many steps, or None.
-    `texts` says what is drawn of a row's texts. `tokens` is given if long prompts are faults. `loras` says how rows
-    may name LoRAs.
+    The axes of each group of `zips` vary together. `factor` and `max_side` are in pixels. `steps_fault` says why a
+    sampler cannot take so many steps, or None. `texts` says what is drawn of a row's texts. `tokens` is given if long
+    prompts are faults. `loras` says how rows may name LoRAs.
     """
 
     factor: int
@@ -42,6 +42,7 @@ class Rules:
     texts: PromptTexts = field(default_factory=lambda: prompt_texts("none", WildcardFolder(None), ()))
     tokens: TokenCounter | None = None
     loras: RowLoras = field(default_factory=lambda: RowLoras({}, "plain"))
+    max_side: int | None = None
 
     @cached_property
     def cases(self) -> list[Rules]:
@@ -62,6 +63,11 @@ class Rules:
                 axes |= {name: (value,) for name, value in zip(group, values, strict=True)}
             cases.append(replace(self, axes=axes, zips=()))
         return cases
+
+    def fits(self, side: Any) -> Any:
+        """Whether the model takes a width or height, or which of an array of them."""
+        whole = side % self.factor == 0
+        return whole if self.max_side is None else whole & (side <= self.max_side)
 
 
 Rule = tuple[frozenset[str], NDArray[np.bool_], Any]
@@ -92,8 +98,7 @@ def _pair_rules(columns: Mapping[str, pa.Array], count: int, rules: Rules) -> It
     for name in ("width", "height"):
         if name not in rules.axes:
             values = bounds(name)[0]
-            bad = values % rules.factor != 0
-            yield frozenset({name}), bad, lambda i, n=name, v=values: value_fault(n, int(v[i]), rules)
+            yield frozenset({name}), ~rules.fits(values), lambda i, n=name, v=values: value_fault(n, int(v[i]), rules)
     (width, _), (height, _) = bounds("width"), bounds("height")
     yield (
         frozenset({"width", "height"}),
@@ -161,8 +166,10 @@ def value_fault(name: str, value: Value, rules: Rules) -> str | None:
     """Why model or job refuse one value, or None."""
     if name in FIELDS_WITH_TEXT:
         return rules.texts.fault(name, str(value))
-    if name in {"width", "height"} and isinstance(value, int) and value % rules.factor:
+    if name not in {"width", "height"} or not isinstance(value, int) or rules.fits(value):
+        return None
+    if value % rules.factor:
         below, above = value // rules.factor * rules.factor, (value // rules.factor + 1) * rules.factor
         near = f"{below} or {above}" if below else f"{above}"
         return f"{name} {value} is not a multiple of {rules.factor}, the model's factor; use {near}"
-    return None
+    return f"{name} {value} is more than {rules.max_side}, the model's longest side"

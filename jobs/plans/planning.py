@@ -83,6 +83,7 @@ def draft_plan(spec: JobSpec, *, on_stage: Callable[[str], None] = lambda _: Non
     )
     rules = Rules(
         factor=model.factor,
+        max_side=described.max_side,
         min_pixels=0 if spec.watermark == "none" else WATERMARK_MIN_PIXELS,
         steps_fault=_steps_fault(described),
         defaults=parameters,

@@ -15,6 +15,8 @@ from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler
 from safetensors.torch import load_file, save_file
 
 from latentmill.engine import Engine, EngineError, GenerationRequest, ModelSpec, describe_model, load_tokenizer
+from latentmill.engine.latent_diffusion import LatentDiffusion, load_latent_diffusion
+from latentmill.engine.loading.layout import find_model
 from tests.engine.diffusers_models import SCHNELL_SCHEDULER, in_shards, write_flux, write_sd3
 from tests.engine.families import assert_same_pictures, requests
 
@@ -195,6 +197,27 @@ def test_latents_that_are_not_finite_fail_alone(engines, monkeypatch):
     assert "not finite" in str(results[1].error)
     for place in (0, 2, 3):
         assert np.array_equal(results[place].pixels, sound[place])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", ["sd35-medium", "flux-dev"])
+def test_half_precision_draws_nearly_the_same_and_is_widened_for_a_retry(folders, name, dtype):
+    spec, rows = ModelSpec(model=str(folders[name])), rows_for(name, steps=2)[:2]
+    layout = find_model(spec)
+
+    def drawn(models: LatentDiffusion) -> torch.Tensor:
+        with torch.inference_mode():
+            (part,) = models.sample(rows, 2)
+        assert part.finite.all()
+        return part.pictures
+
+    half = load_latent_diffusion(layout, spec, dtype, torch.device("cpu"), 2)
+    assert {parameter.dtype for parameter in half.denoiser.parameters()} == {dtype}
+    whole = drawn(load_latent_diffusion(layout, spec, torch.float32, torch.device("cpu"), 2))
+    assert (drawn(half) - whole).abs().mean() < 0.01
+    with half.in_fp32() as wide:
+        assert (drawn(wide) - whole).abs().mean() < 0.01
+    assert {parameter.dtype for network in half.text.networks for parameter in network.parameters()} == {dtype}
 
 
 def test_what_is_described_is_what_the_files_say(folders):

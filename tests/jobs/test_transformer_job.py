@@ -48,6 +48,8 @@ def test_a_job_mixes_steps_samplers_and_guidance(
     [
         ({"sampler": "ddim"}, "sampler 'ddim' is not one of euler, dpmpp_2m"),
         ({"width": 72}, "width 72 is not a multiple of 16"),
+        ({"height": 288}, "height 288 is more than 256, the model's longest side"),
+        ({"sweep": {"width": [256, 320]}}, "width 320 is more than 256, the model's longest side"),
         ({"prompt_syntax": "a1111"}, "of stable-diffusion-3 take no weights and no chunks"),
         ({"long_prompts": "chunk"}, "of stable-diffusion-3 take no weights and no chunks"),
         ({"timestep_spacing": "leading"}, "timestep_spacing='leading'"),
