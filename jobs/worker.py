@@ -77,8 +77,10 @@ def load_engine(plan: Plan, device: str) -> ChunkEngine:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if plan.settings.threads_per_actor:
         torch.set_num_threads(plan.settings.threads_per_actor)
+    placed = place_model(plan.model)
     spec = replace(
-        place_model(plan.model),
+        placed,
+        loras=tuple(replace(lora, merged=plan.merged_loras.get(lora.name)) for lora in placed.loras),
         safety=plan.settings.safety,
         safety_threshold=plan.settings.nsfw_threshold,
         prompt_syntax=plan.settings.prompt_syntax,
