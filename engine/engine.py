@@ -16,6 +16,7 @@ from latentmill.engine.device import execution_class, resolve_device, resolve_dt
 from latentmill.engine.guards.safety import SafetyChecker, judge, load_safety_checker
 from latentmill.engine.latent_diffusion import load_latent_diffusion
 from latentmill.engine.loading.describe import ModelDescription, describe_model
+from latentmill.engine.loras import merged_loras
 from latentmill.engine.model import Drawn, Model
 from latentmill.engine.sampling.table import SAMPLERS_WITH_ETA
 from latentmill.engine.types import (
@@ -91,6 +92,7 @@ class Engine:
         dtype: torch.dtype,
         cut_pixels: bool = False,
         execution: str = "eager",
+        merged: str = "",
     ) -> None:
         self.description = description
         self.batch_size = batch_size
@@ -99,6 +101,7 @@ class Engine:
         self._execution = execution
         self._models = model
         self._safety = safety
+        self._merged = merged
 
     @classmethod
     def load(
@@ -144,6 +147,7 @@ class Engine:
             dtype=kind,
             cut_pixels=cut_pixels,
             execution=execution,
+            merged=merged_loras(spec.loras),
         )
 
     @property
@@ -151,7 +155,7 @@ class Engine:
         """All that bitwise equality of two runs depends on, besides model and request."""
         where = execution_class(self.device, self.dtype, self.batch_size)
         if self.description.pipeline is None:
-            return f"{where}, {acceleration.settings(self._execution)}"
+            return f"{where}, {acceleration.settings(self._execution)}{self._merged}"
         from latentmill.engine.diffusers_backend.pipeline import library_version
 
         return f"{where}, diffusers {library_version()}"

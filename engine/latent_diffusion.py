@@ -158,7 +158,7 @@ def load_latent_diffusion(
     blueprint = layout.blueprint
     autoencoder = load_autoencoder(layout, torch.float32 if blueprint.autoencoder.force_upcast else dtype, device)
     denoiser = load_denoiser(layout, dtype, device)
-    loras = Loras([lora.name for lora in spec.loras], reads_tags=spec.prompt_syntax == "a1111")
+    loras = Loras(spec.loras, reads_tags=spec.prompt_syntax == "a1111")
     text = TextEncoder(layout, spec, dtype, device, batch_size, loras)
     networks = dict(zip([encoder.component for encoder in blueprint.encoders], text.networks, strict=True))
     adapted = load_loras(layout, {**networks, blueprint.family.denoiser.component: denoiser}, loras)

@@ -127,10 +127,14 @@ class GenerationResult:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoraSpec:
-    """A LoRA (arXiv:2106.09685) by the name that requests give its scale by: a `.safetensors` file, or its folder."""
+    """A LoRA (arXiv:2106.09685) by the name that requests give its scale by: a `.safetensors` file, or its folder.
+
+    With `merged` it is added to the weights at that scale, which all requests must have then: faster, by other bits.
+    """
 
     name: str
     path: str
+    merged: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -15,6 +15,7 @@ import numpy as np
 from latentmill.engine import GenerationRequest, ModelSpec
 from latentmill.engine.types import Pixels
 from latentmill.jobs.errors import JobError, UsageError
+from latentmill.jobs.manifests.loras import parse_scales
 from latentmill.jobs.models.choice import ModelChoice, resolve_model
 from latentmill.jobs.models.place import place_model
 from latentmill.jobs.models.resolved import ResolvedModel
@@ -32,6 +33,7 @@ DTYPES = {"fp32": "float32", "fp16": "float16", "fp32-retry": "float16"}
 _FORMAT = 3
 """The first format whose rows have all that it takes."""
 
+_MERGED = re.compile(r", merged (.+)$")
 _THREADS = re.compile(r", (\d+) threads, ")
 
 
@@ -77,8 +79,10 @@ class Recipe:
 
     def spec(self) -> ModelSpec:
         """The model on this machine, checked, with its checker and its way of reading prompts."""
+        placed, merged = place_model(self.resolve()), _merged(self.execution_class)
         return replace(
-            place_model(self.resolve()),
+            placed,
+            loras=tuple(replace(lora, merged=merged.get(lora.name)) for lora in placed.loras),
             safety=self.safety,
             safety_threshold=1.0 if self.safety_threshold is None else self.safety_threshold,
             prompt_syntax=self.prompt_syntax,
@@ -167,6 +171,12 @@ def recipe_of(row: Mapping[str, Any]) -> Recipe:
         version=row["version"],
         format_version=4 if "digital_source_type" in row else _FORMAT,
     )
+
+
+def _merged(execution_class: str) -> dict[str, float]:
+    """The LoRAs that were part of the weights, with their scales."""
+    found = _MERGED.search(execution_class)
+    return parse_scales(found[1]) if found else {}
 
 
 def _as_typed(stored: float) -> float:

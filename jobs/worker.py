@@ -72,11 +72,18 @@ class GeneratedChunk:
 
 def load_engine(plan: Plan, device: str) -> ChunkEngine:
     """The plan's own model on `device` (`auto`: a GPU if there is one), at the plan's dtype, threads and batch size."""
-    return load_model(plan.model, plan.settings, plan.batch_size, device)
+    return load_model(plan.model, plan.settings, plan.batch_size, device, merged=plan.merged_loras)
 
 
-def load_model(model: ResolvedModel, settings: JobSpec, batch_size: int, device: str) -> ChunkEngine:
-    """The model as a job with these settings runs it."""
+def load_model(
+    model: ResolvedModel,
+    settings: JobSpec,
+    batch_size: int,
+    device: str,
+    *,
+    merged: Mapping[str, float] | None = None,
+) -> ChunkEngine:
+    """The model as a job with these settings runs it. LoRAs that are `merged` count so much in every sample."""
     import torch
 
     from latentmill.engine import Engine
@@ -85,8 +92,10 @@ def load_model(model: ResolvedModel, settings: JobSpec, batch_size: int, device:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if settings.threads_per_actor:
         torch.set_num_threads(settings.threads_per_actor)
+    placed = place_model(model)
     spec = replace(
-        place_model(model),
+        placed,
+        loras=tuple(replace(lora, merged=(merged or {}).get(lora.name)) for lora in placed.loras),
         safety=settings.safety,
         safety_threshold=settings.nsfw_threshold,
         prompt_syntax=settings.prompt_syntax,

@@ -16,7 +16,7 @@ from latentmill.engine import GenerationRequest
 from latentmill.jobs.errors import JobError, UsageError
 from latentmill.jobs.manifests.axes import Axis, build_dimensions
 from latentmill.jobs.manifests.fields import Value, shorten
-from latentmill.jobs.manifests.loras import format_scale
+from latentmill.jobs.manifests.loras import COLUMN, format_scale, lora_of_axis
 from latentmill.jobs.manifests.prompt_texts import TEMPLATE_COLUMN, added_columns, prompt_texts
 from latentmill.jobs.manifests.row_loras import RowLoras
 from latentmill.jobs.manifests.validate import CARRIED_PREFIX, VARIANTS, snapshot_schema
@@ -161,6 +161,14 @@ class Plan:
             return {}
         known = {**self.row_constants, "plan_hash": self.plan_hash, "model_license": self.model.license}
         return {f"latentmill.{name}": str(value) for name, value in sorted(known.items()) if value is not None}
+
+    @property
+    def merged_loras(self) -> dict[str, float]:
+        """LoRAs whose scale is the same in all samples: they can be part of the weights, which is faster."""
+        if self._loras.reads_tags or COLUMN in self._document["manifest"]["own"]:
+            return {}
+        swept = {lora_of_axis(axis.name) for axis in self.axes}
+        return {name: scale for name, scale in self.model.lora_scales.items() if name not in swept}
 
     @property
     def n_samples(self) -> int:

@@ -98,6 +98,20 @@ def test_a_row_alone_makes_its_picture_again(
     assert pixel_sha256(recipe.draw(recipe.load("cpu"))) == rows[number]["pixel_sha256"]
 
 
+def test_a_lora_with_one_scale_for_all_rows_is_merged_and_its_rows_say_so(
+    tiny_model: Path, loras: dict[str, Path], manifest: Manifest, tmp_path: Path
+) -> None:
+    settings: dict[str, Any] = {"safety": "none", "lora": [f"{name}={path}:0.5" for name, path in loras.items()]}
+    (row,) = job(job_spec(tiny_model, manifest(1), tmp_path / "out", **settings))
+    assert row["execution_class"].endswith(", merged clay:0.5,ink:0.5")
+    recipe = recipe_of(row)
+    assert pixel_sha256(recipe.draw(recipe.load("cpu"))) == row["pixel_sha256"]
+    one, two = job(job_spec(tiny_model, manifest(1), tmp_path / "swept", sweep={"lora.ink": [0.5, 1]}, **settings))
+    assert one["execution_class"].endswith(", merged clay:0.5")
+    assert one["loras"] == row["loras"] == "clay:0.5,ink:0.5"
+    assert two["loras"] == "clay:0.5,ink:1"
+
+
 def test_the_axis_comes_before_the_column_the_prompt_and_the_flag() -> None:
     loras = RowLoras({"a": 1.0, "b": 0.5}, "a1111")
     assert loras.of(None, "a cat", {}) == {"a": 1.0, "b": 0.5}
