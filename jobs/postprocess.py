@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from latentmill.engine import GenerationRequest, GenerationResult
+from latentmill.engine import GenerationResult
 from latentmill.engine.types import Pixels
 from latentmill.jobs.ledger.pictures import blank, encode_png, encode_png_before_4, pixel_sha256
 from latentmill.jobs.manifests.parameters import parameters_text
@@ -27,7 +27,9 @@ class ProcessedSample:
     data: bytes | None
 
 
-def failed_sample(plan: Plan, sample: PlannedSample, slot: int, error: str, execution_class: str) -> ProcessedSample:
+def failed_sample(
+    plan: Plan, sample: PlannedSample, slot: int, error: str, execution_class: str | None
+) -> ProcessedSample:
     """A sample for which there is no result at all: what became of the worker that tried is its error."""
     result = GenerationResult(
         pixels=None,
@@ -42,7 +44,7 @@ def failed_sample(plan: Plan, sample: PlannedSample, slot: int, error: str, exec
 
 
 def postprocess_sample(
-    plan: Plan, sample: PlannedSample, result: GenerationResult, execution_class: str
+    plan: Plan, sample: PlannedSample, result: GenerationResult, execution_class: str | None
 ) -> ProcessedSample:
     """One sample's row and file. Whatever is wrong with this sample alone becomes its error, never an exception."""
     if result.status == "failed":
@@ -56,7 +58,7 @@ def postprocess_sample(
         if watermark.fault is not None:
             return ProcessedSample(row=_row(plan, sample, result, execution_class, error=watermark.fault), data=None)
         encode = encode_png_before_4 if plan.format_version < 4 else encode_png
-        data = encode(picture, _text(plan, sample.request))
+        data = encode(picture, _text(plan, sample))
     except MemoryError:
         raise
     except Exception as error:  # noqa: BLE001 - OpenCV and NumPy share no base; the chunk must survive
@@ -112,15 +114,19 @@ def _watermarked(plan: Plan, pixels: Pixels, *, required: bool) -> tuple[Pixels,
     return pixels, _Watermark(method=plan.settings.watermark, fault=fault)
 
 
-def _text(plan: Plan, request: GenerationRequest) -> str:
+def _text(plan: Plan, sample: PlannedSample) -> str:
     version = f"latentmill {plan.versions['latentmill']}"  # the plan's: an upgrade half-way must not change a byte
-    return parameters_text(
-        request, model_name=plan.model.name, model_hash=plan.model.weights_digest[:10], version=version
-    )
+    model = plan.models[sample.model]
+    return parameters_text(sample.request, model_name=model.name, model_hash=model.weights_digest[:10], version=version)
 
 
 def _row(
-    plan: Plan, sample: PlannedSample, result: GenerationResult, execution_class: str, *, error: str | None = None
+    plan: Plan,
+    sample: PlannedSample,
+    result: GenerationResult,
+    execution_class: str | None,
+    *,
+    error: str | None = None,
 ) -> dict[str, Any]:
     """The row of one sample, with no picture yet."""
     columns = columns_of(plan.format_version)
@@ -134,5 +140,5 @@ def _row(
             "error": None if error is None else " ".join(error.split())[:_ERROR_LIMIT],
             "execution_class": execution_class,
         }
-        | plan.row_constants
+        | plan.constants_of(sample.model)
     )

@@ -104,7 +104,11 @@ FIELDS: dict[str, Field] = {
 }
 """The manifest's own columns; every other column is carried through."""
 
+MODEL = "model"
+"""The axis of models. Its values are places of models, which the planner finds; it is no field of rows."""
+
 AXES = (
+    MODEL,
     "prompt",
     "negative_prompt",
     "seed",

@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from latentmill.jobs.code import own_code
+from latentmill.jobs.manifests.axes import Axis, models_of
 from latentmill.jobs.manifests.manifest import Manifest
 from latentmill.jobs.manifests.tokens import TokenCounter
 from latentmill.jobs.models.resolved import ResolvedModel
@@ -27,6 +28,7 @@ from latentmill.jobs.plans.planned import fingerprint
 from latentmill.jobs.plans.prompt_notes import PromptNotes
 from latentmill.jobs.plans.snapshot import RejectWriter, SnapshotWriter
 from latentmill.jobs.plans.summary import (
+    ModelNote,
     PlanSummary,
     RejectNote,
     count_denoising,
@@ -47,16 +49,18 @@ class DraftPlan:
     """A plan on this machine only: its snapshot is in a temporary folder until the draft is closed."""
 
     spec: JobSpec
-    model: ResolvedModel
+    models: tuple[ResolvedModel, ...]
     manifest: Manifest
     identity: Mapping[str, Any]
     snapshot: SnapshotWriter
     digest: str
     rejects: RejectWriter
+    axes: tuple[Axis, ...]
     grid: Grid
     ids: IdCounter
     tokens: TokenCounter
     prompt_notes: PromptNotes
+    model_notes: tuple[str, ...]
     wildcards: bytes | None
     spool: ExitStack
 
@@ -92,7 +96,7 @@ class DraftPlan:
             self.n_rows,
             is_sample=self.spec.is_sample,
         )
-        return (*about_rows, *self.prompt_notes.notes())
+        return (*about_rows, *self.prompt_notes.notes(), *self.model_notes)
 
     def document(self) -> dict[str, Any]:
         """The content of plan.json."""
@@ -101,7 +105,8 @@ class DraftPlan:
             "plan_hash": self.plan_hash,
             "identity": self.identity,
             "nsfw_threshold": self.spec.nsfw_threshold,
-            "model": asdict(self.model),
+            "model": asdict(self.models[0]),
+            **self._models_and_axes(),
             "manifest": {
                 "sources": [source.name for source in self.manifest.sources],
                 "digest": self.digest,
@@ -122,6 +127,15 @@ class DraftPlan:
         }
         return {**content, "checksum": fingerprint(content)}
 
+    def _models_and_axes(self) -> dict[str, Any]:
+        """All models, and the axes with their names, where one is of models: the identity has only what they are."""
+        if not models_of(self.grid.axes):
+            return {}
+        return {
+            "models": list(map(asdict, self.models)),
+            "axes": [[axis.name, list(axis.values)] for axis in self.axes],
+        }
+
     def summary(self) -> PlanSummary:
         """The plan in numbers; counts the tokens of the first 100,000 prompts."""
         identity = self.identity
@@ -133,13 +147,14 @@ class DraftPlan:
             plan_hash=self.plan_hash,
             out=display_url(self.spec.out),
             sources=tuple(source.name for source in self.manifest.sources),
-            model=self.model.name,
-            model_family=self.model.family,
+            model=self.models[0].name,
+            model_family=self.models[0].family,
+            models=tuple(self._describe_models()),
             device=identity["device"],
             dtype=identity["dtype"],
             threads_per_actor=identity["threads_per_actor"],
             parameters=dict(identity["parameters"]),
-            axes={axis.name: list(axis.values) for axis in self.grid.axes},
+            axes={axis.name: list(axis.values) for axis in self.axes},
             zips=tuple(tuple(axis.name for axis in group) for group in self.grid.dimensions if len(group) > 1),
             template=identity["template"],
             row_parameters=tuple(name for name in identity["parameters"] if name in own),
@@ -177,6 +192,13 @@ class DraftPlan:
             ids_compared=self.ids.compared,
             notes=self.notes,
         )
+
+    def _describe_models(self) -> Iterator[ModelNote]:
+        """The models of an axis; none where there is no such axis."""
+        for number, _ in enumerate(models_of(self.axes)):
+            model = self.models[number]
+            samples = sum(group.n_samples for group in self.grid.groups if group.model == number)
+            yield ModelNote(name=model.name, family=model.family, source=model.source, samples=samples)
 
     def _count_long_prompts(self) -> tuple[int, int]:
         """Rows whose prompt or negative prompt is too long, and rows checked."""

@@ -10,7 +10,10 @@ from latentmill.engine import GenerationRequest
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PlannedSample:
-    """One image to be made. `extra` holds the row's carried columns under their names in the commit record."""
+    """One image to be made, by the model of that number.
+
+    `extra` holds the row's carried columns under their names in the commit record.
+    """
 
     ordinal: int
     sample_id: str
@@ -18,3 +21,4 @@ class PlannedSample:
     row_id: str
     request: GenerationRequest
     extra: dict[str, Any]
+    model: int = 0

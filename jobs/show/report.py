@@ -65,7 +65,7 @@ def report(
             f"{job.storage.url} has no published dataset yet; finish it with the same `latentmill run` command, "
             f"`latentmill status {job.storage.url}` shows how far it is"
         )
-    axes = tuple(map(joined_axis, job.plan.grid.dimensions))
+    axes = tuple(map(joined_axis, job.plan.shown_dimensions))
     sheets = plan_sheets(_rows(job, publication), job.plan.images_per_row(), axes, max_sheets)
     paths = tuple(f"{REPORT_PREFIX}/sheet-{number:04d}.png" for number in range(1, len(sheets) + 1))
     unreadable: set[str] = set()
