@@ -64,6 +64,8 @@ def _measured(draft: DraftPlan) -> tuple[float, str]:
     batch_size = int(identity["batch_size"])
     seconds, source = 0.0, ""
     for number, model in enumerate(draft.models):
+        if model.fault is not None:
+            continue
         engine = load_model(model, settings, batch_size, identity["device"])
         seconds += _measured_model(draft, number, engine, batch_size)
         source = f"measured here: {engine.execution_class}"

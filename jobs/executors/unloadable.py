@@ -11,10 +11,13 @@ from latentmill.jobs.worker import commit_unmade
 
 
 class Unloadable:
-    """The models that could not be loaded in this run, with the reasons, and the chunks that wait for the outcome."""
+    """The models that could not be loaded in this run, with the reasons, and the chunks that wait for the outcome.
+
+    Some are known by the plan.
+    """
 
     def __init__(self, job: Job) -> None:
-        self.reasons: dict[int, str] = {}
+        self.reasons = {number: model.fault for number, model in enumerate(job.plan.models) if model.fault is not None}
         self._job = job
         self._chunks: list[int] = []
         self._any_loaded = False

@@ -19,7 +19,7 @@ class ResolvedModel:
     `source` is what the user named; it stays valid on another machine, where the files may be elsewhere. `revision` is
     the commit that a hub id stood for. The next three are as `ModelSpec` takes them, the two after them what the model
     works with. `files` maps each file that can change a pixel to its sha256. `license` is known of a preset's own
-    weights.
+    weights. `fault` says why a model among others cannot be used: then it has no files, and the rest is another's.
     """
 
     source: str
@@ -36,6 +36,7 @@ class ResolvedModel:
     max_tokens: int | None
     files: Mapping[str, str]
     license: str | None = None
+    fault: str | None = None
 
     @property
     def digest(self) -> str:

@@ -198,7 +198,9 @@ class DraftPlan:
         for number, _ in enumerate(models_of(self.axes)):
             model = self.models[number]
             samples = sum(group.n_samples for group in self.grid.groups if group.model == number)
-            yield ModelNote(name=model.name, family=model.family, source=model.source, samples=samples)
+            name = model.name if model.fault is None else model.source
+            family = model.family if model.fault is None else "cannot be used"
+            yield ModelNote(name=name, family=family, source=model.source, samples=samples)
 
     def _count_long_prompts(self) -> tuple[int, int]:
         """Rows whose prompt or negative prompt is too long, and rows checked."""

@@ -147,6 +147,29 @@ def test_a_model_that_cannot_be_loaded_costs_its_own_samples_and_a_retry_makes_t
     assert verify(spec.out).exit_code == 0
 
 
+def test_a_checkpoint_that_cannot_even_be_read_costs_its_own_samples_unless_strict(sweep, tmp_path):
+    spec = sweep("a", "torn")
+    config = tmp_path / "models" / "torn" / "unet" / "config.json"
+    whole = config.read_text()
+    config.write_text(whole[:20])
+    with draft_plan(spec) as draft:
+        summary = draft.summary()
+    assert [(note.family, note.samples) for note in summary.models] == [("stable-diffusion", 6), ("cannot be used", 6)]
+    assert any("torn" in note and "its samples will fail" in note for note in summary.notes)
+    with pytest.raises(UsageError, match="torn"):
+        draft_plan(replace(spec, strict=True))
+    assert run(spec, engine_factory=tinted_engine).exit_code == 1
+    assert statuses(spec.out) == {("a", "ok"): 6, ("torn", "failed"): 6}
+    assert loads == {"a": 1}
+    rows = [row for row in read_dataset(spec.out).rows.to_pylist() if row["status"] == "failed"]
+    assert {row["model_sha256"] for row in rows} == {None}
+    assert all("torn" in row["error"] for row in rows)
+    assert verify(spec.out).exit_code == 0
+    config.write_text(whole)
+    with draft_plan(spec) as draft, pytest.raises(OutputConflictError, match="model 2: "):
+        adopt(draft, Storage.open(spec.out))
+
+
 def test_where_no_model_can_be_loaded_nothing_is_called_failed(sweep):
     spec = sweep("broken", "broken-too")
     with pytest.raises(JobError, match=f"no model of the job can be loaded; .*{BROKEN}"):

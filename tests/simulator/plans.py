@@ -46,7 +46,7 @@ class SimulatedPlan:
     n_chunks = len(CHUNKS)
     batch_size = 2
     settings = JobSpec(prompts=(), device="cpu", chunk_size=2, batch_size=2, watermark="none", watermark_text="")
-    model = SimpleNamespace(name="simulated", weights_digest="0" * 64)
+    model = SimpleNamespace(name="simulated", weights_digest="0" * 64, fault=None)
     models = (model,)
     versions: Mapping[str, str] = {"latentmill": "0"}
     record_schema = pa.schema([entry for entry in own_fields() if entry.name in COLUMNS])
