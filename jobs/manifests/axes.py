@@ -132,8 +132,6 @@ def _named(name: str) -> tuple[str, Field]:
     replaced = replaced_by(name)
     if replaced is not None:
         return replacement_name(*replaced), Field(name="value", kind="text")
-    if name == MODEL:
-        return name, Field(name=MODEL, kind="text")
     if name not in AXES:
         raise UsageError(
             f"sweep axis {name!r} is unknown{nearest(name, AXES)}; the axes are {', '.join(AXES)}, and "

@@ -100,12 +100,13 @@ FIELDS: dict[str, Field] = {
         Field(name="eta", kind="float", high=1),
         Field(name="num_images", kind="int", low=1, high=MAX_IMAGES),
         Field(name="id", kind="text"),
+        Field(name="model", kind="text"),
     )
 }
 """The manifest's own columns; every other column is carried through."""
 
 MODEL = "model"
-"""The axis of models. Its values are places of models, which the planner finds; it is no field of rows."""
+"""The axis and column of models. Its values are places of models, which the planner finds."""
 
 AXES = (
     MODEL,

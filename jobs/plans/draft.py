@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from latentmill.jobs.code import own_code
-from latentmill.jobs.manifests.axes import Axis, models_of
+from latentmill.jobs.manifests.axes import Axis
 from latentmill.jobs.manifests.manifest import Manifest
 from latentmill.jobs.manifests.tokens import TokenCounter
 from latentmill.jobs.models.resolved import ResolvedModel
@@ -115,7 +115,7 @@ class DraftPlan:
                 "rows": self.n_rows,
                 "rejected": self.rejects.count,
                 "parts": [asdict(part) for part in self.snapshot.parts],
-                "classes": [decode_class(class_fields(self.grid.axes), numbers) for numbers in self.grid.classes],
+                "classes": [decode_class(self._class_fields, numbers) for numbers in self.grid.classes],
                 "images": self.grid.images.tolist(),
             },
             "versions": {
@@ -127,9 +127,13 @@ class DraftPlan:
         }
         return {**content, "checksum": fingerprint(content)}
 
+    @property
+    def _class_fields(self) -> tuple[str, ...]:
+        return class_fields(self.grid.axes, with_models=self.grid.with_models)
+
     def _models_and_axes(self) -> dict[str, Any]:
-        """All models, and the axes with their names, where one is of models: the identity has only what they are."""
-        if not models_of(self.grid.axes):
+        """All models, and the axes as they were named, where rows or an axis name models."""
+        if "models" not in self.identity:
             return {}
         return {
             "models": list(map(asdict, self.models)),
@@ -194,9 +198,8 @@ class DraftPlan:
         )
 
     def _describe_models(self) -> Iterator[ModelNote]:
-        """The models of an axis; none where there is no such axis."""
-        for number, _ in enumerate(models_of(self.axes)):
-            model = self.models[number]
+        """The models that an axis or rows name; none where the job names the only one."""
+        for number, model in enumerate(self.models if "models" in self.identity else ()):
             samples = sum(group.n_samples for group in self.grid.groups if group.model == number)
             name = model.name if model.fault is None else model.source
             family = model.family if model.fault is None else "cannot be used"

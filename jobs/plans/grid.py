@@ -40,10 +40,10 @@ _GroupEntry = tuple[tuple[int, Key], int, tuple[tuple[int, ...], ...]]
 """A group's model and key, its row class, and its places of the axes' values."""
 
 
-def class_fields(axes: Sequence[Axis]) -> tuple[str, ...]:
-    """The loop fields that rows decide, because no axis gives them."""
+def class_fields(axes: Sequence[Axis], *, with_models: bool = False) -> tuple[str, ...]:
+    """The loop fields that rows decide, because no axis gives them; also the models, where rows name them."""
     given = {"guided" if axis.name == "guidance_scale" else axis.name for axis in axes}
-    return tuple(name for name in LOOP_FIELDS if name not in given)
+    return tuple(name for name in (*LOOP_FIELDS, *([MODEL] if with_models else [])) if name not in given)
 
 
 def row_classes(table: pa.Table, fields: Sequence[str], defaults: Mapping[str, Value]) -> NDArray[np.int64]:
@@ -53,6 +53,8 @@ def row_classes(table: pa.Table, fields: Sequence[str], defaults: Mapping[str, V
 
 
 def _class_column(table: pa.Table, name: str, defaults: Mapping[str, Value]) -> NDArray[np.int64]:
+    if name == MODEL:
+        return np.asarray(table.column(MODEL).to_numpy(), dtype=np.int64)
     source = "guidance_scale" if name == "guided" else name
     default = defaults[source]
     if source not in table.column_names:
@@ -172,7 +174,7 @@ class Grid:
     """All of a job's samples. `images[part, row_class]` sums the images per combination over the part's rows.
 
     A dimension is an axis, or axes that vary together. `models` are the values of the axis of models, if there is one.
-    `mixed` is False for outputs of the first formats, whose chunks have one loop each.
+    `with_models`: rows name theirs. `mixed` is False for outputs of the first formats, whose chunks have one loop each.
     """
 
     dimensions: tuple[Dimension, ...]
@@ -181,6 +183,7 @@ class Grid:
     chunk_size: int
     mixed: bool = True
     models: tuple[str, ...] = ()
+    with_models: bool = False
 
     @property
     def axes(self) -> tuple[Axis, ...]:
@@ -253,7 +256,7 @@ class Grid:
         return (model, *(key[:3] if self.mixed and key[4] in SAMPLERS else key))
 
     def _keys(self) -> Iterator[_GroupEntry]:
-        fields = class_fields(self.axes)
+        fields = class_fields(self.axes, with_models=self.with_models)
         choices = [self._choices(dimension) for dimension in self.dimensions]
         for row_class, numbers in enumerate(self.classes):
             known: dict[str, Any] = dict(zip(fields, numbers, strict=True))

@@ -42,16 +42,18 @@ def plan_identity(
     axes: tuple[Axis, ...],
     digest: str,
     batch_size: int,
+    several: bool,
     zips: list[list[str]],
     wildcards: str | None,
 ) -> dict[str, Any]:
     """All that can change a pixel or a row, and nothing else.
 
-    `zips` names the axes that vary together; `wildcards` is the digest of those that are used.
+    `several`: rows or an axis name the models. `zips` names the axes that vary together; `wildcards` is the digest of
+    those that are used.
     """
     named = models_of(axes)
     later: dict[str, Any] = {"zip": zips, "wildcards": wildcards}
-    if named:
+    if several:
         later["models"] = list(map(_of_model, models))
     return {
         **_of_model(models[0]),

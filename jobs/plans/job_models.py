@@ -10,24 +10,34 @@ from pathlib import Path
 
 from latentmill.engine import EngineError, ModelDescription
 from latentmill.jobs.errors import UsageError
+from latentmill.jobs.manifests.coerce import coerce
+from latentmill.jobs.manifests.fields import FIELDS, MODEL
+from latentmill.jobs.manifests.manifest import Manifest
 from latentmill.jobs.models.cache import is_url
 from latentmill.jobs.models.choice import ModelChoice, ModelDefaults, resolve_model
 from latentmill.jobs.models.presets import model_place
 from latentmill.jobs.models.resolved import ResolvedModel
 from latentmill.jobs.spec import JobSpec
 
+MAX_MODELS = 256
+"""The most models that rows may name."""
+
 _Found = tuple[ResolvedModel, ModelDefaults, ModelDescription]
 
 
 @dataclass(frozen=True, kw_only=True)
 class JobModels:
-    """Models that exist and are complete, in the order of their axis.
+    """Models that exist and are complete, in the order of their axis, or as rows name them first.
+
+    `numbers` are their places by the names that rows have for them; `unusable` says why a row cannot have another.
 
     `defaults` are those of the first one, with the smallest batch; `notes` says where others suggest something else.
     `steps_fault` says why a sampler cannot take so many steps with one of them, with the nearest number that it can.
     """
 
     resolved: tuple[ResolvedModel, ...]
+    numbers: Mapping[str, int]
+    unusable: Mapping[str, str]
     defaults: ModelDefaults
     notes: tuple[str, ...]
     steps_fault: Callable[[str, int], str | None]
@@ -64,9 +74,47 @@ def find_models(spec: JobSpec, named: Sequence[str]) -> JobModels:
     notes = [f"{fault}; its samples will fail (strict refuses such models)" for fault in faults.values()]
     return JobModels(
         resolved=tuple(broken[source] if source in broken else found[source][0] for source in named or found),
+        numbers={},
+        unusable={},
         defaults=replace(usable[0][1], batch_size=min(default.batch_size for default in defaults.values())),
         notes=(*notes, *_other_defaults(spec, defaults)),
         steps_fault=_steps_fault([description for _, _, description in usable]),
+    )
+
+
+def named_in_rows(manifest: Manifest, default: str) -> tuple[str, ...]:
+    """The models that the column of a manifest names, `default` among them where a row names none."""
+    names: dict[str, None] = {}
+    for source in manifest.sources:
+        for batch in source.batches():
+            given = batch.columns.get(MODEL)
+            found = [None] if given is None else coerce(FIELDS[MODEL], given, {}).unique().to_pylist()
+            names |= dict.fromkeys(default if name is None else name for name in found)
+            if len(names) > MAX_MODELS:
+                raise UsageError(f"the column model names more than {MAX_MODELS} models; split the manifest")
+    return tuple(names) or (default,)
+
+
+def models_of_rows(spec: JobSpec, named: Sequence[str]) -> JobModels:
+    """The models that rows name; of those that cannot be used, the reason. Raises UsageError if none is usable."""
+    found: dict[str, _Found] = {}
+    unusable: dict[str, str] = {}
+    for name in named:
+        try:
+            found[name] = _find(spec if name == spec.model else replace(spec, revision=None), name)
+        except UsageError as error:
+            unusable[name] = str(error)
+    if not found:
+        raise UsageError(f"none of the models that rows name is usable; the first: {next(iter(unusable.values()))}")
+    defaults = {name: default for name, (_, default, _) in found.items()}
+    first = next(iter(defaults.values()))
+    return JobModels(
+        resolved=tuple(model for model, _, _ in found.values()),
+        numbers={name: number for number, name in enumerate(found)},
+        unusable=unusable,
+        defaults=replace(first, batch_size=min(default.batch_size for default in defaults.values())),
+        notes=tuple(_other_defaults(spec, defaults)),
+        steps_fault=_steps_fault([description for _, _, description in found.values()]),
     )
 
 

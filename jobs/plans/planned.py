@@ -115,13 +115,16 @@ class Plan:
         self.sources: tuple[str, ...] = tuple(manifest["sources"])
         self.n_rows: int = manifest["rows"]
         self.n_rejected: int = manifest["rejected"]
+        with_models = MODEL in manifest["own"]
+        fields = class_fields(self.axes, with_models=with_models)
         self.grid = Grid(
             dimensions=build_dimensions(self.axes, self.settings.zip),
-            classes=tuple(encode_class(class_fields(self.axes), values) for values in manifest["classes"]),
+            classes=tuple(encode_class(fields, values) for values in manifest["classes"]),
             images=np.array(manifest["images"], dtype=np.int64).reshape(len(manifest["parts"]), -1),
             chunk_size=self.settings.chunk_size,
             mixed=self.format_version >= MIXED_CHUNKS_SINCE,
             models=models_of(self.axes),
+            with_models=with_models,
         )
         wildcards: str | None = identity.get("wildcards")
         self._texts = prompt_texts(
@@ -140,7 +143,7 @@ class Plan:
             lambda part: storage.read(part_path(manifest["digest"], part)),
             [PartInfo(**part) for part in manifest["parts"]],
             snapshot_schema(tuple(manifest["own"]), carried, variants=self._texts.counts_variants),
-            class_fields=class_fields(self.axes),
+            class_fields=fields,
             defaults=self.parameters,
         )
 

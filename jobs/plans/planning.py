@@ -13,6 +13,7 @@ import pyarrow as pa
 from latentmill.engine import SEED_LIMIT, WATERMARK_MIN_PIXELS, load_tokenizer
 from latentmill.jobs.errors import UsageError
 from latentmill.jobs.manifests.axes import Axis, Dimension, build_axes, build_dimensions, models_of
+from latentmill.jobs.manifests.fields import MODEL
 from latentmill.jobs.manifests.manifest import Manifest, open_manifest
 from latentmill.jobs.manifests.prompt_texts import expand_axes, prompt_texts
 from latentmill.jobs.manifests.rules import Rules
@@ -24,7 +25,7 @@ from latentmill.jobs.plans.draft import DraftPlan
 from latentmill.jobs.plans.grid import Grid, class_fields
 from latentmill.jobs.plans.identity import default_parameters, plan_identity
 from latentmill.jobs.plans.ids import MAX_IDS_COMPARED, IdCounter
-from latentmill.jobs.plans.job_models import JobModels, find_models
+from latentmill.jobs.plans.job_models import JobModels, find_models, models_of_rows, named_in_rows
 from latentmill.jobs.plans.prompt_notes import PromptNotes, prompts_of_axis
 from latentmill.jobs.plans.snapshot import RejectWriter, SnapshotWriter
 from latentmill.jobs.plans.summary import suspect_note
@@ -43,13 +44,16 @@ def draft_plan(spec: JobSpec, *, on_stage: Callable[[str], None] = lambda _: Non
     dimensions = build_dimensions(axes, spec.zip)
     texts = prompt_texts(spec.template, wildcards, axes)
     _check_watermark(spec)
-    on_stage("finding and hashing the model")
-    models = find_models(spec, models_of(axes))
-    parameters = default_parameters(spec, models.defaults)
     on_stage("reading the manifest")
     manifest = open_manifest(spec.prompts, spec.manifest_format, accept_aliases=spec.accept_aliases)
     if spec.strict and manifest.suspects:
         raise UsageError(f"{suspect_note(manifest.suspects[0])} (strict refuses such columns)")
+    on_stage("finding and hashing the model")
+    if MODEL in manifest.own and not models_of(axes):
+        models = models_of_rows(spec, named_in_rows(manifest, spec.model))
+    else:
+        models = find_models(spec, models_of(axes))
+    parameters = default_parameters(spec, models.defaults)
     axis_values = {axis.name: axis.values for axis in axes}
     tokens = TokenCounter(
         lambda: load_tokenizer(place_model(models.resolved[0])),
@@ -67,6 +71,9 @@ def draft_plan(spec: JobSpec, *, on_stage: Callable[[str], None] = lambda _: Non
         defaults=parameters,
         axes=axis_values,
         zips=[[axis.name for axis in dimension] for dimension in dimensions if len(dimension) > 1],
+        models=models.numbers,
+        unusable_models=models.unusable,
+        default_model=spec.model,
         texts=texts,
         tokens=tokens if spec.long_prompts == "error" else None,
     )
@@ -93,7 +100,9 @@ def _draft(
     spool: ExitStack,
 ) -> DraftPlan:
     schema = snapshot_schema(manifest.own, manifest.carried, variants=rules.texts.counts_variants)
-    snapshot = SnapshotWriter(folder, schema, class_fields=class_fields(axes), defaults=rules.defaults)
+    with_models = MODEL in manifest.own
+    fields = class_fields(axes, with_models=with_models)
+    snapshot = SnapshotWriter(folder, schema, class_fields=fields, defaults=rules.defaults)
     rejects = RejectWriter(folder / "rejected.parquet")
     ids = IdCounter(MAX_IDS_COMPARED if "id" in manifest.own else 0)
     prompt_notes = PromptNotes(rules.texts)
@@ -104,6 +113,7 @@ def _draft(
         images=snapshot.image_counts(),
         chunk_size=spec.chunk_size,
         models=models_of(axes),
+        with_models=with_models,
     )
     grid.check_limits()
     _check_default_seeds(grid, snapshot, spec.seed)
@@ -119,6 +129,7 @@ def _draft(
             axes,
             digest,
             spec.batch_size or models.defaults.batch_size,
+            several=with_models or bool(models_of(axes)),
             zips=[list(group) for group in rules.zips],
             wildcards=None if kept is None else wildcards_digest(kept),
         ),

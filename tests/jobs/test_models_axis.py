@@ -170,6 +170,32 @@ def test_a_checkpoint_that_cannot_even_be_read_costs_its_own_samples_unless_stri
         adopt(draft, Storage.open(spec.out))
 
 
+def test_rows_may_name_their_model_and_a_bad_name_costs_its_row(sweep, tmp_path):
+    spec = sweep("a", "b")
+    path = tmp_path / "rows.csv"
+    a, b = spec.sweep["model"]
+    path.write_text(f"prompt,model,mood\nx,{b},1\ny,,2\nz,{a},3\nw,/nowhere/at-all,4\nv,{b},5\n")
+    spec = replace(spec, prompts=(str(path),), sweep={"seed": [1, 2]}, model=a)
+    with draft_plan(spec) as draft:
+        summary = draft.summary()
+    assert [(note.name, note.samples) for note in summary.models] == [("b", 4), ("a", 4)]
+    assert "nowhere/at-all" in summary.first_rejects[0].reason
+    assert run(spec, engine_factory=tinted_engine).exit_code == 0
+    assert loads == {"a": 1, "b": 1}
+    rows = read_dataset(spec.out).rows.to_pylist()
+    assert [(row["prompt"], Path(row["model"]).name) for row in rows[::2]] == [
+        ("x", "b"),
+        ("y", "a"),
+        ("z", "a"),
+        ("v", "b"),
+    ]
+    assert verify(spec.out).exit_code == 0
+    assert run(spec, engine_factory=tinted_engine).generated == 0
+    axis = replace(spec, sweep={"model": [a]}, out=str(tmp_path / "axis"))
+    assert run(axis, engine_factory=tinted_engine).exit_code == 0
+    assert statuses(axis.out) == {("a", "ok"): 5}  # an axis takes the place of the column
+
+
 def test_where_no_model_can_be_loaded_nothing_is_called_failed(sweep):
     spec = sweep("broken", "broken-too")
     with pytest.raises(JobError, match=f"no model of the job can be loaded; .*{BROKEN}"):
