@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -46,6 +48,20 @@ def tinted_engine(plan: Plan, device: str) -> Tinted:
     if "broken" in plan.model.name:
         raise RuntimeError(BROKEN)
     return Tinted(batch_size=plan.batch_size, tint=int(plan.model.digest[:2], 16))
+
+
+def noted_engine(plan: Plan, device: str) -> Tinted:
+    """The same, in any process: who loads what is noted in a file beside the models."""
+    with (Path(plan.model.source).parent / "loads.txt").open("a") as notes:
+        notes.write(f"{os.getpid()} {plan.model.name}\n")
+    return tinted_engine(plan, device)
+
+
+def fatal_engine(plan: Plan, device: str) -> Tinted:
+    """A broken model whose loading ends the process."""
+    if "broken" in plan.model.name:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return tinted_engine(plan, device)
 
 
 def healed_engine(plan: Plan, device: str) -> Tinted:
@@ -222,6 +238,24 @@ def test_a_run_that_ends_before_the_broken_model_was_told_resumes_to_the_same_ro
     executor.close()
     assert run(spec, engine_factory=tinted_engine).exit_code == 1
     assert read_dataset(spec.out).rows.equals(read_dataset(whole.out).rows)
+
+
+@pytest.mark.cluster
+@pytest.mark.filterwarnings(r"ignore::DeprecationWarning:ray\..*")  # Ray 2.60 uses its own old settings
+@pytest.mark.parametrize("engine", [noted_engine, fatal_engine])
+def test_workers_of_a_cluster_load_each_model_once_at_most_and_outlive_a_broken_one(sweep, tmp_path, engine):
+    settings = {"num_images": 4, "threads_per_actor": 1}
+    calm = sweep("a", "broken", "b", **settings)
+    run(calm, engine_factory=tinted_engine)
+    spec = sweep("a", "broken", "b", out="ray", executor="ray", **settings)
+    summary = run(spec, engine_factory=engine)
+    assert (summary.exit_code, summary.left_out) == (1, ())
+    assert statuses(spec.out) == {("a", "ok"): 24, ("broken", "failed"): 24, ("b", "ok"): 24}
+    assert verify(spec.out).exit_code == 0
+    if engine is noted_engine:
+        assert read_dataset(spec.out).rows.equals(read_dataset(calm.out).rows)
+        notes = Counter((tmp_path / "models" / "loads.txt").read_text().split("\n")[:-1])
+        assert set(notes.values()) == {1}
 
 
 def test_damaged_pictures_of_several_models_are_made_again_by_theirs(sweep, tmp_path):
