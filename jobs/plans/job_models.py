@@ -105,7 +105,10 @@ def models_of_rows(spec: JobSpec, named: Sequence[str]) -> JobModels:
         except UsageError as error:
             unusable[name] = str(error)
     if not found:
-        raise UsageError(f"none of the models that rows name is usable; the first: {next(iter(unusable.values()))}")
+        raise UsageError(
+            f"none of the models that the column model names is usable: rename it if it means something else; the "
+            f"first: {next(iter(unusable.values()))}"
+        )
     defaults = {name: default for name, (_, default, _) in found.items()}
     first = next(iter(defaults.values()))
     return JobModels(
