@@ -100,7 +100,15 @@ def _row(plan: Plan, sample: PlannedSample, picture: dict[str, Any]) -> dict[str
     made: dict[str, Any] = {"status": "ok", "nsfw_checker": "none", "watermark": "none", "execution_class": "synthetic"}
     made |= {"prompt_tokens": 12, "precision": "fp32", "batch_size": plan.batch_size}
     ids = {"sample_id": sample.sample_id, "row_id": sample.row_id}
-    return dict.fromkeys(plan.record_schema.names) | sample.extra | ids | asked | made | plan.row_constants | picture
+    return (
+        dict.fromkeys(plan.record_schema.names)
+        | sample.extra
+        | ids
+        | asked
+        | made
+        | plan.constants_of(sample.model)
+        | picture
+    )
 
 
 @dataclass

@@ -62,8 +62,20 @@ def _measured(draft: DraftPlan) -> tuple[float, str]:
     identity = draft.identity
     settings = replace(draft.spec, dtype=identity["dtype"], threads_per_actor=identity["threads_per_actor"])
     batch_size = int(identity["batch_size"])
-    engine = load_model(draft.model, settings, batch_size, identity["device"])
-    sections = sorted(draft.grid.sections, key=lambda section: -_work(section, draft, batch_size))
+    seconds, source = 0.0, ""
+    for number, model in enumerate(draft.models):
+        if model.fault is not None:
+            continue
+        engine = load_model(model, settings, batch_size, identity["device"])
+        seconds += _measured_model(draft, number, engine, batch_size)
+        source = f"measured here: {engine.execution_class}"
+        del engine  # before the next one comes
+    return seconds, source
+
+
+def _measured_model(draft: DraftPlan, number: int, engine: ChunkEngine, batch_size: int) -> float:
+    sections = [section for section in draft.grid.sections if section.groups[0].model == number]
+    sections.sort(key=lambda section: -_work(section, draft, batch_size))
     rates: dict[tuple[int, int, bool], _Rate] = {}
     for section in sections:
         shape = section.groups[0].key[:3]
@@ -77,7 +89,7 @@ def _measured(draft: DraftPlan) -> tuple[float, str]:
         n_passes = section_passes(section, draft.grid.chunk_size, batch_size)
         n_batches = -(-section.n_samples // batch_size)
         seconds += times * (n_passes * rate.seconds_per_pass + n_batches * rate.seconds_per_batch)
-    return seconds, f"measured here: {engine.execution_class}"
+    return seconds
 
 
 def _time_batches(engine: ChunkEngine, group: Group, batch_size: int) -> _Rate:
@@ -116,10 +128,11 @@ def _time_batches(engine: ChunkEngine, group: Group, batch_size: int) -> _Rate:
 def _from_output(draft: DraftPlan, url: str) -> tuple[float, str]:
     """Seconds by the rate of the chunks of an earlier output, as its commit records say it."""
     job = open_job(url)
-    if job.plan.model.family != draft.model.family:
+    theirs, ours = ({model.family for model in models} for models in (job.plan.models, draft.models))
+    if theirs != ours:
         raise UsageError(
-            f"{job.storage.url} was made with a {job.plan.model.family} model, this job's is {draft.model.family}; "
-            f"name an output of the same family, or say --measure"
+            f"{job.storage.url} was made by {', '.join(sorted(theirs))}, this job's models are "
+            f"{', '.join(sorted(ours))}; name an output of the same family, or say --measure"
         )
     seconds = work = 0.0
     classes: set[str] = set()

@@ -29,7 +29,9 @@ class ProcessedSample:
     data: bytes | None
 
 
-def failed_sample(plan: Plan, sample: PlannedSample, slot: int, error: str, execution_class: str) -> ProcessedSample:
+def failed_sample(
+    plan: Plan, sample: PlannedSample, slot: int, error: str, execution_class: str | None
+) -> ProcessedSample:
     """A sample for which there is no result at all: what became of the worker that tried is its error."""
     result = GenerationResult(
         pixels=None,
@@ -44,7 +46,7 @@ def failed_sample(plan: Plan, sample: PlannedSample, slot: int, error: str, exec
 
 
 def postprocess_sample(
-    plan: Plan, sample: PlannedSample, result: GenerationResult, execution_class: str
+    plan: Plan, sample: PlannedSample, result: GenerationResult, execution_class: str | None
 ) -> ProcessedSample:
     """One sample's row and file. Whatever is wrong with this sample alone becomes its error, never an exception."""
     if result.status == "failed":
@@ -57,7 +59,8 @@ def postprocess_sample(
         if finished.fault is not None:
             return ProcessedSample(row=_row(plan, sample, result, execution_class, error=finished.fault), data=None)
         version = plan.versions["latentmill"]  # the plan's: an upgrade half-way must not change a byte
-        data = encode_picture(finished.pixels, sample.request, plan.model, version, plan.format_version)
+        model = plan.models[sample.model]
+        data = encode_picture(finished.pixels, sample.request, model, version, plan.format_version)
     except MemoryError:
         raise
     except Exception as error:  # noqa: BLE001 - OpenCV and NumPy share no base; the chunk must survive
@@ -129,7 +132,12 @@ def encode_picture(
 
 
 def _row(
-    plan: Plan, sample: PlannedSample, result: GenerationResult, execution_class: str, *, error: str | None = None
+    plan: Plan,
+    sample: PlannedSample,
+    result: GenerationResult,
+    execution_class: str | None,
+    *,
+    error: str | None = None,
 ) -> dict[str, Any]:
     """The row of one sample, with no picture yet."""
     columns = columns_of(plan.format_version)
@@ -143,5 +151,5 @@ def _row(
             "error": None if error is None else " ".join(error.split())[:_ERROR_LIMIT],
             "execution_class": execution_class,
         }
-        | plan.row_constants
+        | plan.constants_of(sample.model)
     )

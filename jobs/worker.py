@@ -21,7 +21,7 @@ from latentmill.jobs.ledger.records import encode_record, tool_versions
 from latentmill.jobs.models.place import place_model
 from latentmill.jobs.models.resolved import ResolvedModel
 from latentmill.jobs.plans.plan import Plan
-from latentmill.jobs.postprocess import ProcessedSample, postprocess_sample
+from latentmill.jobs.postprocess import ProcessedSample, failed_sample, postprocess_sample
 from latentmill.jobs.slots import draw_in_slots, slot_batches
 from latentmill.jobs.spec import JobSpec
 
@@ -105,11 +105,11 @@ def load_model(
 
 
 class ChunkGenerator:
-    """One loaded model that turns chunk numbers into pictures."""
+    """One loaded model that turns numbers of its chunks into pictures."""
 
-    def __init__(self, job: Job, *, engine_factory: EngineFactory = load_engine) -> None:
+    def __init__(self, job: Job, *, engine_factory: EngineFactory = load_engine, model: int = 0) -> None:
         self._job = job
-        self._engine = engine_factory(job.plan, job.plan.settings.device)
+        self._engine = engine_factory(job.plan.of_model(model), job.plan.settings.device)
         self.actor = f"{socket.gethostname()}:{os.getpid()}"
 
     @property
@@ -228,6 +228,19 @@ def postprocess_chunk(job: Job, generated: GeneratedChunk) -> ChunkResult:
         repair=generated.repair,
     )
     return replace(committed, postprocess_seconds=time.perf_counter() - started)
+
+
+def commit_unmade(job: Job, chunk: int, reason: str, *, repair: bool) -> ChunkResult:
+    """Afterwards the chunk is committed, all its samples failed for this reason: its model cannot be loaded.
+
+    A `repair` writes nothing: its rows have failed before.
+    """
+    if repair:
+        return ChunkResult(chunk=chunk, outcome="unrepaired")
+    samples = enumerate(job.plan.samples_of_chunk(chunk))
+    size = job.plan.batch_size
+    processed = [failed_sample(job.plan, sample, row % size, reason, None) for row, sample in samples]
+    return commit_chunk(job, chunk, processed, execution_class="none", actor="", generate_seconds=0.0)
 
 
 def commit_chunk(

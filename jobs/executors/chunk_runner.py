@@ -11,6 +11,7 @@ from latentmill.jobs.chunk_result import ChunkResult, describe_fault, failed_res
 from latentmill.jobs.errors import JobError
 from latentmill.jobs.job import Job
 from latentmill.jobs.postprocess import ProcessedSample
+from latentmill.jobs.store.errors import StorageError
 from latentmill.jobs.worker import (
     ChunkGenerator,
     EngineFactory,
@@ -23,19 +24,26 @@ from latentmill.jobs.worker import (
 T = TypeVar("T")
 
 
+class ModelLoadError(JobError):
+    """A model that cannot be loaded here, by its own fault or the machine's."""
+
+
 class ChunkRunner:
     """One loaded model and its job. What a step raises, of whatever kind, comes back as a ChunkResult with its blame.
 
-    Raises JobError if the model cannot be loaded.
+    `model` is the number of the plan's model. Raises ModelLoadError if it cannot be loaded, JobError if that is the
+    store's fault.
     """
 
-    def __init__(self, job: Job, *, engine_factory: EngineFactory = load_engine) -> None:
+    def __init__(self, job: Job, *, engine_factory: EngineFactory = load_engine, model: int = 0) -> None:
         self._job = job
         try:
-            self._generator = ChunkGenerator(job, engine_factory=engine_factory)
+            self._generator = ChunkGenerator(job, engine_factory=engine_factory, model=model)
         except Exception as error:  # the model's, torch's or the store's: told once, as a job's error
             reason = str(error) if isinstance(error, JobError | EngineError) else describe_fault(error)
-            raise JobError(f"the model could not be loaded: {reason}") from error
+            which = f"the model {job.plan.models[model].source}" if len(job.plan.models) > 1 else "the model"
+            kind = JobError if isinstance(error, StorageError) else ModelLoadError
+            raise kind(f"{which} could not be loaded: {reason}") from error
         self.actor = self._generator.actor
         self.execution_class = self._generator.execution_class
 

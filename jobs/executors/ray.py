@@ -21,6 +21,7 @@ from latentmill.jobs.executors.ray_entry import send_by_value
 from latentmill.jobs.executors.ray_head import watched_head
 from latentmill.jobs.executors.ray_isolated import RayIsolatedWorker
 from latentmill.jobs.executors.ray_pool import RayPool
+from latentmill.jobs.executors.unloadable import Unloadable
 from latentmill.jobs.job import Job
 from latentmill.jobs.spec import Runtime
 from latentmill.jobs.store.urls import allowed_filesystem, display_url
@@ -39,6 +40,7 @@ class RayExecutor:
         self._arguments = pickle.dumps(((_shared_url(job.url), job.plan.plan_hash), engine_factory))
         self._threads = job.plan.settings.threads_per_actor or 1
         self._faults = Faults(runtime.chunk_timeout)
+        self._unloadable = Unloadable(job)
         self._stopping = False
         self._isolating = False
         self._connection = connect(runtime.address, insecure=runtime.insecure_ray)
@@ -62,6 +64,8 @@ class RayExecutor:
                 isolated = [chunk for chunk in chunks if self._faults.is_suspect(chunk)]
                 if isolated and not self._stopping:
                     yield from self._run_isolated(isolated, repair=repair)
+                if not self._stopping:
+                    yield from self._unloadable.commit(repair=repair)
             done = True
         finally:
             if not done:
@@ -94,9 +98,10 @@ class RayExecutor:
 
     def _new_pool(self) -> RayPool:
         return RayPool(
-            self._job.plan.grid,
+            self._job.plan,
             self._size,
             self._faults,
+            self._unloadable,
             arguments=self._arguments,
             worker_options=self._worker_options,
             nodes=self._connection.nodes,
@@ -123,7 +128,9 @@ class RayExecutor:
 
         self._pool.close()
         self._pool = self._new_pool()
-        worker = RayIsolatedWorker(self._arguments, options=self._worker_options(), seconds=seconds)
+        worker = RayIsolatedWorker(
+            self._arguments, options=self._worker_options(), seconds=seconds, model_of=self._job.plan.model_of
+        )
         self._isolating = True
         try:
             for chunk in chunks:

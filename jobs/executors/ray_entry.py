@@ -6,6 +6,7 @@ the inside of `_ray_worker` may need a module of the package that is not sent al
 
 from __future__ import annotations
 
+import gc
 import pickle
 import socket
 import sys
@@ -35,7 +36,7 @@ class WrongCodeError(Exception):
 
 
 class WorkerProcess:
-    """An actor: one model, loaded once. The driver's side of it is in ray_pool.py and ray_isolated.py."""
+    """An actor: one model at a time. The driver's side of it is in ray_pool.py and ray_isolated.py."""
 
     def __init__(self, code: Code) -> None:
         self._code = code
@@ -48,16 +49,21 @@ class WorkerProcess:
         node: str = ray.get_runtime_context().get_node_id()
         return node
 
-    def load(self, arguments: bytes) -> tuple[str | None, str]:
-        """Load the model: why nothing can work on this node, or None, and the execution class.
+    def load(self, arguments: bytes, model: int) -> tuple[str | None, str, str]:
+        """Load the plan's model of that number, in place of the one that is there.
 
-        `arguments` are those of `ray_worker.Worker`, pickled: unpickling them needs modules of ours.
+        Returned are why it cannot be loaded on this node, or None; the execution class; and the reason once more
+        without the node, if it may be the model's own fault. `arguments` are the others of `ray_worker.Worker`,
+        pickled: unpickling them needs modules of ours.
         """
+        self._worker = None  # one model may fill the memory
+        gc.collect()
         try:
-            self._worker = _ray_worker(self._code).Worker(*pickle.loads(arguments))  # noqa: S301 - from our own driver
+            given = pickle.loads(arguments)  # noqa: S301 - from our own driver
+            self._worker = _ray_worker(self._code).Worker(*given, model)
         except _FAULTS as error:
-            return _reason(error), ""
-        return None, self._worker.execution_class
+            return _reason(error), "", str(error) if type(error).__name__ == "ModelLoadError" else ""
+        return None, self._worker.execution_class, ""
 
     def sample(self, chunk: int, seconds: float, *, repair: bool) -> Any:
         """See `ray_worker.Worker`."""

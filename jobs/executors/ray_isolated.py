@@ -24,11 +24,21 @@ START_SECONDS = 1800.0
 class RayIsolatedWorker:
     """An `IsolatedWorker` of isolation.py: a Ray actor that is started with `options` when there is none.
 
-    `seconds` says what a chunk may take. Raises JobError if no process with the model can be started.
+    `seconds` says what a chunk may take, and `model_of` which model it needs. Raises JobError if no process with the
+    model can be started.
     """
 
-    def __init__(self, arguments: bytes, *, options: Mapping[str, Any], seconds: Callable[[int], float]) -> None:
+    def __init__(
+        self,
+        arguments: bytes,
+        *,
+        options: Mapping[str, Any],
+        seconds: Callable[[int], float],
+        model_of: Callable[[int], int],
+    ) -> None:
         self._arguments = arguments
+        self._model_of = model_of
+        self._model = -1
         self._options = options
         self._seconds = seconds
         self._actor: Any = None
@@ -66,7 +76,7 @@ class RayIsolatedWorker:
     def _call(self, verb: str, seconds: float, chunk: int, *arguments: Any, **options: Any) -> Any:
         import ray
 
-        actor = self._started()
+        actor = self._started(self._model_of(chunk))
         began = time.monotonic()
         try:
             call = actor.alone.remote(verb, seconds, chunk, *arguments, **options)
@@ -76,20 +86,22 @@ class RayIsolatedWorker:
             error = OVERRAN if time.monotonic() - began >= seconds else DIED
             return ChunkResult(chunk=chunk, outcome="error", error=error, blame="chunk")
 
-    def _started(self) -> Any:
+    def _started(self, model: int) -> Any:
         import ray
 
-        if self._actor is not None:
+        if self._actor is not None and self._model == model:
             return self._actor
+        self.close()
         reason: str | None = ""
         for _ in range(STARTS):
             actor = ray.remote(WorkerProcess).options(max_restarts=0, **self._options).remote(own_code())
             try:
-                reason, self.execution_class = ray.get(actor.load.remote(self._arguments), timeout=START_SECONDS)
+                load = actor.load.remote(self._arguments, model)
+                reason, self.execution_class, _ = ray.get(load, timeout=START_SECONDS)
             except ray.exceptions.RayError as error:
                 reason = describe_fault(error)
             if reason is None:
-                self._actor = actor
+                self._actor, self._model = actor, model
                 return actor
             ray.kill(actor)
         raise JobError(f"an isolated worker could not be started {STARTS} times: {reason}; run the same command again")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import socket
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,7 +19,8 @@ from latentmill.jobs.errors import JobError
 from latentmill.jobs.executors.faults import START_TRIES, Faults
 from latentmill.jobs.executors.pool import Pool
 from latentmill.jobs.executors.ray_entry import FINISH, MODEL, THREADS, WorkerProcess
-from latentmill.jobs.plans.grid import Grid
+from latentmill.jobs.executors.unloadable import Unloadable
+from latentmill.jobs.plans.plan import Plan
 
 FINISHING = 2
 """Chunks of one worker that are sampled and not committed yet; with so many it begins no further one."""
@@ -44,6 +45,9 @@ class _Worker:
     actor: Any
     node: str = ""
     ready: bool = False
+    """Whether it can begin a chunk: it is not waiting for a model."""
+    model: int = -1
+    """The number of the model that it has, or loads."""
     deaths: int = 0
     """How often in a row one in its place has died before its model was loaded."""
     before: str = ""
@@ -67,9 +71,10 @@ class RayPool:
 
     def __init__(
         self,
-        grid: Grid,
+        plan: Plan,
         size: Pool,
         faults: Faults,
+        unloadable: Unloadable,
         *,
         arguments: bytes,
         worker_options: Callable[[], Mapping[str, Any]],
@@ -79,16 +84,21 @@ class RayPool:
         import ray
 
         self._process = ray.remote(concurrency_groups=THREADS)(WorkerProcess)
-        self._grid = grid
+        self._plan = plan
+        self._grid = plan.grid
         self._size = size
         self._faults = faults
+        self._unloadable = unloadable
         self._arguments = arguments
         self._worker_options = worker_options
         self._nodes = nodes
         self._growing = growing
         self._workers: list[_Worker] = []
         self._calls: dict[Any, tuple[_Worker, str, int]] = {}
-        self._todo: deque[int] = deque()
+        self._todo: dict[int, deque[int]] = {}
+        """Chunks to be begun, by model, in the models' order."""
+        self._loaded: set[int] = set()
+        """Models that a worker has had."""
         self._left_out: set[str] = set()
         self._wanted = size.awaited or size.initial
         self._given_up = 0
@@ -117,12 +127,16 @@ class RayPool:
 
         Raises JobError if no node can work.
         """
-        self._todo = deque(chunk for chunk in chunks if not self._faults.is_suspect(chunk))
+        self._todo = {}
+        for chunk in sorted(chunks):
+            if not self._faults.is_suspect(chunk):
+                self._todo.setdefault(self._plan.model_of(chunk), deque()).append(chunk)
         failures = 0
-        while (self._todo or self.busy) and failures < HOPELESS + 2 * self._size.initial:
+        while (self._n_todo or self.busy) and failures < HOPELESS + 2 * self._size.initial:
             if self._stopping:
                 self._pass_on_the_stop()
             else:
+                self._set_aside()
                 self._keep_number()
                 self._hand_out(repair=repair)
             for result in self._answers():
@@ -145,10 +159,19 @@ class RayPool:
 
     def _pass_on_the_stop(self) -> None:
         """Workers skip what they have not begun."""
-        if self._todo:
+        if self._n_todo:
             self._todo.clear()
             for worker in self._workers:
                 worker.actor.stop.remote()
+
+    @property
+    def _n_todo(self) -> int:
+        return sum(map(len, self._todo.values()))
+
+    def _set_aside(self) -> None:
+        """Chunks of models that cannot be loaded wait for the end of the run."""
+        for model in self._unloadable.reasons.keys() & self._todo.keys():
+            self._unloadable.put(self._todo.pop(model))
 
     def _keep_number(self) -> None:
         """Start workers for the nodes as they are now, and in place of those that died."""
@@ -164,7 +187,7 @@ class RayPool:
         if wanted <= 0 and not self._workers:
             raise JobError(_no_process("they die before they answer"))
         held = sum(len(worker.chunks) for worker in self._workers)
-        while len(self._workers) < min(wanted, len(self._todo) + held):
+        while len(self._workers) < min(wanted, self._n_todo + held):
             self._start(_Worker(actor=None))
 
     def _start(self, worker: _Worker) -> None:
@@ -189,12 +212,32 @@ class RayPool:
             raise JobError(_no_process(f"none has answered within {START_SECONDS:g} s"))
 
     def _hand_out(self, *, repair: bool) -> None:
-        """First to those with nothing to sample; a second one only if there is enough left for all."""
+        """First to those with nothing to sample; a second one only if there is enough left for all.
+
+        Who has nothing left to do of its model takes up the first one for which there are too few.
+        """
         ready = [worker for worker in self._workers if worker.ready and len(worker.finishing) < FINISHING]
         for held in (0, 1):
             for worker in ready:
-                if len(worker.chunks) == held and len(self._todo) > held * len(ready):
-                    self._give(worker, self._todo.popleft(), repair=repair)
+                todo = self._todo.get(worker.model, ())
+                alike = sum(other.model == worker.model for other in ready)
+                if todo and len(worker.chunks) == held and len(todo) > held * alike:
+                    self._give(worker, self._todo[worker.model].popleft(), repair=repair)
+        for worker in ready:
+            if self._n_todo and not worker.busy and not self._todo.get(worker.model):
+                self._load(worker)
+
+    def _load(self, worker: _Worker) -> None:
+        """The worker gets the first model with more chunks to begin than workers that are about to have it."""
+        loading = Counter(other.model for other in self._workers if other is not worker and not other.ready)
+        model = next((model for model in sorted(self._todo) if len(self._todo[model]) > loading[model]), None)
+        if model is None and worker.model < 0:
+            model = min((model for model, chunks in self._todo.items() if chunks), default=0)
+        if model is None:
+            return
+        worker.ready, worker.model = False, model
+        load = worker.actor.load.options(concurrency_group=MODEL).remote(self._arguments, model)
+        self._calls[load] = (worker, "load", -1)
 
     def _give(self, worker: _Worker, chunk: int, *, repair: bool) -> None:
         seconds = self._faults.deadline(*self._grid.pace_of(chunk))
@@ -234,19 +277,30 @@ class RayPool:
         if step == "node":
             self._answered = True
             worker.node = answer
-            load = worker.actor.load.options(concurrency_group=MODEL).remote(self._arguments)
-            self._calls[load] = (worker, "load", -1)
+            self._load(worker)
         elif step == "load":
-            reason, _ = answer
-            worker.ready = reason is None
-            if reason is not None:
-                self._faults.unfit.setdefault(worker.node, reason)
+            self._loaded_or_not(worker, *answer)
         elif step == "sample":
             return self._sampled(worker, chunk, answer)
         elif step == "finish":
             worker.finishing.discard(chunk)
             return self._blamed(worker, answer)
         return None
+
+    def _loaded_or_not(self, worker: _Worker, reason: str | None, _: str, of_model: str) -> None:
+        """One of several models that was loaded nowhere yet is at fault itself, else the node."""
+        worker.ready = reason is None
+        if reason is None:
+            self._loaded.add(worker.model)
+            self._unloadable.note_loaded()
+        elif of_model and self._may_be_at_fault(worker.model):
+            self._unloadable.note_failed(worker.model, of_model)
+            worker.ready, worker.model = True, -1
+        else:
+            self._faults.unfit.setdefault(worker.node, reason)
+
+    def _may_be_at_fault(self, model: int) -> bool:
+        return len(self._plan.models) > 1 and model not in self._loaded
 
     def _sampled(self, worker: _Worker, chunk: int, result: ChunkResult | None) -> ChunkResult | None:
         pace, _ = self._grid.pace_of(chunk)
@@ -283,6 +337,12 @@ class RayPool:
     def _replace_stillborn(self, worker: _Worker) -> None:
         """One more in its place, which remembers, up to a few; where none on the node lives, the node is at fault."""
         deaths = worker.deaths + 1 if worker.before == worker.node else 1
+        if deaths >= START_TRIES and worker.model >= 0 and self._may_be_at_fault(worker.model):
+            model = self._plan.models[worker.model].source
+            reason = f"the model {model} could not be loaded: its worker process died {deaths} times in a row"
+            self._unloadable.note_failed(worker.model, reason)
+            self._start(_Worker(actor=None))
+            return
         if worker.node and not any(other.ready and other.node == worker.node for other in self._workers):
             self._faults.note_stillborn(worker.node, deaths)
         if worker.node in self._faults.unfit or self._stopping:
@@ -303,7 +363,9 @@ class RayPool:
     def _put_back(self, worker: _Worker) -> None:
         chunks = sorted({*worker.chunks, *worker.finishing}, reverse=True)
         if not self._stopping:
-            self._todo.extendleft(chunk for chunk in chunks if not self._faults.is_suspect(chunk))
+            for chunk in chunks:
+                if not self._faults.is_suspect(chunk):
+                    self._todo.setdefault(self._plan.model_of(chunk), deque()).appendleft(chunk)
 
     def _kill_overdue(self) -> None:
         """A worker past its deadline by the grace did not even end itself: it is stopped, or out of reach."""

@@ -26,8 +26,8 @@ def job_of_this_process(out_url: str, plan_hash: str) -> Job:
 class Worker:
     """A ChunkRunner whose chunks are finished by other threads while the next one is sampled."""
 
-    def __init__(self, place: tuple[str, str], engine_factory: EngineFactory) -> None:
-        self._runner = ChunkRunner(job_of_this_process(*place), engine_factory=engine_factory)
+    def __init__(self, place: tuple[str, str], engine_factory: EngineFactory, model: int) -> None:
+        self._runner = ChunkRunner(job_of_this_process(*place), engine_factory=engine_factory, model=model)
         self._sampled: dict[int, SampledChunk] = {}
         self._stopped = False
 

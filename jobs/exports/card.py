@@ -48,7 +48,7 @@ def _front_matter(written: Written) -> dict[str, Any]:
         {"name": split, "num_bytes": sum(file.bytes for file in splits[split]), "num_examples": count}
         for split, count in rows.items()
     ]
-    license_ = written.plan.model.license
+    license_ = written.plan.license
     return {
         **({} if license_ is None else _license(license_)),
         "task_categories": ["text-to-image"],
@@ -77,16 +77,20 @@ def _license(name: str) -> dict[str, str]:
 
 def _facts(written: Written) -> dict[str, str]:
     plan, publication, rows = written.plan, written.publication, written.rows_by_split()
-    model, settings = plan.model, plan.settings
+    settings = plan.settings
+    models = (
+        f"{_code(model.name)} ({_code(model.family)}), sha256 of its files {_code(model.digest)}"
+        for model in plan.models
+    )
     counts = ", ".join(f"{count:,} {status}" for status, count in publication.counts.items())
     options = {name: value for name, value in written.options.items() if value is not None and name != "to"}
     marked = settings.watermark != "none"
     return {
         "pictures": ", ".join(f"{count:,} in {_code(split)}" for split, count in rows.items()),
-        "model": f"{_code(model.name)} ({_code(model.family)}), sha256 of its files {_code(model.digest)}",
+        "model": "; ".join(models),
         "license of the model's weights": "not known here"
-        if model.license is None
-        else f"{_code(model.license)}; whether it binds these pictures is for their user to find out",
+        if plan.license is None
+        else f"{_code(plan.license)}; whether it binds these pictures is for their user to find out",
         "job": f"{publication.rows:,} samples of {plan.n_rows:,} prompts: {counts}",
         "safety checker": f"{_code(settings.safety)}; pictures that it flagged: {_code(settings.on_flagged)}",
         "marking": f"invisible watermark {_code(settings.watermark_text)} by {_code(settings.watermark)}"

@@ -40,7 +40,7 @@ class CocoCaptions(ExportFormat):
                     for name, entries in whole.items():
                         entries.extend(piece[name])
             info = {"description": "Pictures made by a text-to-image model", "version": written.plan.plan_hash}
-            license_ = written.plan.model.license
+            license_ = written.plan.license
             licenses = [] if license_ is None else [{"id": 1, "name": license_, "url": ""}]
             document = {"info": info, "licenses": licenses, **whole}
             yield f"annotations/captions_{split}.json", to_json(document).encode()

@@ -53,14 +53,15 @@ _CONTEXT = {
 
 def croissant(written: Written) -> dict[str, Any]:
     """The document, in JSON-LD. Columns of nested types, which it has no word for, are left out."""
-    license_ = written.plan.model.license
+    license_ = written.plan.license
     splits = written.files_by_split()
+    models = dict.fromkeys(model.name for model in written.plan.models)
     return {
         "@context": _CONTEXT,
         "@type": "sc:Dataset",
         "conformsTo": "http://mlcommons.org/croissant/1.0",
         "name": "latentmill",
-        "description": f"Pictures made by the text-to-image model {written.plan.model.name}, each with its row.",
+        "description": f"Pictures made by the text-to-image model {', '.join(models)}, each with its row.",
         "version": "1.0.0",
         **({} if license_ is None else {"license": license_}),
         "distribution": [

@@ -108,7 +108,8 @@ def write_shard(export: Export, number: int) -> ShardRecord:
     shard = export.plan.shards[number]
     rows = _rows(export, shard)
     with ThreadPoolExecutor(_THREADS) as pool:
-        picture_rows = rows.select(_NEEDED).to_pylist()
+        of_models = ["model_sha256"] if len(export.source.job.plan.models) > 1 else []
+        picture_rows = rows.select([*_NEEDED, *of_models]).to_pylist()
         pictures = list(pool.map(partial(_picture, export), picture_rows))
         exported = _exported(export, rows, pictures)
         files = EXPORTS[export.spec.to].format.files(shard, exported, pictures)

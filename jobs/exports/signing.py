@@ -66,7 +66,7 @@ class Signing:
     def _manifest(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """What is stated: that a trained model made it, with which program, by which model."""
         program = {"name": "latentmill", "version": version("latentmill")}
-        parameters = {"latentmill.model_sha256": self._model_sha256}
+        parameters = {"latentmill.model_sha256": row.get("model_sha256", self._model_sha256)}
         if self.prompts:
             parameters |= {"latentmill.prompt": row["prompt"], "latentmill.negative_prompt": row["negative_prompt"]}
         created = {

@@ -28,7 +28,7 @@ ALIASES: dict[str, str] = {
 }
 """The name elsewhere (web UIs, diffusers, the original scripts) to the name here."""
 
-ORDINARY_WORDS = frozenset({"sample", "samples", "speed", "weight"})
+ORDINARY_WORDS = frozenset({"mode", "sample", "samples", "speed", "weight"})
 """Common names of carried columns that are one edit away from a parameter."""
 
 _SHORTEST = 4

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from latentmill.jobs.errors import UsageError
-from latentmill.jobs.manifests.axis_values import MAX_AXIS_VALUES, expand_values, read_values
-from latentmill.jobs.manifests.fields import AXES, FIELDS, Field, FieldError, Value, nearest, shorten
+from latentmill.jobs.manifests.axis_values import MAX_AXIS_VALUES, expand_values, listed_models, read_values
+from latentmill.jobs.manifests.fields import AXES, FIELDS, MODEL, Field, FieldError, Value, nearest, shorten
 from latentmill.jobs.manifests.loras import lora_of_axis, scale_field
 from latentmill.jobs.manifests.replacements import (
     FIELDS_WITH_TEXT,
@@ -62,6 +62,8 @@ def parse_axis(text: str) -> tuple[str, Any]:
 
 def listed_values(name: str, values: Any) -> list[Any]:
     """The raw values of an axis of a job file or flag: a list, `@FILE`, one value, or several as a flag has them."""
+    if name == MODEL:
+        return listed_models(values)
     if isinstance(values, list | tuple):
         return list(values)
     if isinstance(values, str) and values.startswith("@"):
@@ -91,6 +93,12 @@ def build_dimensions(axes: Sequence[Axis], zips: Sequence[Sequence[str]]) -> tup
     for dimension in dimensions:
         _check_distinct(dimension)
     return dimensions
+
+
+def models_of(axes: Sequence[Axis]) -> tuple[str, ...]:
+    """The models that an axis names, each once; none without such an axis."""
+    named = (str(value) for axis in axes if axis.name == MODEL for value in axis.values)
+    return tuple(dict.fromkeys(named))
 
 
 def joined_axis(dimension: Dimension) -> Axis:

@@ -32,6 +32,29 @@ def expand_values(name: str, kind: Kind, raw: Sequence[Any]) -> list[Any]:
     return expanded
 
 
+def listed_models(values: Any) -> list[str]:
+    """The models of an axis: a list, or a text with commas; a pattern such as `runs/*.safetensors` is its files."""
+    given = values.split(",") if isinstance(values, str) else values
+    if not isinstance(given, list | tuple) or not all(isinstance(value, str) for value in given):
+        raise UsageError(f"sweep axis model is {shorten(values)}, expected a list of models")
+    return [model for value in given for model in _matching(value.strip())]
+
+
+def _matching(model: str) -> list[str]:
+    preset, equals, place = model.rpartition("=")
+    if not re.search(r"[*?\[]", place):
+        return [model]
+    fs, path = allowed_filesystem(place)
+    try:
+        found = sorted(fs.glob(path))
+    except OSError as error:
+        raise UsageError(f"sweep axis model: {display_url(place)} cannot be read: {error.strerror or error}") from None
+    if not found:
+        raise UsageError(f"sweep axis model: {display_url(place)} matches no file; check the pattern")
+    places = [str(fs.unstrip_protocol(match)) if "://" in place else match for match in found]
+    return [f"{preset}{equals}{match}" for match in places]
+
+
 def read_values(name: str, place: str) -> list[str]:
     """The lines of a file of values; blank ones are left out."""
     shown = f"sweep axis {name}: {display_url(place)}"

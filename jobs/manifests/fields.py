@@ -101,11 +101,16 @@ FIELDS: dict[str, Field] = {
         Field(name="num_images", kind="int", low=1, high=MAX_IMAGES),
         Field(name="loras", kind="text"),
         Field(name="id", kind="text"),
+        Field(name="model", kind="text"),
     )
 }
 """The manifest's own columns; every other column is carried through."""
 
+MODEL = "model"
+"""The axis and column of models. Its values are places of models, which the planner finds."""
+
 AXES = (
+    MODEL,
     "prompt",
     "negative_prompt",
     "seed",

@@ -29,8 +29,9 @@ class Rules:
     """What rows are checked against. If an axis gives a parameter, the row's value and the default do not count.
 
     The axes of each group of `zips` vary together. `factor` and `max_side` are in pixels. `steps_fault` says why a
-    sampler cannot take so many steps, or None. `texts` says what is drawn of a row's texts. `tokens` is given if long
-    prompts are faults. `loras` says how rows may name LoRAs.
+    sampler cannot take so many steps, or None. `models` numbers those that rows name, `unusable_models` says why others
+    cannot be drawn with, and `default_model` is that of rows that name none. `texts` says what is drawn of a row's
+    texts. `tokens` is given if long prompts are faults. `loras` says how rows may name LoRAs.
     """
 
     factor: int
@@ -39,6 +40,9 @@ class Rules:
     defaults: Mapping[str, Value]
     axes: Mapping[str, tuple[Value, ...]]
     zips: Sequence[Sequence[str]] = ()
+    models: Mapping[str, int] = field(default_factory=dict)
+    unusable_models: Mapping[str, str] = field(default_factory=dict)
+    default_model: str = ""
     texts: PromptTexts = field(default_factory=lambda: prompt_texts("none", WildcardFolder(None), ()))
     tokens: TokenCounter | None = None
     loras: RowLoras = field(default_factory=lambda: RowLoras({}, "plain"))

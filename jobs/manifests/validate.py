@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 
 from latentmill.jobs.errors import UsageError
 from latentmill.jobs.manifests.coerce import ARROW_TYPES, carry, coerce, to_pylist
-from latentmill.jobs.manifests.fields import FIELDS, shorten
+from latentmill.jobs.manifests.fields import FIELDS, MODEL, shorten
 from latentmill.jobs.manifests.readers import RowBatch
 from latentmill.jobs.manifests.replacements import FIELDS_WITH_TEXT
 from latentmill.jobs.manifests.rules import Rules, length_fault, pair_rules, value_fault
@@ -52,7 +52,8 @@ def snapshot_schema(own: tuple[str, ...], carried: pa.Schema, *, variants: bool 
     With `variants`, also how many prompts each row stands for.
     """
     counted = [pa.field(VARIANTS, pa.int64())] if variants else []
-    parameters = [pa.field(name, ARROW_TYPES[FIELDS[name].kind]) for name in own if name != "id"]
+    types = {name: pa.int64() if name == MODEL else ARROW_TYPES[FIELDS[name].kind] for name in own}
+    parameters = [pa.field(name, types[name]) for name in own if name != "id"]
     carried_along = [pa.field(CARRIED_PREFIX + entry.name, entry.type) for entry in carried]
     return pa.schema(
         [pa.field("row_number", pa.int64()), pa.field("row_id", pa.string()), *counted, *parameters, *carried_along]
@@ -86,6 +87,7 @@ def validate(batch: RowBatch, offset: int, schema: pa.Schema, rules: Rules) -> C
             columns[name] = coerce(FIELDS[name], batch.columns[name], faults)
         elif name in schema.names:
             columns[name] = pa.nulls(count, schema.field(name).type)
+    _number_models(columns, rules, faults)
     for index in np.flatnonzero(columns["prompt"].is_null().to_numpy(zero_copy_only=False)):
         faults.setdefault(int(index), ["prompt is missing; write one ('' is a blank prompt), or leave the row out"])
     for entry in schema:
@@ -124,6 +126,24 @@ def validate(batch: RowBatch, offset: int, schema: pa.Schema, rules: Rules) -> C
     mask = np.ones(count, dtype=bool)
     mask[list(faults)] = False
     return Checked(kept=kept.filter(pa.array(mask)), rejects=rejects)
+
+
+def _number_models(columns: dict[str, pa.Array], rules: Rules, faults: dict[int, list[str]]) -> None:
+    """The number of each row's model in place of its name; a row whose model cannot be used gets the reason.
+
+    An axis leaves all at 0.
+    """
+    names = columns.get(MODEL)
+    if names is None:
+        return
+    if MODEL in rules.axes or pa.types.is_integer(names.type):
+        columns[MODEL] = pa.array(np.zeros(len(names), dtype=np.int64))
+        return
+    filled = names.fill_null(rules.default_model).to_pylist()
+    for index, name in enumerate(filled):
+        if name not in rules.models:
+            faults.setdefault(index, [rules.unusable_models.get(name, f"model {shorten(name)} was not found")])
+    columns[MODEL] = pa.array([rules.models.get(name, 0) for name in filled], pa.int64())
 
 
 def _check_texts(columns: Mapping[str, pa.Array], rules: Rules, faults: dict[int, list[str]]) -> None:

@@ -11,7 +11,7 @@ from latentmill.engine import LoraSpec, ModelSpec
 from latentmill.jobs.models.cache import listing_digest
 from latentmill.jobs.models.presets import model_place
 
-_LATER = ("loras", "lora_scales", "vae", "preview_decoder")
+_LATER = ("loras", "lora_scales", "vae", "preview_decoder", "fault")
 """Fields that documents have had since outputs lie somewhere."""
 
 _WEIGHTS = (".safetensors", ".ckpt", ".bin")
@@ -25,7 +25,8 @@ class ResolvedModel:
     the commit that a hub id stood for. The next three are as `ModelSpec` takes them, the two after them what the model
     works with. `files` maps each file that can change a pixel to its sha256. `license` is known of a preset's own
     weights. `loras` are the places of LoRAs by name, and `lora_scales` what they count where nothing else says so.
-    `vae` and `preview_decoder` are places of what decodes in the model's own autoencoder's stead.
+    `vae` and `preview_decoder` are places of what decodes in the model's own autoencoder's stead. `fault` says why a
+    model among others cannot be used: then it has no files, and the rest is another's.
     """
 
     source: str
@@ -46,6 +47,7 @@ class ResolvedModel:
     lora_scales: Mapping[str, float] = field(default_factory=dict)
     vae: str | None = None
     preview_decoder: str | None = None
+    fault: str | None = None
 
     @property
     def document(self) -> dict[str, Any]:

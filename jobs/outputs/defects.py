@@ -52,9 +52,9 @@ def row_defects(path: str, rows: list[dict[str, Any]], samples: list[PlannedSamp
         detail = f"sample {repeated[0]} is there more than once" if repeated else "its samples are not those planned"
         yield Defect(kind="row-wrong", path=path, detail=detail)
         return
-    columns, constants = columns_of(plan.format_version), plan.row_constants
+    columns = columns_of(plan.format_version)
     for row, sample in zip(rows, samples, strict=True):
-        expected = values(columns, "sample", sample) | constants
+        expected = values(columns, "sample", sample) | plan.constants_of(sample.model)
         wrong = [
             column.name
             for column in columns

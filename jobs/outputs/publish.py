@@ -345,7 +345,7 @@ class _Tally:
             self.counts[status] += count
         self.images += table.num_rows - table.column("image").null_count
         self.image_bytes += pc.sum(table.column("bytes")).as_py() or 0
-        self.execution_classes.update(table.column("execution_class").unique().to_pylist())
+        self.execution_classes.update(table.column("execution_class").drop_null().unique().to_pylist())
 
 
 def encode_part(table: pa.Table, metadata: Mapping[str, str]) -> bytes:

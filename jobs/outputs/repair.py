@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import groupby
 from typing import Any
 
 from latentmill.engine import EngineError
@@ -125,13 +126,26 @@ class _Healer:
             return
         total, fault = len(wanted), "no commit record refers to it any more"
         on_picture(0, total)
+        chunks = sorted({int(place[1]) for path in wanted if (place := _PLACE.fullmatch(path))})
+        for model, of_model in groupby(chunks, self._model_of):
+            fault = self._of_model(model, of_model, wanted, lambda: on_picture(total - len(wanted), total)) or fault
+        for defect in wanted.values():
+            self._leave(defect, fault)
+
+    def _model_of(self, chunk: int) -> int:
+        """The model of a chunk, which a damaged place may number beyond the plan."""
+        return self._job.plan.model_of(chunk) if chunk < self._job.plan.n_chunks else 0
+
+    def _of_model(
+        self, model: int, chunks: Iterable[int], wanted: dict[str, Defect], on_picture: Callable[[], None]
+    ) -> str | None:
+        """Put back what is wanted of one model's chunks; returns why something could not be, if so."""
+        fault = None
         try:
-            generator = ChunkGenerator(self._job, engine_factory=self._engine_factory)
+            generator = ChunkGenerator(self._job, engine_factory=self._engine_factory, model=model)
         except (JobError, EngineError) as error:
-            for defect in wanted.values():
-                self._leave(defect, f"the model is not at hand: {error}")
-            return
-        for chunk in sorted({int(place[1]) for path in wanted if (place := _PLACE.fullmatch(path))}):
+            return f"the model is not at hand: {error}"
+        for chunk in chunks:
             try:
                 for path, reason in self._chunk(generator, chunk, wanted):
                     defect = wanted.pop(path)
@@ -139,13 +153,12 @@ class _Healer:
                         self.healed.append(defect)
                     else:
                         self._leave(defect, reason)
-                    on_picture(total - len(wanted), total)
+                    on_picture()
             except Exception as error:  # noqa: BLE001 - the model's, the device's or the store's: others may be healed
                 fault = (
                     f"it cannot be made again: {str(error) if isinstance(error, JobError) else describe_fault(error)}"
                 )
-        for defect in wanted.values():
-            self._leave(defect, fault)
+        return fault
 
     def _chunk(
         self, generator: ChunkGenerator, chunk: int, wanted: Mapping[str, Defect]

@@ -103,6 +103,10 @@ def _by_name(
     return Column(name=name, type=type_, text=text, source=source, rule=rule, of_picture=of_picture, since=since)
 
 
+def _digest(plan: PlannedJob) -> str | None:
+    return plan.model.digest if plan.model.fault is None else None
+
+
 def _status_rule(row: Row, _: PlannedJob) -> str | None:
     """One of the three."""
     return None if row["status"] in STATUSES else f"its status is {row['status']!r}"
@@ -204,7 +208,7 @@ COLUMNS: tuple[Column, ...] = (
         "Device, dtype, torch version, threads, batch size: what bitwise equality depends on.",
     ),
     _job("model", pa.string(), "Preset, path, URL or hub id, as it was named.", lambda plan: plan.model.source),
-    _job("model_sha256", pa.string(), "One digest of all the model's files.", lambda plan: plan.model.digest),
+    _job("model_sha256", pa.string(), "One digest of all the model's files.", _digest),
     _job("revision", pa.string(), "The commit of a hub id.", lambda plan: plan.model.revision),
     _job("tokenizer", pa.string(), "The vocabulary's place, where it was named.", lambda plan: plan.model.tokenizer),
     _job("prediction_type", pa.string(), "What the U-Net predicts.", lambda plan: plan.model.predicts),

@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from latentmill.jobs.code import own_code
+from latentmill.jobs.manifests.axes import Axis
 from latentmill.jobs.manifests.manifest import Manifest
 from latentmill.jobs.manifests.row_loras import RowLoras
 from latentmill.jobs.manifests.tokens import TokenCounter
@@ -28,6 +29,7 @@ from latentmill.jobs.plans.planned import fingerprint
 from latentmill.jobs.plans.prompt_notes import PromptNotes
 from latentmill.jobs.plans.snapshot import RejectWriter, SnapshotWriter
 from latentmill.jobs.plans.summary import (
+    ModelNote,
     PlanSummary,
     RejectNote,
     count_denoising,
@@ -48,16 +50,18 @@ class DraftPlan:
     """A plan on this machine only: its snapshot is in a temporary folder until the draft is closed."""
 
     spec: JobSpec
-    model: ResolvedModel
+    models: tuple[ResolvedModel, ...]
     manifest: Manifest
     identity: Mapping[str, Any]
     snapshot: SnapshotWriter
     digest: str
     rejects: RejectWriter
+    axes: tuple[Axis, ...]
     grid: Grid
     ids: IdCounter
     tokens: TokenCounter
     prompt_notes: PromptNotes
+    model_notes: tuple[str, ...]
     wildcards: bytes | None
     loras: RowLoras
     spool: ExitStack
@@ -94,7 +98,7 @@ class DraftPlan:
             self.n_rows,
             is_sample=self.spec.is_sample,
         )
-        return (*about_rows, *self.prompt_notes.notes())
+        return (*about_rows, *self.prompt_notes.notes(), *self.model_notes)
 
     def document(self) -> dict[str, Any]:
         """The content of plan.json."""
@@ -103,7 +107,8 @@ class DraftPlan:
             "plan_hash": self.plan_hash,
             "identity": self.identity,
             "nsfw_threshold": self.spec.nsfw_threshold,
-            "model": self.model.document,
+            "model": self.models[0].document,
+            **self._models_and_axes(),
             "manifest": {
                 "sources": [source.name for source in self.manifest.sources],
                 "digest": self.digest,
@@ -112,7 +117,7 @@ class DraftPlan:
                 "rows": self.n_rows,
                 "rejected": self.rejects.count,
                 "parts": [asdict(part) for part in self.snapshot.parts],
-                "classes": [decode_class(class_fields(self.grid.axes), numbers) for numbers in self.grid.classes],
+                "classes": [decode_class(self._class_fields, numbers) for numbers in self.grid.classes],
                 "images": self.grid.images.tolist(),
             },
             "versions": {
@@ -123,6 +128,19 @@ class DraftPlan:
             "created_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         }
         return {**content, "checksum": fingerprint(content)}
+
+    @property
+    def _class_fields(self) -> tuple[str, ...]:
+        return class_fields(self.grid.axes, with_models=self.grid.with_models)
+
+    def _models_and_axes(self) -> dict[str, Any]:
+        """All models, and the axes as they were named, where rows or an axis name models."""
+        if "models" not in self.identity:
+            return {}
+        return {
+            "models": [model.document for model in self.models],
+            "axes": [[axis.name, list(axis.values)] for axis in self.axes],
+        }
 
     def summary(self) -> PlanSummary:
         """The plan in numbers; counts the tokens of the first 100,000 prompts."""
@@ -135,14 +153,15 @@ class DraftPlan:
             plan_hash=self.plan_hash,
             out=display_url(self.spec.out),
             sources=tuple(source.name for source in self.manifest.sources),
-            model=self.model.name,
-            model_family=self.model.family,
-            loras=dict(self.model.lora_scales),
+            model=self.models[0].name,
+            model_family=self.models[0].family,
+            models=tuple(self._describe_models()),
+            loras=dict(self.models[0].lora_scales),
             device=identity["device"],
             dtype=identity["dtype"],
             threads_per_actor=identity["threads_per_actor"],
             parameters=dict(identity["parameters"]),
-            axes={axis.name: list(axis.values) for axis in self.grid.axes},
+            axes={axis.name: list(axis.values) for axis in self.axes},
             zips=tuple(tuple(axis.name for axis in group) for group in self.grid.dimensions if len(group) > 1),
             template=identity["template"],
             row_parameters=tuple(name for name in identity["parameters"] if name in own),
@@ -180,6 +199,14 @@ class DraftPlan:
             ids_compared=self.ids.compared,
             notes=self.notes,
         )
+
+    def _describe_models(self) -> Iterator[ModelNote]:
+        """The models that an axis or rows name; none where the job names the only one."""
+        for number, model in enumerate(self.models if "models" in self.identity else ()):
+            samples = sum(group.n_samples for group in self.grid.groups if group.model == number)
+            name = model.name if model.fault is None else model.source
+            family = model.family if model.fault is None else "cannot be used"
+            yield ModelNote(name=name, family=family, source=model.source, samples=samples)
 
     def _count_long_prompts(self) -> tuple[int, int]:
         """Rows whose prompt or negative prompt is too long, and rows checked."""

@@ -2,9 +2,9 @@
 
 A *class* is a set of rows that are alike in everything a row says about shape and loop (size, guided or not, steps,
 sampler); a *group* is a class together with those axis values that complete the key. A group's samples are ordered by
-row, then by the combinations of the axes, the last axis fastest, then by image. A *section* is all groups of one shape,
-by steps and sampler: chunks are cut from it, one after the other, so that a chunk has one shape, and one loop unless it
-lies where two groups meet. In outputs of the first formats a section is one group.
+row, then by the combinations of the axes, the last axis fastest, then by image. A *section* is all groups of one model
+and shape, by steps and sampler: chunks are cut from it, one after the other, so that a chunk has one model, one shape,
+and one loop unless it lies where two groups meet. In outputs of the first formats a section is one group.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from latentmill.engine import SAMPLER_CHOICES, SAMPLERS
 from latentmill.jobs.errors import JobError, UsageError
 from latentmill.jobs.manifests.axes import Axis, Dimension, count_combinations
-from latentmill.jobs.manifests.fields import Value
+from latentmill.jobs.manifests.fields import MODEL, Value
 from latentmill.jobs.manifests.validate import VARIANTS
 
 LOOP_FIELDS = ("width", "height", "num_inference_steps", "sampler", "guided")
@@ -36,14 +36,14 @@ Key = tuple[int, int, bool, int, str]
 RowClass = tuple[int, ...]
 """An integer per loop field that no axis gives: samplers by their index in SAMPLER_CHOICES, guided as 0 or 1."""
 
-_GroupEntry = tuple[Key, int, tuple[tuple[int, ...], ...]]
-"""A group's key, its row class, and its places of the axes' values."""
+_GroupEntry = tuple[tuple[int, Key], int, tuple[tuple[int, ...], ...]]
+"""A group's model and key, its row class, and its places of the axes' values."""
 
 
-def class_fields(axes: Sequence[Axis]) -> tuple[str, ...]:
-    """The loop fields that rows decide, because no axis gives them."""
+def class_fields(axes: Sequence[Axis], *, with_models: bool = False) -> tuple[str, ...]:
+    """The loop fields that rows decide, because no axis gives them; also the models, where rows name them."""
     given = {"guided" if axis.name == "guidance_scale" else axis.name for axis in axes}
-    return tuple(name for name in LOOP_FIELDS if name not in given)
+    return tuple(name for name in (*LOOP_FIELDS, *([MODEL] if with_models else [])) if name not in given)
 
 
 def row_classes(table: pa.Table, fields: Sequence[str], defaults: Mapping[str, Value]) -> NDArray[np.int64]:
@@ -53,6 +53,8 @@ def row_classes(table: pa.Table, fields: Sequence[str], defaults: Mapping[str, V
 
 
 def _class_column(table: pa.Table, name: str, defaults: Mapping[str, Value]) -> NDArray[np.int64]:
+    if name == MODEL:
+        return np.asarray(table.column(MODEL).to_numpy(), dtype=np.int64)
     source = "guidance_scale" if name == "guided" else name
     default = defaults[source]
     if source not in table.column_names:
@@ -103,11 +105,14 @@ def images_per_row(table: pa.Table, defaults: Mapping[str, Value]) -> NDArray[np
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Group:
-    """Samples of one key. `digits` holds, per dimension, the places of those values that belong here.
+    """Samples of one model, by its number, and of one key.
+
+    `digits` holds, per dimension, the places of those values that belong here.
 
     They are at the positions [first, first + n_samples) of their section.
     """
 
+    model: int
     key: Key
     row_class: int
     digits: tuple[tuple[int, ...], ...]
@@ -168,8 +173,8 @@ class Place:
 class Grid:
     """All of a job's samples. `images[part, row_class]` sums the images per combination over the part's rows.
 
-    A dimension is an axis, or axes that vary together. `mixed` is False for outputs of the first formats, whose chunks
-    have one loop each.
+    A dimension is an axis, or axes that vary together. `models` are the values of the axis of models, if there is one.
+    `with_models`: rows name theirs. `mixed` is False for outputs of the first formats, whose chunks have one loop each.
     """
 
     dimensions: tuple[Dimension, ...]
@@ -177,6 +182,8 @@ class Grid:
     images: NDArray[np.int64]
     chunk_size: int
     mixed: bool = True
+    models: tuple[str, ...] = ()
+    with_models: bool = False
 
     @property
     def axes(self) -> tuple[Axis, ...]:
@@ -213,9 +220,11 @@ class Grid:
         for entries in self._keys_by_section():
             groups: list[Group] = []
             first = 0
-            for key, row_class, digits in entries:
+            for (model, key), row_class, digits in entries:
                 samples = int(totals[row_class]) * math.prod(map(len, digits))
-                groups.append(Group(key=key, row_class=row_class, digits=digits, first=first, n_samples=samples))
+                groups.append(
+                    Group(model=model, key=key, row_class=row_class, digits=digits, first=first, n_samples=samples)
+                )
                 first += samples
             chunks = -(-first // self.chunk_size)
             sections.append(Section(groups=tuple(groups), n_samples=first, first_chunk=chunk, n_chunks=chunks))
@@ -224,10 +233,10 @@ class Grid:
 
     def check_limits(self) -> None:
         """Raise UsageError if there are too many groups or samples, without enumerating them."""
-        count = len(self.classes) * math.prod(len(_choices(dimension)) for dimension in self.dimensions)
+        count = len(self.classes) * math.prod(len(self._choices(dimension)) for dimension in self.dimensions)
         if count > MAX_GROUPS:
             raise UsageError(
-                f"the job mixes {count:,} combinations of size, steps, sampler and guidance, the limit is "
+                f"the job mixes {count:,} combinations of model, size, steps, sampler and guidance, the limit is "
                 f"{MAX_GROUPS:,}; use fewer, or split the job"
             )
         if self.n_samples > MAX_SAMPLES:
@@ -238,24 +247,42 @@ class Grid:
         if self.mixed:
             ordered = sorted(self._keys(), key=lambda entry: entry[0])
         else:
-            ordered = sorted(self._keys(), key=lambda entry: (*entry[0][:2], *entry[0][3:], entry[0][2]))
-        for _, alike in itertools.groupby(ordered, lambda entry: self._section_key(entry[0])):
+            ordered = sorted(self._keys(), key=lambda entry: _order_before_mixed(entry[0][1]))
+        for _, alike in itertools.groupby(ordered, lambda entry: self._section_key(*entry[0])):
             yield list(alike)
 
-    def _section_key(self, key: Key) -> Hashable:
+    def _section_key(self, model: int, key: Key) -> Hashable:
         """What groups of one section share. The folder's own sampler cannot share a batch with other loops."""
-        return key[:3] if self.mixed and key[4] in SAMPLERS else key
+        return (model, *(key[:3] if self.mixed and key[4] in SAMPLERS else key))
 
     def _keys(self) -> Iterator[_GroupEntry]:
-        fields = class_fields(self.axes)
-        choices = [_choices(dimension) for dimension in self.dimensions]
+        fields = class_fields(self.axes, with_models=self.with_models)
+        choices = [self._choices(dimension) for dimension in self.dimensions]
         for row_class, numbers in enumerate(self.classes):
             known: dict[str, Any] = dict(zip(fields, numbers, strict=True))
             for choice in itertools.product(*choices):
                 values = known | {name: value for given, _ in choice for name, value in given.items()}
                 shape = (values["width"], values["height"], bool(values["guided"]))
                 key = (*shape, values["num_inference_steps"], SAMPLER_CHOICES[values["sampler"]])
-                yield key, row_class, tuple(digits for _, digits in choice)
+                yield (values.get(MODEL, 0), key), row_class, tuple(digits for _, digits in choice)
+
+    def _choices(self, dimension: Dimension) -> list[tuple[dict[str, int], tuple[int, ...]]]:
+        """How a dimension splits into groups: the loop fields and models that it gives, and those values' places."""
+        fields = [("guided" if axis.name == "guidance_scale" else axis.name, axis.values) for axis in dimension]
+        fields = [(name, values) for name, values in fields if name in LOOP_FIELDS or name == MODEL]
+        choices: dict[tuple[int, ...], list[int]] = {}
+        for place in range(len(dimension[0].values)):
+            given = tuple(
+                self.models.index(str(values[place])) if name == MODEL else _encode(name, values[place])
+                for name, values in fields
+            )
+            choices.setdefault(given, []).append(place)
+        names = [name for name, _ in fields]
+        return [(dict(zip(names, given, strict=True)), tuple(places)) for given, places in choices.items()]
+
+    def model_of(self, chunk: int) -> int:
+        """The number of the model that draws the chunk."""
+        return self.section_of(chunk)[0].groups[0].model
 
     def section_of(self, chunk: int) -> tuple[Section, int, int]:
         """The chunk's section and the positions [start, stop) of its samples in it."""
@@ -265,11 +292,11 @@ class Grid:
         start = (chunk - section.first_chunk) * self.chunk_size
         return section, start, min(start + self.chunk_size, section.n_samples)
 
-    def pace_of(self, chunk: int) -> tuple[Key, int]:
+    def pace_of(self, chunk: int) -> tuple[Hashable, int]:
         """What chunks that take about as long have in common, and how many samples this one has."""
         section, start, stop = self.section_of(chunk)
         *_, (group, _, _) = section.cut(start, stop)
-        return group.key, stop - start
+        return (group.model, *group.key), stop - start
 
     def pieces_of(self, section: Section, group: Group) -> Iterator[Piece]:
         """What chunks have of the section's group, in order."""
@@ -304,16 +331,10 @@ class Grid:
         return np.asarray(np.cumsum(per_part) - per_part, dtype=np.int64)
 
 
-def _choices(dimension: Dimension) -> list[tuple[dict[str, int], tuple[int, ...]]]:
-    """How a dimension splits into groups: the loop fields that it gives, and the places of those values."""
-    fields = [("guided" if axis.name == "guidance_scale" else axis.name, axis.values) for axis in dimension]
-    fields = [(name, values) for name, values in fields if name in LOOP_FIELDS]
-    choices: dict[tuple[int, ...], list[int]] = {}
-    for place in range(len(dimension[0].values)):
-        given = tuple(_encode(name, values[place]) for name, values in fields)
-        choices.setdefault(given, []).append(place)
-    names = [name for name, _ in fields]
-    return [(dict(zip(names, given, strict=True)), tuple(places)) for given, places in choices.items()]
+def _order_before_mixed(key: Key) -> tuple[int, int, int, str, bool]:
+    """The order of groups in outputs of the first formats."""
+    width, height, guided, steps, sampler = key
+    return width, height, steps, sampler, guided
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

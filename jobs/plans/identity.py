@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from latentmill.jobs.errors import UsageError
-from latentmill.jobs.manifests.axes import Axis
-from latentmill.jobs.manifests.fields import FIELDS, Value
+from latentmill.jobs.manifests.axes import Axis, models_of
+from latentmill.jobs.manifests.fields import FIELDS, MODEL, Value
 from latentmill.jobs.models.choice import ModelDefaults
 from latentmill.jobs.models.resolved import ResolvedModel
 from latentmill.jobs.settings import default_of, settings_of
@@ -37,28 +37,43 @@ def default_parameters(spec: JobSpec, defaults: ModelDefaults) -> dict[str, Valu
 
 def plan_identity(
     spec: JobSpec,
-    model: ResolvedModel,
+    models: Sequence[ResolvedModel],
     parameters: Mapping[str, Value],
     axes: tuple[Axis, ...],
     digest: str,
     batch_size: int,
+    several: bool,
     zips: list[list[str]],
     wildcards: str | None,
 ) -> dict[str, Any]:
     """All that can change a pixel or a row, and nothing else.
 
-    `zips` names the axes that vary together; `wildcards` is the digest of those that are used.
+    `several`: rows or an axis name the models. `zips` names the axes that vary together; `wildcards` is the digest of
+    those that are used.
     """
-    later = {"zip": zips, "wildcards": wildcards, "loras": dict(model.lora_scales)}
+    named = models_of(axes)
+    later: dict[str, Any] = {"zip": zips, "wildcards": wildcards, "loras": dict(models[0].lora_scales)}
+    if several:
+        later["models"] = list(map(_of_model, models))
+    return {
+        **_of_model(models[0]),
+        "parameters": dict(parameters),
+        "axes": [
+            # models count for what they are, and not for how they were named
+            [axis.name, [named.index(str(value)) for value in axis.values] if axis.name == MODEL else list(axis.values)]
+            for axis in axes
+        ],
+        "manifest": digest,
+        **_planned_settings(spec, batch_size),
+        **{name: value for name, value in later.items() if value},
+    }
+
+
+def _of_model(model: ResolvedModel) -> dict[str, Any]:
     return {
         "model_files": dict(sorted(model.files.items())),
         "prediction_type": model.predicts,
         "timestep_spacing": model.spacing,
-        "parameters": dict(parameters),
-        "axes": [[axis.name, list(axis.values)] for axis in axes],
-        "manifest": digest,
-        **_planned_settings(spec, batch_size),
-        **{name: value for name, value in later.items() if value},
     }
 
 

@@ -102,13 +102,16 @@ def _flat(identity: Mapping[str, Any]) -> dict[str, Any]:
     flat = {
         key: value
         for key, value in identity.items()
-        if key not in {"model_files", "parameters", "axes", "manifest", "zip", "wildcards"}
+        if key not in {"model_files", "parameters", "axes", "manifest", "zip", "wildcards", "models"}
     }
     if "zip" in identity:
         flat["zip"] = "; ".join(",".join(names) for names in identity["zip"])
     if "wildcards" in identity:
         flat["wildcards (digest)"] = identity["wildcards"][:12]
     flat |= {f"model file {name}": digest[:12] for name, digest in identity["model_files"].items()}
+    for number, model in enumerate(identity.get("models", ()), start=1):
+        digest, others = fingerprint(model["model_files"]), (model["prediction_type"], model["timestep_spacing"])
+        flat[f"model {number}"] = f"{digest[:12]} {others[0]} {others[1]}"
     flat |= identity["parameters"]
     flat |= {f"sweep {name}": ",".join(map(str, values)) for name, values in identity["axes"]}
     if len(identity["axes"]) > 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -14,8 +15,8 @@ from numpy.typing import NDArray
 
 from latentmill.engine import GenerationRequest
 from latentmill.jobs.errors import JobError, UsageError
-from latentmill.jobs.manifests.axes import Axis, build_dimensions
-from latentmill.jobs.manifests.fields import Value, shorten
+from latentmill.jobs.manifests.axes import Axis, Dimension, build_dimensions, models_of
+from latentmill.jobs.manifests.fields import MODEL, Value, shorten
 from latentmill.jobs.manifests.loras import COLUMN, format_scale, lora_of_axis
 from latentmill.jobs.manifests.prompt_texts import TEMPLATE_COLUMN, added_columns, prompt_texts
 from latentmill.jobs.manifests.row_loras import RowLoras
@@ -83,7 +84,7 @@ def _settings(document: Mapping[str, Any], out: str) -> JobSpec:
         prompts=tuple(document["manifest"]["sources"]),
         out=out,
         model=model["source"],
-        sweep=dict(identity["axes"]),
+        sweep=dict(document.get("axes", identity["axes"])),
         zip=tuple(map(tuple, identity.get("zip", ()))),
         vae=model.get("vae"),
         preview_decoder=model.get("preview_decoder"),
@@ -111,20 +112,27 @@ class Plan:
         self.plan_hash: str = document["plan_hash"]
         self.identity: Mapping[str, Any] = identity
         self.versions: Mapping[str, str] = document["versions"]
-        self.model: ResolvedModel = ResolvedModel(**document["model"])
+        self.models = tuple(ResolvedModel(**model) for model in document.get("models", [document["model"]]))
+        self.model = self.models[0]
         self.parameters: Mapping[str, Value] = identity["parameters"]
-        self.axes = tuple(Axis(name=name, values=tuple(values)) for name, values in identity["axes"])
+        self.axes = tuple(
+            Axis(name=name, values=tuple(values)) for name, values in document.get("axes", identity["axes"])
+        )
         self.settings: JobSpec = _settings(document, storage.url)
         self.batch_size: int = identity["batch_size"]
         self.sources: tuple[str, ...] = tuple(manifest["sources"])
         self.n_rows: int = manifest["rows"]
         self.n_rejected: int = manifest["rejected"]
+        with_models = MODEL in manifest["own"]
+        fields = class_fields(self.axes, with_models=with_models)
         self.grid = Grid(
             dimensions=build_dimensions(self.axes, self.settings.zip),
-            classes=tuple(encode_class(class_fields(self.axes), values) for values in manifest["classes"]),
+            classes=tuple(encode_class(fields, values) for values in manifest["classes"]),
             images=np.array(manifest["images"], dtype=np.int64).reshape(len(manifest["parts"]), -1),
             chunk_size=self.settings.chunk_size,
             mixed=self.format_version >= MIXED_CHUNKS_SINCE,
+            models=models_of(self.axes),
+            with_models=with_models,
         )
         wildcards: str | None = identity.get("wildcards")
         self._texts = prompt_texts(
@@ -145,21 +153,58 @@ class Plan:
             lambda part: storage.read(part_path(manifest["digest"], part)),
             [PartInfo(**part) for part in manifest["parts"]],
             snapshot_schema(tuple(manifest["own"]), carried, variants=self._texts.counts_variants),
-            class_fields=class_fields(self.axes),
+            class_fields=fields,
             defaults=self.parameters,
         )
 
+    def of_model(self, number: int) -> Plan:
+        """The same plan, for one of its models: `model` is that one."""
+        view = copy.copy(self)
+        view.model = self.models[number]
+        return view
+
+    def model_of(self, chunk: int) -> int:
+        """The number of the model that draws the chunk."""
+        return self.grid.model_of(chunk) if len(self.models) > 1 else 0
+
+    def constants_of(self, model: int) -> dict[str, Any]:
+        """What is the same in all rows of a model: what, beside its own columns, a row's picture was made with."""
+        return self._constants[model]
+
+    @cached_property
+    def _constants(self) -> list[dict[str, Any]]:
+        columns = columns_of(self.format_version)
+        return [values(columns, "job", self.of_model(number)) for number in range(len(self.models))]
+
     @property
-    def row_constants(self) -> dict[str, Any]:
-        """What is the same in all rows: what, beside its own columns, a row's picture was made with."""
-        return values(columns_of(self.format_version), "job", self)
+    def shown_dimensions(self) -> tuple[Dimension, ...]:
+        """The axes to be shown: models by their names, as far as these are not the same."""
+        sources, names = models_of(self.axes), [model.name for model in self.models]
+        if len(set(names)) < len(names):
+            return self.grid.dimensions
+
+        def shown(axis: Axis) -> Axis:
+            return Axis(name=axis.name, values=tuple(names[sources.index(str(value))] for value in axis.values))
+
+        return tuple(
+            tuple(shown(axis) if axis.name == MODEL else axis for axis in dimension)
+            for dimension in self.grid.dimensions
+        )
+
+    @property
+    def license(self) -> str | None:
+        """That of the models' weights, if it is known and one for all."""
+        licenses = {model.license for model in self.models}
+        return licenses.pop() if len(licenses) == 1 else None
 
     @property
     def file_metadata(self) -> dict[str, str]:
-        """The same for the metadata of Parquet files, with the plan's hash and, where known, the model's license."""
-        if not self.row_constants:
+        """What is the same in all rows, for the metadata of Parquet files, with the plan's hash and the license."""
+        first, *others = self._constants
+        if not first:
             return {}
-        known = {**self.row_constants, "plan_hash": self.plan_hash, "model_license": self.model.license}
+        shared = {name: value for name, value in first.items() if all(other[name] == value for other in others)}
+        known = {**shared, "plan_hash": self.plan_hash, "model_license": self.license}
         return {f"latentmill.{name}": str(value) for name, value in sorted(known.items()) if value is not None}
 
     @property
@@ -217,13 +262,13 @@ class Plan:
             places = list(rows.places(self.grid, group, part, first, last))
             low, high = places[0].row, places[-1].row
             values = _Rows(table.slice(low, high - low + 1))
-            yield from (self._sample(values, place, place.row - low) for place in places)
+            yield from (self._sample(values, place, place.row - low, group.model) for place in places)
 
     @cached_property
     def _id_digits(self) -> int:
         return max(_MIN_ID_DIGITS, len(str(self.n_samples - 1)))
 
-    def _sample(self, rows: _Rows, place: Place, row: int) -> PlannedSample:
+    def _sample(self, rows: _Rows, place: Place, row: int, model: int) -> PlannedSample:
         dimensions = zip(self.grid.dimensions, place.digits, strict=True)
         swept = {axis.name: axis.values[digit] for dimension, digit in dimensions for axis in dimension}
 
@@ -258,8 +303,9 @@ class Plan:
             row_id=rows.get("row_id", row),
             request=request,
             extra={name: prompt if name == TEMPLATE_COLUMN else swept[name] for name in self._added}
-            | option_values(self.model, request)
+            | option_values(self.models[model], request)
             | dict(zip(self._names, rows.carried(row), strict=True)),
+            model=model,
         )
 
 

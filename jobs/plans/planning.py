@@ -5,15 +5,15 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable
 from contextlib import ExitStack
-from functools import cache
 from importlib import import_module
 from pathlib import Path
 
 import pyarrow as pa
 
-from latentmill.engine import SEED_LIMIT, WATERMARK_MIN_PIXELS, EngineError, ModelDescription, load_tokenizer
+from latentmill.engine import SEED_LIMIT, WATERMARK_MIN_PIXELS, load_tokenizer
 from latentmill.jobs.errors import UsageError
-from latentmill.jobs.manifests.axes import Axis, Dimension, build_axes, build_dimensions
+from latentmill.jobs.manifests.axes import Axis, Dimension, build_axes, build_dimensions, models_of
+from latentmill.jobs.manifests.fields import MODEL
 from latentmill.jobs.manifests.manifest import Manifest, open_manifest
 from latentmill.jobs.manifests.prompt_texts import expand_axes, prompt_texts
 from latentmill.jobs.manifests.row_loras import row_loras
@@ -21,13 +21,12 @@ from latentmill.jobs.manifests.rules import Rules
 from latentmill.jobs.manifests.tokens import TokenCounter
 from latentmill.jobs.manifests.validate import check_job, snapshot_schema, validate
 from latentmill.jobs.manifests.wildcards import Templates, WildcardFolder, encode_wildcards, wildcards_digest
-from latentmill.jobs.models.choice import ModelChoice, ModelDefaults, resolve_model
 from latentmill.jobs.models.place import place_model
-from latentmill.jobs.models.resolved import ResolvedModel
 from latentmill.jobs.plans.draft import DraftPlan
 from latentmill.jobs.plans.grid import Grid, class_fields
 from latentmill.jobs.plans.identity import default_parameters, plan_identity
 from latentmill.jobs.plans.ids import MAX_IDS_COMPARED, IdCounter
+from latentmill.jobs.plans.job_models import JobModels, find_models, models_of_rows, named_in_rows
 from latentmill.jobs.plans.prompt_notes import PromptNotes, prompts_of_axis
 from latentmill.jobs.plans.snapshot import RejectWriter, SnapshotWriter
 from latentmill.jobs.plans.summary import suspect_note
@@ -46,35 +45,22 @@ def draft_plan(spec: JobSpec, *, on_stage: Callable[[str], None] = lambda _: Non
     dimensions = build_dimensions(axes, spec.zip)
     texts = prompt_texts(spec.template, wildcards, axes)
     _check_watermark(spec)
-    on_stage("finding and hashing the model")
-    model, defaults, described = resolve_model(
-        ModelChoice(
-            source=spec.model,
-            revision=spec.revision,
-            tokenizer=spec.tokenizer,
-            prediction_type=spec.prediction_type,
-            timestep_spacing=spec.timestep_spacing,
-            loras=spec.lora,
-            vae=spec.vae,
-            preview_decoder=spec.preview_decoder,
-        )
-    )
-    try:
-        described.check_safety(spec.safety)
-        described.check_prompts(spec.prompt_syntax, spec.long_prompts)
-    except EngineError as error:
-        raise UsageError(str(error)) from None
-    parameters = default_parameters(spec, defaults)
     on_stage("reading the manifest")
     manifest = open_manifest(spec.prompts, spec.manifest_format, accept_aliases=spec.accept_aliases)
     if spec.strict and manifest.suspects:
         raise UsageError(f"{suspect_note(manifest.suspects[0])} (strict refuses such columns)")
+    on_stage("finding and hashing the model")
+    if MODEL in manifest.own and not models_of(axes):
+        models = models_of_rows(spec, named_in_rows(manifest, spec.model))
+    else:
+        models = find_models(spec, models_of(axes))
+    parameters = default_parameters(spec, models.defaults)
     axis_values = {axis.name: axis.values for axis in axes}
-    loras = row_loras(model.lora_scales, spec.prompt_syntax, tuple(axis_values))
+    loras = row_loras(models.resolved[0].lora_scales, spec.prompt_syntax, tuple(axis_values))
     tokens = TokenCounter(
-        lambda: load_tokenizer(place_model(model)),
+        lambda: load_tokenizer(place_model(models.first_usable)),
         syntax=spec.prompt_syntax,
-        limit=None if model.max_tokens is None else model.max_tokens - 2,
+        limit=models.token_limit,
         prompts=[str(text) for text in axis_values.get("prompt", ())],
         negatives=[str(text) for text in axis_values.get("negative_prompt", ())],
         default_negative=str(parameters["negative_prompt"]),
@@ -82,13 +68,16 @@ def draft_plan(spec: JobSpec, *, on_stage: Callable[[str], None] = lambda _: Non
         reads_tags=loras.reads_tags,
     )
     rules = Rules(
-        factor=model.factor,
-        max_side=described.max_side,
+        factor=models.factor,
+        max_side=models.max_side,
         min_pixels=0 if spec.watermark == "none" else WATERMARK_MIN_PIXELS,
-        steps_fault=_steps_fault(described),
+        steps_fault=models.steps_fault,
         defaults=parameters,
         axes=axis_values,
         zips=[[axis.name for axis in dimension] for dimension in dimensions if len(dimension) > 1],
+        models=models.numbers,
+        unusable_models=models.unusable,
+        default_model=spec.model,
         texts=texts,
         tokens=tokens if spec.long_prompts == "error" else None,
         loras=loras,
@@ -97,7 +86,7 @@ def draft_plan(spec: JobSpec, *, on_stage: Callable[[str], None] = lambda _: Non
     spool = ExitStack()
     folder = spool.enter_context(scratch_folder(Path(tempfile.gettempdir()), PLAN_PREFIX))
     try:
-        return _draft(spec, model, defaults, manifest, rules, axes, dimensions, tokens, wildcards, folder, spool)
+        return _draft(spec, models, manifest, rules, axes, dimensions, tokens, wildcards, folder, spool)
     except BaseException:
         spool.close()
         raise
@@ -105,8 +94,7 @@ def draft_plan(spec: JobSpec, *, on_stage: Callable[[str], None] = lambda _: Non
 
 def _draft(
     spec: JobSpec,
-    model: ResolvedModel,
-    defaults: ModelDefaults,
+    models: JobModels,
     manifest: Manifest,
     rules: Rules,
     axes: tuple[Axis, ...],
@@ -117,7 +105,9 @@ def _draft(
     spool: ExitStack,
 ) -> DraftPlan:
     schema = snapshot_schema(manifest.own, manifest.carried, variants=rules.texts.counts_variants)
-    snapshot = SnapshotWriter(folder, schema, class_fields=class_fields(axes), defaults=rules.defaults)
+    with_models = MODEL in manifest.own
+    fields = class_fields(axes, with_models=with_models)
+    snapshot = SnapshotWriter(folder, schema, class_fields=fields, defaults=rules.defaults)
     rejects = RejectWriter(folder / "rejected.parquet")
     ids = IdCounter(MAX_IDS_COMPARED if "id" in manifest.own else 0)
     prompt_notes = PromptNotes(rules.texts)
@@ -127,49 +117,40 @@ def _draft(
         classes=tuple(snapshot.classes),
         images=snapshot.image_counts(),
         chunk_size=spec.chunk_size,
+        models=models_of(axes),
+        with_models=with_models,
     )
     grid.check_limits()
     _check_default_seeds(grid, snapshot, spec.seed)
     kept = encode_wildcards(wildcards.used) if wildcards.used else None
     return DraftPlan(
         spec=spec,
-        model=model,
+        models=models.resolved,
         manifest=manifest,
         identity=plan_identity(
             spec,
-            model,
+            models.resolved,
             rules.defaults,
             axes,
             digest,
-            spec.batch_size or defaults.batch_size,
+            spec.batch_size or models.defaults.batch_size,
+            several=with_models or bool(models_of(axes)),
             zips=[list(group) for group in rules.zips],
             wildcards=None if kept is None else wildcards_digest(kept),
         ),
         snapshot=snapshot,
         digest=digest,
         rejects=rejects,
+        axes=axes,
         grid=grid,
         ids=ids,
         tokens=tokens,
         prompt_notes=prompt_notes,
+        model_notes=models.notes,
         wildcards=kept,
         loras=rules.loras,
         spool=spool,
     )
-
-
-def _steps_fault(described: ModelDescription) -> Callable[[str, int], str | None]:
-    """Why a sampler cannot take so many steps with this model, with the nearest number that it can; None if it can."""
-
-    @cache
-    def fault(sampler: str, steps: int) -> str | None:
-        try:
-            described.check_steps(sampler, steps)
-        except EngineError as error:
-            return f"sampler {sampler}: {error}"
-        return None
-
-    return fault
 
 
 def _check_watermark(spec: JobSpec) -> None:

@@ -10,9 +10,10 @@ from latentmill.engine import GenerationRequest
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PlannedSample:
-    """One image to be made. `extra` holds the row's carried columns under their names in the commit record.
+    """One image to be made, by the model of that number.
 
-    Before them, of a job with LoRAs or another autoencoder, their columns (option_columns.py).
+    `extra` holds the row's carried columns under their names in the commit record. Before them, of a job with LoRAs or
+    another autoencoder, their columns (option_columns.py).
     """
 
     ordinal: int
@@ -21,3 +22,4 @@ class PlannedSample:
     row_id: str
     request: GenerationRequest
     extra: dict[str, Any]
+    model: int = 0

@@ -41,6 +41,16 @@ class GroupNote:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ModelNote:
+    """One model of an axis, and how many samples it draws."""
+
+    name: str
+    family: str
+    source: str
+    samples: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Estimate:
     """About how long a job will take: `seconds` of one model at work, `elapsed` where `models` work at once.
 
@@ -56,7 +66,7 @@ class Estimate:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PlanSummary:
-    """A plan in numbers.
+    """A plan in numbers. `models` are those of an axis, in the order in which every actor loads them, each once.
 
     `tokens_over_limit` counts rows whose prompt or negative prompt has more than `token_limit` tokens, among the first
     `tokens_checked`; `long_prompts` says how they are handled. The limit is None if it is unknown.
@@ -72,6 +82,7 @@ class PlanSummary:
     sources: tuple[str, ...]
     model: str
     model_family: str
+    models: tuple[ModelNote, ...]
     loras: dict[str, float]
     device: str
     dtype: str

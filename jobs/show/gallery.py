@@ -24,8 +24,12 @@ import pyarrow.compute as pc
 from latentmill.jobs.errors import JobError
 from latentmill.jobs.exports.rows import Source
 from latentmill.jobs.job import Job
+from latentmill.jobs.manifests.axes import models_of
+from latentmill.jobs.manifests.fields import MODEL
+from latentmill.jobs.manifests.loras import lora_of_axis
 from latentmill.jobs.manifests.replacements import replaced_by
 from latentmill.jobs.plans.columns import COLUMNS, STATUSES
+from latentmill.jobs.plans.option_columns import SCALES
 from latentmill.jobs.plans.planned import Plan
 from latentmill.jobs.show.page import MAX_TEXT, PageFolder, encode_columns, thumbnail
 from latentmill.jobs.store.errors import ForeignObjectError, StorageError
@@ -157,6 +161,7 @@ class Gallery:
 
     def __post_init__(self) -> None:
         self._page = PageFolder(self.job.storage, REPORT_PREFIX)
+        self._models = _model_names(self.job.plan)
         self._digits = max(8, len(str(self.job.plan.n_samples - 1)))
         self._thumbs = f"thumbs/{self.side}-{self.job.plan.plan_hash[:8]}"
         found = (path for path, _ in self.job.storage.list(f"{REPORT_PREFIX}/{self._thumbs}"))
@@ -201,12 +206,15 @@ class Gallery:
         named = pc.if_else(pc.match_substring_regex(images, _PICTURE), images, pa.scalar(None, pa.string()))
         table = table.set_column(table.schema.get_field_index("image"), "image", named)
         shown = table.drop_columns(["sample_id", *_DETAILS])
+        if self._models:
+            names = [self._models[source] for source in table.column(MODEL).to_pylist()]
+            shown = shown.set_column(shown.schema.get_field_index(MODEL), MODEL, pa.array(names, pa.string()))
         self._names = shown.column_names
         rows = {"numbers": list(numbers), "pictures": pictures, "columns": encode_columns(shown)}
         first = numbers[0]
         details = [
             self._page.add(f"details-{first // BLOCK_ROWS:05d}", {"columns": encode_columns(part, whole=True)})
-            for part in _detail_parts(table)
+            for part in _detail_parts(table, [MODEL] if self._models else [])
         ]
         statuses = table.column("status").to_pylist()
         return _Block(
@@ -278,29 +286,45 @@ class Gallery:
             "detailRows": DETAIL_ROWS,
             "columns": [{"name": name, "text": texts.get(name, "")} for name in self._names],
             "details": list(_DETAILS),
-            "axes": _axes(plan),
+            "axes": _axes(plan, self._models),
             "command": f"latentmill regenerate {shlex.quote(self.job.storage.url)} --sample",
             "blocks": [{"rows": block.rows, "details": block.details, "n": block.n} for block in blocks],
         }
 
 
-def _axes(plan: Plan) -> list[dict[str, Any]]:
+def _model_names(plan: Plan) -> dict[str, str]:
+    """What the models are called on the page, by their places; nothing for one alone, or where names are the same."""
+    names = {model.source: model.name for model in plan.models}
+    return names if 1 < len(names) == len(set(names.values())) else {}
+
+
+def _axes(plan: Plan, models: Mapping[str, str]) -> list[dict[str, Any]]:
     """The columns in which a sweep's dimensions are seen, each with the order of its values where the plan has one.
 
-    Of axes that vary together the first one stands for all, and for a text that is replaced the column that it is in.
+    Of axes that vary together the one with most values stands for all, the first of several. A text that is replaced is
+    seen in the column that it is in, and a LoRA's scale in that of all of them.
     """
     found: dict[str, list[Any]] = {}
-    for axis in (dimension[0] for dimension in plan.grid.dimensions if len(dimension[0].values) > 1):
-        replaced = replaced_by(axis.name)
-        found.setdefault(axis.name if replaced is None else replaced[0], list(axis.values) if replaced is None else [])
+    for dimension in plan.grid.dimensions:
+        axis = max(dimension, key=lambda axis: len(set(axis.values)))
+        if len(axis.values) < 2:
+            continue
+        replaced = (SCALES,) if lora_of_axis(axis.name) is not None else replaced_by(axis.name)
+        values = list(dict.fromkeys(axis.values)) if replaced is None else []
+        if axis.name == MODEL:
+            named = models_of(plan.axes)
+            places = [plan.models[named.index(str(value))].source for value in values]
+            values = [models.get(place, place) for place in places]
+        found.setdefault(axis.name if replaced is None else replaced[0], values)
     return [{"name": name, "values": values} for name, values in found.items()]
 
 
-def _detail_parts(table: pa.Table) -> Iterator[pa.Table]:
-    """What the files of details hold: their own columns, and those in which a text was cut for the page."""
+def _detail_parts(table: pa.Table, shortened: Sequence[str]) -> Iterator[pa.Table]:
+    """What the files of details hold: their own columns, and those in which a text was cut for the page or replaced."""
     for start in range(0, table.num_rows, DETAIL_ROWS):
         part = table.slice(start, DETAIL_ROWS)
-        yield part.select([*_DETAILS, *(name for name in part.column_names if _may_be_cut(part.column(name)))])
+        whole = [name for name in part.column_names if name in shortened or _may_be_cut(part.column(name))]
+        yield part.select([*_DETAILS, *whole])
 
 
 def _may_be_cut(column: pa.ChunkedArray) -> bool:

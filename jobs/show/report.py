@@ -136,7 +136,7 @@ def _draw_sheets(
     rows = _rows(job, publication)
     sheets: list[Sheet] = []
     if max_sheets:
-        axes = tuple(map(joined_axis, job.plan.grid.dimensions))
+        axes = tuple(map(joined_axis, job.plan.shown_dimensions))
         sheets = plan_sheets(rows, job.plan.images_per_row(), axes, max_sheets, lettering)
     paths = tuple(f"{REPORT_PREFIX}/sheet-{number:04d}.png" for number in range(1, len(sheets) + 1))
     unreadable: set[str] = set()

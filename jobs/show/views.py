@@ -69,7 +69,7 @@ def show_plan(plan: PlanSummary, *, quiet: bool = False) -> None:
     facts: dict[str, object] = {
         "manifest": ", ".join(plan.sources),
         "rows": f"{plan.rows:,} valid, {plan.rejected_rows:,} rejected",
-        "model": f"{plan.model} ({plan.model_family}, {plan.dtype} on {plan.device})",
+        "model": _models(plan),
         **({"LoRAs": ", ".join(f"{name} {scale:g}" for name, scale in plan.loras.items())} if plan.loras else {}),
         "parameters": ", ".join(
             f"{name} {value}"
@@ -124,6 +124,14 @@ def show_plan(plan: PlanSummary, *, quiet: bool = False) -> None:
     print_line(
         safe(shlex.join(["next:", "latentmill", "run", *_flags_of_a_run(sys.argv[2:])]))
     )  # a name can be hostile
+
+
+def _models(plan: PlanSummary) -> str:
+    where = f"{plan.dtype} on {plan.device}"
+    if len(plan.models) < 2:
+        return f"{plan.model} ({plan.model_family}, {where})"
+    shown = ", ".join(f"{model.name} ({model.family}, {model.samples:,} samples)" for model in plan.models)
+    return f"{shown}; {where}; each actor loads each of the {len(plan.models)} once at most, in this order"
 
 
 def _estimate_facts(estimate: Estimate) -> dict[str, object]:

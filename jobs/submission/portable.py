@@ -42,22 +42,24 @@ def visible_to_nodes(spec: JobSpec, *, shared_filesystem: bool) -> JobSpec:
     if spec.out.startswith("memory://"):
         raise UsageError(f"{spec.out} lives in one process only; give --out as a URL that every node sees")
     local = {"out": spec.out} if _is_local(spec.out) else {}
-    local |= {
-        name: value
-        for name, value in _places(spec)
-        if value is not None and _is_local(_after_equals(value)) and Path(_after_equals(value)).exists()
-    }
+    local |= {name: value for name, value in _places(spec) if value is not None and _is_on_this_machine(value)}
     loras = {name: text for name, text in spec.lora.items() if _is_local(text)}
     local |= {f"lora {name}": text for name, text in loras.items()}
+    models = [str(model) for model in spec.sweep.get("model", ())]
+    if any(map(_is_on_this_machine, models)):
+        local["sweep model"] = next(filter(_is_on_this_machine, models))
     if local and not shared_filesystem:
         name, value = next(iter(local.items()))
         raise UsageError(
             f"{name} {value} is a path of this machine; give a URL that every node sees, such as s3://bucket/prefix, "
             f"or say --shared-filesystem if all nodes mount the same path"
         )
-    absolute: dict[str, Any] = {name: _absolute(value) for name, value in local.items()}
+    absolute: dict[str, Any] = {name: _absolute(value) for name, value in local.items() if name != "sweep model"}
     for name in loras:
         absolute["lora"] = {**absolute.get("lora", spec.lora), name: absolute.pop(f"lora {name}")}
+    if "sweep model" in local:
+        places = [_absolute(model) if _is_on_this_machine(model) else model for model in models]
+        absolute["sweep"] = {**spec.sweep, "model": places}
     return replace(spec, **absolute)
 
 
@@ -68,6 +70,10 @@ def _places(spec: JobSpec) -> tuple[tuple[str, str | None], ...]:
 
 def _is_local(place: str) -> bool:
     return "://" not in place or place.startswith("file://")
+
+
+def _is_on_this_machine(place: str) -> bool:
+    return _is_local(_after_equals(place)) and Path(_after_equals(place)).exists()
 
 
 def _after_equals(model: str) -> str:

@@ -120,8 +120,8 @@ IDENTITY: Mapping[str, Callable[[Recipe, dict[str, Any]], object]] = {
 """The plan's identity, told from a row."""
 SAMPLES_OWN = {"parameters", "axes", "manifest"}
 """What has become the request of each sample."""
-SEEN_BY_ITS_EFFECT = {"chunk_size", "watermark_policy"}
-"""Which batch and slot a sample came into, and which watermark it got in the end: the row says both."""
+SEEN_BY_ITS_EFFECT = {"chunk_size", "watermark_policy", "template"}
+"""Which batch and slot a sample came into, which watermark and which prompt it got in the end: the row says it."""
 
 
 def test_every_setting_that_can_change_a_picture_is_in_its_row(
@@ -170,10 +170,10 @@ def test_a_presets_license_is_in_the_files(manifest: Manifest, tmp_path: Path) -
 
 def test_a_manifests_own_column_of_such_a_name_gets_the_prefix(tiny_model: Path, tmp_path: Path) -> None:
     rows = tmp_path / "rows.csv"
-    rows.write_text("prompt,model,version\na circle,theirs,9\n")
+    rows.write_text("prompt,tokenizer,version\na circle,theirs,9\n")
     run(job_spec(tiny_model, rows, tmp_path / "out"))
     (row,) = part_of(tmp_path / "out").to_pylist()
-    assert (row["manifest_model"], row["manifest_version"], row["model"]) == ("theirs", "9", str(tiny_model))
+    assert (row["manifest_tokenizer"], row["manifest_version"], row["model"]) == ("theirs", "9", str(tiny_model))
     assert verify(str(tmp_path / "out")).defects == ()
 
 

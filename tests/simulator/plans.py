@@ -42,12 +42,12 @@ class SimulatedPlan:
     n_rows = n_samples = 5
     n_rejected = 0
     format_version = formats()[-1]
-    row_constants: Mapping[str, Any] = {}
     file_metadata: Mapping[str, str] = {}
     n_chunks = len(CHUNKS)
     batch_size = 2
     settings = JobSpec(prompts=(), device="cpu", chunk_size=2, batch_size=2, watermark="none", watermark_text="")
-    model = SimpleNamespace(name="simulated", weights_digest="0" * 64)
+    model = SimpleNamespace(name="simulated", weights_digest="0" * 64, fault=None)
+    models = (model,)
     versions: Mapping[str, str] = {"latentmill": "0"}
     record_schema = pa.schema([entry for entry in own_fields() if entry.name in COLUMNS])
 
@@ -60,6 +60,15 @@ class SimulatedPlan:
         self.identity["threads_per_actor"] = 1
         self.plan_hash = fingerprint(self.identity)
         self.rejected = f"the rejected rows of plan {first_seed}".encode()
+
+    def model_of(self, _chunk: int) -> int:
+        return 0
+
+    def of_model(self, _number: int) -> SimulatedPlan:
+        return self
+
+    def constants_of(self, _model: int) -> Mapping[str, Any]:
+        return {}
 
     def pieces_of_groups(self) -> list[Iterator[Piece]]:
         return [iter([Piece(0, slice(2)), Piece(1, slice(1))]), iter([Piece(2, slice(2))])]
@@ -143,6 +152,7 @@ class Draft:
         self.spec = SimpleNamespace(threads_per_actor=1, out=URL)
         self.snapshot = SimpleNamespace(parts=(0,), path=lambda _: _Bytes(b"the snapshot of a manifest"))
         self.rejects = SimpleNamespace(path=_Bytes(plan.rejected))
+        self.wildcards = None
         self.notes = ()
         self._hash = plan.plan_hash
 

@@ -92,7 +92,7 @@ def actor(hanging: tuple[str, str]) -> Any:
 
     send_by_value()
     actor = ray.remote(concurrency_groups=THREADS)(WorkerProcess).options(num_cpus=0).remote(own_code())
-    assert ray.get(actor.load.remote(pickle.dumps((hanging, fake_engine)))) == (None, "fake")
+    assert ray.get(actor.load.remote(pickle.dumps((hanging, fake_engine)), 0)) == (None, "fake", "")
     return actor
 
 

@@ -44,7 +44,7 @@ def test_every_alias_stands_for_a_setting_and_is_none_itself():
     [
         ("steps", "num_inference_steps"), ("cfg", "guidance_scale"), ("CFG-Scale", "guidance_scale"), ("H", "height"),
         ("num_images_per_prompt", "num_images"), ("ddim_eta", "eta"), ("Negative Prompt", "negative_prompt"),
-        ("ID", "id"), ("caption", "prompt"), ("sede", None), ("h", None), ("mood", None), ("model", None),
+        ("ID", "id"), ("caption", "prompt"), ("sede", None), ("h", None), ("mood", None), ("mode", None),
     ],
 )  # fmt: skip
 def test_names_from_elsewhere_are_known(column, parameter):

@@ -144,7 +144,7 @@ def test_arithmetic_equals_enumeration(seed, tmp_path, tiny_model, monkeypatch):
     assert len({group.key for group in plan.grid.groups}) == len(plan.grid.groups)
     for chunk, inside in enumerate(chunks):
         request = inside[-1].request
-        assert plan.grid.pace_of(chunk) == ((*request.shape, *reversed(request.loop)), len(inside))
+        assert plan.grid.pace_of(chunk) == ((0, *request.shape, *reversed(request.loop)), len(inside))
     for batch_size in (1, 2, 8):
         total, waste = count_denoising(plan.grid, batch_size)
         loops = [[sample.request.loop for sample in chunk] for chunk in chunks]
