@@ -18,6 +18,7 @@ from latentmill.jobs.job import open_job
 from latentmill.jobs.outputs.repair import repair
 from latentmill.jobs.outputs.verify import verify
 from latentmill.jobs.plans.plan import Plan, adopt, draft_plan
+from latentmill.jobs.plans.planned import PLAN_PATH, canonical, fingerprint
 from latentmill.jobs.show.report import report
 from latentmill.jobs.spec import JobSpec
 from latentmill.jobs.store.errors import StorageError
@@ -287,6 +288,18 @@ def test_models_count_for_what_they_are_and_in_their_order(sweep, tmp_path):
     for other in (sweep("b", "a"), sweep("a", "c")):
         with draft_plan(other) as draft, pytest.raises(OutputConflictError, match=r"model [12]: "):
             adopt(draft, Storage.open(spec.out))
+
+
+def test_a_plan_without_a_model_that_its_samples_need_is_refused(sweep):
+    spec = sweep("a", "b")
+    storage = Storage.open(spec.out)
+    with draft_plan(spec) as draft:
+        adopt(draft, storage)
+    document = json.loads(storage.read(PLAN_PATH))
+    del document["checksum"], document["models"][1]
+    storage.write(PLAN_PATH, canonical({**document, "checksum": fingerprint(document)}).encode())
+    with pytest.raises(JobError, match="its models are not those that its samples need"):
+        open_job(spec.out)
 
 
 def test_a_pattern_names_every_checkpoint_and_presets_keep_their_place(tmp_path, tiny_model, manifest):
