@@ -328,7 +328,7 @@ def _lacks_picture(row: Row) -> str | None:
 
 def _model_of(recipe: Recipe) -> Hashable:
     """What recipes share that one loaded engine draws."""
-    model = (recipe.model, recipe.model_sha256, recipe.prompt_syntax, recipe.long_prompts)
+    model = (repr(recipe.model), recipe.model_sha256, recipe.prompt_syntax, recipe.long_prompts)
     return (*model, recipe.safety, recipe.safety_threshold, recipe.dtype, recipe.threads, recipe.batch_size)
 
 
