@@ -54,10 +54,12 @@ def plan(config: str | None, flags: dict[str, Any], say: Say) -> None:
     """Say what a run would do, and write nothing."""
     from latentmill.jobs.job_file import resolve
     from latentmill.jobs.plans.plan import draft_plan
+    from latentmill.jobs.reuse_preview import preview_reuse
 
     with draft_plan(resolve(config, flags, or_sample=True)) as draft:
-        summary = draft.summary()
-    _answer(summary.to_dict(), say.as_json, lambda views: views.show_plan(summary, quiet=say.quiet))
+        summary, reuse = draft.summary(), preview_reuse(draft)
+    answer = summary.to_dict() | ({} if reuse is None else {"reuse": reuse.to_dict()})
+    _answer(answer, say.as_json, lambda views: views.show_plan(summary, reuse, quiet=say.quiet))
 
 
 @app.command(

@@ -47,14 +47,16 @@ def visible_to_nodes(spec: JobSpec, *, shared_filesystem: bool) -> JobSpec:
         for name, value in (("model", spec.model), ("tokenizer", spec.tokenizer))
         if value is not None and _is_local(_after_equals(value)) and Path(_after_equals(value)).exists()
     }
-    if local and not shared_filesystem:
-        name, value = next(iter(local.items()))
+    places = [*local.items(), *(("reuse", donor) for donor in spec.runtime.reuse if _is_local(donor))]
+    if places and not shared_filesystem:
+        name, value = places[0]
         raise UsageError(
             f"{name} {value} is a path of this machine; give a URL that every node sees, such as s3://bucket/prefix, "
             f"or say --shared-filesystem if all nodes mount the same path"
         )
     absolute: dict[str, Any] = {name: _absolute(value) for name, value in local.items()}
-    return replace(spec, **absolute)
+    donors = tuple(_absolute(donor) if _is_local(donor) else donor for donor in spec.runtime.reuse)
+    return replace(spec, **absolute, runtime=replace(spec.runtime, reuse=donors))
 
 
 def _is_local(place: str) -> bool:
