@@ -46,6 +46,8 @@ _TAKEN = (
 _THREADS = 16
 _WINDOW = 64
 _READING = 8
+_NAME_SHOWN, _REASON_SHOWN = 200, 500
+"""Characters of a donor's text in a note: it may be a stranger's."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -142,7 +144,7 @@ class CellIndex:
                 others |= set(record.filter(pc.and_(usable, pc.invert(same))).column("execution_class").to_pylist())
                 usable = pc.and_(usable, same)
             table = record.filter(usable)
-            self.execution_classes |= set(table.column("execution_class").to_pylist())
+            self.execution_classes |= set(table.column("execution_class").drop_null().to_pylist())
             asked = [table.column(column.name).to_pylist() for column in self._columns]
             for number, request in enumerate(zip(*asked, strict=True)):
                 places.setdefault(_digest(request), (donor, rows + number))
@@ -198,7 +200,7 @@ class CellIndex:
                 raise ValueError("its pixels are not those of its row")
         except (FileNotFoundError, ValueError, JobError) as error:
             reason = "it is missing" if isinstance(error, FileNotFoundError) else str(error)
-            self._notes.append(f"{row['image']} of {job.storage.url} is drawn anew: {reason}")
+            self._notes.append(_drawn_anew(job, row, reason))
             if getattr(error, "transient", False):
                 self._jobs[cell.donor] = None  # its store does not answer: nothing more is asked of it
             return None
@@ -214,7 +216,7 @@ class CellIndex:
         made = base | taken | mine
         fault = next((fault for rule in self._rules() if (fault := rule(made | {"image": ""}, plan)) is not None), None)
         if fault is not None:
-            self._notes.append(f"{row['image']} of {job.storage.url} is drawn anew: {fault}")
+            self._notes.append(_drawn_anew(job, row, fault))
             return None
         origin = Origin(job.storage, row["image"]) if file == data else None
         return ProcessedSample(row=made, data=file, origin=origin)
@@ -225,3 +227,7 @@ class CellIndex:
 
 def _digest(request: tuple[Any, ...]) -> bytes:
     return hashlib.blake2b(repr(request).encode(), digest_size=16).digest()
+
+
+def _drawn_anew(job: Job, row: Mapping[str, Any], reason: str) -> str:
+    return f"{row['image'][:_NAME_SHOWN]} of {job.storage.url} is drawn anew: {reason[:_REASON_SHOWN]}"
