@@ -49,8 +49,9 @@ def visible_to_nodes(spec: JobSpec, *, shared_filesystem: bool) -> JobSpec:
     }
     loras = {name: text for name, text in spec.lora.items() if _is_local(text)}
     local |= {f"lora {name}": text for name, text in loras.items()}
-    if local and not shared_filesystem:
-        name, value = next(iter(local.items()))
+    places = [*local.items(), *(("reuse", donor) for donor in spec.runtime.reuse if _is_local(donor))]
+    if places and not shared_filesystem:
+        name, value = places[0]
         raise UsageError(
             f"{name} {value} is a path of this machine; give a URL that every node sees, such as s3://bucket/prefix, "
             f"or say --shared-filesystem if all nodes mount the same path"
@@ -58,7 +59,8 @@ def visible_to_nodes(spec: JobSpec, *, shared_filesystem: bool) -> JobSpec:
     absolute: dict[str, Any] = {name: _absolute(value) for name, value in local.items()}
     for name in loras:
         absolute["lora"] = {**absolute.get("lora", spec.lora), name: absolute.pop(f"lora {name}")}
-    return replace(spec, **absolute)
+    donors = tuple(_absolute(donor) if _is_local(donor) else donor for donor in spec.runtime.reuse)
+    return replace(spec, **absolute, runtime=replace(spec.runtime, reuse=donors))
 
 
 def _places(spec: JobSpec) -> tuple[tuple[str, str | None], ...]:
