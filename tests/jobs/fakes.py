@@ -79,15 +79,9 @@ class FakeEngine:
 
 def fake_pixels(request: GenerationRequest) -> np.ndarray:
     """A few soft blobs whose colours follow from the whole request."""
-<<<<<<< HEAD
     # Old outputs of this engine are kept as files, and their requests had no LoRAs.
     said = repr(request).replace(", loras=()", "")
     seed = int.from_bytes(hashlib.sha256(said.encode()).digest()[:8])
-=======
-    # As it was before requests had LoRAs: outputs that are kept for the tests were drawn then.
-    words = repr(request).replace(", loras=()", "")
-    seed = int.from_bytes(hashlib.sha256(words.encode()).digest()[:8])
->>>>>>> lora
     coarse = np.random.default_rng(seed).integers(0, 256, (4, 4, 3))
     rows = np.linspace(0, 3, request.height)
     columns = np.linspace(0, 3, request.width)
