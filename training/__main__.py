@@ -14,7 +14,8 @@ from pathlib import Path
 from torch import Tensor
 
 from training import autoencoder, curves, diffusion, export, icons, latents, tokenizer
-from training.evaluate import COUNTS, DEFAULT_WORK, Settings, evaluate
+from training.common import DEFAULT_WORK
+from training.evaluate import COUNTS, Settings, evaluate
 
 STAGES = ("data", "tokenizer", "autoencoder", "latents", "diffusion", "export", "evaluate")
 SCRATCH_MARK = "from-scratch"

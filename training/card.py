@@ -50,9 +50,17 @@ with 3 layers and its own vocabulary. 20 DDIM steps and a guidance scale of 3 to
 |---|---|
 {edge_rows}
 
+| first stage: held-out pictures encoded and decoded | |
+|---|---|
+{first_stage_rows}
+
 | {pair_prompts} held-out prompts with two objects | right |
 |---|---|
 {pair_rows}
+
+| guidance and negative prompts | |
+|---|---|
+{steering_rows}
 
 | icons: {icon_count} pictures, nearest true icon among all {name_count} names | right |
 |---|---|
@@ -124,8 +132,10 @@ def write_card(model: Path, figures: Mapping[str, Any]) -> None:
         prompts=figures["scene_prompts"],
         scene_rows=_rows(words),
         edge_rows=_rows(figures["edges"], ".2f"),
+        first_stage_rows=_rows(figures["first_stage"], ".2f"),
         pair_prompts=figures["pair_prompts"],
         pair_rows=_rows(figures["pairs"]),
+        steering_rows=_rows(figures["steering"]),
         icon_count=sum(len(styles) for styles in names.values()),
         name_count=len(names),
         icon_share=_percent(figures["icon_share"]),

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from training.scenes import Pixels
 
+DEFAULT_WORK = Path(__file__).resolve().parent / ".cache"
+
 
 def device() -> torch.device:
     """A GPU where there is one."""

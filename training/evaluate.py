@@ -11,7 +11,7 @@ import argparse
 import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +19,15 @@ import numpy as np
 import torch
 
 from latentmill.engine import Engine, GenerationRequest, ModelSpec
-from training import edges, icons, judge, pairs, scenes
+from training import edges, icons, judge, pairs, reconstruction, scenes
 from training.card import write_card
-from training.common import contact_sheet
+from training.common import DEFAULT_WORK, contact_sheet
 from training.export import EMBEDDED
 from training.scenes import Pixels
 
 STEPS, GUIDANCE, BATCH = 20, 4.0, 8
 COUNTS = {"scenes": 200, "pairs": 100}
 WORDS = ("background", "colour", "shape", "position", "size")
-DEFAULT_WORK = Path(__file__).resolve().parent / ".cache"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,11 +38,14 @@ class Settings:
     guidance: float = GUIDANCE
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
 
-    def draw(self, engine: Engine, prompts: Sequence[str], first_seed: int) -> list[Pixels]:
+    def draw(
+        self, engine: Engine, prompts: Sequence[str], first_seed: int, negative: Sequence[str] | None = None
+    ) -> list[Pixels]:
         """One picture per prompt, seeds counting up from `first_seed`; a failed one raises."""
         requests = [
             GenerationRequest(
                 prompt=prompt,
+                negative_prompt=negative[index] if negative else "",
                 seed=first_seed + index,
                 width=scenes.IMAGE_SIZE,
                 height=scenes.IMAGE_SIZE,
@@ -116,6 +118,32 @@ def evaluate_icons(
     return right, pictures
 
 
+def evaluate_steering(
+    engine: Engine, settings: Settings, scene_count: int, names: Sequence[str], work: Path
+) -> dict[str, float]:
+    """What guidance and negative prompts change, as shares of pictures.
+
+    Guidance: held-out scenes right in every word without it; their share with it stands among the scenes' figures.
+    Negative prompts: icons whose caption leaves the style open and that come out flat, without and with a negative
+    prompt that asks for flat ones.
+    """
+    drawn = scenes.draw_scenes(scenes.split(held_out=True), scene_count, np.random.default_rng(0))
+    weak = replace(settings, guidance=1.0)
+    pictures = weak.draw(engine, [scenes.caption(scene) for scene in drawn], first_seed=1000)
+    marks = [judge.look(picture).agrees(scene) for picture, scene in zip(pictures, drawn, strict=True)]
+    shares = {"scenes right in all words at guidance 1": float(np.mean([all(mark.values()) for mark in marks]))}
+    sprites = icons.load_sprites(work / "npm")
+    for title, negative in (("no", None), ("a flat", [f"a flat icon of {name}" for name in names])):
+        prompts = [f"an icon of {name}" for name in names]
+        flat = []
+        for name, picture in zip(names, settings.draw(engine, prompts, 7000, negative), strict=True):
+            own = [icons.Icon(name=name, style=style, background="white") for style in icons.STYLES]
+            gallery = [(icon.style, judge.icon_features(icons.render(icon, sprites))) for icon in own]
+            flat.append(judge.nearest_name(picture, gallery) == "flat")
+        shares[f"icons of any style flat with {title} negative prompt"] = float(np.mean(flat))
+    return shares
+
+
 def measure(settings: Settings, model: Path, work: Path, counts: Mapping[str, int]) -> dict[str, Any]:
     """All figures, as the model card and the tests of the bars read them."""
     engine = load(model, settings.device)
@@ -138,8 +166,10 @@ def measure(settings: Settings, model: Path, work: Path, counts: Mapping[str, in
         "scenes": shares,
         "scene_prompts": counts["scenes"],
         "edges": evaluate_edges(pictures, [scene.shape for scene in drawn]),
+        "first_stage": reconstruction.measure(reconstruction.shipped(model), work),
         "pairs": two,
         "pair_prompts": counts["pairs"],
+        "steering": evaluate_steering(engine, settings, counts["scenes"] // 4, list(icons.NAMES)[::2], work),
         "icons": names,
         "icon_share": float(np.mean(marks)),
         "seconds_per_image": round(seconds, 3),

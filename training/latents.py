@@ -147,4 +147,4 @@ def fold(state: dict[str, Tensor], mean: Tensor, deviation: Tensor) -> dict[str,
     after = state["post_quant_conv.weight"]
     state["post_quant_conv.bias"] += after[:, :, 0, 0] @ mean
     after *= deviation.reshape(1, -1, 1, 1)
-    return state
+    return {name: value.contiguous() for name, value in state.items()}  # the training has them with channels last

@@ -137,7 +137,8 @@ def test_the_shipped_folder_is_small_enough():
 def figures(**changes):
     return {
         "scenes": {"shape": 0.9, **{f"position {place}": 1.0 for place in scenes.POSITIONS}}, "scene_prompts": 200,
-        "edges": {"F-score at 2 px": 0.5}, "pairs": {"relation": 0.9}, "pair_prompts": 100,
+        "edges": {"F-score at 2 px": 0.5}, "first_stage": {"scenes, PSNR in dB": 28.7},
+        "pairs": {"relation": 0.9}, "pair_prompts": 100, "steering": {"flat": 0.1},
         "icons": {"a sun": {"flat": True, "glossy": True}, "a fox": {"flat": True, "glossy": False}},
         "icon_share": 0.75, "seconds_per_image": 0.5, "processor_seconds_per_image": 0.4, "steps": 20,
         "guidance_scale": 4.0, "device": "cpu, 2 threads", **changes,
