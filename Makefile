@@ -79,8 +79,9 @@ gpu-day: $(VENV)/source/latentmill $(if $(GPU_PYTHON),,dev) ## on a GPU, in piec
 	$(GPU) -m bench.gpu_day $(if $(ONLY),--only $(ONLY)) $(if $(SECONDS_LEFT),--seconds $(SECONDS_LEFT)) $(if $(TINY),--tiny)
 
 # Every stage goes on where a kill left it; with FROM_SCRATCH=1 in a folder of its own, from nothing to the written card.
-train: $(VENV)/.train ## train the model that ships, from where the last run stopped; FROM_SCRATCH=1 begins with nothing
-	nice -n 19 $(BIN)/python -m training $(if $(FROM_SCRATCH),--from-scratch --work training/.cache/scratch)
+train: $(VENV)/.train ## train the model that ships, from where the last run stopped; FROM_SCRATCH=1 begins with nothing; WORK=folder
+	nice -n 19 $(BIN)/python -m training $(if $(FROM_SCRATCH),--from-scratch) \
+	  --work $(or $(WORK),training/.cache$(if $(FROM_SCRATCH),/scratch))
 
 evaluate: $(VENV)/.train ## measure what the model that ships can draw
 	$(BIN)/python -m training.evaluate

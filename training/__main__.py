@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 from pathlib import Path
 
 from torch import Tensor
@@ -71,6 +72,8 @@ def main() -> None:
     parser.add_argument("--from-scratch", action="store_true", help="leave the shipped weights alone")
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
+    # Whoever needs the machine may stop (kill -STOP -- -PID, then -CONT) or end it; it goes on where it was.
+    (options.work / "pid").write_text(f"{os.getpid()}\n")
     for stage in STAGES if options.stage == "all" else (options.stage,):
         run(stage, options)
 

@@ -33,14 +33,17 @@ from training.common import (
     set_learning_rate,
     to_pictures,
 )
-from training.critic import Critic, critic_loss, judge
+from training.critic import Critic, critic_loss, eventful, judge
 from training.perceptual import Perceptual
 from training.pictures import CROPS_PER_PICTURE, Pictures
 
 CHECKPOINT = "autoencoder.pt"
 START = "start.safetensors"  # a finished first stage, folded; where it lies in the work folder, only its decoder learns
 PEAK_RATE, FROZEN_RATE = 1e-3, 3e-4  # a learned decoder sees one picture a step: at 1e-3 it loses four decibels
-ADVERSARIAL_FROM = 0.1
+CRITIC_RATE = 1e-3
+ADVERSARIAL_FROM = (
+    0.1  # of the budget: the critic learns from the first step, and is listened to when it knows something
+)
 # (until this part of the budget, side of the square seen, squares per process and step): colour and coarse form need
 # many steps rather than many pixels, so the first steps see small crops.
 DIET = ((0.25, 64, 16), (0.75, 128, 4), (1.0, scenes.IMAGE_SIZE, 1))
@@ -103,7 +106,7 @@ class Stage:
             place(part)
         learned = [value for value in self.model.parameters() if value.requires_grad]
         self.optimizer = torch.optim.AdamW(learned, lr=self.peak, betas=(0.9, 0.98), weight_decay=1e-4)
-        self.critic_optimizer = torch.optim.AdamW(self.critic.parameters(), lr=PEAK_RATE / 2, betas=(0.5, 0.98))
+        self.critic_optimizer = torch.optim.AdamW(self.critic.parameters(), lr=CRITIC_RATE, betas=(0.5, 0.98))
         self.average = RunningAverage(self.model, 0.998)
 
     @property
@@ -152,10 +155,12 @@ class Stage:
         figures = {"psnr": float(10 * torch.log10(4 / mse)), "l1": float(plain.detach())}
         figures["perceptual"] = float(distance.detach())
         (wanted,) = torch.autograd.grad(loss, decoded, retain_graph=True)
+        where = eventful(pixels)
         if progress >= ADVERSARIAL_FROM:
-            verdict = judge(self.critic, decoded, wanted, self.model.decoder.conv_out.weight)
+            verdict = judge(self.critic, decoded, where, wanted, self.model.decoder.conv_out.weight)
             wanted = wanted + verdict.gradient
-            figures |= {"critic": self._teach_critic(pixels, decoded), "ratio": verdict.ratio, "logit": verdict.logit}
+            figures["ratio"] = verdict.ratio
+        figures["critic"] = self._teach_critic(pixels, decoded, where)
         self.optimizer.zero_grad(set_to_none=True)
         if kl is None:
             torch.autograd.backward([decoded], [wanted])
@@ -167,8 +172,8 @@ class Stage:
         self.optimizer.step()
         return figures
 
-    def _teach_critic(self, pixels: Tensor, decoded: Tensor) -> float:
-        loss = critic_loss(self.critic, pixels, decoded)
+    def _teach_critic(self, pixels: Tensor, decoded: Tensor, where: Tensor) -> float:
+        loss = critic_loss(self.critic, pixels, decoded, where)
         self.critic_optimizer.zero_grad(set_to_none=True)
         torch.autograd.backward(loss)
         parallel.average_gradients(self.critic)

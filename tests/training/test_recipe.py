@@ -1,5 +1,6 @@
 """The recipe's own arithmetic: folding, timesteps, averages, checkpoints, tokenizer, card."""
 
+import argparse
 import json
 
 import numpy as np
@@ -22,6 +23,7 @@ from training import (
     scenes,
     tokenizer,
 )
+from training.__main__ import begin
 from training.common import RunningAverage, learning_rate, load_checkpoint, save_checkpoint, to_pictures, to_tensor
 from training.export import EMBEDDED, SIZE_LIMIT
 from training.latents import fold
@@ -173,7 +175,7 @@ def test_the_critics_gradient_is_weighed_against_the_reconstructions():
     last = torch.nn.Conv2d(4, 3, 3, padding=1)
     decoded = last(torch.randn(2, 4, 32, 32))
     others = torch.randn_like(decoded) * 1e-3
-    verdict = critic.judge(critic.Critic(), decoded, others, last.weight)
+    verdict = critic.judge(critic.Critic(), decoded, torch.ones(2, 1, 4, 4), others, last.weight)
     (ours,) = torch.autograd.grad(decoded, last.weight, others, retain_graph=True)
     (theirs,) = torch.autograd.grad(decoded, last.weight, verdict.gradient)
     assert float(theirs.norm() / ours.norm()) == pytest.approx(critic.WEIGHT, rel=1e-3)
@@ -185,12 +187,24 @@ def test_the_critic_learns_to_tell_noise_from_plain_pictures():
     judge = critic.Critic()
     optimizer = torch.optim.Adam(judge.parameters(), lr=2e-3)
     real, fake = torch.zeros(2, 3, 32, 32), torch.randn(2, 3, 32, 32)
-    before = float(critic.critic_loss(judge, real, fake).detach())
+    where = torch.ones(2, 1, 4, 4)
+    before = float(critic.critic_loss(judge, real, fake, where).detach())
     for _ in range(20):
         optimizer.zero_grad()
-        critic.critic_loss(judge, real, fake).backward()
+        critic.critic_loss(judge, real, fake, where).backward()
         optimizer.step()
-    assert float(critic.critic_loss(judge, real, fake).detach()) < 0.5 * before
+    assert float(critic.critic_loss(judge, real, fake, where).detach()) < 0.5 * before
+
+
+def test_the_critic_is_asked_where_the_true_picture_has_an_edge():
+    pixels = torch.zeros(1, 3, 256, 256)
+    assert not critic.eventful(pixels).any()
+    pixels[..., 128:] = 1.0
+    where = critic.eventful(pixels)
+    assert where.shape == (1, 1, 32, 32)
+    assert where[..., 14:18].all()
+    assert not where[..., :12].any()
+    assert not where[..., 20:].any()
 
 
 def test_captions_lead_to_pictures_of_their_kind():
@@ -229,6 +243,19 @@ def test_a_warm_start_keeps_what_each_word_meant(tmp_path):
         latents.first_stage(tmp_path)["decoder.conv_out.bias"],
         export.load_file(EMBEDDED / "vae" / export.WEIGHTS)["decoder.conv_out.bias"].float(),
     )
+
+
+def test_a_work_folder_goes_on_with_what_it_began_with(tmp_path):
+    def options(folder, from_scratch):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        return argparse.Namespace(work=tmp_path / folder, from_scratch=from_scratch)
+
+    assert begin(options("nothing", from_scratch=True)) is None
+    assert begin(options("nothing", from_scratch=False)) is None
+    assert not (tmp_path / "nothing" / autoencoder.START).exists()
+    assert begin(options("shipped", from_scratch=False)) is not None
+    with pytest.raises(SystemExit, match="began with the shipped weights"):
+        begin(options("shipped", from_scratch=True))
 
 
 def test_curves_survive_a_cut_line_and_steps_done_twice(tmp_path):
