@@ -39,17 +39,15 @@ from training.pictures import CROPS_PER_PICTURE, Pictures
 
 CHECKPOINT = "autoencoder.pt"
 START = "start.safetensors"  # a finished first stage, folded; where it lies in the work folder, only its decoder learns
-PEAK_RATE, FROZEN_RATE = 1e-3, 3e-4  # a learned decoder sees one picture a step: at 1e-3 it loses four decibels
+PEAK_RATE, FROZEN_RATE = 1e-3, 1.5e-4  # a learned decoder sees few pictures a step: at 1e-3 it loses four decibels
 CRITIC_RATE = 1e-3
-ADVERSARIAL_FROM = (
-    0.1  # of the budget: the critic learns from the first step, and is listened to when it knows something
-)
+ADVERSARIAL_FROM = 0.1  # of the budget; the critic learns before, and is listened to when it knows something
 # (until this part of the budget, side of the square seen, squares per process and step): colour and coarse form need
-# many steps rather than many pixels, so the first steps see small crops.
-DIET = ((0.25, 64, 16), (0.75, 128, 4), (1.0, scenes.IMAGE_SIZE, 1))
-# A finished decoder's norms are used to whole pictures: on crops it would first lose six decibels.
-FROZEN_DIET = ((1.0, scenes.IMAGE_SIZE, 1),)
-CHROMA_WEIGHT, PERCEPTUAL_WEIGHT, KL_WEIGHT = 1.0, 0.25, 6e-3
+# many steps rather than many pixels, so the first steps see small crops. Norms look at all of what they are given, so
+# that most of the budget belongs to whole pictures: a decoder used to one loses six decibels on the other.
+DIET = ((0.1, 64, 16), (0.35, 128, 4), (1.0, scenes.IMAGE_SIZE, 1))
+FROZEN_DIET = ((1.0, scenes.IMAGE_SIZE, 2),)
+CHROMA_WEIGHT, PERCEPTUAL_WEIGHT, KL_WEIGHT = 1.0, 0.1, 6e-3  # the first two and L1 weigh about the same
 EXTRA_NOISE = 0.15  # of a frozen stage's latents, at most: the second stage's latents are not exact either
 CHECKPOINT_SECONDS, SHEET_SECONDS, REPORT_STEPS = 90.0, 300.0, 25
 
