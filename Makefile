@@ -76,13 +76,16 @@ bench-gpu: $(VENV)/source/latentmill $(if $(GPU_PYTHON),,dev) ## the same on a C
 
 gpu-prepare: $(VENV)/.train ## encode the training pictures, which needs a network, for a GPU's machine without one
 	$(BIN)/python -m training --stage data
+	$(BIN)/python -m training --stage tokenizer
 	$(BIN)/python -m training --stage latents
 
 gpu-day: $(VENV)/source/latentmill $(if $(GPU_PYTHON),,dev) ## on a GPU, in pieces under 9 minutes: its tests, bench-gpu, training; SECONDS_LEFT=n
 	$(GPU) -m bench.gpu_day $(if $(ONLY),--only $(ONLY)) $(if $(SECONDS_LEFT),--seconds $(SECONDS_LEFT)) $(if $(TINY),--tiny)
 
-train: $(VENV)/.train ## train the model that ships, from where the last run stopped
-	$(BIN)/python -m training
+# Every stage goes on where a kill left it; with FROM_SCRATCH=1 in a folder of its own, from nothing to the written card.
+train: $(VENV)/.train ## train the model that ships, from where the last run stopped; FROM_SCRATCH=1 begins with nothing; WORK=folder
+	nice -n 19 $(BIN)/python -m training $(if $(FROM_SCRATCH),--from-scratch) \
+	  --work $(or $(WORK),training/.cache$(if $(FROM_SCRATCH),/scratch))
 
 evaluate: $(VENV)/.train ## measure what the model that ships can draw
 	$(BIN)/python -m training.evaluate

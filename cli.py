@@ -71,14 +71,16 @@ def plan(
     """Say what a run would do, and write nothing."""
     from latentmill.jobs.job_file import resolve
     from latentmill.jobs.plans.planning import draft_plan
+    from latentmill.jobs.reuse_preview import preview_reuse
 
     with draft_plan(resolve(config, flags, or_sample=True)) as draft:
-        summary = draft.summary()
+        summary, reuse = draft.summary(), preview_reuse(draft)
         if measure or rate_from is not None or gpu_hour_price is not None:
             from latentmill.jobs.estimate import with_estimate  # it brings the engine along
 
             summary = with_estimate(draft, summary, measure=measure, rate_from=rate_from, price=gpu_hour_price)
-    _answer(summary.to_dict(), say.as_json, lambda views: views.show_plan(summary, quiet=say.quiet))
+    answer = summary.to_dict() | ({} if reuse is None else {"reuse": reuse.to_dict()})
+    _answer(answer, say.as_json, lambda views: views.show_plan(summary, reuse, quiet=say.quiet))
 
 
 @app.command(

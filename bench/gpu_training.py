@@ -12,7 +12,7 @@ from pathlib import Path
 
 from bench.machine import ROOT
 from training import diffusion, export, latents
-from training.evaluate import DEFAULT_WORK
+from training.common import DEFAULT_WORK
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

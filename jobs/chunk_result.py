@@ -19,6 +19,8 @@ class ChunkResult:
     `lost`: another attempt committed it first. `unrepaired`: a repair whose rows all failed again, nothing was written.
     `skipped`: it was not tried, and is still open. `error`: it was tried, and is still open; `blame` says what may be
     at fault: the chunk itself, a store that will not get better by waiting, or a record of another plan.
+
+    `reused` counts those of its samples that another output had; `notes` say what was wrong with such.
     """
 
     chunk: int
@@ -31,6 +33,8 @@ class ChunkResult:
     actor: str = ""
     generate_seconds: float = 0.0
     postprocess_seconds: float = 0.0
+    reused: int = 0
+    notes: tuple[str, ...] = ()
 
     @property
     def done(self) -> bool:

@@ -13,6 +13,14 @@ from latentmill.jobs.store.storage import Storage
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Reuse:
+    """Other outputs that a run takes cells from, and whether their files are linked or copied (jobs/reuse.py)."""
+
+    donors: tuple[str, ...] = ()
+    link: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Job:
     """What belongs together for one output. `url` is the output as it was named, perhaps with credentials in it."""
 
@@ -21,6 +29,7 @@ class Job:
     plan: Plan
     ledger: Ledger
     pictures: PictureStore
+    reuse: Reuse = field(default_factory=Reuse, repr=False)
 
 
 def open_job(out_url: str) -> Job:

@@ -7,6 +7,7 @@ from typing import Any
 
 from latentmill.engine import GenerationRequest, GenerationResult
 from latentmill.engine.types import Pixels
+from latentmill.jobs.ledger.picture_store import Origin
 from latentmill.jobs.ledger.pictures import blank, encode_png, encode_png_before_4, pixel_sha256
 from latentmill.jobs.manifests.parameters import parameters_text
 from latentmill.jobs.models.resolved import ResolvedModel
@@ -23,10 +24,14 @@ _ERROR_LIMIT = 1000
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ProcessedSample:
-    """A row without the place of its picture, and the picture's file bytes if it has one."""
+    """A row without the place of its picture, and the picture's file bytes if it has one.
+
+    `origin` is where a file with these very bytes lies in another output.
+    """
 
     row: dict[str, Any]
     data: bytes | None
+    origin: Origin | None = None
 
 
 def failed_sample(

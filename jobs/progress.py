@@ -49,6 +49,7 @@ class Tracker:
         self._recent: deque[tuple[float, int]] = deque(maxlen=32)
         self.counts = {"ok": 0, "flagged": 0, "failed": 0}
         self.generated = 0
+        self.reused = 0
         self.last_error: str | None = None
         self.show("planning")
 
@@ -67,7 +68,8 @@ class Tracker:
     def add(self, result: ChunkResult) -> None:
         samples = result.ok + result.flagged + result.failed
         if result.outcome in {"committed", "lost", "unrepaired"}:
-            self.generated += samples
+            self.generated += samples - result.reused
+            self.reused += result.reused
             if len(self._recent) == 1:  # loading the model does not belong to the rate
                 self._recent[0] = (time.monotonic() - result.generate_seconds - result.postprocess_seconds, 0)
             self._recent.append((time.monotonic(), samples))

@@ -77,9 +77,15 @@ class Recipe:
             )
         return model
 
+    @property
+    def merged_loras(self) -> dict[str, float]:
+        """The LoRAs that were part of the weights, with their scales."""
+        found = _MERGED.search(self.execution_class)
+        return parse_scales(found[1]) if found else {}
+
     def spec(self) -> ModelSpec:
         """The model on this machine, checked, with its checker and its way of reading prompts."""
-        placed, merged = place_model(self.resolve()), _merged(self.execution_class)
+        placed, merged = place_model(self.resolve()), self.merged_loras
         return replace(
             placed,
             loras=tuple(replace(lora, merged=merged.get(lora.name)) for lora in placed.loras),
@@ -171,12 +177,6 @@ def recipe_of(row: Mapping[str, Any]) -> Recipe:
         version=row["version"],
         format_version=4 if "digital_source_type" in row else _FORMAT,
     )
-
-
-def _merged(execution_class: str) -> dict[str, float]:
-    """The LoRAs that were part of the weights, with their scales."""
-    found = _MERGED.search(execution_class)
-    return parse_scales(found[1]) if found else {}
 
 
 def _as_typed(stored: float) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 
@@ -12,11 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from latentmill.jobs.chunk_result import ChunkResult
+from latentmill.jobs.donors import find_donors
 from latentmill.jobs.errors import JobError, OutputConflictError
 from latentmill.jobs.executor_table import EXECUTORS
 from latentmill.jobs.executors.base import Executor, open_executor
 from latentmill.jobs.interrupt import Interrupt, graceful_interrupt
-from latentmill.jobs.job import Job, open_job
+from latentmill.jobs.job import Job, Reuse, open_job
 from latentmill.jobs.outputs.failures import FailedRow, failed_rows
 from latentmill.jobs.outputs.latest import Latest, point_to_latest
 from latentmill.jobs.outputs.publish import Publication, publish, standing_publication
@@ -32,6 +33,9 @@ PASSES_WITHOUT_PROGRESS = 3
 
 SHARD_DONE = 4
 """The exit code of a shard whose own chunks are committed while others' are not: nothing is published yet."""
+
+MOST_NOTES = 20
+"""So many notes of workers are told."""
 
 RESUME = "run the same command again: it resumes"
 
@@ -51,6 +55,7 @@ class RunSummary:
     rejected_rows: int
     counts: dict[str, int] | None
     generated: int
+    """Samples that this run drew; `reused` were taken from other outputs."""
     seconds: float
     images_per_second: float
     next_command: str
@@ -63,6 +68,7 @@ class RunSummary:
     notes: tuple[str, ...] = ()
     """What is odd about the manifest that was accepted all the same."""
     shard: str | None = None
+    reused: int = 0
 
 
 def run_job(
@@ -88,6 +94,7 @@ def run_job(
         job, notes = _adopt(spec, on_stage, on_note)
         mine = _chunks_of_shard(job.plan.n_chunks, spec.runtime.shard)
         tracker = Tracker(job.plan, mine, on_progress)
+        told = _Told(on_note)
         publication = standing_publication(job)
         where, left_out = "nothing to do", tuple[str, ...]()
         committed = job.ledger.committed() if publication is None else np.ones(job.plan.n_chunks, dtype=np.bool_)
@@ -102,7 +109,7 @@ def run_job(
                 where = executor.describe()
                 on_stage("loading the model")
                 with closing(executor), interrupt.stopping(executor):
-                    committed = _execute(job, committed, mine, executor, tracker, interrupt)
+                    committed = _execute(job, committed, mine, executor, tracker, interrupt, told)
                     if retrying:
                         _repair(job, mine, executor, tracker, interrupt)
                     left_out = tuple(executor.left_out())
@@ -111,12 +118,29 @@ def run_job(
                 publication = publish(job)
         except KeyboardInterrupt:
             summary = _summary(job, tracker, None, where, time.monotonic() - started, exit_code=130)
-            return replace(summary, notes=notes)
+            return replace(summary, notes=(*notes, *told.notes))
     tracker.show("done")
     exit_code = SHARD_DONE if publication is None else 1 if publication.counts["failed"] else 0
     latest = point_to_latest(spec.dated) if spec.dated is not None and exit_code == 0 else None
     summary = _summary(job, tracker, publication, where, time.monotonic() - started, exit_code=exit_code)
-    return replace(summary, latest=latest, left_out=left_out, notes=notes, shard=spec.runtime.shard)
+    return replace(summary, latest=latest, left_out=left_out, notes=(*notes, *told.notes), shard=spec.runtime.shard)
+
+
+class _Told:
+    """What workers say of cells that they could not take: each once, and not more than a few of them."""
+
+    def __init__(self, on_note: Callable[[str], None]) -> None:
+        self._on_note = on_note
+        self.notes: list[str] = []
+
+    def add(self, notes: Sequence[str]) -> None:
+        for note in notes:
+            if note in self.notes or len(self.notes) > MOST_NOTES:
+                continue
+            if len(self.notes) == MOST_NOTES:
+                note = "more cells of other outputs are drawn anew, for such reasons"  # noqa: PLW2901
+            self.notes.append(note)
+            self._on_note(note)
 
 
 def _adopt(
@@ -127,10 +151,16 @@ def _adopt(
         for note in draft.notes:
             on_note(note)
         on_stage("opening the output")
+        link = spec.runtime.reuse_by == "link"
+        donors = find_donors(spec.runtime.reuse, spec.out, link=link)
         storage = Storage.open(spec.out).probe(allow_single_writer=spec.runtime.single_writer)
         adopt(draft, storage)
         storage.mark_single_writer()  # after the plan: an output of another plan has been refused by now
-    return open_job(spec.out), draft.notes
+    job = open_job(spec.out)
+    donors = donors.of(job.plan)
+    for note in donors.notes:
+        on_note(note)
+    return replace(job, reuse=Reuse(donors=donors.urls, link=link)), (*draft.notes, *donors.notes)
 
 
 def _chunks_of_shard(n_chunks: int, shard: str | None) -> NDArray[np.bool_]:
@@ -148,6 +178,7 @@ def _execute(
     executor: Executor,
     tracker: Tracker,
     interrupt: Interrupt,
+    told: _Told,
 ) -> NDArray[np.bool_]:
     """Run passes until all of `mine` are committed. Returns what is, by the last look; KeyboardInterrupt if stopped."""
     idle_passes = 0
@@ -157,6 +188,7 @@ def _execute(
         with closing(_results(executor, pending, repair=False)) as results:
             for result in results:
                 tracker.add(result)
+                told.add(result.notes)
         before, committed = committed, job.ledger.committed()
         if interrupt.asked and not committed[mine].all():
             raise KeyboardInterrupt
@@ -225,6 +257,7 @@ def _summary(
         rejected_rows=job.plan.n_rejected,
         counts=None if publication is None else publication.counts,
         generated=tracker.generated,
+        reused=tracker.reused,
         seconds=seconds,
         images_per_second=tracker.generated / seconds if seconds > 0 else 0.0,
         next_command=_next_command(out, exit_code),

@@ -5,13 +5,22 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol
 
-from latentmill.engine import GenerationRequest, GenerationResult
+from latentmill.engine import GenerationRequest, GenerationResult, queue_rows
 
 
 class DrawingEngine(Protocol):
     """The part of the engine that draws whole batches, checked."""
 
     def generate(self, requests: Sequence[GenerationRequest]) -> list[GenerationResult]: ...
+
+
+def slots_of(requests: Sequence[GenerationRequest], batch_size: int) -> list[int]:
+    """The slot of each request of a chunk when the whole chunk is drawn."""
+    slots = [0] * len(requests)
+    for slot, queue in enumerate(queue_rows([request.loop for request in requests], batch_size)):
+        for row in queue:
+            slots[row] = slot
+    return slots
 
 
 def slot_batches(

@@ -32,11 +32,12 @@ from latentmill.jobs.settings import (
     text,
     whole,
 )
-from latentmill.jobs.store.urls import allowed_filesystem
+from latentmill.jobs.store.urls import allowed_filesystem, display_url, place_of
 
 ON_FLAGGED = ("blank", "drop", "keep")
 WATERMARKS = ("dwtDctSvd", "dwtDct", "none")
 WATERMARK_POLICIES = ("record", "require", "retry")
+REUSE_BY = ("copy", "link")
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 TIMESTEP_SPACINGS = ("leading", "trailing", "linspace", "original")
 DTYPES = ("auto", "float32", "float16")
@@ -82,6 +83,15 @@ def _zip(name: str, value: Any) -> tuple[tuple[str, ...], ...]:
     return tuple(tuple(axis.strip() for axis in group) for group in parsed)
 
 
+def _reuse(name: str, value: Any) -> tuple[str, ...]:
+    given = (value,) if isinstance(value, str) else value
+    if not isinstance(given, list | tuple) or not all(isinstance(item, str) for item in given):
+        raise FieldError(f"{name} is {shorten(value)}, expected the output of another job, or a list of such")
+    for place in given:
+        allowed_filesystem(place)
+    return tuple(dict.fromkeys(given))
+
+
 def _watermark_text(name: str, value: Any) -> str:
     if not isinstance(value, str) or not value or len(value.encode("utf-8", "replace")) > 32 or text_fault(value):
         raise FieldError(f"{name} {shorten(value)} must have 1 to 32 bytes of UTF-8; shorten it, or use watermark none")
@@ -121,6 +131,16 @@ class Runtime:
         "I/N: make the Ith of N parts, counted from 1; N runs need nothing else. Exit code 4: others are not done.",
         _shard,
         default=None,
+    )
+    reuse: tuple[str, ...] = special(
+        RUNNING,
+        "OTHER_OUT, or the latest.json of dated ones: take the pictures that it already has; may be repeated.",
+        _reuse,
+        default=(),
+        several=True,
+    )
+    reuse_by: str = choice(
+        "copy", RUNNING, "copy the pictures that --reuse takes, or link them: no space, on one disk only.", REUSE_BY
     )
     num_actors: int | None = whole(None, RUNNING, "Most models at work at once.", 1, 10_000)
     gpus_per_actor: float | None = number(None, RUNNING, "GPUs per model, fractions allowed.", 0, 64)
@@ -319,6 +339,11 @@ def _check_together(spec: JobSpec) -> None:
             f"watermark_policy {spec.watermark_policy!r} asks for a watermark, but watermark is none; "
             f"choose {' or '.join(WATERMARK_METHODS)}, or watermark_policy record"
         )
+    for donor in spec.runtime.reuse:
+        if place_of(donor) == place_of(spec.out):
+            raise UsageError(
+                f"reuse {display_url(donor)} is this job's own out; leave it out: the same command resumes by itself"
+            )
     if not EXECUTORS[spec.runtime.executor].on_ray and spec.runtime.accelerator_type is not None:
         raise UsageError(
             f"accelerator_type {spec.runtime.accelerator_type} chooses among a cluster's GPUs, but executor is "

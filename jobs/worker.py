@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Protocol
 
-from latentmill.engine import GenerationRequest, GenerationResult, UncheckedResult, queue_rows
+from latentmill.engine import GenerationRequest, GenerationResult, UncheckedResult
 from latentmill.jobs.chunk_result import ChunkResult
 from latentmill.jobs.code import own_code
 from latentmill.jobs.errors import JobError
@@ -20,9 +20,10 @@ from latentmill.jobs.job import Job
 from latentmill.jobs.ledger.records import encode_record, tool_versions
 from latentmill.jobs.models.place import place_model
 from latentmill.jobs.models.resolved import ResolvedModel
-from latentmill.jobs.plans.plan import Plan
+from latentmill.jobs.plans.plan import Plan, PlannedSample
 from latentmill.jobs.postprocess import ProcessedSample, failed_sample, postprocess_sample
-from latentmill.jobs.slots import draw_in_slots, slot_batches
+from latentmill.jobs.reuse import NOTHING_TAKEN, CellIndex, TakenCells
+from latentmill.jobs.slots import draw_in_slots, slot_batches, slots_of
 from latentmill.jobs.spec import JobSpec
 
 
@@ -45,7 +46,8 @@ EngineFactory = Callable[[Plan, str], ChunkEngine]
 class SampledChunk:
     """The pictures of one chunk that no checker has judged yet, in the plan's order.
 
-    `rows` are their places within the chunk: all, or for a repair (numbered from 1) those that had failed.
+    `rows` are their places within the chunk: all that no donor had, or for a repair (numbered from 1) those that had
+    failed. What donors had is in `taken`.
     """
 
     chunk: int
@@ -55,6 +57,7 @@ class SampledChunk:
     actor: str
     generate_seconds: float
     repair: int = 0
+    taken: TakenCells = NOTHING_TAKEN
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,6 +71,7 @@ class GeneratedChunk:
     actor: str
     generate_seconds: float
     repair: int = 0
+    taken: TakenCells = NOTHING_TAKEN
 
 
 def load_engine(plan: Plan, device: str) -> ChunkEngine:
@@ -109,7 +113,9 @@ class ChunkGenerator:
 
     def __init__(self, job: Job, *, engine_factory: EngineFactory = load_engine, model: int = 0) -> None:
         self._job = job
-        self._engine = engine_factory(job.plan.of_model(model), job.plan.settings.device)
+        plan, donors = job.plan.of_model(model), job.reuse.donors
+        self._engine = engine_factory(plan, plan.settings.device)
+        self._cells = CellIndex(plan, donors, self._engine.execution_class) if donors else None
         self.actor = f"{socket.gethostname()}:{os.getpid()}"
 
     @property
@@ -132,6 +138,7 @@ class ChunkGenerator:
             actor=chunk.actor,
             generate_seconds=chunk.generate_seconds,
             repair=chunk.repair,
+            taken=chunk.taken,
         )
 
     def sample(self, chunk: int, *, repair: bool = False) -> SampledChunk | ChunkResult:
@@ -151,10 +158,11 @@ class ChunkGenerator:
                 failed=counts["failed"],
                 actor=self.actor,
             )
-        started = time.perf_counter()
+        started, taken = time.perf_counter(), NOTHING_TAKEN
         if record is None:
-            requests = [sample.request for sample in self._job.plan.samples_of_chunk(chunk)]
-            rows, sampled = tuple(range(len(requests))), self._engine.sample(requests)
+            samples = self._job.plan.samples_of_chunk(chunk)
+            taken = NOTHING_TAKEN if self._cells is None else self._cells.take(samples)
+            rows, sampled = self._sample_rest(samples, taken)
         else:
             sampled = list(self._sample_rows(chunk, rows).values())
         return SampledChunk(
@@ -165,7 +173,23 @@ class ChunkGenerator:
             actor=self.actor,
             generate_seconds=time.perf_counter() - started,
             repair=0 if record is None else record.repairs + 1,
+            taken=taken,
         )
+
+    def _sample_rest(
+        self, samples: Sequence[PlannedSample], taken: TakenCells
+    ) -> tuple[tuple[int, ...], list[UncheckedResult]]:
+        """What donors did not have, in as few batches as it takes.
+
+        A row's bits do not depend on its slot; each has the one here that it has when the whole chunk is drawn.
+        """
+        requests = [sample.request for sample in samples]
+        rows = tuple(row for row in range(len(samples)) if row not in taken.samples)
+        sampled = self._engine.sample([requests[row] for row in rows]) if rows else []
+        if len(rows) < len(samples):
+            slots = slots_of(requests, self._job.plan.batch_size)
+            sampled = [replace(found, batch_slot=slots[row]) for row, found in zip(rows, sampled, strict=True)]
+        return rows, sampled
 
     def _sample_rows(self, chunk: int, rows: Sequence[int]) -> dict[int, UncheckedResult]:
         """Only these rows of a chunk, at the batch shape and in the slots that they have when the whole chunk is made.
@@ -174,8 +198,7 @@ class ChunkGenerator:
         """
         batch_size = self._job.plan.batch_size
         requests = [sample.request for sample in self._job.plan.samples_of_chunk(chunk)]
-        queues = queue_rows([request.loop for request in requests], batch_size)
-        slots = {row: slot for slot, queue in enumerate(queues) for row in queue}
+        slots = slots_of(requests, batch_size)
         sampled: dict[int, UncheckedResult] = {}
         for batch, places in slot_batches(requests, {row: slots[row] for row in rows}, batch_size):
             found = self._engine.sample(batch)
@@ -214,20 +237,24 @@ def postprocess_chunk(job: Job, generated: GeneratedChunk) -> ChunkResult:
             f"chunk {generated.chunk} has {len(generated.rows)} samples but the engine returned "
             f"{len(generated.results)}; nothing of it is committed"
         )
-    processed = [
-        postprocess_sample(job.plan, samples[row], result, generated.execution_class)
-        for row, result in zip(generated.rows, generated.results, strict=True)
-    ]
+    processed = dict(generated.taken.samples)
+    for row, result in zip(generated.rows, generated.results, strict=True):
+        processed[row] = postprocess_sample(job.plan, samples[row], result, generated.execution_class)
     committed = commit_chunk(
         job,
         generated.chunk,
-        processed,
+        [processed[row] for row in sorted(processed)],
         execution_class=generated.execution_class,
         actor=generated.actor,
         generate_seconds=generated.generate_seconds,
         repair=generated.repair,
     )
-    return replace(committed, postprocess_seconds=time.perf_counter() - started)
+    return replace(
+        committed,
+        postprocess_seconds=time.perf_counter() - started,
+        reused=len(generated.taken.samples),
+        notes=generated.taken.notes,
+    )
 
 
 def commit_unmade(job: Job, chunk: int, reason: str, *, repair: bool) -> ChunkResult:
@@ -298,7 +325,8 @@ def _store_pictures(
     job: Job, chunk: int, attempt: str, repair: int, processed: Sequence[ProcessedSample]
 ) -> list[dict[str, Any]]:
     images = [(item.row["sample_id"], item.data) for item in processed if item.data is not None]
-    stored = job.pictures.write(chunk, attempt, images, repair=repair)
+    origins = {item.row["sample_id"]: item.origin for item in processed if item.origin is not None}
+    stored = job.pictures.write(chunk, attempt, images, repair, origins if job.reuse.link else {})
     rows = []
     for item in processed:
         image = stored.get(item.row["sample_id"])

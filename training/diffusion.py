@@ -7,7 +7,7 @@ guidance (arXiv:2207.12598), an average of the weights for sampling.
 from __future__ import annotations
 
 import math
-import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,28 +24,31 @@ from latentmill.engine.sampling.denoiser import Denoiser
 from latentmill.engine.sampling.levels import PLACEMENTS
 from latentmill.engine.sampling.schedule import NoiseSchedule
 from latentmill.engine.sampling.solvers import ddim, solve
-from training import architecture, icons, latents, parallel, scenes, tokenizer
+from training import architecture, icons, latents, pairs, parallel, scenes, tokenizer
 from training.common import (
+    Clock,
+    Curve,
     RunningAverage,
     contact_sheet,
     device,
     learning_rate,
     load_checkpoint,
+    place,
     save_checkpoint,
     set_learning_rate,
     to_pictures,
 )
 
 CHECKPOINT = "diffusion.pt"
-PEAK_RATE = 1.2e-3
+PEAK_RATE = 1e-3
 PICTURES, NOISES = 16, 2  # per process and step; each picture is seen at two timesteps, its caption encoded once
-SCENE_SHARE = 0.6
+GPU_PICTURES = 128  # a GPU is no faster with fewer
+SHARES = {"scenes": 0.35, "pairs": 0.25, "icons": 0.4}  # of each batch
 CAPTION_DROPOUT = 0.1
 # Captions here say nearly all about a picture, so that its shape is settled under strong noise: three quarters of the
 # timesteps come from there. Below, only edges are left to do, and their loss is low after the first minutes.
 TIMESTEP_EDGES, TIMESTEP_SHARES = (0.0, 0.15, 0.4, 1.0), (0.0, 0.1, 0.25, 1.0)
-CHECKPOINT_SECONDS = 120.0
-SHEET_SECONDS = 400.0
+CHECKPOINT_SECONDS, SHEET_SECONDS, REPORT_STEPS = 120.0, 600.0, 25
 SHEET_STEPS, SHEET_GUIDANCE = 20, 4.0
 
 
@@ -77,12 +80,12 @@ class Model(nn.Module):
 
 @dataclass(kw_only=True)
 class Data:
-    """Encoded pictures with their captions; the first `scenes` of them are scenes, the others icons."""
+    """Encoded pictures with their captions, kind after kind."""
 
     latents: Tensor
     tokens: Tensor
     empty: Tensor
-    scenes: int
+    counts: Mapping[str, int]
 
     @classmethod
     def load(cls, work: Path) -> Data:
@@ -90,17 +93,15 @@ class Data:
         if stored is None:
             raise RuntimeError(f"{work / latents.CHECKPOINT} is not there: run `--stage latents` first")
         empty = tokenizer.encode(tokenizer.load(work / "tokenizer"), [""])[0]
-        return cls(latents=stored["latents"], tokens=stored["tokens"], empty=empty, scenes=stored["scenes"])
+        return cls(latents=stored["latents"], tokens=stored["tokens"], empty=empty, counts=stored["counts"])
 
     def batch(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """`count` random pictures: latents (count, c, h, w) and token ids (count, length), some of them empty."""
-        wanted = round(count * SCENE_SHARE)
-        pick = torch.cat(
-            [
-                torch.randint(self.scenes, (wanted,), generator=generator),
-                torch.randint(self.scenes, len(self.latents), (count - wanted,), generator=generator),
-            ]
-        )
+        shares = torch.tensor([SHARES[kind] for kind in self.counts])
+        numbers = torch.tensor(list(self.counts.values()))
+        kind = torch.multinomial(shares, count, replacement=True, generator=generator)
+        place = (torch.rand(count, generator=generator) * numbers[kind]).long()
+        pick = (numbers.cumsum(0) - numbers)[kind] + place
         form = torch.randint(self.tokens.shape[1], (count,), generator=generator)
         ids = self.tokens[pick, form].long()
         dropped = torch.rand(count, generator=generator) < CAPTION_DROPOUT
@@ -119,7 +120,7 @@ def stratified_timesteps(count: int, total: int, generator: torch.Generator) -> 
 def velocity_loss(model: Model, schedule: NoiseSchedule, data: Data, generator: torch.Generator) -> Tensor:
     """Mean squared error of the velocity on one batch."""
     where = device()
-    clean, ids = data.batch(PICTURES, generator)
+    clean, ids = data.batch(GPU_PICTURES if where.type == "cuda" else PICTURES, generator)
     clean = clean.repeat_interleave(NOISES, dim=0)
     timesteps = stratified_timesteps(len(clean), schedule.config.num_train_timesteps, generator)
     noise = torch.randn(clean.shape, generator=generator)
@@ -130,13 +131,17 @@ def velocity_loss(model: Model, schedule: NoiseSchedule, data: Data, generator: 
 
 
 def train(
-    work: Path, minutes: float, warm_start: dict[str, Tensor] | None = None, limit_minutes: float = math.inf
+    work: Path,
+    minutes: float,
+    warm_start: dict[str, Tensor] | None = None,
+    limit_minutes: float = math.inf,
+    processes: int | None = None,
 ) -> Path:
-    """Train for `minutes` in all, going on from the checkpoint in `work`; returns the checkpoint's path.
+    """Train for `minutes` of each core in all, going on from the checkpoint in `work`; returns the checkpoint's path.
 
     This call ends after `limit_minutes`, with a checkpoint from which the next one goes on.
     """
-    parallel.launch(_work, work, minutes, warm_start, limit_minutes)
+    parallel.launch(_work, work, minutes, warm_start, limit_minutes, processes=processes)
     return work / CHECKPOINT
 
 
@@ -147,28 +152,30 @@ def _work(
     torch.manual_seed(0)
     data = Data.load(work)
     schedule = NoiseSchedule(SchedulerConfig.from_dict(architecture.SCHEDULER))
-    model = Model(len(tokenizer.load(work / "tokenizer"))).to(device())
+    model = Model(len(tokenizer.load(work / "tokenizer")))
     if warm_start is not None:
-        model.load_state_dict({name: value.float() for name, value in warm_start.items()})
+        model.load_state_dict(warm_start)
+    place(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_RATE, betas=(0.9, 0.98), weight_decay=1e-3, fused=True)
     average = RunningAverage(model, 0.998)
-    elapsed, step = 0.0, 0
+    clock, curve, step = Clock(), Curve(work / "diffusion.jsonl"), 0
     checkpoint = load_checkpoint(work / CHECKPOINT)
     if checkpoint is not None:
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         average.load(checkpoint["average"])
-        elapsed, step = checkpoint["elapsed"], checkpoint["step"]
+        clock, step = Clock(checkpoint["elapsed"], checkpoint["wall"]), checkpoint["step"]
     generator = torch.Generator().manual_seed(1000 * step + rank)
 
     def save() -> None:
         states = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "average": average.state()}
-        save_checkpoint(work / CHECKPOINT, {**states, "elapsed": elapsed, "step": step})
+        times = {"elapsed": clock.elapsed, "wall": clock.wall, "step": step, "processes": parallel.world_size()}
+        save_checkpoint(work / CHECKPOINT, {**states, **times})
 
-    budget, last, saved, shown, losses = minutes * 60, time.monotonic(), elapsed, elapsed, list[float]()
-    limit = elapsed + 60 * limit_minutes
-    while elapsed < min(budget, limit):
-        set_learning_rate(optimizer, learning_rate(elapsed / budget, PEAK_RATE))
+    budget, saved, shown = minutes * 60, clock.wall, clock.wall
+    limit = min(budget, clock.elapsed + 60 * limit_minutes)
+    while clock.elapsed < limit:
+        set_learning_rate(optimizer, learning_rate(clock.elapsed / budget, PEAK_RATE))
         loss = velocity_loss(model, schedule, data, generator)
         optimizer.zero_grad(set_to_none=True)
         torch.autograd.backward(loss)
@@ -176,44 +183,46 @@ def _work(
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         step += 1
-        now = time.monotonic()
-        elapsed, last = parallel.agree(elapsed + now - last), now
+        clock.tick()
         if rank > 0:
             continue
         average.update(model)
-        losses.append(float(loss.detach()))
-        if step % 100 == 0:
-            seen = step * PICTURES * NOISES * parallel.world_size()
-            mean = sum(losses) / len(losses)
-            print(
-                f"diffusion {elapsed / 60:5.1f}/{minutes:g} min step {step} samples {seen} loss={mean:.4f}", flush=True
-            )
-            losses.clear()
-        if elapsed - saved > CHECKPOINT_SECONDS:
+        curve.add({"loss": float(loss.detach())})
+        if step % REPORT_STEPS == 0:
+            line = curve.write(step, clock)
+            print(f"diffusion {clock.elapsed / 60:5.1f}/{minutes:g} min step {step} {line}", flush=True)
+        if clock.wall - saved > CHECKPOINT_SECONDS:
             save()
-            saved = elapsed
-        if elapsed - shown > SHEET_SECONDS:
-            _sheet(average, work, schedule, work / "sheets" / f"diffusion-{int(elapsed):05d}.png")
-            shown = elapsed
+            saved = clock.wall
+        if clock.wall - shown > SHEET_SECONDS:
+            _sheet(average, work, schedule, work / "sheets" / f"diffusion-{int(clock.elapsed):05d}.png")
+            shown = clock.wall
     if rank == 0:
         save()
 
 
+def _sheet_captions() -> list[str]:
+    """What the sheets show: held-out scenes and pairs, then icons; the same every time."""
+    held_out = scenes.split(held_out=True)
+    texts = [scenes.caption(scene) for scene in held_out[:: len(held_out) // 8][:8]]
+    texts += [pairs.caption(pair) for pair in pairs.draw_pairs(8, np.random.default_rng(3), held_out=True)]
+    names = list(icons.NAMES)[:: len(icons.NAMES) // 8][:8]
+    styles = [icons.STYLES[index % len(icons.STYLES)] for index in range(len(names))]
+    return texts + [
+        icons.caption(icons.Icon(name=name, style=style, background="white"))
+        for name, style in zip(names, styles, strict=True)
+    ]
+
+
 @torch.inference_mode()
 def _sheet(average: RunningAverage, work: Path, schedule: NoiseSchedule, path: Path) -> None:
-    """24 pictures by the averaged weights: held-out scenes, then icons."""
+    """24 pictures by the averaged weights."""
     words = tokenizer.load(work / "tokenizer")
     model = Model(len(words)).to(device()).eval()
     model.load_state_dict(average.values)
     first_stage = AutoencoderKL(VAEConfig.from_dict(architecture.VAE)).to(device()).eval()
-    first_stage.load_state_dict(latents.folded_autoencoder(work))
-    held_out = scenes.split(held_out=True)
-    texts = [scenes.caption(scene) for scene in held_out[:: len(held_out) // 12][:12]]
-    names = list(icons.NAMES)[:: len(icons.NAMES) // 12][:12]
-    texts += [
-        icons.caption(icons.Icon(name=name, style=icons.STYLES[index % len(icons.STYLES)], background="white"))
-        for index, name in enumerate(names)
-    ]
+    first_stage.load_state_dict(latents.first_stage(work))
+    texts = _sheet_captions()
     ids = tokenizer.encode(words, [""] * len(texts) + texts).to(device())
     guidance = torch.full((len(texts), 1, 1, 1), SHEET_GUIDANCE, device=device())
     denoiser = Denoiser(model.unet, schedule, model.context(ids), guidance)

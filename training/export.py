@@ -12,13 +12,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from latentmill.engine.loading.config import VAEConfig
-from latentmill.engine.networks.autoencoder import AutoencoderKL
-from training import architecture, diffusion, latents, tokenizer
+from training import architecture, autoencoder, diffusion, latents, tokenizer
+from training.card import TRAINING
 from training.common import load_checkpoint
 
 DIFFUSERS_VERSION = "0.30.0"  # the oldest release whose classes the configs were checked against by name
 TEXT_PREFIX = "text_model."
+TABLE = "token_embedding.weight"
 PROJECTIONS = ("proj_in.weight", "proj_out.weight")  # linear in the engine, 1x1 convolutions in this kind of folder
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 SIZE_LIMIT = 32 * 2**20
@@ -40,15 +40,28 @@ MODEL_INDEX: dict[str, Any] = {
 
 
 def export(work: Path, folder: Path = EMBEDDED) -> Path:
-    """Write what `work` holds to `folder` and check its size; the model card is the evaluation's to write."""
-    if not (folder / "tokenizer").is_dir() or work.joinpath("tokenizer").is_dir():
-        shutil.copytree(work / "tokenizer", folder / "tokenizer", dirs_exist_ok=True)
-    model = diffusion.Model(len(tokenizer.load(folder / "tokenizer")))
-    checkpoint = load_checkpoint(work / diffusion.CHECKPOINT)
-    if checkpoint is not None:
-        model.load_state_dict(checkpoint["average"]["values"])
+    """Write what `work` holds to `folder` and check its size; the model card is the evaluation's to write.
+
+    Without a second stage in `work`, the one in `folder` stays: a decoder that learned on fits it as it is.
+    """
     _write_json(folder / "model_index.json", MODEL_INDEX)
     _write_json(folder / "scheduler" / "scheduler_config.json", {**architecture.SCHEDULER, **_version()})
+    checkpoint = load_checkpoint(work / diffusion.CHECKPOINT)
+    if checkpoint is not None:
+        shutil.copytree(work / "tokenizer", folder / "tokenizer", dirs_exist_ok=True)
+        _write_second_stage(folder, checkpoint["average"]["values"])
+    _write_part(folder / "vae", {**architecture.VAE, **_version()}, latents.first_stage(work), WEIGHTS)
+    _write_json(folder / TRAINING, history(work))
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    if size > SIZE_LIMIT:
+        raise RuntimeError(f"{folder} holds {size / 2**20:.1f} MB; the limit is {SIZE_LIMIT / 2**20:.0f} MB")
+    print(f"exported {size / 2**20:.1f} MB to {folder}", flush=True)
+    return folder
+
+
+def _write_second_stage(folder: Path, values: Mapping[str, Tensor]) -> None:
+    model = diffusion.Model(len(tokenizer.load(folder / "tokenizer")))
+    model.load_state_dict(values)
     text = {key: value for key, value in model.text_encoder.state_dict().items() if not key.endswith("position_ids")}
     _write_part(
         folder / "text_encoder",
@@ -65,27 +78,27 @@ def export(work: Path, folder: Path = EMBEDDED) -> Path:
         for key, value in model.unet.state_dict().items()
     }
     _write_part(folder / "unet", {**architecture.UNET, **_version()}, unet, WEIGHTS)
-    _write_part(folder / "vae", {**architecture.VAE, **_version()}, _first_stage(work), WEIGHTS)
-    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    if size > SIZE_LIMIT:
-        raise RuntimeError(f"{folder} holds {size / 2**20:.1f} MB; the limit is {SIZE_LIMIT / 2**20:.0f} MB")
-    print(f"exported {size / 2**20:.1f} MB to {folder}", flush=True)
-    return folder
+
+
+def history(work: Path) -> dict[str, Any]:
+    """What each stage in `work` began with and how long it took; the model card reads it."""
+    stages = {}
+    warm = (work / autoencoder.START).is_file()
+    for name, path in (("first stage", autoencoder.CHECKPOINT), ("second stage", diffusion.CHECKPOINT)):
+        checkpoint = load_checkpoint(work / path)
+        if checkpoint is not None:
+            stages[name] = {
+                "began_with": "the weights shipped before" if warm else "nothing",
+                "minutes_of_each_core": round(checkpoint["elapsed"] / 60, 1),
+                "minutes_by_the_clock": round(checkpoint["wall"] / 60, 1),
+                "processes": checkpoint["processes"],
+                "steps": checkpoint["step"],
+            }
+    return stages
 
 
 def _version() -> dict[str, str]:
     return {"_diffusers_version": DIFFUSERS_VERSION}
-
-
-def _first_stage(work: Path) -> dict[str, Tensor]:
-    """The folded autoencoder; before the latents stage, whatever there is, so that the layout can be tried."""
-    if (work / latents.AUTOENCODER).is_file():
-        return latents.folded_autoencoder(work)
-    checkpoint = load_checkpoint(work / "autoencoder.pt")
-    if checkpoint is not None:
-        values: dict[str, Tensor] = checkpoint["average"]["values"]
-        return values
-    return AutoencoderKL(VAEConfig.from_dict(architecture.VAE)).state_dict()
 
 
 def _write_part(folder: Path, config: Mapping[str, Any], state: Mapping[str, Tensor], name: str) -> None:
@@ -104,9 +117,9 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def warm_start(work: Path, folder: Path = EMBEDDED) -> dict[str, Tensor] | None:
-    """The second stage's shipped weights, or None if there are none of this shape.
+    """The second stage's shipped weights under the tokenizer of `work`, or None if there are none of this shape.
 
-    Lays the tokenizer and the first stage that belong to them in `work`, where the other stages find them.
+    Lays the first stage that belongs to them and the tokenizer in `work`, where the other stages find them.
     """
     paths = {
         "vae": folder / "vae" / WEIGHTS,
@@ -119,10 +132,13 @@ def warm_start(work: Path, folder: Path = EMBEDDED) -> dict[str, Tensor] | None:
         config = json.loads((folder / part / "config.json").read_text(encoding="utf-8"))
         if any(config.get(key) != value for key, value in expected.items()):
             return None
-    if not (work / latents.AUTOENCODER).is_file():
-        shutil.copytree(folder / "tokenizer", work / "tokenizer", dirs_exist_ok=True)
-        save_file({key: value.float() for key, value in load_file(paths["vae"]).items()}, work / latents.AUTOENCODER)
-    model = diffusion.Model(len(tokenizer.load(folder / "tokenizer")))
+    if not (work / autoencoder.START).is_file():
+        save_file({key: value.float() for key, value in load_file(paths["vae"]).items()}, work / autoencoder.START)
+    if not (work / "tokenizer").is_dir():
+        tokenizer.build(work / "tokenizer")
+    words, known = tokenizer.load(work / "tokenizer"), tokenizer.load(folder / "tokenizer")
+    torch.manual_seed(0)
+    model = diffusion.Model(len(words))
     prefixed = any(key.startswith(f"text_encoder.{TEXT_PREFIX}") for key in model.state_dict())
     state = {
         f"unet.{key}": value.flatten(1) if key.endswith(PROJECTIONS) else value
@@ -130,4 +146,16 @@ def warm_start(work: Path, folder: Path = EMBEDDED) -> dict[str, Tensor] | None:
     }
     for key, value in load_file(paths["text_encoder"]).items():
         state["text_encoder." + (key if prefixed else key.removeprefix(TEXT_PREFIX))] = value
+    state = {key: value.float() for key, value in state.items()}
+    for key in [key for key in state if key.endswith(TABLE)]:
+        state[key] = _spell(model.state_dict()[key], words.get_vocab(), state[key], known.get_vocab())
     return state
+
+
+def _spell(fresh: Tensor, words: Mapping[str, int], learned: Tensor, known: Mapping[str, int]) -> Tensor:
+    """`fresh` with the rows of the words that were known before, wherever each vocabulary has them."""
+    table = fresh.clone()
+    for word, row in words.items():
+        if word in known:
+            table[row] = learned[known[word]]
+    return table

@@ -1,4 +1,4 @@
-"""Captioned icons from two npm packages: Fluent Emoji, flat and with gradients, under the MIT licence.
+"""Captioned icons from npm packages: Fluent Emoji, flat and with gradients (MIT), and Noto Emoji (Apache-2.0).
 
 The packages are fetched with npm at pinned versions into the work folder; only rendered pictures of the names below
 are learned. A style is a package: another set of icons is one more line in `PACKAGES`.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -25,15 +25,25 @@ from training.scenes import BACKGROUNDS, IMAGE_SIZE, Pixels
 PACKAGES = {  # the style's word in captions -> npm package, version
     "flat": ("@iconify-json/fluent-emoji-flat", "1.2.6"),
     "glossy": ("@iconify-json/fluent-emoji", "1.2.7"),
+    "cartoon": ("@iconify-json/noto", "1.2.9"),
 }
 STYLES = tuple(PACKAGES)
-NAMES: dict[str, str] = {  # what captions say -> the icon's name in both sets
+NAMES: dict[str, str] = {  # what captions say -> the icon's name in all sets
     "a red apple": "red-apple", "a banana": "banana", "a strawberry": "strawberry",
     "a watermelon": "watermelon", "a pizza": "pizza", "a doughnut": "doughnut", "a sun": "sun",
     "a crescent moon": "crescent-moon", "a rainbow": "rainbow", "a fire": "fire", "a droplet": "droplet",
     "a house": "house", "a rocket": "rocket", "a car": "automobile", "a cat": "cat-face", "a panda": "panda",
     "a frog": "frog", "a pig": "pig-face", "a penguin": "penguin", "a butterfly": "butterfly",
     "a ladybug": "lady-beetle", "a tree": "evergreen-tree", "a mushroom": "mushroom", "a crown": "crown",
+    "a dog": "dog-face", "a fox": "fox", "a bear": "bear", "a koala": "koala", "a lion": "lion",
+    "a rabbit": "rabbit-face", "a mouse": "mouse-face", "a monkey": "monkey-face", "an owl": "owl", "a whale": "whale",
+    "a fish": "fish", "an octopus": "octopus", "a turtle": "turtle", "a snail": "snail", "a bee": "honeybee",
+    "a cactus": "cactus", "a sunflower": "sunflower", "a tulip": "tulip", "a clover": "four-leaf-clover",
+    "a pair of cherries": "cherries", "a bunch of grapes": "grapes", "a lemon": "lemon", "a pineapple": "pineapple",
+    "a pear": "pear", "a tangerine": "tangerine", "a carrot": "carrot", "a hamburger": "hamburger",
+    "an ice cream": "ice-cream", "a cookie": "cookie", "a cloud": "cloud", "an umbrella": "umbrella", "a key": "key",
+    "a bell": "bell", "a balloon": "balloon", "a gift": "wrapped-gift", "a basketball": "basketball",
+    "a sailboat": "sailboat", "a light bulb": "light-bulb", "a ghost": "ghost", "a snowman": "snowman",
 }  # fmt: skip
 SIDE = 200  # pixels of the icon's own square in the picture, before jitter
 
@@ -108,7 +118,7 @@ def caption(icon: Icon, rng: np.random.Generator | None = None) -> str:
     return f"{text} on a {icon.background} background"
 
 
-def render(icon: Icon, sprites: dict[tuple[str, str], Sprite], rng: np.random.Generator | None = None) -> Pixels:
+def render(icon: Icon, sprites: Mapping[tuple[str, str], Sprite], rng: np.random.Generator | None = None) -> Pixels:
     """`icon` over its background, with slight jitter in place, size and turn if `rng`: (256, 256, 3) uint8."""
     sprite = sprites[icon.name, icon.style]
     scale, turn, shift = SIDE / IMAGE_SIZE, 0.0, np.zeros(2)

@@ -1,7 +1,8 @@
-"""What a program sees in a picture: the scene's words by classical vision, and the nearest icon.
+"""What a program sees in a picture: the words of scenes and pairs by classical vision, and the nearest icon.
 
 No learned part: colours by distance in CIE Lab, shapes by overlap with drawn outlines, icons by distance of small
-crops. `tests/training` holds it to about 100 % on true renders and to chance on wrong labels.
+crops. How crisp and true edges are is said by `training.edges`. `tests/training` holds the judge to about 100 % on true
+renders and to chance on wrong labels.
 """
 
 from __future__ import annotations
@@ -14,17 +15,21 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from training.pairs import RELATIONS, Pair, Thing
 from training.scenes import BACKGROUNDS, COLOURS, IMAGE_SIZE, SHAPES, Pixels, Scene, mask
 
 FRAME = 8  # pixels at the border that only the background covers
 TEMPLATE = 64  # side of the square in which outlines are compared
 MINIMAL_OVERLAP = 0.72  # intersection over union below which an outline is no shape at all
 MINIMAL_AREA = 900  # pixels
+FAINTEST = 10.0  # distance in Lab below which nothing is seen
 CENTRAL = 16.0  # pixels from the middle up to which an object counts as centred
 LARGE_FROM = 135.0  # pixels
 ICON_SIDE = 32
 
 Lab = NDArray[np.float32]
+Point = tuple[float, float]
+Area = NDArray[np.bool_]  # (h, w), true where something is
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +48,7 @@ class Sighting:
         return {word: getattr(self, word) == getattr(scene, word) for word in words}
 
 
-def _lab(rgb: NDArray[np.generic]) -> Lab:
+def to_lab(rgb: NDArray[np.generic]) -> Lab:
     """SRGB in 0..255, any leading shape -> CIE Lab of the same shape, float32."""
     flat = np.asarray(rgb, dtype=np.float32).reshape(1, -1, 3) / np.float32(255)
     return np.asarray(cv2.cvtColor(flat, cv2.COLOR_RGB2Lab), dtype=np.float32).reshape(rgb.shape)
@@ -51,7 +56,7 @@ def _lab(rgb: NDArray[np.generic]) -> Lab:
 
 def _nearest(value: Lab, palette: Mapping[str, tuple[int, int, int]]) -> str:
     names = list(palette)
-    distances = np.linalg.norm(_lab(np.array([palette[name] for name in names])) - value, axis=1)
+    distances = np.linalg.norm(to_lab(np.array([palette[name] for name in names])) - value, axis=1)
     return names[int(distances.argmin())]
 
 
@@ -62,28 +67,39 @@ def _ground(lab: Lab) -> Lab:
     return np.asarray(np.median(lab[frame], axis=0), dtype=np.float32)
 
 
-def find_object(lab: Lab) -> NDArray[np.bool_] | None:
+def find_object(lab: Lab) -> Area | None:
     """The largest connected area that differs from the background: (h, w), or None."""
     distance = np.linalg.norm(lab - _ground(lab), axis=2)
-    threshold = max(10.0, 0.5 * float(np.percentile(distance, 97)))
-    count, labels, stats, _ = cv2.connectedComponentsWithStats((distance > threshold).astype(np.uint8))
-    if count < 2:
-        return None
-    largest = 1 + int(stats[1:, cv2.CC_STAT_AREA].argmax())
-    if stats[largest, cv2.CC_STAT_AREA] < MINIMAL_AREA:
-        return None
-    return np.asarray(labels == largest)
+    threshold = max(FAINTEST, 0.5 * float(np.percentile(distance, 97)))
+    return next(iter(_parts(distance > threshold)), None)
 
 
-def _box(area: NDArray[np.bool_]) -> tuple[int, int, int, int]:
+def find_objects(lab: Lab) -> list[Area]:
+    """All connected areas that differ from the background, the largest first, each up to half of its own contrast."""
+    distance = np.linalg.norm(lab - _ground(lab), axis=2)
+    found = []
+    for area in _parts(distance > FAINTEST):
+        found += _parts(area & (distance > 0.5 * float(np.median(distance[area]))))[:1]
+    return found
+
+
+def _parts(area: Area) -> list[Area]:
+    """The connected parts of `area` that are large enough for an object, the largest first."""
+    _, labels, stats, _ = cv2.connectedComponentsWithStats(area.astype(np.uint8))
+    sizes = stats[1:, cv2.CC_STAT_AREA]
+    order = [int(index) for index in np.argsort(-sizes) if sizes[index] >= MINIMAL_AREA]
+    return [np.asarray(labels == index + 1) for index in order]
+
+
+def box(area: Area) -> tuple[int, int, int, int]:
     """Left, top, right, bottom of the true pixels; right and bottom are exclusive."""
     rows, columns = np.flatnonzero(area.any(axis=1)), np.flatnonzero(area.any(axis=0))
     return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
 
 
-def _normalised(area: NDArray[np.bool_]) -> NDArray[np.float32]:
+def _normalised(area: Area) -> NDArray[np.float32]:
     """The area's box, its longer side scaled to `TEMPLATE`, centred: (64, 64) in [0, 1]."""
-    left, top, right, bottom = _box(area)
+    left, top, right, bottom = box(area)
     side = max(right - left, bottom - top)
     square = np.zeros((side, side), dtype=np.float32)
     x, y = (side - (right - left)) // 2, (side - (bottom - top)) // 2
@@ -101,7 +117,7 @@ def _templates() -> tuple[tuple[str, NDArray[np.float32]], ...]:
     )
 
 
-def recognise(area: NDArray[np.bool_]) -> str | None:
+def recognise(area: Area) -> str | None:
     """The shape whose outline overlaps best, if it overlaps well."""
     seen = _normalised(area)
     overlaps = [
@@ -114,13 +130,12 @@ def recognise(area: NDArray[np.bool_]) -> str | None:
 
 def look(picture: Pixels) -> Sighting:
     """Describe a (256, 256, 3) picture in the words of the scenes' grammar."""
-    lab = _lab(picture)
+    lab = to_lab(picture)
     background = _nearest(_ground(lab), BACKGROUNDS)
     area = find_object(lab)
     if area is None:
         return Sighting(background=background, colour=None, shape=None, position=None, size=None)
-    inner = cv2.erode(area.astype(np.uint8), np.ones((5, 5), dtype=np.uint8)).astype(bool)
-    left, top, right, bottom = _box(area)
+    left, top, right, bottom = box(area)
     x, y = (left + right - IMAGE_SIZE) / 2, (top + bottom - IMAGE_SIZE) / 2
     if max(abs(x), abs(y)) <= CENTRAL:
         position = "center"
@@ -130,19 +145,63 @@ def look(picture: Pixels) -> Sighting:
         position = "top" if y < 0 else "bottom"
     return Sighting(
         background=background,
-        colour=_nearest(np.median(lab[inner if inner.any() else area], axis=0), COLOURS),
+        colour=colour_of(lab, area),
         shape=recognise(area),
         position=position,
         size="large" if max(right - left, bottom - top) >= LARGE_FROM else "small",
     )
 
 
+def colour_of(lab: Lab, area: Area) -> str:
+    """The colour of most of `area`, its border left out."""
+    inner = cv2.erode(area.astype(np.uint8), np.ones((5, 5), dtype=np.uint8)).astype(bool)
+    return _nearest(np.median(lab[inner if inner.any() else area], axis=0), COLOURS)
+
+
+PAIR_WORDS = ("background", "colours", "shapes", "relation")
+
+
+def look_at_pair(picture: Pixels, pair: Pair) -> dict[str, bool]:
+    """Word by word, whether a (256, 256, 3) picture shows what `pair` says.
+
+    The two largest things are taken as its objects in the order that fits their words best. The relation is right
+    if that order is the one that it asks for, and the things lie apart along its axis.
+    """
+    lab = to_lab(picture)
+    marks = dict.fromkeys(PAIR_WORDS, False)
+    marks["background"] = _nearest(_ground(lab), BACKGROUNDS) == pair.background
+    areas = find_objects(lab)[:2]
+    if len(areas) < 2:
+        return marks
+    seen = [(Thing(shape=recognise(area) or "", colour=colour_of(lab, area)), _middle(area)) for area in areas]
+
+    def fit(order: list[tuple[Thing, Point]]) -> list[tuple[bool, bool]]:
+        things = zip((pair.first, pair.second), order, strict=True)
+        return [(wanted.colour == thing.colour, wanted.shape == thing.shape) for wanted, (thing, _) in things]
+
+    straight, swapped = fit(seen), fit(seen[::-1])
+    best, order = (straight, seen) if sum(map(sum, straight)) >= sum(map(sum, swapped)) else (swapped, seen[::-1])
+    marks["colours"] = all(colour for colour, _ in best)
+    marks["shapes"] = all(shape for _, shape in best)
+    (x1, y1), (x2, y2) = order[0][1], order[1][1]
+    x, y = RELATIONS[pair.relation]
+    along, across = (x1 - x2) * x + (y1 - y2) * y, abs((x1 - x2) * y) + abs((y1 - y2) * x)
+    certain = sum(map(sum, straight)) != sum(map(sum, swapped))
+    marks["relation"] = certain and along > max(CENTRAL, across)
+    return marks
+
+
+def _middle(area: Area) -> Point:
+    left, top, right, bottom = box(area)
+    return (left + right) / 2, (top + bottom) / 2
+
+
 def icon_features(picture: Pixels) -> NDArray[np.float32]:
     """The object on its background, cut out and shrunk: (32 * 32 * 3,) Lab values."""
-    lab = _lab(picture)
+    lab = to_lab(picture)
     distance = np.linalg.norm(lab - _ground(lab), axis=2)
     area = cv2.morphologyEx((distance > 8).astype(np.uint8), cv2.MORPH_OPEN, np.ones((3, 3), dtype=np.uint8)) > 0
-    left, top, right, bottom = _box(area) if area.any() else (0, 0, IMAGE_SIZE, IMAGE_SIZE)
+    left, top, right, bottom = box(area) if area.any() else (0, 0, IMAGE_SIZE, IMAGE_SIZE)
     half = max(right - left, bottom - top) // 2 + 4
     x, y = (left + right) // 2, (top + bottom) // 2
     border = cv2.copyMakeBorder(lab, half, half, half, half, cv2.BORDER_REPLICATE)

@@ -6,6 +6,8 @@ model has latents of zero mean and unit deviation and the scaling factor 1.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -15,29 +17,68 @@ from torch import Tensor
 
 from latentmill.engine.loading.config import VAEConfig
 from latentmill.engine.networks.autoencoder import AutoencoderKL
-from training import architecture, icons, parallel, scenes, tokenizer
-from training.common import device, load_checkpoint, save_checkpoint, to_tensor
+from training import architecture, autoencoder, icons, pairs, parallel, scenes, tokenizer
+from training.common import device, load_checkpoint, place, save_checkpoint, to_tensor
+from training.icons import Sprite
+from training.scenes import Pixels
 
 CHECKPOINT = "latents.pt"
 AUTOENCODER = "vae.safetensors"
+KINDS = ("scenes", "pairs", "icons")
 CAPTIONS_PER_PICTURE = 6
 BATCH = 8
 REPORT_EVERY = 50  # batches
 
 
-def _pictures(scene_count: int, icon_count: int) -> tuple[list[scenes.Scene], list[icons.Icon]]:
-    rng = np.random.default_rng(11)
-    drawn = scenes.draw_scenes(scenes.split(held_out=False), scene_count, rng)
-    return drawn, icons.draw_icons(list(icons.NAMES), icon_count, rng)
+@dataclass(frozen=True, kw_only=True)
+class Pictures:
+    """What is to be encoded, in this order."""
+
+    scenes: list[scenes.Scene]
+    pairs: list[pairs.Pair]
+    icons: list[icons.Icon]
+
+    @classmethod
+    def draw(cls, counts: Mapping[str, int]) -> Pictures:
+        """So many of each kind, the same ones on every call."""
+        rng = np.random.default_rng(11)
+        return cls(
+            scenes=scenes.draw_scenes(scenes.split(held_out=False), counts["scenes"], rng),
+            pairs=pairs.draw_pairs(counts["pairs"], rng, held_out=False),
+            icons=icons.draw_icons(list(icons.NAMES), counts["icons"], rng),
+        )
+
+    def render(self, index: int, sprites: Mapping[tuple[str, str], Sprite]) -> Pixels:
+        """The picture at `index`, the same on every call."""
+        rng = np.random.default_rng([12, index])
+        if index < len(self.scenes):
+            return scenes.render(self.scenes[index], rng)
+        index -= len(self.scenes)
+        if index < len(self.pairs):
+            return pairs.render(self.pairs[index], rng)
+        return icons.render(self.icons[index - len(self.pairs)], sprites, rng)
+
+    def captions(self) -> list[str]:
+        """`CAPTIONS_PER_PICTURE` captions of each picture, one after the other."""
+        rng = np.random.default_rng(13)
+        times = range(CAPTIONS_PER_PICTURE)
+        texts = [scenes.caption(scene, rng) for scene in self.scenes for _ in times]
+        texts += [pairs.caption(pair, rng) for pair in self.pairs for _ in times]
+        return texts + [icons.caption(icon, rng) for icon in self.icons for _ in times]
 
 
-def encode(work: Path, scene_count: int, icon_count: int) -> Path:
-    """Encode the data set with the first stage's averaged weights; writes latents and folded autoencoder to `work`."""
+def encode(work: Path, counts: Mapping[str, int], processes: int | None = None) -> Path:
+    """Encode the data set with the first stage's averaged weights; writes the latents to `work`.
+
+    A first stage from nothing is folded and written as well; one that was finished before is folded already.
+    """
     if (work / CHECKPOINT).is_file():
         return work / CHECKPOINT
-    finished = (work / AUTOENCODER).is_file()  # a first stage that is not to change: it is folded already
-    processes = 1 if device().type == "cuda" else None
-    parallel.launch(_work, work, scene_count, icon_count, processes=processes)
+    finished = (work / autoencoder.START).is_file()
+    if device().type == "cuda":
+        processes = 1
+    icons.load_sprites(work / "npm")
+    parallel.launch(_work, work, dict(counts), processes=processes)
     parts = [load_checkpoint(path) for path in sorted(work.glob("latents-part-*.pt"))]
     found = [part for part in parts if part is not None]
     latents = torch.cat([part["latents"] for part in found]).float()
@@ -47,57 +88,52 @@ def encode(work: Path, scene_count: int, icon_count: int) -> Path:
     print(f"latents: {len(latents)} pictures, mean {mean.tolist()}, deviation {deviation.tolist()}", flush=True)
     if not finished:
         latents = (latents - mean[:, None, None]) / deviation[:, None, None]
-        save_file(fold(_first_stage(work), mean, deviation), work / AUTOENCODER)
-    drawn, pictograms = _pictures(scene_count, icon_count)
-    tokens = _tokens(work, drawn, pictograms)
-    save_checkpoint(work / CHECKPOINT, {"latents": latents.half(), "tokens": tokens, "scenes": len(drawn)})
+        save_file(fold(_learned(work), mean, deviation), work / AUTOENCODER)
+    texts = Pictures.draw(counts).captions()
+    tokens = tokenizer.encode(tokenizer.load(work / "tokenizer"), texts).to(torch.int16)
+    tokens = tokens.reshape(-1, CAPTIONS_PER_PICTURE, architecture.MODEL_MAX_LENGTH)
+    counted = {kind: counts[kind] for kind in KINDS}
+    save_checkpoint(work / CHECKPOINT, {"latents": latents.half(), "tokens": tokens, "counts": counted})
     for path in work.glob("latents-part-*.pt"):
         path.unlink()
     return work / CHECKPOINT
 
 
-def _first_stage(work: Path) -> dict[str, Tensor]:
-    if (work / AUTOENCODER).is_file():
-        return folded_autoencoder(work)
-    checkpoint = load_checkpoint(work / "autoencoder.pt")
+def _learned(work: Path) -> dict[str, Tensor]:
+    """The averaged weights that the first stage has reached."""
+    checkpoint = load_checkpoint(work / autoencoder.CHECKPOINT)
     if checkpoint is None:
-        raise RuntimeError(f"{work / 'autoencoder.pt'} is not there: run `--stage autoencoder` first")
+        raise RuntimeError(f"{work / autoencoder.CHECKPOINT} is not there: run `--stage autoencoder` first")
     values: dict[str, Tensor] = checkpoint["average"]["values"]
     return values
 
 
+def first_stage(work: Path) -> dict[str, Tensor]:
+    """The first stage that belongs to the latents of `work`: folded, and the best that there is."""
+    start = work / autoencoder.START
+    if not start.is_file():
+        return load_file(work / AUTOENCODER)
+    return _learned(work) if (work / autoencoder.CHECKPOINT).is_file() else load_file(start)
+
+
 @torch.inference_mode()
-def _work(rank: int, work: Path, scene_count: int, icon_count: int) -> None:
+def _work(rank: int, work: Path, counts: Mapping[str, int]) -> None:
     """One process's share of the pictures, written as one part."""
     count = parallel.world_size()
     model = AutoencoderKL(VAEConfig.from_dict(architecture.VAE))
-    model.load_state_dict(_first_stage(work))
-    model.to(device()).eval()
+    start = work / autoencoder.START
+    model.load_state_dict(load_file(start) if start.is_file() else _learned(work))
+    place(model.eval())
     sprites = icons.load_sprites(work / "npm")
-    drawn, pictograms = _pictures(scene_count, icon_count)
-    mine = list(range(rank, scene_count + icon_count, count))
+    drawn = Pictures.draw(counts)
+    mine = list(range(rank, sum(counts[kind] for kind in KINDS), count))
     found = []
-    for start in range(0, len(mine), BATCH):
-        pictures = []
-        for index in mine[start : start + BATCH]:
-            rng = np.random.default_rng([12, index])
-            if index < scene_count:
-                pictures.append(scenes.render(drawn[index], rng))
-            else:
-                pictures.append(icons.render(pictograms[index - scene_count], sprites, rng))
+    for first in range(0, len(mine), BATCH):
+        pictures = [drawn.render(index, sprites) for index in mine[first : first + BATCH]]
         found.append(model.encode(to_tensor(pictures).to(device())).mean.half().cpu())
-        if rank == 0 and start // BATCH % REPORT_EVERY == 0:
-            print(f"latents {start}/{len(mine)} in the first of {count} processes", flush=True)
+        if rank == 0 and first // BATCH % REPORT_EVERY == 0:
+            print(f"latents {first}/{len(mine)} in the first of {count} processes", flush=True)
     save_checkpoint(work / f"latents-part-{rank}.pt", {"latents": torch.cat(found), "index": torch.tensor(mine)})
-
-
-def _tokens(work: Path, drawn: list[scenes.Scene], pictograms: list[icons.Icon]) -> Tensor:
-    """Token ids of several captions per picture: (n, captions, length) int16."""
-    rng = np.random.default_rng(13)
-    texts = [scenes.caption(scene, rng) for scene in drawn for _ in range(CAPTIONS_PER_PICTURE)]
-    texts += [icons.caption(icon, rng) for icon in pictograms for _ in range(CAPTIONS_PER_PICTURE)]
-    ids = tokenizer.encode(tokenizer.load(work / "tokenizer"), texts)
-    return ids.to(torch.int16).reshape(-1, CAPTIONS_PER_PICTURE, architecture.MODEL_MAX_LENGTH)
 
 
 def fold(state: dict[str, Tensor], mean: Tensor, deviation: Tensor) -> dict[str, Tensor]:
@@ -111,9 +147,4 @@ def fold(state: dict[str, Tensor], mean: Tensor, deviation: Tensor) -> dict[str,
     after = state["post_quant_conv.weight"]
     state["post_quant_conv.bias"] += after[:, :, 0, 0] @ mean
     after *= deviation.reshape(1, -1, 1, 1)
-    return state
-
-
-def folded_autoencoder(work: Path) -> dict[str, Tensor]:
-    """The autoencoder that `encode` wrote."""
-    return load_file(work / AUTOENCODER)
+    return {name: value.contiguous() for name, value in state.items()}  # the training has them with channels last

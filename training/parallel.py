@@ -30,6 +30,10 @@ def world_size() -> int:
 def launch(worker: Worker, *arguments: Any, processes: int | None = None) -> None:
     """Run `worker(rank, *arguments)` once per core (or `processes` times) and wait; an error in one ends all."""
     count = processes or (1 if device().type == "cuda" else os.cpu_count() or 1)
+    if processes == 1 and device().type == "cpu":  # one core of several: the others are for somebody else
+        torch.set_num_threads(1)
+        worker(0, *arguments)
+        return
     with tempfile.TemporaryDirectory() as folder:
         store = str(Path(folder) / "store")
         spawn(_enter, args=(worker, count, store, arguments), nprocs=count)  # type: ignore[no-untyped-call]

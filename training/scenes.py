@@ -1,7 +1,7 @@
 """One-object scenes: a closed grammar of pictures whose content a program can check.
 
-A scene is one shape of one colour and one size on a plain background, in its centre. The grammar is
-split by a hash: one combination in ten never appears in training and is kept for the evaluation.
+A scene is one shape of one colour and one size at one of five places on a plain background. The grammar is split by a
+hash: one combination in ten never appears in training and is kept for the evaluation.
 """
 
 from __future__ import annotations
@@ -52,8 +52,6 @@ POSITIONS: dict[str, tuple[float, float]] = {  # the object's centre as a fracti
     "top": (0.0, -1.0),
     "bottom": (0.0, 1.0),
 }
-# What an hour on two cores can learn; the judge sees the other places all the same.
-TRAINED_POSITIONS = ("center",)
 SIZES = {"small": (110, 122), "large": (160, 176)}  # side of the object's box in pixels
 MARGIN = 12  # pixels between an off-centre object and the border
 
@@ -72,7 +70,12 @@ class Scene:
     def held_out(self) -> bool:
         """Whether the combination belongs to the evaluation (about one in ten)."""
         key = f"{self.shape}/{self.colour}/{self.background}/{self.position}/{self.size}"
-        return hashlib.sha256(key.encode()).digest()[0] < 26
+        return kept_back(key)
+
+
+def kept_back(key: str) -> bool:
+    """Whether the combination named `key` is never trained on: a fixed tenth of all."""
+    return hashlib.sha256(key.encode()).digest()[0] < 26
 
 
 def all_scenes() -> list[Scene]:
@@ -80,13 +83,14 @@ def all_scenes() -> list[Scene]:
     return [
         Scene(shape=shape, colour=colour, background=background, position=position, size=size)
         for shape, colour, background, position, size in itertools.product(
-            SHAPES, COLOURS, BACKGROUNDS, TRAINED_POSITIONS, SIZES
+            SHAPES, COLOURS, BACKGROUNDS, POSITIONS, SIZES
         )
         if (colour, background) not in INVISIBLE
     ]
 
 
-def _article(word: str) -> str:
+def article(word: str) -> str:
+    """The indefinite article before `word`."""
     return "an" if word[0] in "aeiou" else "a"
 
 
@@ -95,19 +99,19 @@ def caption(scene: Scene, rng: np.random.Generator | None = None) -> str:
     place = {"center": "in the center", "left": "on the left", "right": "on the right"}.get(
         scene.position, f"at the {scene.position}"
     )
-    first = f"{_article(scene.size)} {scene.size} {scene.colour} {scene.shape}"
-    full = f"{first} {place} on {_article(scene.background)} {scene.background} background"
+    first = f"{article(scene.size)} {scene.size} {scene.colour} {scene.shape}"
+    full = f"{first} {place} on {article(scene.background)} {scene.background} background"
     form = 0 if rng is None else int(rng.integers(8))
     if form <= 3:
         return full
     if form == 4:
-        return f"{first} on {_article(scene.background)} {scene.background} background, {place}"
+        return f"{first} on {article(scene.background)} {scene.background} background, {place}"
     if form == 5:
         return f"{scene.background} background, {first} {place}"
-    short = f"{_article(scene.colour)} {scene.colour} {scene.shape}"
+    short = f"{article(scene.colour)} {scene.colour} {scene.shape}"
     if form == 6:  # the size is left to the model
-        return f"{short} {place} on {_article(scene.background)} {scene.background} background"
-    return f"{short} on {_article(scene.background)} {scene.background} background"  # position and size are free
+        return f"{short} {place} on {article(scene.background)} {scene.background} background"
+    return f"{short} on {article(scene.background)} {scene.background} background"  # position and size are free
 
 
 def _regular(points: int, inner: float = 1.0, phase: float = -90.0) -> NDArray[np.float64]:
@@ -178,10 +182,16 @@ def render(scene: Scene, rng: np.random.Generator) -> Pixels:
         IMAGE_SIZE / 2 + x * travel + float(rng.uniform(-4, 4)),
         IMAGE_SIZE / 2 + y * travel + float(rng.uniform(-4, 4)),
     )
-    coverage = mask(scene.shape, side, centre, float(rng.uniform(-3, 3)))[..., None]
-    front = np.asarray(COLOURS[scene.colour], dtype=np.float32) + rng.uniform(-6, 6, 3)
-    back = np.asarray(BACKGROUNDS[scene.background], dtype=np.float32) + rng.uniform(-3, 3, 3)
-    picture = coverage * front + (1.0 - coverage) * back
+    return paint(scene.background, [(scene.colour, mask(scene.shape, side, centre, float(rng.uniform(-3, 3))))], rng)
+
+
+def paint(background: str, objects: Sequence[tuple[str, Mask]], rng: np.random.Generator) -> Pixels:
+    """`objects`, each a colour and where it covers, on `background`, all colours slightly off: (256, 256, 3) uint8."""
+    fronts = [np.asarray(COLOURS[colour], dtype=np.float32) + rng.uniform(-6, 6, 3) for colour, _ in objects]
+    back = np.asarray(BACKGROUNDS[background], dtype=np.float32) + rng.uniform(-3, 3, 3)
+    picture = np.broadcast_to(back, (IMAGE_SIZE, IMAGE_SIZE, 3))
+    for front, (_, coverage) in zip(fronts, objects, strict=True):
+        picture = coverage[..., None] * front + (1.0 - coverage[..., None]) * picture
     return np.clip(np.round(picture), 0, 255).astype(np.uint8)
 
 

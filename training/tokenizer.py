@@ -12,7 +12,7 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, tr
 from torch import Tensor
 from transformers import CLIPTokenizer
 
-from training import architecture, icons, scenes
+from training import architecture, icons, pairs, scenes
 
 START, END, WORD_END = "<|startoftext|>", "<|endoftext|>", "</w>"
 PATTERN = r"""<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"""
@@ -22,6 +22,7 @@ def captions() -> list[str]:
     """Captions of every kind that the training draws, the same list on every call."""
     rng = np.random.default_rng(7)
     found = [scenes.caption(scene, rng) for scene in scenes.split(held_out=False)]
+    found += [pairs.caption(pair, rng) for pair in pairs.draw_pairs(2000, rng, held_out=False)]
     found += [icons.caption(icon, rng) for icon in icons.draw_icons(list(icons.NAMES), 4000, rng)]
     return found
 

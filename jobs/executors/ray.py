@@ -9,6 +9,7 @@ from __future__ import annotations
 import pickle
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from latentmill.jobs.chunk_result import ChunkResult, describe_fault
@@ -37,7 +38,9 @@ class RayExecutor:
 
     def __init__(self, job: Job, runtime: Runtime, *, engine_factory: EngineFactory = load_engine) -> None:
         self._job = job
-        self._arguments = pickle.dumps(((_shared_url(job.url), job.plan.plan_hash), engine_factory))
+        reuse = replace(job.reuse, donors=tuple(map(_shared_url, job.reuse.donors)))
+        place = (_shared_url(job.url), job.plan.plan_hash, reuse)
+        self._arguments = pickle.dumps((place, engine_factory))
         self._threads = job.plan.settings.threads_per_actor or 1
         self._faults = Faults(runtime.chunk_timeout)
         self._unloadable = Unloadable(job)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -10,23 +11,23 @@ from latentmill.jobs.chunk_result import ChunkResult
 from latentmill.jobs.errors import JobError
 from latentmill.jobs.executors.chunk_runner import ChunkRunner
 from latentmill.jobs.executors.deadline import deadline
-from latentmill.jobs.job import Job, open_job
+from latentmill.jobs.job import Job, Reuse, open_job
 from latentmill.jobs.worker import EngineFactory, SampledChunk
 
 
 @lru_cache(maxsize=1)
-def job_of_this_process(out_url: str, plan_hash: str) -> Job:
+def job_of_this_process(out_url: str, plan_hash: str, reuse: Reuse) -> Job:
     """The driver's job, opened once in each process. Raises JobError if the output has another plan by now."""
     job = open_job(out_url)
     if job.plan.plan_hash != plan_hash:
         raise JobError(f"{job.storage.url} has another plan than when this run began; run the same command again")
-    return job
+    return replace(job, reuse=reuse)
 
 
 class Worker:
     """A ChunkRunner whose chunks are finished by other threads while the next one is sampled."""
 
-    def __init__(self, place: tuple[str, str], engine_factory: EngineFactory, model: int) -> None:
+    def __init__(self, place: tuple[str, str, Reuse], engine_factory: EngineFactory, model: int) -> None:
         self._runner = ChunkRunner(job_of_this_process(*place), engine_factory=engine_factory, model=model)
         self._sampled: dict[int, SampledChunk] = {}
         self._stopped = False

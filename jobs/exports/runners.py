@@ -7,11 +7,10 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from functools import lru_cache, partial
 
-from latentmill.jobs.errors import UsageError
 from latentmill.jobs.executors.ray_tasks import run_tasks
 from latentmill.jobs.exports.documents import ShardRecord
 from latentmill.jobs.exports.shards import Export, open_export, write_shard
-from latentmill.jobs.store.urls import display_url, place_of
+from latentmill.jobs.store.urls import shared_url
 
 _THREADS = 4
 
@@ -29,18 +28,10 @@ def threads(export: Export, numbers: Sequence[int]) -> Iterator[ShardRecord]:
 def ray(export: Export, numbers: Sequence[int]) -> Iterator[ShardRecord]:
     """The same by tasks of a cluster, whose nodes reach both places."""
     spec = export.spec
-    places = _shared_url(export.source.job.url), _shared_url(spec.out)
+    places = shared_url(export.source.job.url), shared_url(spec.out)
     keys = tuple(None if file is None else os.path.abspath(file) for file in (spec.sign, spec.key))  # noqa: PTH100 - a name
     call = partial(_write_there, (*places, *keys))
     return run_tasks(call, numbers, at_once=spec.workers, address=spec.address, insecure=spec.insecure_ray)
-
-
-def _shared_url(url: str) -> str:
-    """The place as every process understands it, wherever it was started."""
-    protocol, path = place_of(url)
-    if protocol == "memory":
-        raise UsageError(f"{display_url(url)} lives in one process only; use --executor threads or another place")
-    return path if protocol == "file" else url
 
 
 def _write_there(places: tuple[str | None, ...], number: int) -> ShardRecord:

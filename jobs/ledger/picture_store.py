@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from latentmill.jobs.store.errors import FOREIGN_REMEDY, ForeignObjectError
 from latentmill.jobs.store.storage import Storage
@@ -27,6 +28,14 @@ class StoredImage:
     sha256: str
 
 
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """A picture's file in another output."""
+
+    storage: Storage
+    path: str
+
+
 class PictureStore:
     """One PNG per sample: `images/00000/00000007-{attempt}/{sample_id}.png`, of a repair `00000007-r1-{attempt}`."""
 
@@ -34,17 +43,25 @@ class PictureStore:
         self._storage = storage
 
     def write(
-        self, chunk: int, attempt: str, images: Sequence[tuple[str, bytes]], repair: int = 0
+        self,
+        chunk: int,
+        attempt: str,
+        images: Sequence[tuple[str, bytes]],
+        repair: int = 0,
+        origins: Mapping[str, Origin] = MappingProxyType({}),
     ) -> dict[str, StoredImage]:
         """Store `(sample_id, file bytes)` pairs, several at a time; afterwards all of them are durable.
 
-        `repair` is the number of the repair that the attempt is one at, 0 if it is one at the chunk itself.
+        `repair` is the number of the repair that the attempt is one at, 0 if it is one at the chunk itself. Those in
+        `origins` become hard links where their file can have one more.
         """
 
         def store(item: tuple[str, bytes]) -> tuple[str, StoredImage]:
             sample_id, data = item
             path = picture_path(chunk, attempt, sample_id, repair)
-            self._storage.write(path, data)
+            origin = origins.get(sample_id)
+            if origin is None or not self._storage.link(path, data, origin.storage, origin.path):
+                self._storage.write(path, data)
             return sample_id, StoredImage(path=path, size=len(data), sha256=hashlib.sha256(data).hexdigest())
 
         with ThreadPoolExecutor(_THREADS) as pool:

@@ -36,7 +36,7 @@ class ModelChoice:
     tokenizer: str | None = None
     prediction_type: str | None = None
     timestep_spacing: str | None = None
-    loras: Mapping[str, str] = field(default_factory=dict)
+    loras: Mapping[str, str] = field(default_factory=dict, hash=False)
     vae: str | None = None
     preview_decoder: str | None = None
 

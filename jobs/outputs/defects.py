@@ -6,12 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import numpy as np
-import pyarrow as pa
-
 from latentmill.jobs.ledger.picture_store import picture_path
 from latentmill.jobs.ledger.records import CommitRecord
-from latentmill.jobs.plans.columns import Column, columns_of, values
+from latentmill.jobs.plans.columns import columns_of, stored, values
 from latentmill.jobs.plans.plan import Plan, PlannedSample
 
 Kind = Literal[
@@ -58,16 +55,11 @@ def row_defects(path: str, rows: list[dict[str, Any]], samples: list[PlannedSamp
         wrong = [
             column.name
             for column in columns
-            if column.name in expected and row[column.name] != _stored(column, expected[column.name])
+            if column.name in expected and row[column.name] != stored(column, expected[column.name])
         ]
         if wrong:
             detail = f"sample {sample.sample_id}: {', '.join(wrong)} not as the plan asked for"
             yield Defect(kind="row-wrong", path=path, detail=detail)
-
-
-def _stored(column: Column, value: Any) -> Any:
-    """The value as the column's type stores it."""
-    return float(np.float32(value)) if isinstance(value, float) and column.type == pa.float32() else value
 
 
 def is_own_picture(row: dict[str, Any], record: CommitRecord) -> bool:

@@ -328,8 +328,17 @@ def _lacks_picture(row: Row) -> str | None:
 
 def _model_of(recipe: Recipe) -> Hashable:
     """What recipes share that one loaded engine draws."""
-    model = (recipe.model, recipe.model_sha256, recipe.prompt_syntax, recipe.long_prompts)
-    return (*model, recipe.safety, recipe.safety_threshold, recipe.dtype, recipe.threads, recipe.batch_size)
+    model = (repr(recipe.model), repr(recipe.merged_loras), recipe.model_sha256)
+    return (
+        *model,
+        recipe.prompt_syntax,
+        recipe.long_prompts,
+        recipe.safety,
+        recipe.safety_threshold,
+        recipe.dtype,
+        recipe.threads,
+        recipe.batch_size,
+    )
 
 
 def _by_shape(recipes: Mapping[int, Recipe]) -> Mapping[Hashable, Mapping[int, Recipe]]:

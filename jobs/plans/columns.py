@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+import numpy as np
 import pyarrow as pa
 
 from latentmill.jobs.xmp import DIGITAL_SOURCE_TYPE
@@ -231,6 +232,13 @@ COLUMNS: tuple[Column, ...] = (
         lambda _: DIGITAL_SOURCE_TYPE,
         since=4,
     ),
+    _by_name(
+        "postprocess",
+        "reused_from",
+        pa.string(),
+        "The picture of another output that `--reuse` took it from; null if it was drawn for this one.",
+        since=5,
+    ),
 )
 """The columns that the project writes itself, in order; a plan appends the manifest's other columns.
 
@@ -263,6 +271,11 @@ def own_fields(format_version: int | None = None) -> tuple[pa.Field, ...]:
 def own_names() -> frozenset[str]:
     """The names of the columns of what is planned now."""
     return frozenset(field.name for field in own_fields())
+
+
+def stored(column: Column, value: Any) -> Any:
+    """The value as the column's type stores it."""
+    return float(np.float32(value)) if column.type == pa.float32() and value is not None else value
 
 
 def values(columns: tuple[Column, ...], source: Source, origin: Any) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from functools import cached_property
 from importlib import metadata
 from itertools import islice
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -25,7 +25,7 @@ from latentmill.jobs.models.resolved import ResolvedModel
 from latentmill.jobs.plans.columns import formats
 from latentmill.jobs.plans.grid import Grid, class_fields, decode_class
 from latentmill.jobs.plans.ids import IdCounter
-from latentmill.jobs.plans.planned import fingerprint
+from latentmill.jobs.plans.planned import Plan, fingerprint, part_path
 from latentmill.jobs.plans.prompt_notes import PromptNotes
 from latentmill.jobs.plans.snapshot import RejectWriter, SnapshotWriter
 from latentmill.jobs.plans.summary import (
@@ -39,6 +39,9 @@ from latentmill.jobs.plans.summary import (
 )
 from latentmill.jobs.spec import JobSpec
 from latentmill.jobs.store.urls import display_url
+
+if TYPE_CHECKING:
+    from latentmill.jobs.store.storage import Storage
 
 MAX_PROMPTS_TOKENIZED = 100_000
 _TOKENIZER_BATCH = 1_000
@@ -142,6 +145,10 @@ class DraftPlan:
             "axes": [[axis.name, list(axis.values)] for axis in self.axes],
         }
 
+    def plan(self) -> Plan:
+        """The plan as its readers will know it. It is read from the spool, and no longer than that is there."""
+        return Plan(self.document(), cast("Storage", _Spool(self.spec.out, self.digest, self.snapshot)))
+
     def summary(self) -> PlanSummary:
         """The plan in numbers; counts the tokens of the first 100,000 prompts."""
         identity = self.identity
@@ -223,6 +230,19 @@ class DraftPlan:
         for part in range(len(self.snapshot.parts)):
             with pq.ParquetFile(self.snapshot.path(part)) as file:
                 yield from file.iter_batches(_TOKENIZER_BATCH, columns=names)
+
+
+@dataclass(frozen=True, slots=True)
+class _Spool:
+    """The parts of a snapshot, as a plan asks an output for them."""
+
+    url: str
+    digest: str
+    snapshot: SnapshotWriter
+
+    def read(self, path: str) -> bytes:
+        parts = range(len(self.snapshot.parts))
+        return self.snapshot.path({part_path(self.digest, part): part for part in parts}[path]).read_bytes()
 
 
 def _version(package: str) -> str:

@@ -12,7 +12,8 @@ from latentmill.jobs.manifests.fields import shorten
 from latentmill.jobs.manifests.prompt_texts import PromptTexts
 
 _LIKE_A_TEMPLATE = r"\{[^{}]*\||\d\$\$|__[A-Za-z][^\s{}|]*__"
-_LIKE_A_NETWORK = r"(?i)<(?:lora|lyco|hypernet):"
+_LIKE_A_NETWORK = r"(?i)<(?:lyco|hypernet):"
+"""What `<lora:...>` means is said by row_loras.py, which knows the job's LoRAs."""
 
 
 class PromptNotes:
@@ -46,7 +47,7 @@ class PromptNotes:
         said = []
         remedies: Mapping[str, str] = {
             "templates": "look like templates and are drawn as they are; to expand them, say --template dynamic",
-            "networks": "name a LoRA or another network, which is not loaded: the text is read as words",
+            "networks": "name a network, which is not loaded: the text is read as words",
         }
         for kind, remedy in remedies.items():
             if kind in self._found:

@@ -28,6 +28,7 @@ class Clip:
 
     name = "clip"
     columns = {"clip_score": "float32"}  # noqa: RUF012 - a constant of the class
+    on_device = True
 
     def __init__(self, folder: Path, device: str) -> None:
         files = {name: folder / name for name in _names(folder)}

@@ -31,7 +31,7 @@ class Scorer(Protocol):
     name, or begins with it and an underscore, so that no two scorers share one. A class may have a method
     `load(spec)`, which makes a scorer from the settings of `latentmill score`; without it, it is called without
     arguments. It may have a text `hash_column`: that column holds 64-bit hashes, as 16 hexadecimal digits, by which
-    pictures that look alike are found.
+    pictures that look alike are found, and a true `on_device` where it runs on a GPU, if there is one.
     """
 
     name: str

@@ -13,6 +13,7 @@ from latentmill.jobs.spec import DEVICES
 
 MAX_DISTANCE = 16
 SCORING = "How pictures are scored"
+RUNNING = "Where they are scored"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +24,14 @@ class ScoreSpec:
     device: str = choice("auto", SCORING, "Where models of scorers run: auto, cpu or cuda.", DEVICES)
     distance: int = whole(
         4, SCORING, "Bits in which the hashes of pictures that count as near duplicates may differ.", 0, MAX_DISTANCE
+    )
+    executor: str = choice("threads", RUNNING, "threads of this process, or ray.", ("threads", "ray"))
+    address: str | None = text(
+        None, RUNNING, "Ray cluster, HOST:6379; default RAY_ADDRESS, else one on this machine. Its nodes reach OUT."
+    )
+    insecure_ray: bool = switch(RUNNING, "Join a cluster without token authentication: anyone can run code on it.")
+    workers: int | None = whole(
+        None, RUNNING, "On Ray, parts at work at once: one for each CPU, or GPU where a scorer uses it.", 1, 10_000
     )
     replace: bool = switch(SCORING, "Replace scores of another version of a scorer, which are refused otherwise.")
 

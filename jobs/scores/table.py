@@ -37,6 +37,16 @@ SCORERS: Mapping[str, ScorerEntry] = {
         what="`phash`: 64 bits of the picture's lowest frequencies, as the library imagehash has them; near duplicates "
         "are told",
     ),
+    "embedding": ScorerEntry(
+        place="embedding.Embedding",
+        what="`embedding_hash`: 64 bits of the picture's embedding by EfficientNet-Lite0; near duplicates are told, "
+        "also where one is cut, turned a little or mirrored; needs `latentmill[embedding]`",
+    ),
+    "text": ScorerEntry(
+        place="text.WrittenText",
+        what="`text`: the words that are read in the picture by rapidocr; `text_share`: the share of the picture that "
+        "they cover; needs `latentmill[text]`",
+    ),
     "clip": ScorerEntry(
         place="clip.Clip",
         what="`clip_score`: the cosine of picture and prompt by the CLIP model at `--clip-model`",

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from latentmill.jobs.outputs.status import StatusReport
     from latentmill.jobs.outputs.verify import VerifyReport
     from latentmill.jobs.plans.summary import Estimate, PlanSummary
+    from latentmill.jobs.reuse_preview import ReusePreview
     from latentmill.jobs.runner import RunSummary
     from latentmill.jobs.scores.duplicates import Duplicates
     from latentmill.jobs.show.comparison import ShownComparison
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 _DEFECTS_SHOWN = 20
 _PAIRS_SHOWN = 20
 _VALUES_SHOWN = 8
+_CELLS_SHOWN = 40
 _COLUMNS_SHOWN = 20
 _COLUMN_SHOWN = 60
 _GLYPHS_SHOWN = 8
@@ -60,9 +62,10 @@ _LONG_PROMPTS = {
 }
 
 
-def show_plan(plan: PlanSummary, *, quiet: bool = False) -> None:
+def show_plan(plan: PlanSummary, reuse: ReusePreview | None = None, *, quiet: bool = False) -> None:
     """What a run would do, and the first rows that it would leave out; with `quiet`, only the notes."""
-    for note in plan.notes if quiet else ():
+    notes = plan.notes if reuse is None else (*plan.notes, *reuse.notes)
+    for note in notes if quiet else ():
         print_line(f"note: {safe(note)}", error=True)
     if quiet:
         return
@@ -109,12 +112,17 @@ def show_plan(plan: PlanSummary, *, quiet: bool = False) -> None:
         "watermark": plan.watermark + _UNREADABLE[plan.watermark_policy],
         "size": f"about {size(plan.bytes_expected)}",
         "plan hash": plan.plan_hash[:16],
+        **({} if reuse is None else _reuse_facts(reuse)),
         "output": f"{plan.out} (nothing was written)",
     }
     if plan.estimate is not None:
         facts |= _estimate_facts(plan.estimate)
     print_facts("plan", facts, style="cyan")
-    for note in plan.notes:
+    if reuse is not None and reuse.axes:
+        cells = [[cell.axis, cell.value, f"{cell.held:,} of {cell.samples:,}"] for cell in reuse.axes[:_CELLS_SHOWN]]
+        title = f"held already (first {len(cells):,} of {len(reuse.axes):,} values)"
+        print_table(title, ["axis", "value", "held"], cells)
+    for note in notes:
         print_line(f"note: {safe(note)}")
     if plan.first_rejects:
         rows = [[note.source, note.source_row, note.reason, note.excerpt] for note in plan.first_rejects]
@@ -152,6 +160,15 @@ def _flags_of_a_run(typed: Sequence[str]) -> list[str]:
     return kept
 
 
+def _reuse_facts(reuse: ReusePreview) -> dict[str, object]:
+    places = ", ".join(f"{held:,} of {out}" for out, held in reuse.held.items()) or "no output"
+    among = "" if reuse.looked_at == reuse.samples else f" of the first {reuse.looked_at:,}"
+    facts: dict[str, object] = {"reuse": f"{reuse.total:,}{among} samples need not be drawn: {places}"}
+    if reuse.execution_classes:
+        facts["if drawn on"] = "; ".join(reuse.execution_classes)
+    return facts
+
+
 def show_run(summary: RunSummary) -> None:
     """How the run ended, where its files are, and what to type next."""
     counts = summary.counts
@@ -166,6 +183,8 @@ def show_run(summary: RunSummary) -> None:
         f"{summary.generated:,} images in {duration(summary.seconds)} ({summary.seconds:.1f} s), "
         f"{summary.images_per_second:.2f} images/s"
     )
+    if summary.reused:
+        facts["reused"] = f"{summary.reused:,} images of other outputs: see the rows' reused_from"
     facts["executor"] = summary.executor
     if summary.left_out:
         facts["left out"] = "; ".join(summary.left_out)
@@ -180,7 +199,7 @@ def show_run(summary: RunSummary) -> None:
             facts["latest"] = f"{summary.latest.pointer}, at {summary.latest.date}"
         out = shlex.quote(summary.out)
         facts["next"] = f"latentmill verify {out}   or   {summary.next_command}"
-        if not summary.generated:
+        if not summary.generated and not summary.reused:
             facts["pictures"] = f"not read again by this run; if one is damaged: latentmill repair {out}"
     elif summary.exit_code == 130:
         facts["resume"] = resume_command()

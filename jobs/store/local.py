@@ -23,6 +23,9 @@ _BELOW = _FOLDER | os.O_NOFOLLOW
 _INPUT = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC  # never wait for the writer of a pipe
 _OUTPUT = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 
+_NO_LINK = {errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP, errno.ENOENT}
+"""A file on another disk, one that may have no further name, a disk without hard links, a file that has gone."""
+
 Publish = Callable[[int, str, str], object]
 """Gives a file its name: the folder's handle, the temporary name, the name."""
 
@@ -63,6 +66,36 @@ class LocalFolder:
             self._regular(path, self._look_up(path))
             return False
         return True
+
+    def link(self, path: str, data: bytes, source: object, source_path: str) -> bool:
+        if not isinstance(source, LocalFolder):
+            return False
+        with source._folder_of(source_path) as (theirs, old), self._folder_of(path, make=True) as (folder, name):
+            temporary = f".{name}.{secrets.token_hex(6)}.tmp"
+            try:
+                os.link(old, temporary, src_dir_fd=theirs, dst_dir_fd=folder, follow_symlinks=False)
+                # what was linked is looked at, not what lay there before
+                if not self._holds(folder, temporary, path, data):
+                    return False
+                os.replace(temporary, name, src_dir_fd=folder, dst_dir_fd=folder)
+                os.fsync(folder)
+            except OSError as error:
+                if error.errno in _NO_LINK:
+                    return False
+                raise
+            finally:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(temporary, dir_fd=folder)
+        return True
+
+    def _holds(self, folder: int, name: str, path: str, data: bytes) -> bool:
+        """Whether it is a regular file with these bytes."""
+        try:
+            handle = self._open(folder, name, _INPUT, path)
+        except ForeignObjectError:
+            return False
+        with os.fdopen(handle, "rb") as file:
+            return os.fstat(handle).st_size == len(data) and file.read(len(data)) == data
 
     def size(self, path: str) -> int:
         status = self._look_up(path)

@@ -115,6 +115,13 @@ class Storage:
         """Afterwards the object holds `data`, durably; a reader sees the old bytes or the new ones, never a mixture."""
         self._patiently("write", path, lambda: self._backend.write(path, data))
 
+    def link(self, path: str, data: bytes, source: Storage, source_path: str) -> bool:
+        """Afterwards the object is another name of one in `source`, if that holds `data` and lies on the same disk.
+
+        False if that cannot be; then nothing is there.
+        """
+        return self._patiently("write", path, lambda: self._backend.link(path, data, source._backend, source_path))
+
     def create(self, path: str, data: bytes) -> bool:
         """Put if absent: True if this call made the object, durably; False if there is one.
 

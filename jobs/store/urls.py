@@ -48,6 +48,14 @@ def place_of(url: str) -> tuple[str, str]:
     return ("file", os.path.realpath(path)) if protocol in {"file", "local"} else (protocol, path.rstrip("/"))
 
 
+def shared_url(url: str) -> str:
+    """The place as every process understands it, wherever it was started. Raises UsageError if only this one has it."""
+    protocol, path = place_of(url)
+    if protocol == "memory":
+        raise UsageError(f"{display_url(url)} lives in one process only; use --executor threads or another place")
+    return path if protocol == "file" else url
+
+
 def display_url(url: str) -> str:
     """The URL as it may be shown and stored: no user, no password, no query."""
     protocol, separator, rest = url.partition("://")

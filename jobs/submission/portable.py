@@ -48,8 +48,9 @@ def visible_to_nodes(spec: JobSpec, *, shared_filesystem: bool) -> JobSpec:
     models = [str(model) for model in spec.sweep.get("model", ())]
     if any(map(_is_on_this_machine, models)):
         local["sweep model"] = next(filter(_is_on_this_machine, models))
-    if local and not shared_filesystem:
-        name, value = next(iter(local.items()))
+    places = [*local.items(), *(("reuse", donor) for donor in spec.runtime.reuse if _is_local(donor))]
+    if places and not shared_filesystem:
+        name, value = places[0]
         raise UsageError(
             f"{name} {value} is a path of this machine; give a URL that every node sees, such as s3://bucket/prefix, "
             f"or say --shared-filesystem if all nodes mount the same path"
@@ -58,9 +59,10 @@ def visible_to_nodes(spec: JobSpec, *, shared_filesystem: bool) -> JobSpec:
     for name in loras:
         absolute["lora"] = {**absolute.get("lora", spec.lora), name: absolute.pop(f"lora {name}")}
     if "sweep model" in local:
-        places = [_absolute(model) if _is_on_this_machine(model) else model for model in models]
-        absolute["sweep"] = {**spec.sweep, "model": places}
-    return replace(spec, **absolute)
+        swept = [_absolute(model) if _is_on_this_machine(model) else model for model in models]
+        absolute["sweep"] = {**spec.sweep, "model": swept}
+    donors = tuple(_absolute(donor) if _is_local(donor) else donor for donor in spec.runtime.reuse)
+    return replace(spec, **absolute, runtime=replace(spec.runtime, reuse=donors))
 
 
 def _places(spec: JobSpec) -> tuple[tuple[str, str | None], ...]:

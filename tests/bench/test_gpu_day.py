@@ -84,7 +84,8 @@ def test_training_goes_on_from_the_shipped_weights_and_then_from_where_it_stoppe
     work.mkdir()
     latents = torch.randn(32, 8, 16, 16, generator=torch.Generator().manual_seed(0)).half()
     tokens = torch.full((32, 2, 77), 841, dtype=torch.int16)
-    torch.save({"latents": latents, "tokens": tokens, "scenes": 16}, work / "latents.pt")
+    counts = {"scenes": 16, "pairs": 8, "icons": 8}
+    torch.save({"latents": latents, "tokens": tokens, "counts": counts}, work / "latents.pt")
     steps = []
     for _ in range(2):
         command = [sys.executable, "-m", "bench.gpu_training", "--work", str(work), "--out", str(out)]

@@ -99,10 +99,12 @@ ORIGINALS = {
 number of their keys, and the sha256 of the sorted lines `key shape`."""
 
 ENCODERS: dict[str, TextEncoderSpec] = {
-    "clip_l": ClipEncoder(config=CLIP_L, component="text_encoder", tokenizer="tokenizer", alias="clip_l"),
-    "clip_g": ClipEncoder(
-        config=OPEN_CLIP_G, component="text_encoder_2", tokenizer="tokenizer_2", alias="clip_g", projection=True
+    "clip_l": ClipEncoder(component="text_encoder", tokenizer="tokenizer", alias="clip_l").configured(
+        CLIP_L, "config.json"
     ),
+    "clip_g": ClipEncoder(
+        component="text_encoder_2", tokenizer="tokenizer_2", alias="clip_g", projection=True
+    ).configured(OPEN_CLIP_G, "config.json"),
     "t5xxl": T5Encoder(component="t5", tokenizer="tokenizer_3", alias="t5xxl").configured(T5_XXL, "config.json"),
 }
 

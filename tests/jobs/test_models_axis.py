@@ -19,6 +19,7 @@ from latentmill.jobs.outputs.repair import repair
 from latentmill.jobs.outputs.verify import verify
 from latentmill.jobs.plans.plan import Plan, adopt, draft_plan
 from latentmill.jobs.plans.planned import PLAN_PATH, canonical, fingerprint
+from latentmill.jobs.reuse_preview import preview_reuse
 from latentmill.jobs.show.report import report
 from latentmill.jobs.spec import JobSpec
 from latentmill.jobs.store.errors import StorageError
@@ -300,6 +301,27 @@ def test_a_plan_without_a_model_that_its_samples_need_is_refused(sweep):
     storage.write(PLAN_PATH, canonical({**document, "checksum": fingerprint(document)}).encode())
     with pytest.raises(JobError, match="its models are not those that its samples need"):
         open_job(spec.out)
+
+
+def test_cells_of_another_output_are_taken_model_by_model(sweep):
+    last = sweep("a", "b", out="last")
+    run(last, engine_factory=tinted_engine)
+    spec = sweep("c", "b")
+    spec = replace(spec, runtime=replace(spec.runtime, reuse=(last.out,)))
+    with draft_plan(spec) as draft:
+        seen = preview_reuse(draft)
+    assert seen is not None
+    assert (seen.held, seen.notes) == ({last.out: 6}, ())
+    assert {(cell.axis, Path(cell.value).name): cell.held for cell in seen.axes} == {
+        ("model", "c"): 0, ("model", "b"): 6, ("seed", "1"): 3, ("seed", "2"): 3,
+    }  # fmt: skip
+    summary = run(spec, engine_factory=tinted_engine)
+    assert (summary.exit_code, summary.reused, summary.generated) == (0, 6, 6)
+    undisturbed = replace(spec, out=f"{spec.out}-alone", runtime=replace(spec.runtime, reuse=()))
+    run(undisturbed, engine_factory=tinted_engine)
+    rows, alone = (read_dataset(out).rows.drop_columns(["reused_from"]) for out in (spec.out, undisturbed.out))
+    assert rows.equals(alone)
+    assert verify(spec.out).exit_code == 0
 
 
 def test_a_pattern_names_every_checkpoint_and_presets_keep_their_place(tmp_path, tiny_model, manifest):

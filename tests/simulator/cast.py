@@ -27,6 +27,7 @@ from latentmill.jobs.job import open_job
 from latentmill.jobs.ledger.ledger import Ledger, record_path, repair_path
 from latentmill.jobs.outputs.publish import MANIFEST_PATH
 from latentmill.jobs.runner import RunSummary
+from latentmill.jobs.spec import Runtime
 from latentmill.jobs.store.errors import StorageError
 from latentmill.jobs.store.storage import Storage
 from tests.simulator.plans import PLAN_BY_HASH, Draft, SimulatedEngine, SimulatedPlan
@@ -106,7 +107,7 @@ class Cast:
         """Someone who types `latentmill run` (`--retry-failed`), and again when it is lost, `lives` times in all."""
         name = f"driver{next(self.numbers)}"
         ready = [True]
-        runtime = SimpleNamespace(executor="inline", shard=None, single_writer=False, retry_failed=retry)
+        runtime = Runtime(executor="inline", retry_failed=retry)
         spec = SimpleNamespace(out=URL, plan=plan, dated=None, runtime=runtime)
 
         def restart() -> None:

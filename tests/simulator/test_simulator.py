@@ -7,6 +7,7 @@ import os
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 
 import pyarrow as pa
 import pytest
@@ -14,7 +15,7 @@ import pytest
 import latentmill.jobs.runner
 from latentmill.jobs.job import Job
 from latentmill.jobs.ledger.ledger import Ledger, _path
-from latentmill.jobs.ledger.picture_store import PictureStore, StoredImage, attempt_folder
+from latentmill.jobs.ledger.picture_store import Origin, PictureStore, StoredImage, attempt_folder
 from latentmill.jobs.ledger.records import CommitRecord, decode_record, encode_record
 from latentmill.jobs.outputs import clean as clean_module
 from latentmill.jobs.outputs import publish as publish_module
@@ -60,9 +61,14 @@ def test_committing_before_the_images_are_written_is_caught(monkeypatch: pytest.
     waiting: dict[str, Callable[[], object]] = {}
 
     def promise(
-        self: PictureStore, chunk: int, attempt: str, images: Sequence[tuple[str, bytes]], repair: int = 0
+        self: PictureStore,
+        chunk: int,
+        attempt: str,
+        images: Sequence[tuple[str, bytes]],
+        repair: int = 0,
+        origins: Mapping[str, Origin] = MappingProxyType({}),
     ) -> dict[str, StoredImage]:
-        waiting[attempt] = lambda: write(self, chunk, attempt, images, repair)
+        waiting[attempt] = lambda: write(self, chunk, attempt, images, repair, origins)
         folder = attempt_folder(chunk, attempt, repair)
         return {
             name: StoredImage(path=f"{folder}/{name}.png", size=len(data), sha256=hashlib.sha256(data).hexdigest())

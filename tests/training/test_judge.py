@@ -5,17 +5,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from training import judge, scenes
+from training import edges, judge, pairs, scenes
 from training.scenes import Scene
 
 
 def pictures(count, seed=0):
     rng = np.random.default_rng(seed)
-    places = list(scenes.POSITIONS)  # all five, whatever the model has learned
-    drawn = [
-        replace(scene, position=places[index % len(places)])
-        for index, scene in enumerate(scenes.draw_scenes(scenes.all_scenes(), count, rng))
-    ]
+    drawn = scenes.draw_scenes(scenes.all_scenes(), count, rng)
     return drawn, [judge.look(scenes.render(scene, rng)) for scene in drawn]
 
 
@@ -85,3 +81,57 @@ def test_nearest_name_tells_pictures_apart():
     gallery = [(f"{kind.colour} {kind.shape}", judge.icon_features(scenes.render(kind, rng))) for kind in kinds]
     found = [judge.nearest_name(scenes.render(kind, rng), gallery) for kind in kinds]
     assert found == [name for name, _ in gallery]
+
+
+def pair_marks(count, change=lambda pair: pair):
+    rng = np.random.default_rng(8)
+    drawn = pairs.draw_pairs(count, rng, held_out=True)
+    marks = [judge.look_at_pair(pairs.render(pair, rng), change(pair)) for pair in drawn]
+    return {word: float(np.mean([mark[word] for mark in marks])) for word in judge.PAIR_WORDS}
+
+
+@pytest.mark.slow
+def test_true_pairs_are_recognised_in_either_order_of_words():
+    assert min(pair_marks(100).values()) >= 0.99
+    assert min(pair_marks(100, lambda pair: pair.reverse).values()) >= 0.99
+
+
+def test_the_opposite_relation_is_wrong_and_all_else_right():
+    marks = pair_marks(30, lambda pair: replace(pair, relation=pair.reverse.relation))
+    assert marks.pop("relation") == 0
+    assert min(marks.values()) == 1
+
+
+def test_one_object_is_no_pair():
+    (pair,) = pairs.draw_pairs(1, np.random.default_rng(1), held_out=True)
+    scene = scenes.Scene(
+        shape=pair.first.shape, colour=pair.first.colour, background=pair.background, position="left", size="small"
+    )
+    marks = judge.look_at_pair(scenes.render(scene, np.random.default_rng(2)), pair)
+    assert marks == {"background": True, "colours": False, "shapes": False, "relation": False}
+
+
+def test_edges_of_true_renders_are_true_and_crisp():
+    rng = np.random.default_rng(9)
+    drawn = scenes.draw_scenes(scenes.all_scenes(), 8, rng)
+    rendered = [scenes.render(scene, rng) for scene in drawn]
+    assert min(edges.scene_score(picture, scene.shape) for picture, scene in zip(rendered, drawn, strict=True)) > 0.99
+    assert max(edges.width(picture) for picture in rendered) < 1.6
+
+
+def test_wavy_edges_and_other_shapes_are_no_true_edges_and_soft_ones_are_wide():
+    import cv2
+
+    scene = scenes.Scene(shape="square", colour="red", background="white", position="center", size="large")
+    picture = scenes.render(scene, np.random.default_rng(0))
+    x, y = np.meshgrid(np.arange(256, dtype=np.float32), np.arange(256, dtype=np.float32))
+    wavy = cv2.remap(picture, x + 6 * np.sin(y / 5), y + 6 * np.sin(x / 5), cv2.INTER_LINEAR)
+    assert edges.scene_score(wavy, "square") < 0.8
+    assert edges.scene_score(picture, "star") < 0.6
+    assert edges.width(cv2.GaussianBlur(picture, (0, 0), 3.0)) > 4
+
+
+def test_an_empty_picture_has_no_edges():
+    plain = np.full((256, 256, 3), 250, dtype=np.uint8)
+    assert edges.scene_score(plain, "circle") == 0
+    assert np.isnan(edges.width(plain))

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from training import scenes
+from training import pairs, scenes
 
 
 def test_the_split_is_fixed_and_covers_every_word():
@@ -11,7 +11,7 @@ def test_the_split_is_fixed_and_covers_every_word():
     assert len(held_out) + len(training) == len(scenes.all_scenes())
     assert not set(held_out) & set(training)
     assert 0.05 < len(held_out) / len(scenes.all_scenes()) < 0.15
-    for word in ("shape", "colour", "background", "size"):
+    for word in ("shape", "colour", "background", "position", "size"):
         every = {getattr(scene, word) for scene in scenes.all_scenes()}
         assert {getattr(scene, word) for scene in held_out} == every
         assert {getattr(scene, word) for scene in training} == every
@@ -58,3 +58,31 @@ def test_objects_stay_inside_and_are_large_enough(shape, position, size):
     assert not drawn[:, -3:].any()
     height, width = np.ptp(np.flatnonzero(drawn.any(axis=1))), np.ptp(np.flatnonzero(drawn.any(axis=0)))
     assert max(height, width) >= 90
+
+
+def test_no_pair_is_trained_on_that_the_evaluation_shows_in_other_words():
+    drawn = pairs.draw_pairs(300, np.random.default_rng(0), held_out=False)
+    assert not any(pair.held_out or pair.reverse.held_out for pair in drawn)
+    share = np.mean([pair.held_out for pair in (pairs._draw(np.random.default_rng(seed)) for seed in range(600))])
+    assert 0.05 < share < 0.16
+
+
+def test_the_reverse_of_a_pair_says_the_same():
+    (pair,) = pairs.draw_pairs(1, np.random.default_rng(4), held_out=False)
+    assert pair.reverse.reverse == pair
+    assert pair.reverse.first == pair.second
+    one, two = (pairs.caption(each) for each in (pair, pair.reverse))
+    assert sorted(one.split()) != sorted(two.split()) or pair.relation == pair.reverse.relation
+
+
+def test_the_first_object_lies_where_the_relation_says():
+    for relation, (x, y) in pairs.RELATIONS.items():
+        pair = pairs.Pair(
+            first=pairs.Thing(shape="circle", colour="red"), second=pairs.Thing(shape="square", colour="blue"),
+            relation=relation, background="white",
+        )  # fmt: skip
+        picture = pairs.render(pair, np.random.default_rng(0)).astype(int)
+        red, blue = picture[..., 0] - picture[..., 2] > 80, picture[..., 2] - picture[..., 0] > 80
+        down, across = np.argwhere(red).mean(axis=0) - np.argwhere(blue).mean(axis=0)
+        assert abs(across - 2 * pairs.DISTANCE * x) < 20
+        assert abs(down - 2 * pairs.DISTANCE * y) < 20

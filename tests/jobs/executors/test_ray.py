@@ -7,6 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -135,6 +136,27 @@ def test_a_job_on_s3_resumes_and_generates_nothing_twice(session, s3: str, tiny_
     storage.delete(record)
     again = run(spec)
     assert (again.exit_code, again.generated) == (0, 2)
+
+
+def test_actors_take_what_another_output_holds(session, s3: str, tiny_model: Path, manifest, tmp_path: Path):
+    """From a bucket into a folder, and on from the folder as links: each row names where its picture was."""
+    prompts, sweep = manifest(5), {"guidance_scale": [3, 5]}
+    run(job_spec(tiny_model, prompts, s3, sweep=sweep))
+    alone = job_spec(tiny_model, prompts, tmp_path / "alone", sweep={"guidance_scale": [5, 7]})
+    run(alone)
+    taken = job_spec(tiny_model, prompts, tmp_path / "taken", sweep=dict(alone.sweep), executor="ray", reuse=[s3])
+    summary = run(taken)
+    assert (summary.exit_code, summary.reused, summary.generated) == (0, 5, 5)
+    linked = replace(taken, out=str(tmp_path / "linked"))
+    linked = replace(linked, runtime=replace(taken.runtime, reuse=(taken.out,), reuse_by="link"))
+    assert (run(linked).reused, run(linked).reused) == (10, 0)
+    for out in (taken.out, linked.out):
+        dataset, undisturbed = read_dataset(out), read_dataset(alone.out)
+        assert dataset.files == undisturbed.files
+        columns = [name for name in dataset.rows.column_names if name != "reused_from"]
+        assert dataset.rows.select(columns).equals(undisturbed.rows.select(columns))
+    names = read_dataset(taken.out).rows.column("reused_from").drop_null().to_pylist()
+    assert [name.startswith(f"{s3}/images/") for name in names] == [True] * 5
 
 
 def test_leaving_early_stops_the_work(session, tiny_model: Path, manifest, tmp_path: Path):

@@ -7,15 +7,20 @@ import json
 import shutil
 import subprocess
 import sys
+import threading
+import time
 import zipfile
 from pathlib import Path
 from typing import Any
 
+import duckdb
+import polars
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from latentmill.jobs.errors import JobError, OutputConflictError, UsageError
+from latentmill.jobs.exports import runners
 from latentmill.jobs.exports.export import export
 from latentmill.jobs.exports.rows import Selection
 from latentmill.jobs.exports.spec import make_export_spec
@@ -334,3 +339,43 @@ def test_the_command_says_what_it_wrote_and_ends_with_the_code_of_its_error(publ
     refused = call("--to", "hf")
     assert refused.returncode == 3
     assert refused.stderr.splitlines()[-1].startswith("error: ")
+
+
+def test_no_more_shards_are_held_in_memory_than_workers_are_asked_for(write: Write, monkeypatch: pytest.MonkeyPatch):
+    lock, at_work, most = threading.Lock(), 0, 0
+    real = runners.write_shard
+
+    def watched(*arguments: Any) -> Any:
+        nonlocal at_work, most
+        with lock:
+            at_work += 1
+            most = max(most, at_work)
+        time.sleep(0.02)
+        try:
+            return real(*arguments)
+        finally:
+            with lock:
+                at_work -= 1
+
+    monkeypatch.setattr(runners, "write_shard", watched)
+    assert write("jsonl", shard_size="1", workers=2).shards == 6
+    assert most == 2
+
+
+def test_what_a_killed_export_left_under_a_temporary_name_is_read_by_nobody(write: Write, tmp_path: Path):
+    write("parquet", shard_size="2")
+    data = tmp_path / "export/data"
+    whole = pq.read_table(data).num_rows
+    (data / f".train-00000-of-00003.{'0' * 12}.tmp").write_bytes(b"half a shard")  # as the store names them
+    assert pq.read_table(data).num_rows == whole == 6
+    assert polars.read_parquet(data / "*.parquet").height == whole
+    assert duckdb.sql(f"from '{data}/*.parquet'").shape[0] == whole
+    assert write("parquet", shard_size="2", verify=True).written == 0
+
+
+def test_a_card_that_was_edited_is_put_back_by_the_same_command(write: Write, tmp_path: Path):
+    write("hf")
+    before = digests(tmp_path / "export")
+    (tmp_path / "export/README.md").write_text("mine")
+    assert write("hf").written == 0
+    assert digests(tmp_path / "export") == before

@@ -62,6 +62,12 @@ def test_an_export_on_ray_has_the_same_bytes_and_tells_the_same_errors(
     summary = write("webdataset", "on-ray", shard_size="2", executor="ray")  # a relative path, as a user types it
     assert summary.written == 3
     assert digests(tmp_path / "on-ray") == digests(tmp_path / "calm")
+    (tmp_path / "on-ray/000000.tar").unlink()  # as if it had been killed: two shards are open, and it is not finished
+    (tmp_path / "on-ray/_export/shards/000/00001.json").unlink()
+    (tmp_path / "on-ray/_export/export.json").unlink()
+    again = write("webdataset", "on-ray", shard_size="2", executor="ray", verify=True)
+    assert (again.written, again.shards) == (2, 3)
+    assert digests(tmp_path / "on-ray") == digests(tmp_path / "calm")
     picture = published / ok[3]["image"]
     data = picture.read_bytes()
     try:

@@ -346,3 +346,18 @@ def test_credentials_outlive_their_certificate_by_a_time_stamp_only(write: Write
     time.sleep(max(0, ends + 1.5 - time.time()))
     assert states(tmp_path / "both.pem") == ["trusted", "invalid"]
     assert states(signer.issuer) == ["invalid", "invalid"], "the issuer of time stamps must be trusted too"
+
+
+@pytest.mark.cluster
+@pytest.mark.filterwarnings(r"ignore::DeprecationWarning:ray\..*")  # Ray 2.60 uses its own old settings
+def test_a_cluster_signs_with_the_files_of_its_nodes(
+    write: Write, signer: Certificates, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(signer.chain.parent)
+    write("jsonl", tmp_path / "export", shard_size="2", executor="ray", sign="chain.pem", key="key.pem")
+    pictures, rows = pictures_and_rows(tmp_path / "export")
+    assert [row["exported_sha256"] for row in rows] == [
+        hashlib.sha256(picture.read_bytes()).hexdigest() for picture in pictures
+    ]
+    states = [read_credentials(picture.read_bytes(), "PNG", str(signer.issuer)) for picture in pictures]
+    assert [found.state for found in states if found is not None] == ["trusted"] * 6

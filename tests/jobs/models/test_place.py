@@ -199,8 +199,14 @@ def test_a_local_model_that_is_not_the_planned_one_is_refused(
     ("choice", "words"),
     [
         (ModelChoice(source="memory://empty/sd15"), "there is nothing at memory://empty/sd15"),
-        (ModelChoice(source="memory://half/sd15"), "memory://half/sd15/unet/config.json is missing"),
-        (ModelChoice(source="embedded=memory://half/sd15"), "memory://half/sd15/unet/config.json is missing"),
+        (
+            ModelChoice(source="memory://half/sd15"),
+            "config.json is missing: the folder is not a whole",
+        ),
+        (
+            ModelChoice(source="embedded=memory://half/sd15"),
+            "config.json is missing: the folder is not a whole",
+        ),
         (ModelChoice(source="memory://half/sd15", revision="main"), "no meaning for a model at a URL"),
         (ModelChoice(source="memory://half/sd15?versionId=3"), "carries a user or a query"),
         (ModelChoice(source="http://example.com/sd15"), "only file, s3"),

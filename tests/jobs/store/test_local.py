@@ -198,3 +198,16 @@ def test_a_folder_that_becomes_a_link_in_the_middle_leads_nowhere(tmp_path: Path
     assert b"inside" in answers
     assert answers <= {b"inside", ForeignObjectError, StorageError, FileNotFoundError}
     assert [(path.name, path.read_text()) for path in outside.iterdir()] == [("x", "precious")]
+
+
+def test_a_link_is_another_name_of_the_same_bytes_or_nothing_at_all(tmp_path: Path):
+    ours, theirs = Storage.open(str(tmp_path / "ours")), Storage.open(str(tmp_path / "theirs"))
+    theirs.write("a/picture", b"bytes")
+    assert ours.link("b/picture", b"bytes", theirs, "a/picture")
+    assert (tmp_path / "ours/b/picture").samefile(tmp_path / "theirs/a/picture")
+    assert ours.link("b/picture", b"bytes", theirs, "a/picture"), "a second try after a lost answer"
+    (tmp_path / "theirs/a/link").symlink_to("picture")
+    for refused in (("x", b"other", "a/picture"), ("x", b"bytes", "a/gone"), ("x", b"bytes", "a/link")):
+        assert not ours.link(refused[0], refused[1], theirs, refused[2])
+    assert [path.name for path in (tmp_path / "ours").rglob("*")] == ["b", "picture"]
+    assert not ours.link("x", b"bytes", Storage.open("memory://theirs"), "a/picture")
