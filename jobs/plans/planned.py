@@ -372,10 +372,10 @@ def parse_plan(data: bytes, storage: Storage) -> Plan:
         if ((plan.grid.images < 0) | (plan.grid.images > MAX_SAMPLES)).any():
             raise ValueError("its counts of images are impossible")
         plan.grid.check_limits()
-        if not all(0 <= group.model < len(plan.models) for group in plan.grid.groups):
-            raise ValueError("its models are not those that its samples need")
         if not 1 <= plan.settings.chunk_size <= MAX_CHUNK or not plan.n_samples:
             raise ValueError(f"its chunks have {plan.settings.chunk_size} samples")
+        if not all(0 <= group.model < len(plan.models) for group in plan.grid.groups):
+            raise ValueError("its models are not those that its samples need")
     except (*_FAULTS, pa.ArrowException, UsageError) as error:
         raise JobError(
             f"{PLAN_PATH} was changed after it was written ({shorten(error)}); restore it from a copy, or use another "
