@@ -37,7 +37,9 @@ if TYPE_CHECKING:
         ModelSpec,
         OriginalModelSpec,
         SafetyVerdict,
+        SourceImage,
         UncheckedResult,
+        steps_from_image,
     )
 
 EMBEDDED_MODEL = Path(__file__).parent / "embedded"
@@ -90,6 +92,7 @@ __all__ = [
     "NoiseStream",
     "OriginalModelSpec",
     "SafetyVerdict",
+    "SourceImage",
     "UncheckedResult",
     "check_steps",
     "count_passes",
@@ -100,6 +103,7 @@ __all__ = [
     "passes",
     "queue_rows",
     "read_watermark",
+    "steps_from_image",
     "watermark_bit_accuracy",
 ]
 

@@ -63,6 +63,10 @@ class DiffusersPipeline:
 
         Raises EngineError for what the pipeline has no argument for.
         """
+        if request.image is not None:
+            raise EngineError(
+                f"{self._name} runs by the library diffusers, here from prompts alone; leave the image out"
+            )
         if self._guidance is None and request.guided:
             raise EngineError(f"guidance_scale is {request.guidance_scale:g}, but {self._name} takes none; use 1")
         if request.negative_prompt and not self._takes_negatives:
