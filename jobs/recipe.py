@@ -16,6 +16,7 @@ from latentmill.engine import GenerationRequest, GenerationResult, ModelSpec
 from latentmill.engine.types import Pixels
 from latentmill.jobs.errors import JobError, UsageError
 from latentmill.jobs.ledger.pictures import blank
+from latentmill.jobs.manifests.images import PlannedImage
 from latentmill.jobs.models.choice import ModelChoice, resolve_model
 from latentmill.jobs.models.place import place_model
 from latentmill.jobs.models.resolved import ResolvedModel
@@ -129,6 +130,8 @@ def recipe_of(row: Mapping[str, Any]) -> Recipe:
             guidance_scale=_as_typed(row["guidance_scale"]),
             sampler=row["sampler"],
             eta=_as_typed(row["eta"]),
+            image=_image(row),
+            strength=None if row.get("strength") is None else _as_typed(row["strength"]),
         ),
         model=ModelChoice(
             source=row["model"],
@@ -150,6 +153,15 @@ def recipe_of(row: Mapping[str, Any]) -> Recipe:
         batch_size=row["batch_size"],
         slot=row["batch_slot"],
         execution_class=row["execution_class"],
+    )
+
+
+def _image(row: Mapping[str, Any]) -> PlannedImage | None:
+    """What the picture started from. It is read when the picture is made again, and must have the row's bytes then."""
+    if row.get("init_image") is None:
+        return None
+    return PlannedImage(
+        place=row["init_image"], sha256=row["init_image_sha256"], mask=row["mask"], mask_sha256=row["mask_sha256"]
     )
 
 

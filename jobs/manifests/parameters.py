@@ -56,6 +56,8 @@ def parameters_text(request: GenerationRequest, *, model_name: str, model_hash: 
         "Model": model_name,
         "Version": version,
     }
+    if request.strength is not None:
+        settings["Denoising strength"] = _number(request.strength)
     if request.eta:
         settings["Eta"] = _number(request.eta)
     prompt, negative = _clean(request.prompt), _clean(request.negative_prompt)

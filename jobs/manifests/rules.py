@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from latentmill.engine import SAMPLERS_WITH_ETA, SEED_LIMIT
 from latentmill.jobs.manifests.fields import Value
+from latentmill.jobs.manifests.image_rows import ImageRows
 from latentmill.jobs.manifests.tokens import TokenCounter
 
 
@@ -20,7 +21,8 @@ from latentmill.jobs.manifests.tokens import TokenCounter
 class Rules:
     """What rows are checked against. If an axis gives a parameter, the row's value and the default do not count.
 
-    `steps_fault` says why a sampler cannot take so many steps, or None. `tokens` is given if long prompts are faults.
+    `steps_fault` says why a sampler cannot take so many steps, or None. `tokens` is given if long prompts are faults,
+    `images` if rows may name an image.
     """
 
     factor: int
@@ -29,6 +31,7 @@ class Rules:
     defaults: Mapping[str, Value]
     axes: Mapping[str, tuple[Value, ...]]
     tokens: TokenCounter | None = None
+    images: ImageRows | None = None
 
 
 Rule = tuple[frozenset[str], NDArray[np.bool_], Any]
@@ -78,6 +81,13 @@ def pair_rules(columns: Mapping[str, pa.Array], count: int, rules: Rules) -> Ite
                 taken = bounds("num_inference_steps")[0] == steps
                 bad = drawn if "num_inference_steps" in rules.axes else drawn & taken
                 yield frozenset({"sampler", "num_inference_steps"}), bad, lambda _, f=fault: f
+    if "image" in columns:
+        fewest, strength = bounds("num_inference_steps")[0], bounds("strength")[0]
+        yield (
+            frozenset({"image", "strength", "num_inference_steps"}),
+            columns["image"].is_valid().to_numpy(zero_copy_only=False) & (fewest * strength < 1),
+            lambda i: f"strength {strength[i]:g} of {fewest[i]} steps is less than one step; raise one of them",
+        )
     images = bounds("num_images")[1]
     if "seed" in rules.axes or "seed" in columns:
         seeds = (

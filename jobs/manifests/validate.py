@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 from latentmill.jobs.errors import UsageError
 from latentmill.jobs.manifests.coerce import ARROW_TYPES, carry, coerce, to_pylist
 from latentmill.jobs.manifests.fields import FIELDS, shorten
+from latentmill.jobs.manifests.image_rows import DIGESTS
 from latentmill.jobs.manifests.readers import RowBatch
 from latentmill.jobs.manifests.rules import Rules, length_fault, pair_rules, value_fault
 from latentmill.jobs.manifests.tokens import TokenCounter
@@ -42,9 +43,13 @@ class Checked:
 
 
 def snapshot_schema(own: tuple[str, ...], carried: pa.Schema) -> pa.Schema:
-    """Columns of the snapshot: the row's number and id, the parameters that the manifest gives, the carried columns."""
+    """Columns of the snapshot: the row's number and id, the parameters that the manifest gives, the carried columns.
+
+    Of files that rows name, also their digests.
+    """
     parameters = [pa.field(name, ARROW_TYPES[FIELDS[name].kind]) for name in own if name != "id"]
     carried_along = [pa.field(CARRIED_PREFIX + entry.name, entry.type) for entry in carried]
+    parameters += [pa.field(digest, pa.string()) for name, digest in DIGESTS.items() if name in own]
     return pa.schema([pa.field("row_number", pa.int64()), pa.field("row_id", pa.string()), *parameters, *carried_along])
 
 
@@ -64,8 +69,11 @@ def check_job(rules: Rules, own: tuple[str, ...]) -> None:
             raise UsageError(reason(0))
 
 
-def validate(batch: RowBatch, offset: int, schema: pa.Schema, rules: Rules) -> Checked:
-    """Check one batch; a row's number is `offset` plus its number in its file. No row is both kept and rejected."""
+def validate(batch: RowBatch, offset: int, schema: pa.Schema, rules: Rules, folder: str = "") -> Checked:
+    """Check one batch; a row's number is `offset` plus its number in its file. No row is both kept and rejected.
+
+    Relative paths of images are relative to `folder`.
+    """
     faults: dict[int, list[str]] = {index: [reason] for index, reason in batch.faults.items()}
     columns: dict[str, pa.Array] = {}
     count = len(batch)
@@ -80,6 +88,8 @@ def validate(batch: RowBatch, offset: int, schema: pa.Schema, rules: Rules) -> C
         if entry.name.startswith(CARRIED_PREFIX):
             name = entry.name.removeprefix(CARRIED_PREFIX)
             columns[entry.name] = carry(name, entry.type, batch.columns.get(name), count, faults)
+    if rules.images is not None:
+        rules.images.add(columns, folder, faults)
     for _, bad, reason in pair_rules(columns, count, rules):
         for index in np.flatnonzero(bad):
             faults.setdefault(int(index), [reason(int(index))])

@@ -16,9 +16,11 @@ from latentmill.engine import GenerationRequest
 from latentmill.jobs.errors import JobError, UsageError
 from latentmill.jobs.manifests.axes import Axis
 from latentmill.jobs.manifests.fields import Value, shorten
+from latentmill.jobs.manifests.image_rows import DIGESTS
+from latentmill.jobs.manifests.images import PlannedImage
 from latentmill.jobs.manifests.validate import CARRIED_PREFIX, snapshot_schema
 from latentmill.jobs.models.resolved import ResolvedModel
-from latentmill.jobs.plans.columns import MIXED_CHUNKS_SINCE, columns_of, formats, own_fields, values
+from latentmill.jobs.plans.columns import MIXED_CHUNKS_SINCE, columns_of, formats, values
 from latentmill.jobs.plans.grid import MAX_SAMPLES, Grid, Group, Piece, Place, class_fields, encode_class
 from latentmill.jobs.plans.sample import PlannedSample
 from latentmill.jobs.plans.snapshot import PartInfo, SnapshotReader
@@ -110,7 +112,8 @@ class Plan:
             chunk_size=self.settings.chunk_size,
             mixed=self.format_version >= MIXED_CHUNKS_SINCE,
         )
-        own = own_fields(self.format_version)
+        self.columns = columns_of(self.format_version, manifest["own"])
+        own = [pa.field(column.name, column.type) for column in self.columns]
         carried = pa.ipc.read_schema(pa.py_buffer(bytes.fromhex(manifest["carried"])))
         self._names = record_names(carried.names, [field.name for field in own])
         self.record_schema = pa.schema(
@@ -127,7 +130,7 @@ class Plan:
     @property
     def row_constants(self) -> dict[str, Any]:
         """What is the same in all rows: what, beside its own columns, a row's picture was made with."""
-        return values(columns_of(self.format_version), "job", self)
+        return values(self.columns, "job", self)
 
     @property
     def file_metadata(self) -> dict[str, str]:
@@ -199,7 +202,7 @@ class Plan:
             own = rows.get(name, row)
             return self.parameters[name] if own is None else own
 
-        seed = swept.get("seed", rows.get("seed", row))
+        seed, image = swept.get("seed", rows.get("seed", row)), rows.image(row)
         request = GenerationRequest(
             prompt=rows.get("prompt", row),
             negative_prompt=value("negative_prompt"),
@@ -210,6 +213,8 @@ class Plan:
             guidance_scale=value("guidance_scale"),
             sampler=value("sampler"),
             eta=value("eta"),
+            image=image,
+            strength=None if image is None else value("strength"),
         )
         return PlannedSample(
             ordinal=place.ordinal,
@@ -237,6 +242,12 @@ class _Rows:
     def get(self, name: str, row: int) -> Any:
         column = self._columns.get(name)
         return None if column is None else column[row]
+
+    def image(self, row: int) -> PlannedImage | None:
+        """What the row starts from, if it names an image."""
+        place, mask = (self.get(name, row) for name in DIGESTS)
+        digest, mask_digest = (self.get(name, row) for name in DIGESTS.values())
+        return None if place is None else PlannedImage(place=place, sha256=digest, mask=mask, mask_sha256=mask_digest)
 
     def carried(self, row: int) -> list[Any]:
         return [column[row] for column in self._carried]

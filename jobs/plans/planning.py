@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -14,6 +15,8 @@ import pyarrow as pa
 from latentmill.engine import SEED_LIMIT, WATERMARK_MIN_PIXELS, EngineError, ModelDescription, load_tokenizer
 from latentmill.jobs.errors import UsageError
 from latentmill.jobs.manifests.axes import Axis, build_axes
+from latentmill.jobs.manifests.fields import DEFAULT_STRENGTH, FIELDS
+from latentmill.jobs.manifests.image_rows import ImageRows
 from latentmill.jobs.manifests.manifest import Manifest, open_manifest
 from latentmill.jobs.manifests.rules import Rules
 from latentmill.jobs.manifests.tokens import TokenCounter
@@ -62,6 +65,11 @@ def draft_plan(spec: JobSpec, *, on_stage: Callable[[str], None] = lambda _: Non
     if spec.strict and manifest.suspects:
         raise UsageError(f"{suspect_note(manifest.suspects[0])} (strict refuses such columns)")
     axis_values = {axis.name: axis.values for axis in axes}
+    images = _image_rows(spec, manifest, described, axes, int(parameters["width"]) * int(parameters["height"]))
+    if images is not None:
+        parameters["strength"] = DEFAULT_STRENGTH if spec.strength is None else spec.strength
+        sizes = {"width", "height"} if images.sized_by_image else set()
+        manifest = replace(manifest, own=tuple(name for name in FIELDS if name in {*manifest.own, *sizes}))
     tokens = TokenCounter(
         lambda: load_tokenizer(place_model(model)),
         syntax=spec.prompt_syntax,
@@ -76,6 +84,7 @@ def draft_plan(spec: JobSpec, *, on_stage: Callable[[str], None] = lambda _: Non
         defaults=parameters,
         axes=axis_values,
         tokens=tokens if spec.long_prompts == "error" else None,
+        images=images,
     )
     check_job(rules, manifest.own)
     spool = ExitStack()
@@ -119,6 +128,24 @@ def _draft(
         tokens=tokens,
         spool=spool,
     )
+
+
+def _image_rows(
+    spec: JobSpec, manifest: Manifest, described: ModelDescription, axes: tuple[Axis, ...], most_pixels: int
+) -> ImageRows | None:
+    """How the rows' images are read, or None for a manifest without them. Raises UsageError for what needs them."""
+    swept = {axis.name for axis in axes}
+    if "image" in manifest.own:
+        if described.pipeline is not None:
+            raise UsageError(f"{spec.model} runs by the library diffusers, from prompts alone; drop the column image")
+        given = spec.width is not None or spec.height is not None or swept & {"width", "height"}
+        return ImageRows(factor=described.factor, most_pixels=most_pixels, sized_by_image=not given)
+    lonely = [name for name in ("strength", "mask") if name in manifest.own]
+    if lonely:
+        raise UsageError(f"the manifest has a column {lonely[0]!r} but no column 'image'; add one, or rename it")
+    if spec.strength is not None or "strength" in swept:
+        raise UsageError("strength is given, but the manifest has no column 'image'; add one, or leave strength out")
+    return None
 
 
 def _steps_fault(described: ModelDescription) -> Callable[[str, int], str | None]:
@@ -171,7 +198,7 @@ def _spool(
         for batch in source.batches():
             if not len(batch):
                 continue
-            checked = validate(batch, offset, schema, rules)
+            checked = validate(batch, offset, schema, rules, source.folder)
             rejects.add(source.name, checked.rejects)
             if strict and checked.rejects:
                 reject = checked.rejects[0]
