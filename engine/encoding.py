@@ -20,18 +20,24 @@ _READERS = 8
 
 
 def read_images(requests: Sequence[GenerationRequest]) -> Mapping[int, Callable[[], SourceImage]]:
-    """The pictures of the requests that have one, by place, read side by side; a call gives the picture, or raises."""
-    given = {place: request.image for place, request in enumerate(requests) if request.image is not None}
-    if not given:
+    """The pictures of the requests that have one, by place; a call gives the picture, or raises.
+
+    They are read side by side, and once for all requests with one image at one size.
+    """
+    wanted = {
+        place: (request.image, request.width, request.height)
+        for place, request in enumerate(requests)
+        if request.image is not None
+    }
+    if not wanted:
         return {}
 
-    def read(image: ImageSource, request: GenerationRequest) -> SourceImage:
-        size = request.width, request.height
-        return image.read(*size).read(*size)
+    def read(image: ImageSource, width: int, height: int) -> SourceImage:
+        return image.read(width, height).read(width, height)
 
-    with ThreadPoolExecutor(min(_READERS, len(given))) as threads:
-        reading = {place: threads.submit(read, image, requests[place]) for place, image in given.items()}
-    return {place: future.result for place, future in reading.items()}
+    with ThreadPoolExecutor(_READERS) as threads:
+        reading = {each: threads.submit(read, *each) for each in dict.fromkeys(wanted.values())}
+    return {place: reading[each].result for place, each in wanted.items()}
 
 
 def check_strength(request: GenerationRequest) -> None:

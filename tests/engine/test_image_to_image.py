@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -179,6 +179,26 @@ def test_less_strength_leaves_more_of_the_picture():
     far = [np.abs(found.astype(int) - source.pixels).mean() for found in pictures(trained, rows)]
     assert far == sorted(far)
     assert far[2] > 3 * far[0]
+
+
+def test_an_image_of_many_requests_is_read_and_encoded_once(engine, monkeypatch):
+    counted = {"read": 0, "encoded": 0}
+
+    @dataclass(frozen=True)
+    class Counted:
+        def read(self, width: int, height: int) -> SourceImage:
+            counted["read"] += 1
+            return photo(0)
+
+    posterior = type(engine._models.autoencoder).posterior
+
+    def encode(self, pixels):
+        counted["encoded"] += 1
+        return posterior(self, pixels)
+
+    monkeypatch.setattr(type(engine._models.autoencoder), "posterior", encode)
+    pictures(engine, [replace(row, image=Counted()) for row in rows_of(0.5, steps=2)])
+    assert counted == {"read": 1, "encoded": 1}
 
 
 def test_a_codebooks_latents_are_not_drawn(tmp_path):
