@@ -23,7 +23,7 @@ class RowLoras:
     def __init__(self, defaults: Mapping[str, float], syntax: str) -> None:
         self.defaults = dict(sorted(defaults.items()))
         self.reads_tags = bool(defaults) and syntax == "a1111"
-        self._warns = not defaults and syntax == "a1111"
+        self._plain = syntax != "a1111"
         self._ignored = 0
 
     def of(self, column: str | None, prompt: str, swept: Mapping[str, Value]) -> dict[str, float]:
@@ -40,9 +40,9 @@ class RowLoras:
         """Rows that name LoRAs in a way that cannot be read, or one that the job does not have."""
         prompts = columns["prompt"]
         tagged = pc.match_substring(prompts, "<lora:").fill_null(fill_value=False)
-        if self._warns:
+        if not self.reads_tags:
             self._ignored += int(pc.sum(tagged).as_py() or 0)
-        if self.reads_tags:
+        else:
             for index in np.flatnonzero(tagged.to_numpy(zero_copy_only=False)):
                 yield from self._fault(int(index), lora_tags, prompts)
             for row, negative in enumerate(columns.get("negative_prompt", ())):
@@ -56,7 +56,10 @@ class RowLoras:
         """What a user should know about the prompts, once they are read."""
         if not self._ignored:
             return ()
-        return (f"{self._ignored:,} prompts have <lora:...>, and the job has no LoRA: it is read as text; give --lora",)
+        found = f"{self._ignored:,} prompts have <lora:...>"
+        if self._plain:
+            return (f"{found}, which is read as text; to draw with LoRAs, say --prompt-syntax a1111 and give --lora",)
+        return (f"{found}, and the job has no LoRA: it is read as text; give --lora",)
 
     def _fault(
         self, index: int, read: Callable[[str], Mapping[str, float]], texts: pa.Array

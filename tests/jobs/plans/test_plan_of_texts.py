@@ -151,13 +151,15 @@ def test_a_prompt_that_replacements_make_too_long_is_rejected(spec_of):
 
 
 def test_texts_that_look_like_another_programs_syntax_are_named(spec_of):
-    rows = ["a {red|blue} dot", "{{masterpiece}}", "a <lora:style:0.8> dot", "__colour__ dot", "a_b __init__ (x:1.2)"]
+    rows = ["a {red|blue} dot", "{{masterpiece}}", "a <lyco:style:0.8> dot", "__colour__ dot", "a_b __init__ (x:1.2)"]
+    rows.append("a <lora:style:0.8> dot")
     with draft_plan(spec_of(rows)) as draft:
-        first, second = draft.notes
-    assert first.startswith("3 of 5 prompts look like templates")
+        loras, first, second = draft.notes
+    assert first.startswith("3 of 6 prompts look like templates")
     assert "--template dynamic" in first
     assert "'a {red|blue} dot'" in first
-    assert second.startswith("1 of 5 prompts name a LoRA")
+    assert loras.startswith("1 prompts have <lora:...>, which is read as text")
+    assert second.startswith("1 of 6 prompts name a network")
     with draft_plan(spec_of(["a {red|blue} dot"], template="dynamic")) as draft:
         assert draft.notes == ()
 
