@@ -43,7 +43,9 @@ if TYPE_CHECKING:
         ModelSpec,
         OriginalModelSpec,
         SafetyVerdict,
+        SourceImage,
         UncheckedResult,
+        steps_from_image,
     )
 
 EMBEDDED_MODEL = Path(__file__).parent / "embedded"
@@ -104,6 +106,7 @@ __all__ = [
     "NoiseStream",
     "OriginalModelSpec",
     "SafetyVerdict",
+    "SourceImage",
     "UncheckedResult",
     "check_loras",
     "check_steps",
@@ -117,6 +120,7 @@ __all__ = [
     "passes",
     "queue_rows",
     "read_watermark",
+    "steps_from_image",
     "watermark_bit_accuracy",
     "without_lora_tags",
 ]

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from latentmill.engine import acceleration
 from latentmill.engine.device import execution_class, resolve_device, resolve_dtype
+from latentmill.engine.encoding import check_strength, read_images
 from latentmill.engine.guards.safety import SafetyChecker, judge, load_safety_checker
 from latentmill.engine.latent_diffusion import load_latent_diffusion
 from latentmill.engine.loading.describe import ModelDescription, describe_model
@@ -188,9 +189,12 @@ class Engine:
         """
         results: dict[int, UncheckedResult] = {}
         groups: dict[tuple[Hashable, ...], list[int]] = defaultdict(list)
+        images, requests = read_images(requests), list(requests)
         for index, request in enumerate(requests):
             try:
                 self._check_request(request)
+                if index in images:
+                    requests[index] = replace(request, image=images[index]())
                 groups[request.shape, self._models.batch_key(request)].append(index)
             except EngineError as error:
                 results[index] = self._unchecked(str(error), request, slot=0)
@@ -225,6 +229,9 @@ class Engine:
         if not 0 <= request.seed < SEED_LIMIT:
             raise EngineError(f"seed {request.seed} is outside 0..{SEED_LIMIT - 1}")
         self.description.check_steps(request.sampler, request.num_inference_steps)
+        if request.image is not None:
+            self.description.check_images()
+        check_strength(request)
         if request.eta != 0 and request.sampler not in SAMPLERS_WITH_ETA:
             raise EngineError(
                 f"eta is {request.eta}; it must be 0 for {request.sampler}: it is {', '.join(SAMPLERS_WITH_ETA)}'s"

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from latentmill.engine.acceleration import arrange, decode, executed, upload
 from latentmill.engine.device import widened
+from latentmill.engine.encoding import Starts
 from latentmill.engine.loading.layout import ModelLayout
 from latentmill.engine.loading.weights import check_claims, load_autoencoder, load_denoiser
 from latentmill.engine.loras import Loras, as_conditions, load_loras, scales_of
@@ -81,15 +82,18 @@ class LatentDiffusion:
         config, device = self.autoencoder.config, next(self.denoiser.parameters()).device
         shape = (config.denoiser_channels, rows[0].height // config.factor, rows[0].width // config.factor)
 
+        starts = Starts(self.autoencoder, rows, device)
+
         def begin(places: list[int]) -> Solver:
             draws = [_own_draws(rows[place], shape) if noise is None else iter(noise[place]) for place in places]
 
             def draw_noise() -> Tensor:
                 return upload(torch.stack([next(draw) for draw in draws]), device)
 
-            sampler, steps = rows[places[0]].loop
-            etas = [rows[place].eta for place in places]
-            return begin_sampler(sampler, draw_noise(), self.schedule, steps, draw_noise, etas)
+            first, etas = rows[places[0]], [rows[place].eta for place in places]
+            steps = first.num_inference_steps
+            start = None if first.image is None else starts.of(places, first.loop[-1], draw_noise)
+            return begin_sampler(first.sampler, draw_noise(), self.schedule, steps, draw_noise, etas, start)
 
         loops = [row.loop for row in rows]
         ready: list[Finished] = []

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
 Pixels: TypeAlias = "NDArray[np.uint8]"
+Mask: TypeAlias = "NDArray[np.bool_]"
 Precision = Literal["fp32", "fp16", "bf16", "fp32-retry"]
 Status = Literal["ok", "flagged", "failed"]
 
@@ -39,12 +40,38 @@ class EngineError(ValueError):
     """A request or a model that the engine refuses: the message names the value, the limit and the remedy."""
 
 
+class ImageSource(Protocol):
+    """Where a request's picture comes from; the engine reads it when it begins with the request."""
+
+    def read(self, width: int, height: int) -> SourceImage:
+        """The picture at that size. Raises EngineError that says why there is none."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class SourceImage:
+    """A picture to start from: `pixels (h, w, 3) uint8` RGB. Where a `mask (h, w)` is False it stays as it is."""
+
+    pixels: Pixels
+    mask: Mask | None = None
+
+    def read(self, width: int, height: int) -> SourceImage:
+        """Itself. Raises EngineError if it has another size."""
+        for name, shape in (("image", self.pixels.shape[:2]), ("mask", None if self.mask is None else self.mask.shape)):
+            if shape is not None and shape != (height, width):
+                found = "x".join(map(str, reversed(shape)))
+                raise EngineError(f"the {name} is {found}, the request {width}x{height}; resize it")
+        return self
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GenerationRequest:
     """One image to be made. Sizes are in pixels; `eta` is the eta of DDIM (arXiv:2010.02502, eq. 16).
 
     `loras` are scales by the names of the model's LoRAs; one that is not named here has the scale that the prompt's tag
     gives it, if the model reads prompts as A1111 does, else 0.
+
+    With an `image`, its latents are noised and only the last steps taken, `strength` being their share of all
+    (arXiv:2108.01073): at 1 little is left of it but its layout.
     """
 
     prompt: str
@@ -57,6 +84,8 @@ class GenerationRequest:
     sampler: str = "ddim"
     eta: float = 0.0
     loras: tuple[tuple[str, float], ...] = ()
+    image: ImageSource | None = None
+    strength: float | None = None
 
     @property
     def guided(self) -> bool:
@@ -69,9 +98,17 @@ class GenerationRequest:
         return (self.width, self.height, self.guided)
 
     @property
-    def loop(self) -> tuple[str, int]:
-        """What requests share that can take every step together."""
-        return (self.sampler, self.num_inference_steps)
+    def loop(self) -> tuple[str, int] | tuple[str, int, int]:
+        """What requests share that can take every step together; the last number counts the steps from an image."""
+        steps = self.num_inference_steps
+        if self.strength is None:
+            return (self.sampler, steps)
+        return (self.sampler, steps, steps_from_image(steps, self.strength))
+
+
+def steps_from_image(num_inference_steps: int, strength: float) -> int:
+    """How many steps are taken from an image: rounded down, as the original script and diffusers do."""
+    return min(int(num_inference_steps * strength), num_inference_steps)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

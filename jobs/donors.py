@@ -15,7 +15,7 @@ from typing import Any
 from latentmill.jobs.chunk_result import describe_fault
 from latentmill.jobs.errors import JobError, UsageError
 from latentmill.jobs.job import open_job
-from latentmill.jobs.manifests.fields import shorten
+from latentmill.jobs.manifests.fields import FIELDS, shorten
 from latentmill.jobs.plans.columns import Column, columns_of
 from latentmill.jobs.plans.plan import Plan
 from latentmill.jobs.plans.planned import PLAN_PATH
@@ -31,7 +31,8 @@ _OF_NO_PICTURE = frozenset(["chunk_size", "format"])
 """What of it cuts the work, and changes no picture."""
 _OF_MODELS = frozenset(["model_files", "models"])
 """What of it says which models there are: a cell is of one."""
-_NAMES = frozenset(["sample_id", "row_id"])
+_NAMES = frozenset(["sample_id", "row_id", "init_image", "mask"])
+"""What of a row only says how something is called: files count by their digests."""
 _POINTER_BYTES = 1 << 20
 
 
@@ -107,10 +108,12 @@ def nothing_from(url: str, reason: str) -> str:
 
 
 def request_columns(plan: Plan) -> tuple[Column, ...]:
-    """The columns that say what was asked for: all that a picture follows from besides its job."""
-    return tuple(
-        column for column in columns_of(plan.format_version) if column.source == "sample" and column.name not in _NAMES
-    )
+    """The columns that say what was asked for: all that a picture follows from besides its job.
+
+    Those of images are among them, also where no row has one.
+    """
+    columns = columns_of(plan.format_version, FIELDS)
+    return tuple(column for column in columns if column.source == "sample" and column.name not in _NAMES)
 
 
 def _why_none(plan: Plan, donor: Plan) -> str | None:

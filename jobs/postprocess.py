@@ -11,7 +11,7 @@ from latentmill.jobs.ledger.picture_store import Origin
 from latentmill.jobs.ledger.pictures import blank, encode_png, encode_png_before_4, pixel_sha256
 from latentmill.jobs.manifests.parameters import parameters_text
 from latentmill.jobs.models.resolved import ResolvedModel
-from latentmill.jobs.plans.columns import columns_of, values
+from latentmill.jobs.plans.columns import values
 from latentmill.jobs.plans.plan import Plan, PlannedSample
 from latentmill.jobs.spec import JobSpec
 from latentmill.jobs.watermark_bits import bits_needed, matching_bits
@@ -145,12 +145,11 @@ def _row(
     error: str | None = None,
 ) -> dict[str, Any]:
     """The row of one sample, with no picture yet."""
-    columns = columns_of(plan.format_version)
     return (
         dict.fromkeys(plan.record_schema.names)
         | sample.extra
-        | values(columns, "sample", sample)
-        | values(columns, "result", result)
+        | values(plan.columns, "sample", sample)
+        | values(plan.columns, "result", result)
         | {
             "status": "failed" if error is not None else result.status,
             "error": None if error is None else " ".join(error.split())[:_ERROR_LIMIT],

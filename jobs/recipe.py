@@ -15,6 +15,7 @@ import numpy as np
 from latentmill.engine import GenerationRequest, ModelSpec
 from latentmill.engine.types import Pixels
 from latentmill.jobs.errors import JobError, UsageError
+from latentmill.jobs.manifests.images import PlannedImage
 from latentmill.jobs.manifests.loras import parse_scales
 from latentmill.jobs.models.choice import ModelChoice, resolve_model
 from latentmill.jobs.models.place import place_model
@@ -150,6 +151,8 @@ def recipe_of(row: Mapping[str, Any]) -> Recipe:
             sampler=row["sampler"],
             eta=_as_typed(row["eta"]),
             loras=recorded_scales(row),
+            image=_image(row),
+            strength=None if row.get("strength") is None else _as_typed(row["strength"]),
         ),
         model=ModelChoice(
             source=row["model"],
@@ -176,6 +179,15 @@ def recipe_of(row: Mapping[str, Any]) -> Recipe:
         execution_class=row["execution_class"],
         version=row["version"],
         format_version=4 if "digital_source_type" in row else _FORMAT,
+    )
+
+
+def _image(row: Mapping[str, Any]) -> PlannedImage | None:
+    """What the picture started from. It is read when the picture is made again, and must have the row's bytes then."""
+    if row.get("init_image") is None:
+        return None
+    return PlannedImage(
+        place=row["init_image"], sha256=row["init_image_sha256"], mask=row["mask"], mask_sha256=row["mask_sha256"]
     )
 
 

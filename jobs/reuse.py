@@ -23,7 +23,7 @@ from latentmill.jobs.errors import JobError
 from latentmill.jobs.job import Job, open_job
 from latentmill.jobs.ledger.picture_store import Origin
 from latentmill.jobs.ledger.pictures import decode_png, pixel_sha256
-from latentmill.jobs.plans.columns import columns_of, stored, values
+from latentmill.jobs.plans.columns import stored, values
 from latentmill.jobs.plans.option_columns import SCALES
 from latentmill.jobs.plans.plan import Plan, PlannedSample
 from latentmill.jobs.postprocess import ProcessedSample, encode_picture
@@ -145,7 +145,8 @@ class CellIndex:
     def _read(self, job: Job, donor: int) -> None:
         """Every committed row that has a picture of our execution class."""
         tables, rows, others, places = [], 0, set[str](), dict[bytes, tuple[int, int]]()
-        model = values(columns_of(self._plan.format_version), "job", self._plan)
+        model = values(self._plan.columns, "job", self._plan)
+        lacking = {column.name for column in self._columns} - {column.name for column in job.plan.columns}
         for record in self._records(job):
             usable = pc.is_valid(record.column("image"))
             for name in _OF_MODEL if len(job.plan.models) > 1 else ():
@@ -157,7 +158,11 @@ class CellIndex:
             table = record.filter(usable)
             self.execution_classes |= set(table.column("execution_class").drop_null().to_pylist())
             names = [*(column.name for column in self._columns), *self._options]
-            asked = [table.column(name).to_pylist() for name in names]
+            asked = [
+                # an output without images may have a column of that name that it carries along
+                [None] * table.num_rows if name in lacking else table.column(name).to_pylist()
+                for name in names
+            ]
             for number, request in enumerate(zip(*asked, strict=True)):
                 places.setdefault(_digest(request), (donor, rows + number))
             rows += table.num_rows
@@ -224,7 +229,7 @@ class CellIndex:
         }
         taken = {name: row[name] for name in _TAKEN if name not in {"image", "bytes", "sha256"}}
         base = dict.fromkeys(plan.record_schema.names) | sample.extra
-        base |= values(columns_of(plan.format_version), "sample", sample) | plan.constants_of(sample.model)
+        base |= values(plan.columns, "sample", sample) | plan.constants_of(sample.model)
         made = base | taken | mine
         fault = next((fault for rule in self._rules() if (fault := rule(made | {"image": ""}, plan)) is not None), None)
         if fault is not None:
@@ -234,7 +239,7 @@ class CellIndex:
         return ProcessedSample(row=made, data=file, origin=origin)
 
     def _rules(self) -> list[Any]:
-        return [column.rule for column in columns_of(self._plan.format_version) if column.rule is not None]
+        return [column.rule for column in self._plan.columns if column.rule is not None]
 
 
 def _digest(request: tuple[Any, ...]) -> bytes:

@@ -12,7 +12,7 @@ from latentmill.jobs.dated import PLACEHOLDER, DatedOutput
 from latentmill.jobs.errors import UsageError
 from latentmill.jobs.executor_table import EXECUTORS
 from latentmill.jobs.manifests.axes import build_axes, build_dimensions, listed_values
-from latentmill.jobs.manifests.fields import FieldError, nearest, shorten, text_fault
+from latentmill.jobs.manifests.fields import DEFAULT_STRENGTH, FieldError, nearest, shorten, text_fault
 from latentmill.jobs.manifests.formats import CHOICES, SUFFIXES, describe_choices
 from latentmill.jobs.manifests.loras import parse_loras
 from latentmill.jobs.manifests.prompt_texts import TEMPLATES
@@ -254,6 +254,9 @@ class JobSpec:
     guidance_scale: float | None = parameter("guidance_scale", "How strongly the prompt counts; 1 is without guidance.")
     sampler: str | None = parameter("sampler", f"One of {', '.join(SAMPLER_CHOICES)}.")
     eta: float | None = parameter("eta", "Noise added while sampling (DDIM), 0 to 1.")
+    strength: float | None = parameter(
+        "strength", f"How much of a row's image is drawn anew: the share of the steps. {DEFAULT_STRENGTH} if not given."
+    )
     safety: str = choice("auto", SAFETY, f"Checker: {', '.join(SAFETY_CHECKERS)}.", SAFETY_CHECKERS, planned=True)
     nsfw_threshold: float = number(0.8, SAFETY, "open-nsfw score that flags a picture.", 1e-6, 1, planned=True)
     on_flagged: str = choice("blank", SAFETY, "Flagged pictures: blank, drop or keep.", ON_FLAGGED, planned=True)

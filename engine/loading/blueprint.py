@@ -98,6 +98,11 @@ class Blueprint:
 def check_fit(blueprint: Blueprint, where: object) -> None:
     """Refuse parts that do not fit together before gigabytes are read. Raises EngineError."""
     denoiser, latent_channels = blueprint.denoiser, blueprint.autoencoder.denoiser_channels
+    if denoiser.in_channels == 2 * latent_channels + 1:
+        raise EngineError(
+            f"{where}: the denoiser is an inpainting U-Net, which takes {denoiser.in_channels} channels and not "
+            f"{latent_channels}; such models are not run: use the text-to-image model, which inpaints as well"
+        )
     if denoiser.in_channels != latent_channels or denoiser.out_channels != latent_channels:
         raise EngineError(
             f"{where}: the denoiser takes {denoiser.in_channels} latent channels and gives {denoiser.out_channels}, "

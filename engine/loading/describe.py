@@ -14,6 +14,7 @@ from latentmill.engine.guards.safety import choose_checker
 from latentmill.engine.loading.files import read_json
 from latentmill.engine.loading.hub import fetch_model, is_hub_id
 from latentmill.engine.loading.layout import ModelLayout, find_model
+from latentmill.engine.loading.tiny_config import TinyDecoderConfig
 from latentmill.engine.sampling.levels import check_steps
 from latentmill.engine.sampling.table import FLOW_SAMPLERS, FOLDER_SAMPLER, SAMPLERS
 from latentmill.engine.text.tokenizer import load_prompt_tokenizer
@@ -78,6 +79,18 @@ class ModelDescription:
             check_steps(sampler, self.own_layout.blueprint.scheduler, steps)
         elif not 1 <= steps <= self.num_train_timesteps:
             raise EngineError(f"num_inference_steps is {steps}; this model takes 1 to {self.num_train_timesteps}")
+
+    def check_images(self) -> None:
+        """Raises EngineError for a model whose pictures come from prompts alone."""
+        why = None
+        if self.pipeline is not None:
+            why = "runs by the library diffusers"
+        elif self.layout.blueprint.scheduler.flow is not None:
+            why = "is a model of flow matching"
+        elif isinstance(self.layout.blueprint.autoencoder, TinyDecoderConfig):
+            why = "has a decoder for previews, which encodes no image"
+        if why is not None:
+            raise EngineError(f"{self.name} {why}; here it draws from prompts alone")
 
     def check_safety(self, safety: str) -> None:
         """Raises EngineError for a safety checker that the model does not bring along, though it would have to."""

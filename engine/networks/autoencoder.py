@@ -183,6 +183,11 @@ class AutoencoderKL(Autoencoder):
         mean, logvar = self.quant_conv(self.encoder(pixels)).chunk(2, dim=1)
         return DiagonalGaussian(mean, logvar.clamp(-30.0, 20.0))
 
+    def posterior(self, pixels: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Mean and standard deviation of `encode`'s."""
+        gaussian = self.encode(pixels)
+        return gaussian.mean, torch.exp(0.5 * gaussian.logvar)
+
     def decode(self, latents: Tensor) -> Tensor:
         """`(n, latent, h / f, w / f)` -> `(n, 3, h, w)`, about [-1, 1], not clamped."""
         return self.decoder(self.post_quant_conv(latents))
@@ -222,6 +227,10 @@ class VQModel(Autoencoder):
     def encode(self, pixels: Tensor) -> Tensor:
         """`(n, 3, h, w)` in [-1, 1] -> `(n, codebook_dim, h / f, w / f)`, not quantised."""
         return self.quant_conv(self.encoder(pixels))
+
+    def posterior(self, pixels: Tensor) -> tuple[Tensor, Tensor | None]:
+        """As `encode`: nothing of it is drawn."""
+        return self.encode(pixels), None
 
     def decode(self, latents: Tensor) -> Tensor:
         """`(n, codebook_dim, h / f, w / f)` -> `(n, 3, h, w)`, about [-1, 1], not clamped."""

@@ -35,5 +35,9 @@ class Autoencoder(nn.Module, ABC):
     config: AutoencoderConfig
 
     @abstractmethod
+    def posterior(self, pixels: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Pixels `(n, 3, h, w)` in [-1, 1] -> latents, unscaled: their mean, and their spread if they are drawn."""
+
+    @abstractmethod
     def decode(self, latents: Tensor) -> Tensor:
         """Latents, unscaled, `(n, c, h / f, w / f)` -> pixels `(n, 3, h, w)`, about [-1, 1]; each row on its own."""

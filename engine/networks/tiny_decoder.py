@@ -36,6 +36,10 @@ class TinyDecoder(Autoencoder):
             layers.append(nn.Conv2d(channels, 3 if level == last else channels, 3, padding=1, bias=level == last))
         self.layers = nn.Sequential(*layers)
 
+    def posterior(self, pixels: Tensor) -> tuple[Tensor, Tensor | None]:
+        """It has no encoder: a request with an image is refused before."""
+        raise NotImplementedError("a decoder for previews encodes no image")
+
     def decode(self, latents: Tensor) -> Tensor:
         """`(n, c, h / f, w / f)` -> `(n, 3, h, w)`, about [-1, 1], not clamped."""
         return self.layers(torch.tanh(latents / 3) * 3) * 2 - 1

@@ -7,13 +7,16 @@ from collections.abc import Sequence
 
 from latentmill.engine.sampling.table import SAMPLER_TABLE
 
-Loop = tuple[str, int]
-"""A sampler and its number of steps: rows with one loop can take every step together."""
+Loop = tuple[str, int] | tuple[str, int, int]
+"""A sampler and its number of steps, and of rows that start from an image how many of the last ones they take.
+
+Rows with one loop can take every step together.
+"""
 
 
 def passes(loop: Loop) -> int:
     """About how often a row with that loop needs the model: what it costs."""
-    sampler, steps = loop
+    sampler, steps = loop[0], loop[-1]
     return steps * (SAMPLER_TABLE[sampler].passes if sampler in SAMPLER_TABLE else 1)
 
 

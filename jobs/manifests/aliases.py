@@ -20,6 +20,9 @@ ALIASES: dict[str, str] = {
         "num_inference_steps": "steps num_steps n_steps ddim_steps sampling_steps sample_steps inference_steps",
         "sampler": "scheduler sampler_name sampling_method sample_method",
         "eta": "ddim_eta",
+        "image": "init_image init_img input_image",
+        "strength": "denoising_strength denoise",
+        "mask": "mask_image",
         "num_images": "n n_samples n_iter num_samples num_images_per_prompt images_per_prompt batch_count",
         "out": "output outdir output_dir output_folder out_dir",
         "model": "ckpt checkpoint model_id",
@@ -28,7 +31,7 @@ ALIASES: dict[str, str] = {
 }
 """The name elsewhere (web UIs, diffusers, the original scripts) to the name here."""
 
-ORDINARY_WORDS = frozenset({"mode", "sample", "samples", "speed", "weight"})
+ORDINARY_WORDS = frozenset({"images", "mark", "mass", "mode", "sample", "samples", "speed", "task", "weight"})
 """Common names of carried columns that are one edit away from a parameter."""
 
 _SHORTEST = 4

@@ -18,6 +18,9 @@ MAX_IMAGES = 1000
 MAX_STEPS = 1000
 MAX_GUIDANCE = 100.0
 
+DEFAULT_STRENGTH = 0.8
+"""That of diffusers. Not of a job without images, whose plans were made before there were any."""
+
 Kind = Literal["text", "int", "float", "sampler"]
 Value = int | float | str
 
@@ -98,6 +101,9 @@ FIELDS: dict[str, Field] = {
         Field(name="num_inference_steps", kind="int", low=1, high=MAX_STEPS),
         Field(name="sampler", kind="sampler"),
         Field(name="eta", kind="float", high=1),
+        Field(name="image", kind="text"),
+        Field(name="strength", kind="float", high=1),
+        Field(name="mask", kind="text"),
         Field(name="num_images", kind="int", low=1, high=MAX_IMAGES),
         Field(name="loras", kind="text"),
         Field(name="id", kind="text"),
@@ -118,6 +124,7 @@ AXES = (
     "num_inference_steps",
     "sampler",
     "eta",
+    "strength",
     "width",
     "height",
 )

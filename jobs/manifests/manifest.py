@@ -38,6 +38,14 @@ class Source:
     format: str
     layout: Layout
 
+    @property
+    def folder(self) -> str:
+        """Where relative paths in its rows begin: where it lies, or the working directory for standard input."""
+        if self.name == standard_input.SHOWN_AS:
+            return os.getcwd()  # noqa: PTH109 - text, as fsspec wants it
+        parent = self.path.rpartition("/")[0]
+        return parent if "file" in self.fs.protocol else str(self.fs.unstrip_protocol(parent))
+
     def batches(self) -> Iterator[RowBatch]:
         """All rows in the file's order. Raises UsageError if the file cannot be read to its end."""
         with _readable(self.name):

@@ -57,6 +57,8 @@ def parameters_text(request: GenerationRequest, *, model_name: str, model_hash: 
         "Model": model_name,
         "Version": version,
     }
+    if request.strength is not None:
+        settings["Denoising strength"] = _number(request.strength)
     if request.eta:
         settings["Eta"] = _number(request.eta)
     if any(scale for _, scale in request.loras):

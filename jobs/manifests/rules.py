@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from latentmill.engine import SAMPLERS_WITH_ETA, SEED_LIMIT
 from latentmill.jobs.errors import UsageError
 from latentmill.jobs.manifests.fields import Value
+from latentmill.jobs.manifests.image_rows import ImageRows
 from latentmill.jobs.manifests.prompt_texts import PromptTexts, prompt_texts
 from latentmill.jobs.manifests.replacements import FIELDS_WITH_TEXT
 from latentmill.jobs.manifests.row_loras import RowLoras
@@ -31,7 +32,8 @@ class Rules:
     The axes of each group of `zips` vary together. `factor` and `max_side` are in pixels. `steps_fault` says why a
     sampler cannot take so many steps, or None. `models` numbers those that rows name, `unusable_models` says why others
     cannot be drawn with, and `default_model` is that of rows that name none. `texts` says what is drawn of a row's
-    texts. `tokens` is given if long prompts are faults. `loras` says how rows may name LoRAs.
+    texts. `tokens` is given if long prompts are faults. `loras` says how rows may name LoRAs; `images` is given if they
+    may name an image.
     """
 
     factor: int
@@ -46,6 +48,7 @@ class Rules:
     texts: PromptTexts = field(default_factory=lambda: prompt_texts("none", WildcardFolder(None), ()))
     tokens: TokenCounter | None = None
     loras: RowLoras = field(default_factory=lambda: RowLoras({}, "plain"))
+    images: ImageRows | None = None
     max_side: int | None = None
 
     @cached_property
@@ -57,7 +60,7 @@ class Rules:
         count = math.prod(map(len, choices))
         if count > MAX_CASES:
             raise UsageError(
-                f"zip pairs {count:,} different combinations of size, sampler, steps and eta, the limit is "
+                f"zip pairs {count:,} different combinations of size, sampler, steps, eta and strength, the limit is "
                 f"{MAX_CASES:,}; use fewer, or put them into the manifest"
             )
         cases = []
@@ -77,7 +80,7 @@ class Rules:
 Rule = tuple[frozenset[str], NDArray[np.bool_], Any]
 
 MAX_CASES = 1024
-_PAIRED = ("width", "height", "sampler", "num_inference_steps", "eta")
+_PAIRED = ("width", "height", "sampler", "num_inference_steps", "eta", "strength")
 """The parameters that rules hold against each other."""
 
 
@@ -129,6 +132,13 @@ def _pair_rules(columns: Mapping[str, pa.Array], count: int, rules: Rules) -> It
                 taken = bounds("num_inference_steps")[0] == steps
                 bad = drawn if "num_inference_steps" in rules.axes else drawn & taken
                 yield frozenset({"sampler", "num_inference_steps"}), bad, lambda _, f=fault: f
+    if "image" in columns:
+        fewest, strength = bounds("num_inference_steps")[0], bounds("strength")[0]
+        yield (
+            frozenset({"image", "strength", "num_inference_steps"}),
+            columns["image"].is_valid().to_numpy(zero_copy_only=False) & (fewest * strength < 1),
+            lambda i: f"strength {strength[i]:g} of {fewest[i]} steps is less than one step; raise one of them",
+        )
     images = bounds("num_images")[1]
     if "seed" in rules.axes or "seed" in columns:
         seeds = (

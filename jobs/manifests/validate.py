@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 from latentmill.jobs.errors import UsageError
 from latentmill.jobs.manifests.coerce import ARROW_TYPES, carry, coerce, to_pylist
 from latentmill.jobs.manifests.fields import FIELDS, MODEL, shorten
+from latentmill.jobs.manifests.image_rows import DIGESTS
 from latentmill.jobs.manifests.readers import RowBatch
 from latentmill.jobs.manifests.replacements import FIELDS_WITH_TEXT
 from latentmill.jobs.manifests.rules import Rules, length_fault, pair_rules, value_fault
@@ -49,11 +50,12 @@ VARIANTS = "variants"
 def snapshot_schema(own: tuple[str, ...], carried: pa.Schema, *, variants: bool = False) -> pa.Schema:
     """Columns of the snapshot: the row's number and id, the parameters that the manifest gives, the carried columns.
 
-    With `variants`, also how many prompts each row stands for.
+    Of files that rows name, also their digests. With `variants`, also how many prompts each row stands for.
     """
     counted = [pa.field(VARIANTS, pa.int64())] if variants else []
     types = {name: pa.int64() if name == MODEL else ARROW_TYPES[FIELDS[name].kind] for name in own}
     parameters = [pa.field(name, types[name]) for name in own if name != "id"]
+    parameters += [pa.field(digest, pa.string()) for name, digest in DIGESTS.items() if name in own]
     carried_along = [pa.field(CARRIED_PREFIX + entry.name, entry.type) for entry in carried]
     return pa.schema(
         [pa.field("row_number", pa.int64()), pa.field("row_id", pa.string()), *counted, *parameters, *carried_along]
@@ -77,16 +79,13 @@ def check_job(rules: Rules, own: tuple[str, ...]) -> None:
             raise UsageError(reason(0))
 
 
-def validate(batch: RowBatch, offset: int, schema: pa.Schema, rules: Rules) -> Checked:
-    """Check one batch; a row's number is `offset` plus its number in its file. No row is both kept and rejected."""
+def validate(batch: RowBatch, offset: int, schema: pa.Schema, rules: Rules, folder: str = "") -> Checked:
+    """Check one batch; a row's number is `offset` plus its number in its file. No row is both kept and rejected.
+
+    Relative paths of images are relative to `folder`.
+    """
     faults: dict[int, list[str]] = {index: [reason] for index, reason in batch.faults.items()}
-    columns: dict[str, pa.Array] = {}
-    count = len(batch)
-    for name in FIELDS:
-        if name in batch.columns:
-            columns[name] = coerce(FIELDS[name], batch.columns[name], faults)
-        elif name in schema.names:
-            columns[name] = pa.nulls(count, schema.field(name).type)
+    columns, count = _own_columns(batch, schema, faults), len(batch)
     _number_models(columns, rules, faults)
     for index in np.flatnonzero(columns["prompt"].is_null().to_numpy(zero_copy_only=False)):
         faults.setdefault(int(index), ["prompt is missing; write one ('' is a blank prompt), or leave the row out"])
@@ -94,6 +93,8 @@ def validate(batch: RowBatch, offset: int, schema: pa.Schema, rules: Rules) -> C
         if entry.name.startswith(CARRIED_PREFIX):
             name = entry.name.removeprefix(CARRIED_PREFIX)
             columns[entry.name] = carry(name, entry.type, batch.columns.get(name), count, faults)
+    if rules.images is not None:
+        rules.images.add(columns, folder, faults)
     for _, bad, reason in pair_rules(columns, count, rules):
         for index in np.flatnonzero(bad):
             faults.setdefault(int(index), [reason(int(index))])
@@ -126,6 +127,17 @@ def validate(batch: RowBatch, offset: int, schema: pa.Schema, rules: Rules) -> C
     mask = np.ones(count, dtype=bool)
     mask[list(faults)] = False
     return Checked(kept=kept.filter(pa.array(mask)), rejects=rejects)
+
+
+def _own_columns(batch: RowBatch, schema: pa.Schema, faults: dict[int, list[str]]) -> dict[str, pa.Array]:
+    """The parameters that the batch gives, and null for those that only other batches give."""
+    columns: dict[str, pa.Array] = {}
+    for name in FIELDS:
+        if name in batch.columns:
+            columns[name] = coerce(FIELDS[name], batch.columns[name], faults)
+        elif name in schema.names:
+            columns[name] = pa.nulls(len(batch), schema.field(name).type)
+    return columns
 
 
 def _number_models(columns: dict[str, pa.Array], rules: Rules, faults: dict[int, list[str]]) -> None:

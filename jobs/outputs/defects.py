@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from latentmill.jobs.ledger.picture_store import picture_path
 from latentmill.jobs.ledger.records import CommitRecord
-from latentmill.jobs.plans.columns import columns_of, stored, values
+from latentmill.jobs.plans.columns import stored, values
 from latentmill.jobs.plans.plan import Plan, PlannedSample
 
 Kind = Literal[
@@ -49,7 +49,7 @@ def row_defects(path: str, rows: list[dict[str, Any]], samples: list[PlannedSamp
         detail = f"sample {repeated[0]} is there more than once" if repeated else "its samples are not those planned"
         yield Defect(kind="row-wrong", path=path, detail=detail)
         return
-    columns = columns_of(plan.format_version)
+    columns = plan.columns
     for row, sample in zip(rows, samples, strict=True):
         expected = values(columns, "sample", sample) | plan.constants_of(sample.model)
         wrong = [
@@ -72,7 +72,7 @@ def is_own_picture(row: dict[str, Any], record: CommitRecord) -> bool:
 
 def rule_defects(path: str, row: dict[str, Any], plan: Plan) -> Iterator[Defect]:
     """No row may claim what it cannot: the first column whose rule it breaks."""
-    rules = (column.rule for column in columns_of(plan.format_version) if column.rule is not None)
+    rules = (column.rule for column in plan.columns if column.rule is not None)
     wrong = next((fault for rule in rules if (fault := rule(row, plan)) is not None), None)
     if wrong is not None:
         yield Defect(kind="row-wrong", path=path, detail=f"sample {row['sample_id']}: {wrong}")

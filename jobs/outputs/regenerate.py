@@ -210,6 +210,8 @@ class Redrawer:
         recipe = recipe_of(row)
         for name in ("width", "height", "num_inference_steps", "guidance_scale", "sampler", "eta", "seed"):
             FIELDS[name].parse(getattr(recipe.request, name))
+        if recipe.request.strength is not None:
+            FIELDS["strength"].parse(recipe.request.strength)
         if not _SAMPLE_ID.fullmatch(row["sample_id"]) or not 0 <= recipe.slot < recipe.batch_size <= MAX_CHUNK:
             raise JobError(
                 f"its row is none that a job writes: sample {shorten(row['sample_id'])}, slot {recipe.slot} of "

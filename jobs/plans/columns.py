@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 import pyarrow as pa
 
+from latentmill.jobs.manifests.images import PlannedImage
 from latentmill.jobs.xmp import DIGITAL_SOURCE_TYPE
 
 if TYPE_CHECKING:
@@ -42,7 +43,8 @@ class Column:
     or `storage` (jobs/postprocess.py, jobs/worker.py) puts it into the row by its name. `value` takes it from a planned
     sample, a plan or a result. `rule` says what is wrong with it in a row of that plan; where the plan knows the value,
     `verify` demands that one. What is the same for the whole job is in the metadata of Parquet files as well.
-    `of_picture`: it is held against the picture's file. `since` is the first format of outputs that has it.
+    `of_picture`: it is held against the picture's file. `since` is the first format of outputs that has it. Only an
+    output whose manifest has the column `beside` has it, if that is given.
     """
 
     name: str
@@ -53,6 +55,7 @@ class Column:
     rule: Rule | None = None
     of_picture: bool = False
     since: int = 2
+    beside: str | None = None
 
     @property
     def demand(self) -> str:
@@ -70,6 +73,14 @@ def _request(name: str, type_: pa.DataType, text: str, since: int = 2) -> Column
 
 def _sample(name: str, type_: pa.DataType, text: str, value: Callable[[PlannedSample], Any], since: int = 2) -> Column:
     return Column(name=name, type=type_, text=text, source="sample", value=value, since=since)
+
+
+def _of_image(name: str, text: str, value: Callable[[PlannedImage], Any]) -> Column:
+    def of_sample(sample: PlannedSample) -> Any:
+        image = sample.request.image
+        return value(image) if isinstance(image, PlannedImage) else None
+
+    return replace(_sample(name, pa.string(), text, of_sample), beside="image")
 
 
 def _setting(name: str, type_: pa.DataType, text: str, since: int = 3) -> Column:
@@ -239,6 +250,15 @@ COLUMNS: tuple[Column, ...] = (
         "The picture of another output that `--reuse` took it from; null if it was drawn for this one.",
         since=5,
     ),
+    _of_image(
+        "init_image",
+        "The manifest's `image`, as an absolute path or URL; this and the next four if it has that column.",
+        lambda it: it.place,
+    ),
+    _of_image("init_image_sha256", "Digest of that file.", lambda it: it.sha256),
+    replace(_request("strength", pa.float32(), "Share of the steps, taken from the image."), beside="image"),
+    _of_image("mask", "Its mask, as an absolute path or URL; null without.", lambda it: it.mask),
+    _of_image("mask_sha256", "Digest of that file.", lambda it: it.mask_sha256),
 )
 """The columns that the project writes itself, in order; a plan appends the manifest's other columns.
 
@@ -257,9 +277,13 @@ def formats() -> tuple[int, ...]:
     return tuple(sorted({MIXED_CHUNKS_SINCE, *(column.since for column in COLUMNS)}))
 
 
-def columns_of(format_version: int) -> tuple[Column, ...]:
-    """The columns of an output of that format: it keeps those that it began with."""
-    return tuple(column for column in COLUMNS if column.since <= format_version)
+def columns_of(format_version: int, own: Collection[str] = ()) -> tuple[Column, ...]:
+    """The columns of an output of that format whose manifest has these of ours: it keeps those that it began with."""
+    return tuple(
+        column
+        for column in COLUMNS
+        if column.since <= format_version and (column.beside is None or column.beside in own)
+    )
 
 
 def own_fields(format_version: int | None = None) -> tuple[pa.Field, ...]:

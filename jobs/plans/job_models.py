@@ -33,7 +33,8 @@ class JobModels:
 
     `defaults` are those of the first one, with the smallest batch; `notes` says where others suggest something else.
     `max_side` is the longest side that all of them take, None if they take any. `steps_fault` says why a sampler cannot
-    take so many steps with one of them, with the nearest number that it can.
+    take so many steps with one of them, with the nearest number that it can. `images_fault` says why one of them cannot
+    start from images, or is None.
     """
 
     resolved: tuple[ResolvedModel, ...]
@@ -43,6 +44,7 @@ class JobModels:
     notes: tuple[str, ...]
     max_side: int | None
     steps_fault: Callable[[str, int], str | None]
+    images_fault: str | None
 
     @property
     def first_usable(self) -> ResolvedModel:
@@ -88,6 +90,7 @@ def find_models(spec: JobSpec, named: Sequence[str]) -> JobModels:
         notes=(*notes, *_other_defaults(spec, defaults)),
         max_side=_max_side(described),
         steps_fault=_steps_fault(described),
+        images_fault=_images_fault(described),
     )
 
 
@@ -129,6 +132,7 @@ def models_of_rows(spec: JobSpec, named: Sequence[str]) -> JobModels:
         notes=tuple(_other_defaults(spec, defaults)),
         max_side=_max_side(described),
         steps_fault=_steps_fault(described),
+        images_fault=_images_fault(described),
     )
 
 
@@ -191,6 +195,15 @@ def _other_defaults(spec: JobSpec, defaults: Mapping[str, ModelDefaults]) -> Ite
 
 def _max_side(described: Sequence[ModelDescription]) -> int | None:
     return min((description.max_side for description in described if description.max_side is not None), default=None)
+
+
+def _images_fault(described: Sequence[ModelDescription]) -> str | None:
+    for description in described:
+        try:
+            description.check_images()
+        except EngineError as error:
+            return str(error)
+    return None
 
 
 def _steps_fault(described: Sequence[ModelDescription]) -> Callable[[str, int], str | None]:

@@ -17,13 +17,15 @@ from latentmill.engine import GenerationRequest
 from latentmill.jobs.errors import JobError, UsageError
 from latentmill.jobs.manifests.axes import Axis, Dimension, build_dimensions, models_of
 from latentmill.jobs.manifests.fields import MODEL, Value, shorten
+from latentmill.jobs.manifests.image_rows import DIGESTS
+from latentmill.jobs.manifests.images import PlannedImage
 from latentmill.jobs.manifests.loras import COLUMN, format_scale, lora_of_axis
 from latentmill.jobs.manifests.prompt_texts import TEMPLATE_COLUMN, added_columns, prompt_texts
 from latentmill.jobs.manifests.row_loras import RowLoras
 from latentmill.jobs.manifests.validate import CARRIED_PREFIX, VARIANTS, snapshot_schema
 from latentmill.jobs.manifests.wildcards import PlannedWildcards
 from latentmill.jobs.models.resolved import ResolvedModel
-from latentmill.jobs.plans.columns import MIXED_CHUNKS_SINCE, columns_of, formats, own_fields, values
+from latentmill.jobs.plans.columns import MIXED_CHUNKS_SINCE, columns_of, formats, values
 from latentmill.jobs.plans.grid import MAX_SAMPLES, Grid, Group, Piece, Place, class_fields, encode_class
 from latentmill.jobs.plans.option_columns import option_fields, option_values
 from latentmill.jobs.plans.sample import PlannedSample
@@ -142,8 +144,10 @@ class Plan:
         )
         self._added = added_columns(self.settings.template, self.axes)
         self._loras = RowLoras(self.model.lora_scales, self.settings.prompt_syntax)
+        self.columns = columns_of(self.format_version, manifest["own"])
+        fixed = [pa.field(column.name, column.type) for column in self.columns]
         added = [pa.field(name, pa.string()) for name in self._added]
-        own = [*own_fields(self.format_version), *added, *option_fields(self.model)]
+        own = [*fixed, *added, *option_fields(self.model)]
         carried = pa.ipc.read_schema(pa.py_buffer(bytes.fromhex(manifest["carried"])))
         self._names = record_names(carried.names, [field.name for field in own])
         self.record_schema = pa.schema(
@@ -173,8 +177,7 @@ class Plan:
 
     @cached_property
     def _constants(self) -> list[dict[str, Any]]:
-        columns = columns_of(self.format_version)
-        return [values(columns, "job", self.of_model(number)) for number in range(len(self.models))]
+        return [values(self.columns, "job", self.of_model(number)) for number in range(len(self.models))]
 
     @property
     def shown_dimensions(self) -> tuple[Dimension, ...]:
@@ -278,11 +281,11 @@ class Plan:
             own = rows.get(name, row)
             return self.parameters[name] if own is None else own
 
-        given = swept.get("seed", rows.get("seed", row))
-        variant, image = (
+        given, image = swept.get("seed", rows.get("seed", row)), rows.image(row)
+        variant, number = (
             divmod(place.image, rows.images(row, self.parameters)) if VARIANTS in rows else (0, place.image)
         )
-        seed = int(self.parameters["seed"]) + place.ordinal if given is None else int(given) + image
+        seed = int(self.parameters["seed"]) + place.ordinal if given is None else int(given) + number
         prompt = swept.get("prompt", rows.get("prompt", row))
         request = GenerationRequest(
             prompt=self._texts.prompt(prompt, seed, variant, swept),
@@ -295,6 +298,8 @@ class Plan:
             sampler=value("sampler"),
             eta=value("eta"),
             loras=tuple(self._loras.of(rows.get("loras", row), rows.get("prompt", row), swept).items()),
+            image=image,
+            strength=None if image is None else value("strength"),
         )
         return PlannedSample(
             ordinal=place.ordinal,
@@ -332,6 +337,12 @@ class _Rows:
     def get(self, name: str, row: int) -> Any:
         column = self._columns.get(name)
         return None if column is None else column[row]
+
+    def image(self, row: int) -> PlannedImage | None:
+        """What the row starts from, if it names an image."""
+        place, mask = (self.get(name, row) for name in DIGESTS)
+        digest, mask_digest = (self.get(name, row) for name in DIGESTS.values())
+        return None if place is None else PlannedImage(place=place, sha256=digest, mask=mask, mask_sha256=mask_digest)
 
     def carried(self, row: int) -> list[Any]:
         return [column[row] for column in self._carried]

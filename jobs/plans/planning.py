@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 
@@ -13,7 +14,8 @@ import pyarrow as pa
 from latentmill.engine import SEED_LIMIT, WATERMARK_MIN_PIXELS, load_tokenizer
 from latentmill.jobs.errors import UsageError
 from latentmill.jobs.manifests.axes import Axis, Dimension, build_axes, build_dimensions, models_of
-from latentmill.jobs.manifests.fields import MODEL
+from latentmill.jobs.manifests.fields import DEFAULT_STRENGTH, FIELDS, MODEL
+from latentmill.jobs.manifests.image_rows import ImageRows
 from latentmill.jobs.manifests.manifest import Manifest, open_manifest
 from latentmill.jobs.manifests.prompt_texts import expand_axes, prompt_texts
 from latentmill.jobs.manifests.row_loras import row_loras
@@ -57,6 +59,11 @@ def draft_plan(spec: JobSpec, *, on_stage: Callable[[str], None] = lambda _: Non
     parameters = default_parameters(spec, models.defaults)
     axis_values = {axis.name: axis.values for axis in axes}
     loras = row_loras(models.resolved[0].lora_scales, spec.prompt_syntax, tuple(axis_values))
+    images = _image_rows(spec, manifest, models, axes, int(parameters["width"]) * int(parameters["height"]))
+    if images is not None:
+        parameters["strength"] = DEFAULT_STRENGTH if spec.strength is None else spec.strength
+        sizes = {"width", "height"} if images.sized_by_image else set()
+        manifest = replace(manifest, own=tuple(name for name in FIELDS if name in {*manifest.own, *sizes}))
     tokens = TokenCounter(
         lambda: load_tokenizer(place_model(models.first_usable)),
         syntax=spec.prompt_syntax,
@@ -81,6 +88,7 @@ def draft_plan(spec: JobSpec, *, on_stage: Callable[[str], None] = lambda _: Non
         texts=texts,
         tokens=tokens if spec.long_prompts == "error" else None,
         loras=loras,
+        images=images,
     )
     check_job(rules, manifest.own)
     spool = ExitStack()
@@ -153,6 +161,24 @@ def _draft(
     )
 
 
+def _image_rows(
+    spec: JobSpec, manifest: Manifest, models: JobModels, axes: tuple[Axis, ...], most_pixels: int
+) -> ImageRows | None:
+    """How the rows' images are read, or None for a manifest without them. Raises UsageError for what needs them."""
+    swept = {axis.name for axis in axes}
+    if "image" in manifest.own:
+        if models.images_fault is not None:
+            raise UsageError(f"{models.images_fault}; drop the column image")
+        given = spec.width is not None or spec.height is not None or swept & {"width", "height"}
+        return ImageRows(factor=models.factor, most_pixels=most_pixels, sized_by_image=not given)
+    lonely = [name for name in ("strength", "mask") if name in manifest.own]
+    if lonely:
+        raise UsageError(f"the manifest has a column {lonely[0]!r} but no column 'image'; add one, or rename it")
+    if spec.strength is not None or "strength" in swept:
+        raise UsageError("strength is given, but the manifest has no column 'image'; add one, or leave strength out")
+    return None
+
+
 def _check_watermark(spec: JobSpec) -> None:
     if spec.watermark == "none":
         return
@@ -192,7 +218,7 @@ def _spool(
         for batch in source.batches():
             if not len(batch):
                 continue
-            checked = validate(batch, offset, schema, rules)
+            checked = validate(batch, offset, schema, rules, source.folder)
             rejects.add(source.name, checked.rejects)
             if strict and checked.rejects:
                 reject = checked.rejects[0]

@@ -79,8 +79,8 @@ class FakeEngine:
 
 def fake_pixels(request: GenerationRequest) -> np.ndarray:
     """A few soft blobs whose colours follow from the whole request."""
-    # Old outputs of this engine are kept as files, and their requests had no LoRAs.
-    said = repr(request).replace(", loras=()", "")
+    # Old outputs of this engine are kept as files, and their requests had no LoRAs and no images.
+    said = repr(request).replace(", loras=()", "").replace(", image=None, strength=None", "")
     seed = int.from_bytes(hashlib.sha256(said.encode()).digest()[:8])
     coarse = np.random.default_rng(seed).integers(0, 256, (4, 4, 3))
     rows = np.linspace(0, 3, request.height)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from latentmill.jobs.errors import UsageError
 from latentmill.jobs.job import open_job
@@ -443,6 +444,26 @@ def test_plan_counts_what_is_held_already_and_writes_nothing(spec: JobSpec, last
         apart = preview_reuse(draft)
     assert apart is not None
     assert (apart.total, "on_flagged" in apart.notes[0]) == (0, True)
+
+
+def test_images_count_by_their_digests_and_with_their_strength(tiny_model: Path, tmp_path: Path) -> None:
+    def job(name: str, rows: list[dict[str, Any]], **settings: Any) -> JobSpec:
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text("".join(json.dumps({"prompt": "one", "seed": 1, **row}) + "\n" for row in rows))
+        return job_spec(tiny_model, path, tmp_path / name, chunk_size=6, **settings)
+
+    for name, colour in {"a": "red", "copy": "red", "b": "blue", "mask": "white", "other": "grey"}.items():
+        Image.new("RGB", (64, 64), colour).save(tmp_path / f"{name}.png")
+    image, masked = {"image": "a.png", "strength": 0.5}, {"image": "a.png", "mask": "mask.png"}
+    last, plain = job("last", [image, {}, masked]), job("plain", [{}])
+    for spec in (last, plain):
+        assert run(spec).exit_code == 0
+    same = [image | {"image": "copy.png"}, {}, masked]
+    new = [image | {"strength": 0.6}, image | {"image": "b.png"}, masked | {"mask": "other.png"}]
+    for donor, reused in ((last, 3), (plain, 1)):
+        summary = run(job(f"tonight-{reused}", [*same, *new], reuse=[donor.out]))
+        assert (summary.exit_code, summary.reused, summary.generated) == (0, reused, 6 - reused)
+    assert run(job("prompts", [{}], reuse=[last.out])).reused == 1
 
 
 @pytest.mark.slow

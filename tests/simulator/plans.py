@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 
 from latentmill.engine import GenerationRequest, GenerationResult, SafetyVerdict
-from latentmill.jobs.plans.columns import formats, own_fields
+from latentmill.jobs.plans.columns import columns_of, formats, own_fields
 from latentmill.jobs.plans.grid import Piece
 from latentmill.jobs.plans.planned import PlannedSample, fingerprint
 from latentmill.jobs.spec import JobSpec
@@ -42,6 +42,7 @@ class SimulatedPlan:
     n_rows = n_samples = 5
     n_rejected = 0
     format_version = formats()[-1]
+    columns = columns_of(format_version)
     file_metadata: Mapping[str, str] = {}
     n_chunks = len(CHUNKS)
     batch_size = 2

@@ -110,9 +110,8 @@ def test_arithmetic_equals_enumeration(seed, tmp_path, tiny_model, monkeypatch):
     with draft_plan(spec) as draft:
         plan = adopt(draft, Storage.open(spec.out))
         assert len(draft.snapshot.parts) == -(-len(rows) // part_rows)
-    expected = enumerate_naively(
-        rows, sweep, zips, flags | {"width": 256, "height": 256, "sampler": "ddim", "eta": 0.0}
-    )
+    defaults = flags | {"width": 256, "height": 256, "sampler": "ddim", "eta": 0.0, "image": None, "strength": None}
+    expected = enumerate_naively(rows, sweep, zips, defaults)
 
     chunks = [plan.samples_of_chunk(chunk) for chunk in range(plan.n_chunks)]
     samples = sorted((sample for chunk in chunks for sample in chunk), key=lambda sample: sample.ordinal)
