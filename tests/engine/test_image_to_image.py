@@ -120,9 +120,8 @@ def with_scheduler(pipeline: Any, sampler: str) -> Any:
     ("sampler", "strength"),
     [
         ("ddim", 0.6),
-        ("euler", 1.0),
         *(pytest.param(sampler, 0.6, marks=pytest.mark.long) for sampler in SCHEDULERS if sampler != "ddim"),
-        pytest.param("ddim", 1.0, marks=pytest.mark.long),
+        *(pytest.param(sampler, 1.0, marks=pytest.mark.long) for sampler in ("ddim", "euler")),
     ],
 )
 def test_pictures_from_pictures_equal_the_reference_pipelines(sampler, strength, sd1, engine):
