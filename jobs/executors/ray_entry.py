@@ -59,8 +59,8 @@ class WorkerProcess:
         self._worker = None  # one model may fill the memory
         gc.collect()
         try:
-            given = pickle.loads(arguments)  # noqa: S301 - from our own driver
-            self._worker = _ray_worker(self._code).Worker(*given, model)
+            ours = _ray_worker(self._code)  # first: what is unpickled imports modules of ours, which may be others here
+            self._worker = ours.Worker(*pickle.loads(arguments), model)  # noqa: S301 - from our own driver
         except _FAULTS as error:
             return _reason(error), "", str(error) if type(error).__name__ == "ModelLoadError" else ""
         return None, self._worker.execution_class, ""

@@ -164,7 +164,7 @@ def test_an_inpainting_model_is_refused(files, folders, tmp_path):
         weights[key] = torch.zeros(len(weights[key]), 9, 3, 3)
 
     file = edited(files, "sd1", tmp_path / "inpainting.safetensors", widen)
-    with pytest.raises(EngineError, match="takes 9 latent channels"):
+    with pytest.raises(EngineError, match="inpainting U-Net, which takes 9 channels"):
         describe_model(spec(file, folders["sd1"]))
 
 

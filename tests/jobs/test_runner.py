@@ -201,8 +201,8 @@ def test_what_takes_time_before_the_first_picture_is_named(tiny_model, manifest,
     stages: list[str] = []
     run_job(job_spec(tiny_model, manifest(2), tmp_path / "out"), on_stage=stages.append)
     assert stages == [
-        "finding and hashing the model",
         "reading the manifest",
+        "finding and hashing the model",
         "opening the output",
         "loading the model",
     ]

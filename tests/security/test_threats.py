@@ -371,7 +371,7 @@ def test_rows_fetch_nothing(tiny_model: Path, tmp_path: Path) -> None:
         here = f"http://127.0.0.1:{server.server_address[1]}"
         places = [f"{here}/a.png", f"s3://bucket/k?endpoint_url={here}", "http://169.254.169.254/latest/meta-data/"]
         places += ["file:///etc/passwd", f"simplecache::{here}/x", "//evil.example/x"]
-        rows = [{"prompt": place, "id": place, "url": place, "image": place, "image_url": place} for place in places]
+        rows = [{"prompt": place, "id": place, "url": place, "picture": place, "image_url": place} for place in places]
         manifest = tmp_path / "prompts.parquet"
         pq.write_table(pa.Table.from_pylist(rows), manifest)
         try:

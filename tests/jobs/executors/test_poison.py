@@ -19,7 +19,7 @@ from latentmill.jobs.executors import ray_pool
 from latentmill.jobs.executors.isolation import DIED, OVERRAN
 from latentmill.jobs.executors.ray_cluster import connect
 from latentmill.jobs.executors.ray_entry import MODEL, THREADS, WorkerProcess, send_by_value
-from latentmill.jobs.job import open_job
+from latentmill.jobs.job import Reuse, open_job
 from latentmill.jobs.outputs.verify import verify
 from latentmill.jobs.plans.plan import adopt, draft_plan
 from latentmill.jobs.progress import Progress
@@ -92,7 +92,8 @@ def actor(hanging: tuple[str, str]) -> Any:
 
     send_by_value()
     actor = ray.remote(concurrency_groups=THREADS)(WorkerProcess).options(num_cpus=0).remote(own_code())
-    assert ray.get(actor.load.remote(pickle.dumps((hanging, fake_engine)), 0)) == (None, "fake", "")
+    arguments = pickle.dumps(((*hanging, Reuse()), fake_engine))
+    assert ray.get(actor.load.remote(arguments, 0)) == (None, "fake", "")
     return actor
 
 

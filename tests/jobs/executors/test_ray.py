@@ -140,9 +140,9 @@ def test_a_job_on_s3_resumes_and_generates_nothing_twice(session, s3: str, tiny_
 
 def test_actors_take_what_another_output_holds(session, s3: str, tiny_model: Path, manifest, tmp_path: Path):
     """From a bucket into a folder, and on from the folder as links: each row names where its picture was."""
-    prompts, sweep = manifest(5), {"guidance_scale": [3, 5]}
+    prompts, sweep = manifest(5), {"guidance_scale": [3, 5], "seed": [7]}
     run(job_spec(tiny_model, prompts, s3, sweep=sweep))
-    alone = job_spec(tiny_model, prompts, tmp_path / "alone", sweep={"guidance_scale": [5, 7]})
+    alone = job_spec(tiny_model, prompts, tmp_path / "alone", sweep={"guidance_scale": [5, 7], "seed": [7]})
     run(alone)
     taken = job_spec(tiny_model, prompts, tmp_path / "taken", sweep=dict(alone.sweep), executor="ray", reuse=[s3])
     summary = run(taken)
