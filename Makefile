@@ -96,8 +96,7 @@ $(VENV)/bin/python:
 	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
 	  echo "$(PYTHON) cannot make a virtual environment; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
 
-# Python compiles what it imports, when it does; pip would compile every file: 84 s in place of 48.
-PIP_OPTIONS := --quiet --disable-pip-version-check --no-compile
+PIP_OPTIONS := --quiet --disable-pip-version-check
 
 # OpenCV's usual build, which invisible-watermark asks for, needs the system's libGL; where that is missing, as in
 # small containers, the headless build of the same version takes its place.

@@ -96,6 +96,7 @@ def test_training_goes_on_from_the_shipped_weights_and_then_from_where_it_stoppe
     assert json.loads((out / "model_index.json").read_text())["_class_name"] == "StableDiffusionPipeline"
 
 
+@pytest.mark.long
 def test_training_without_encoded_pictures_says_how_to_make_them(tmp_path):
     command = [sys.executable, "-m", "bench.gpu_training", "--work", str(tmp_path)]
     done = subprocess.run(

@@ -21,6 +21,8 @@ GROWTH = """
 import json, sys
 from bench.machine import peak_mib
 from bench.measurements import MEASUREMENTS
+
+pytestmark = pytest.mark.long
 name, *calls = json.loads(sys.argv[1])
 facts = []
 for call in calls:

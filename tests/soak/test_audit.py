@@ -15,6 +15,8 @@ from tests.soak.audit import Finished, audit, check, neighbours, run_cli
 from tests.soak.jobs import fake_job
 from tests.soak.watch import Watch
 
+pytestmark = pytest.mark.long
+
 RECORD = "ledger/00000/00000001.parquet"
 MANIFEST = "_job/dataset.json"
 
