@@ -12,6 +12,8 @@ import pytest
 
 from bench.synthetic import fill_ledger, write_manifest
 
+pytestmark = pytest.mark.long
+
 ROOT = Path(__file__).parents[2]
 BYTES_PER_ROW = 40
 BYTES_PER_CHUNK = 400
@@ -22,7 +24,6 @@ import json, sys
 from bench.machine import peak_mib
 from bench.measurements import MEASUREMENTS
 
-pytestmark = pytest.mark.long
 name, *calls = json.loads(sys.argv[1])
 facts = []
 for call in calls:

@@ -28,7 +28,7 @@ from tests.harness.models import write_tiny_model
 from tests.jobs.driver import job_spec, read_dataset, run
 from tests.jobs.show.test_gallery import meta_of, rows_of
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 
 
 @pytest.fixture(scope="module")

@@ -27,6 +27,8 @@ from latentmill.jobs.store.storage import Storage
 from tests.jobs.driver import job_spec, read_dataset, run
 from tests.jobs.fakes import FakeEngine
 
+pytestmark = pytest.mark.long
+
 BROKEN = "its weights are torn"
 loads: Counter[str] = Counter()
 

@@ -31,6 +31,8 @@ from latentmill.jobs.worker import load_engine
 from tests.jobs.driver import Dataset, KillAt, job_spec, read_dataset, run, start
 from tests.jobs.fakes import FakeEngine, fake_engine
 
+pytestmark = pytest.mark.long
+
 PROMPTS = ["one", "some nsfw", "poison three", "four", "five"]
 NIGHT = {"guidance_scale": [3, 5, 7.5], "seed": [0, 1, 2]}
 TONIGHT = {"guidance_scale": [3, 5, 9], "seed": [0, 1, 2]}

@@ -31,6 +31,8 @@ from tests.jobs.driver import PROCESSES, job_spec, run
 from tests.jobs.exports.conftest import Write, digests
 from tests.jobs.traps import KillAt, arm
 
+pytestmark = pytest.mark.long
+
 every_format = pytest.mark.parametrize("to", list(EXPORTS))
 
 

@@ -33,6 +33,8 @@ print(json.dumps(told))
 """
 READ_CROISSANT = """
 import hashlib, json, mlcroissant, sys
+
+pytestmark = pytest.mark.long
 dataset = mlcroissant.Dataset(sys.argv[1])
 errors = sorted(dataset.metadata.ctx.issues.errors)
 told = {"errors": errors}

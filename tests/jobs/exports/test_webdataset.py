@@ -22,6 +22,8 @@ print(json.dumps(samples))
 READ_BATCHES = """
 import json, sys, webdataset
 from torch.utils.data import DataLoader
+
+pytestmark = pytest.mark.long
 dataset = webdataset.WebDataset(sys.argv[1], shardshuffle=False).decode("torchrgb").to_tuple(sys.argv[2], "txt")
 print(json.dumps([[list(pictures.shape), prompts] for pictures, prompts in DataLoader(dataset, batch_size=3)]))
 """

@@ -24,6 +24,8 @@ from tests.engine.originals import write_safetensors
 from tests.jobs.driver import job_spec, read_dataset, run
 from tests.jobs.models.machines import place_on_node
 
+pytestmark = pytest.mark.long
+
 Manifest = Callable[..., Path]
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"

@@ -23,6 +23,8 @@ from tests.harness.proxy import Proxy, fault_proxy
 from tests.jobs.driver import job_spec, pictures, read_dataset, run, start
 from tests.jobs.fakes import slow_engine
 
+pytestmark = pytest.mark.long
+
 Manifest = Callable[..., Path]
 PROMPTS = ["one", "two", "some nsfw", "four", "five"]
 
