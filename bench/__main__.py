@@ -77,7 +77,7 @@ def _run(benchmark: Benchmark, options: argparse.Namespace) -> bool:
     asked = {"device": device, "rounds": options.rounds, "tiny": options.tiny}
     # A process with no thread or library of another measurement; its own children find `bench` by the path.
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    environment.pop("PYTHONDONTWRITEBYTECODE", None)  # as on a user's machine, no process compiles what one before it did
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)  # a user's processes do not all compile the same modules again
     done = subprocess.run(
         [sys.executable, "-m", "bench.one", benchmark.name, json.dumps(asked)],
         cwd=ROOT,
