@@ -9,6 +9,7 @@ import atexit
 import gc
 import sys
 from collections.abc import Callable
+from importlib import import_module
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -223,7 +224,7 @@ def verify(
         report = verify_job(
             out, sample_n=sample, regenerate_n=regenerate, regenerate_seed=seed, on_progress=view.update
         )
-    _answer(report.to_dict(), json, lambda views: views.show_verify(report), quiet=quiet)
+    _answer(report.to_dict(), json, lambda views: views.show_verify(report), quiet=quiet, about="dataset_views")
     raise typer.Exit(report.exit_code)
 
 
@@ -240,7 +241,7 @@ def repair(out: OutArgument, json: Json = False) -> None:
         from latentmill.jobs.outputs.repair import repair as repair_job
 
         report = repair_job(out, on_progress=view.update)
-    _answer(report.to_dict(), json, lambda views: views.show_repair(report))
+    _answer(report.to_dict(), json, lambda views: views.show_repair(report), about="dataset_views")
     raise typer.Exit(report.exit_code)
 
 
@@ -283,7 +284,7 @@ def regenerate(
         report = regenerate_samples(
             out, parse_samples(sample), destination=to, drawing=drawing, on_progress=view.update
         )
-    _answer(report.to_dict(), json, lambda views: views.show_regenerated(report), quiet=quiet)
+    _answer(report.to_dict(), json, lambda views: views.show_regenerated(report), quiet=quiet, about="dataset_views")
     raise typer.Exit(report.exit_code)
 
 
@@ -297,7 +298,7 @@ def clean(
     from latentmill.jobs.outputs.clean import clean as clean_job
 
     report = clean_job(out, dry_run=dry_run)
-    _answer(report.to_dict(), json, lambda views: views.show_clean(report))
+    _answer(report.to_dict(), json, lambda views: views.show_clean(report), about="dataset_views")
     raise typer.Exit(report.exit_code)
 
 
@@ -336,7 +337,7 @@ def report(
             font=font,
             on_progress=view.update,
         )
-    _answer(summary.to_dict(), json, lambda views: views.show_report(summary), quiet=quiet)
+    _answer(summary.to_dict(), json, lambda views: views.show_report(summary), quiet=quiet, about="dataset_views")
 
 
 @app.command(
@@ -367,7 +368,7 @@ def compare(
         shown = compare_outputs(
             before, after, out, top=top, tolerance=tolerance, ignored=ignore or (), on_progress=view.update
         )
-    _answer(shown.to_dict(), json, lambda views: views.show_comparison(shown), quiet=quiet)
+    _answer(shown.to_dict(), json, lambda views: views.show_comparison(shown), quiet=quiet, about="dataset_views")
     raise typer.Exit(shown.found.exit_code)
 
 
@@ -386,7 +387,9 @@ def export(flags: dict[str, Any], say: Say, *, dataset: OutArgument) -> None:
         from latentmill.jobs.exports.spec import make_export_spec
 
         summary = export_job(dataset, make_export_spec(flags), on_progress=view.update)
-    _answer(summary.to_dict(), say.as_json, lambda views: views.show_export(summary), quiet=say.quiet)
+    _answer(
+        summary.to_dict(), say.as_json, lambda views: views.show_export(summary), quiet=say.quiet, about="dataset_views"
+    )
 
 
 @app.command(
@@ -405,7 +408,7 @@ def push_to_hub(
     from latentmill.jobs.exports.push import push_to_hub as push
 
     summary = push(dest, repo, private=private)
-    _answer(summary.to_dict(), json, lambda views: views.show_push(summary))
+    _answer(summary.to_dict(), json, lambda views: views.show_push(summary), about="dataset_views")
 
 
 @app.command(
@@ -430,7 +433,9 @@ def score(
         from latentmill.jobs.scores.spec import make_score_spec
 
         summary = score_dataset(dataset, scorers.split(","), make_score_spec(flags), on_progress=view.update)
-    _answer(summary.to_dict(), say.as_json, lambda views: views.show_scores(summary), quiet=say.quiet)
+    _answer(
+        summary.to_dict(), say.as_json, lambda views: views.show_scores(summary), quiet=say.quiet, about="dataset_views"
+    )
 
 
 @app.command(rich_help_panel=_MORE, epilog="Example: [bold]latentmill models[/bold]")
@@ -464,7 +469,12 @@ def inspect(
     from latentmill.jobs.inspection import inspect_files
 
     answers = inspect_files(files, text=expect, method=watermark, dataset=dataset, trust=trust)
-    _answer([answer.to_dict() for answer in answers], json, lambda views: views.show_inspections(answers))
+    _answer(
+        [answer.to_dict() for answer in answers],
+        json,
+        lambda views: views.show_inspections(answers),
+        about="dataset_views",
+    )
     raise typer.Exit(0 if all(answer.sound for answer in answers) else 1)
 
 
@@ -486,13 +496,16 @@ def _root(
     pass
 
 
-def _answer(data: Any, as_json: bool, show: Callable[[Any], None], *, quiet: bool = False) -> None:
-    from latentmill.jobs.show import display, views
+def _answer(
+    data: Any, as_json: bool, show: Callable[[Any], None], *, quiet: bool = False, about: str = "views"
+) -> None:
+    """Print an answer: as JSON, or as `show` has it of a module of jobs/show/, which other answers need not import."""
+    from latentmill.jobs.show import display
 
     if as_json:
         display.print_json(data)
     elif not quiet:
-        show(views)
+        show(import_module(f"latentmill.jobs.show.{about}"))
 
 
 def main() -> None:

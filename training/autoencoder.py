@@ -25,15 +25,14 @@ from training.common import (
     Curve,
     RunningAverage,
     contact_sheet,
-    device,
     learning_rate,
     load_checkpoint,
-    place,
     save_checkpoint,
     set_learning_rate,
     to_pictures,
 )
 from training.critic import Critic, critic_loss, eventful, judge
+from training.devices import device, place
 from training.perceptual import Perceptual
 from training.pictures import CROPS_PER_PICTURE, Pictures
 

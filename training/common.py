@@ -15,20 +15,11 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from training.devices import device
+from training.parallel import agree
 from training.scenes import Pixels
 
 DEFAULT_WORK = Path(__file__).resolve().parent / ".cache"
-
-
-def device() -> torch.device:
-    """A GPU where there is one."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def place(module: nn.Module) -> None:
-    """Move `module` to the device, its weights with channels last: on a CPU that is a tenth faster."""
-    layout: dict[str, Any] = {"memory_format": torch.channels_last}  # torch's types do not know it
-    module.to(device()).to(**layout)
 
 
 def save_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
@@ -73,10 +64,8 @@ class Clock:
 
     def tick(self) -> None:
         """Count what passed since the last call; all processes follow the first one's clock."""
-        from training import parallel
-
         now = self._now()
-        self.elapsed = parallel.agree(self.elapsed + now[0] - self._last[0])
+        self.elapsed = agree(self.elapsed + now[0] - self._last[0])
         self.wall += now[1] - self._last[1]
         self._last = now
 

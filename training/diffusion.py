@@ -30,14 +30,13 @@ from training.common import (
     Curve,
     RunningAverage,
     contact_sheet,
-    device,
     learning_rate,
     load_checkpoint,
-    place,
     save_checkpoint,
     set_learning_rate,
     to_pictures,
 )
+from training.devices import device, place
 
 CHECKPOINT = "diffusion.pt"
 PEAK_RATE = 1e-3

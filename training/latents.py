@@ -18,7 +18,8 @@ from torch import Tensor
 from latentmill.engine.loading.config import VAEConfig
 from latentmill.engine.networks.autoencoder import AutoencoderKL
 from training import architecture, autoencoder, icons, pairs, parallel, scenes, tokenizer
-from training.common import device, load_checkpoint, place, save_checkpoint, to_tensor
+from training.common import load_checkpoint, save_checkpoint, to_tensor
+from training.devices import device, place
 from training.icons import Sprite
 from training.scenes import Pixels
 

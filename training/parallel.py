@@ -18,7 +18,7 @@ import torch
 from torch import distributed, nn
 from torch.multiprocessing.spawn import spawn
 
-from training.common import device
+from training.devices import device
 
 Worker = Callable[..., None]  # called with its rank, then the arguments given to `launch`
 

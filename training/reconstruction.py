@@ -20,7 +20,8 @@ from torch.nn import functional as F
 from latentmill.engine.loading.config import VAEConfig
 from latentmill.engine.networks.autoencoder import AutoencoderKL
 from training import architecture, edges, judge, latents
-from training.common import DEFAULT_WORK, contact_sheet, device, to_pictures, to_tensor
+from training.common import DEFAULT_WORK, contact_sheet, to_pictures, to_tensor
+from training.devices import device
 from training.export import EMBEDDED, WEIGHTS
 from training.perceptual import Perceptual
 from training.pictures import Pictures

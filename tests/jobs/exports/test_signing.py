@@ -293,7 +293,7 @@ def test_inspect_reads_them_and_a_changed_file_ends_with_exit_code_1(
     assert sound.c2pa is not None
     assert broken.c2pa is not None
     assert (sound.c2pa.state, broken.c2pa.state, broken.sound) == ("trusted", "invalid", False)
-    from latentmill.jobs.show.views import show_inspections
+    from latentmill.jobs.show.dataset_views import show_inspections
 
     show_inspections([sound, broken])
     said = capsys.readouterr().out
