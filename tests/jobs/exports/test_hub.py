@@ -18,6 +18,8 @@ from tests.jobs.driver import job_spec, run
 from tests.jobs.exports.conftest import Write
 from tests.jobs.exports.consumers import told_by
 
+pytestmark = pytest.mark.long
+
 LOAD = """
 import datasets, hashlib, json, sys
 streaming = len(sys.argv) > 3
@@ -33,8 +35,6 @@ print(json.dumps(told))
 """
 READ_CROISSANT = """
 import hashlib, json, mlcroissant, sys
-
-pytestmark = pytest.mark.long
 dataset = mlcroissant.Dataset(sys.argv[1])
 errors = sorted(dataset.metadata.ctx.issues.errors)
 told = {"errors": errors}

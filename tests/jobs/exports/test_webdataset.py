@@ -11,6 +11,8 @@ import pytest
 from tests.jobs.exports.conftest import Write
 from tests.jobs.exports.consumers import told_by
 
+pytestmark = pytest.mark.long
+
 READ_SAMPLES = """
 import hashlib, json, sys, webdataset
 samples = [
@@ -22,8 +24,6 @@ print(json.dumps(samples))
 READ_BATCHES = """
 import json, sys, webdataset
 from torch.utils.data import DataLoader
-
-pytestmark = pytest.mark.long
 dataset = webdataset.WebDataset(sys.argv[1], shardshuffle=False).decode("torchrgb").to_tuple(sys.argv[2], "txt")
 print(json.dumps([[list(pictures.shape), prompts] for pictures, prompts in DataLoader(dataset, batch_size=3)]))
 """
