@@ -22,7 +22,7 @@ from latentmill.jobs.recipe import recipe_of
 from latentmill.jobs.show.report import report
 from latentmill.jobs.spec import JobSpec
 from latentmill.jobs.store.storage import Storage
-from latentmill.jobs.submission.portable import visible_to_nodes
+from latentmill.jobs.submission.places import visible_to_nodes
 from latentmill.jobs.worker import load_engine
 from tests.engine.loras import random_terms, write_kohya
 from tests.harness.models import write_tiny_model
