@@ -26,7 +26,17 @@ from latentmill.engine.loading.lora_names import layer_names
 from latentmill.engine.types import LoraSpec
 from tests.engine.diffusers_models import write_flux, write_sd3
 from tests.engine.families import assert_same_pictures
-from tests.engine.loras import ALPHA, RANK, STRENGTH, Terms, random_terms, saved, write_diffusers, write_peft
+from tests.engine.loras import (
+    ALPHA,
+    RANK,
+    STRENGTH,
+    Terms,
+    random_terms,
+    saved,
+    write_diffusers,
+    write_kohya,
+    write_peft,
+)
 from tests.engine.originals import joint_weights
 from tests.engine.test_joint_transformers import load, pictures, reference, rows_for
 from tests.engine.test_transformer_networks import FLUX_DEV, ours
@@ -335,6 +345,26 @@ def test_every_spelling_of_one_lora_gives_the_same_terms(folders, tmp_path):
         for path, term in found[0]["transformer"].items():
             assert torch.equal(term.down, other["transformer"][path].down)
             assert torch.equal(term.up, other["transformer"][path].up)
+
+
+def test_kohya_numbers_the_encoders_of_sd3(folders, tmp_path):
+    pipeline = DiffusionPipeline.from_pretrained(folders["sd3"])
+    layout = find_model(ModelSpec(model=str(folders["sd3"])))
+    components = ("text_encoder", "text_encoder_2")
+    terms = {
+        name: random_terms(network, seed)
+        for seed, (name, network) in enumerate(networks_of(pipeline, *components).items())
+    }
+    numbered = {"lora_te1": terms["text_encoder"], "lora_te2": terms["text_encoder_2"]}
+    files = (
+        write_kohya(tmp_path / "kohya.safetensors", numbered, alpha=None),
+        write_diffusers(tmp_path / "diffusers.safetensors", terms),
+    )
+    first, second = (read_lora(find_model(with_lora(folders["sd3"], file)).loras["ink"], layout) for file in files)
+    assert first.keys() == second.keys() == set(components)
+    for name in components:
+        assert first[name].keys() == second[name].keys()
+        assert all(torch.equal(term.up, second[name][path].up) for path, term in first[name].items())
 
 
 def with_lora(folder: Path, file: Path) -> ModelSpec:
