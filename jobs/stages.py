@@ -14,7 +14,7 @@ Stage = Literal["load", "reuse", "sample", "check", "encode", "write", "commit"]
 STAGES: Mapping[Stage, str] = {
     "load": "loading the model; told with the first chunk that it draws",
     "reuse": "taking what other outputs have",
-    "sample": "denoising and decoding, on the model's device",
+    "sample": "text encoder, denoising and decoding, on the model's device",
     "check": "the safety checker",
     "encode": "the watermark, its reading back, and the PNG",
     "write": "the pictures, to the store",
