@@ -13,6 +13,7 @@ import yaml
 
 from latentmill.jobs.executors.metrics import METRICS, OUTPUT
 from latentmill.jobs.executors.ray_metrics import EXPORTED_PREFIX
+from latentmill.jobs.stages import STAGES
 
 FOLDER = Path(__file__).parents[1] / "configs/cluster"
 DASHBOARD = json.loads((FOLDER / "grafana-dashboard.json").read_text(encoding="utf-8"))
@@ -76,3 +77,8 @@ def test_prometheus_reads_the_file_in_which_ray_lists_its_nodes():
     assert place["refresh_interval"] == "10s"  # by itself Prometheus sees no change behind a symbolic link
     constants = (RAY / "_private/ray_constants.py").read_text(encoding="utf-8")
     assert f'PROMETHEUS_SERVICE_DISCOVERY_FILE = "{Path(file).name}"' in constants
+
+
+def test_the_page_about_metrics_names_every_stage():
+    page = (FOLDER.parents[1] / "docs/metrics.md").read_text(encoding="utf-8")
+    assert [stage for stage in STAGES if f"`{stage}` (" not in page] == ["sample"]
