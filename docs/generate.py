@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from latentmill.engine.sampling.table import SAMPLER_TABLE
+from latentmill.jobs.executors.metrics import METRICS
+from latentmill.jobs.executors.ray_metrics import EXPORTED_PREFIX
 from latentmill.jobs.exports.spec import EXPORT_SETTINGS, ExportSpec
 from latentmill.jobs.exports.table import EXPORTS, IMAGE_FORMATS
 from latentmill.jobs.manifests.aliases import ALIASES
@@ -113,6 +115,15 @@ def scoring() -> str:
     return _table(("flag", "type", "allowed", "default", "what it does"), rows)
 
 
+def metrics() -> str:
+    """What Prometheus may know of a run."""
+    rows = [
+        (f"`{EXPORTED_PREFIX}{name}`", metric.kind, ", ".join(f"`{label}`" for label in metric.labels), metric.what)
+        for name, metric in METRICS.items()
+    ]
+    return _table(("metric", "kind", "labels", "what it says"), rows)
+
+
 def formats() -> str:
     """The formats of manifests."""
     rows = []
@@ -196,6 +207,7 @@ PARTS: Mapping[str, Callable[[], str]] = {
         exporting,
         scorers,
         scoring,
+        metrics,
     )
 }
 

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from latentmill.jobs.chunk_result import ChunkResult
 from latentmill.jobs.plans.plan import Plan
+from latentmill.jobs.stages import work_seconds
 
 Phase = Literal["planning", "starting", "generating", "publishing", "done"]
 
@@ -71,7 +72,7 @@ class Tracker:
             self.generated += samples - result.reused
             self.reused += result.reused
             if len(self._recent) == 1:  # loading the model does not belong to the rate
-                self._recent[0] = (time.monotonic() - result.generate_seconds - result.postprocess_seconds, 0)
+                self._recent[0] = (time.monotonic() - work_seconds(result.stages), 0)
             self._recent.append((time.monotonic(), samples))
         if result.done and not self._done[result.chunk]:
             self._done[result.chunk] = True
