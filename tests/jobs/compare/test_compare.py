@@ -92,6 +92,7 @@ def test_each_sample_is_the_same_changed_new_or_gone_and_the_biggest_change_is_f
         "removed": 0,
     }
     assert [pair["prompt"] for pair in told["pairs"]] == ["some nsfw", "a tree", "a dog"]
+    assert [pair["differs"] for pair in told["pairs"]] == [{}] * 3
     flagged, tree, dog = found.pairs
     assert (flagged.before["status"], flagged.after["status"]) == ("flagged", "ok")
     one, other = (latentmill.open_dataset(out) for out in nights)
@@ -146,6 +147,7 @@ def test_two_runs_that_differ_in_one_value(tiny_model: Path, manifest: Manifest,
     assert any(line.startswith("sweep guidance_scale: '3.0,5.0' -> '3.0,6.0'") for line in found.settings)
     ignoring = compare(*outs, top=200, ignored=["guidance_scale"])
     assert (ignoring.identical, ignoring.changed, ignoring.added, ignoring.removed) == (2, 2, 0, 0)
+    assert [pair["differs"] for pair in ignoring.to_dict()["pairs"]] == [{"guidance_scale": [5.0, 6.0]}] * 2
 
 
 class OfModel(FakeEngine):
