@@ -299,6 +299,20 @@ def test_an_output_of_an_older_format_is_compared(nights: tuple[str, str], tmp_p
     assert compare(old, old, top=9).exit_code == 0
 
 
+def test_the_command_says_what_tells_new_and_gone_samples_apart(
+    tiny_model: Path, manifest: Manifest, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    for name, scales in (("a", [3, 5]), ("b", [3, 6])):
+        run(job_spec(tiny_model, manifest(["a cat"]), tmp_path / name, sweep={"guidance_scale": scales, "seed": [7]}))
+    capsys.readouterr()
+    code, out, _ = call("compare", str(tmp_path / "a"), str(tmp_path / "b"), capsys=capsys)
+    words = " ".join(out.split())
+    assert code == 1
+    assert "sample row guidance_scale prompt" in words, "and not the seed, which is that of all"
+    assert "00000001 1 6 a cat" in words
+    assert "00000001 1 5 a cat" in words
+
+
 def test_the_command_says_it_in_numbers_for_machines_and_by_its_exit_code(nights, capsys: pytest.CaptureFixture[str]):
     code, out, _ = call("compare", *nights, "--json", "--quiet", capsys=capsys)
     told = json.loads(out)
