@@ -202,7 +202,7 @@ def _repair(job: Job, mine: NDArray[np.bool_], executor: Executor, tracker: Trac
     idle_passes = 0
     pending = {chunk for chunk in job.ledger.failed_chunks() if mine[chunk]}
     while pending:
-        tracker.begin_repair(executor.live_actors)
+        tracker.begin_repair(sorted(pending), executor.live_actors)
         before = len(pending)
         with closing(_results(executor, sorted(pending), repair=True)) as results:
             for result in results:
