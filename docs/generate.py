@@ -30,7 +30,9 @@ from latentmill.jobs.plans.columns import COLUMNS
 from latentmill.jobs.scores.spec import SCORE_SETTINGS, ScoreSpec
 from latentmill.jobs.scores.table import SCORERS
 from latentmill.jobs.settings import Setting
+from latentmill.jobs.show.events import EVENTS
 from latentmill.jobs.spec import SETTINGS, JobSpec, Runtime
+from latentmill.jobs.stages import STAGES
 from latentmill.jobs.txt2img.options import build_parser
 
 ROOT = Path(__file__).parents[1]
@@ -203,6 +205,19 @@ def families() -> str:
     return _table(("family", "its own file", "parts shared with others", "its networks"), rows)
 
 
+def stages() -> str:
+    """The stages that a chunk goes through."""
+    return _table(("stage", "what it is"), [(f"`{name}`", text) for name, text in STAGES.items()])
+
+
+def events() -> str:
+    """What `--log-json` tells, with the keys of each event."""
+    rows = [
+        (f"`{event}`", "; ".join(f"`{name}`: {text}" for name, text in keys.items())) for event, keys in EVENTS.items()
+    ]
+    return _table(("`event`", "keys beside `time` and `event`"), rows)
+
+
 def differences() -> str:
     """Where `txt2img` differs from the original script: the list that its help ends with."""
     ending = build_parser("latentmill txt2img").epilog or ""
@@ -227,6 +242,8 @@ PARTS: Mapping[str, Callable[[], str]] = {
         scorers,
         scoring,
         metrics,
+        stages,
+        events,
     )
 }
 
