@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import threading
 from collections.abc import Callable, Mapping
 from functools import cached_property, lru_cache
 from pathlib import PurePosixPath
@@ -134,12 +135,13 @@ def wildcards_digest(data: bytes) -> str:
 
 
 class Templates:
-    """Templates with their wildcards, parsed once each as long as they are remembered."""
+    """Templates with their wildcards, parsed once each while they are remembered; safe to share between threads."""
 
     def __init__(self, wildcards: Lines) -> None:
         self._wildcards = wildcards
         self._parsed: dict[str, Choice] = {}
         self._open: list[str] = []
+        self._lock = threading.Lock()  # what another thread is parsing just now would look like a circle
         self.parse = lru_cache(_REMEMBERED)(self._parse)
 
     def draw(self, text: str, seed: int) -> str:
@@ -151,7 +153,8 @@ class Templates:
         return self.parse(text).text(number)
 
     def _parse(self, text: str) -> Node:
-        return parse_template(text, self._wildcard)
+        with self._lock:
+            return parse_template(text, self._wildcard)
 
     def _wildcard(self, name: str, depth: int) -> Choice:
         if name in self._parsed:
