@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import random
 from collections.abc import Callable, Iterator
@@ -19,7 +18,7 @@ from latentmill.jobs.ledger.pictures import decode_png, pixel_sha256, stated_sou
 from latentmill.jobs.ledger.records import CommitRecord, WrongRepairError
 from latentmill.jobs.manifests.fields import shorten
 from latentmill.jobs.outputs.captions import CaptionShelf, Fetch
-from latentmill.jobs.outputs.defects import Defect, Kind, is_own_picture, row_defects, rule_defects
+from latentmill.jobs.outputs.defects import Defect, Kind, is_own_picture, lasting, row_defects, rule_defects
 from latentmill.jobs.outputs.publish import (
     MANIFEST_PATH,
     MAX_PART_BYTES,
@@ -200,7 +199,7 @@ class _Checker:
         try:
             record = self._job.ledger.read(chunk)
         except JobError as error:
-            return _ChunkFindings(defects=(Defect(kind="record-damaged", path=path, detail=str(error)),))
+            return _ChunkFindings(defects=(Defect(kind="record-damaged", path=path, detail=lasting(error)),))
         if record is None:
             return _ChunkFindings(defects=(Defect(kind="chunk-missing", path=path, detail="it is not committed"),))
         record, defects = self._repaired(record)
@@ -228,7 +227,7 @@ class _Checker:
             except WrongRepairError as error:
                 return record, [Defect(kind="repair-wrong", path=path, detail=str(error))]
             except JobError as error:
-                return record, [Defect(kind="record-damaged", path=path, detail=str(error))]
+                return record, [Defect(kind="record-damaged", path=path, detail=lasting(error))]
             if further is None:
                 return record, [
                     Defect(kind="repair-wrong", path=path, detail="it is missing, and a later one is there")
@@ -247,7 +246,7 @@ class _Checker:
             yield Defect(kind="image-missing", path=path, detail=f"sample {row['sample_id']} refers to it")
             return
         except JobError as error:
-            yield Defect(kind="image-damaged", path=path, detail=str(error))
+            yield Defect(kind="image-damaged", path=path, detail=lasting(error))
             return
         findings.images += 1
         findings.bytes += len(data)
@@ -316,9 +315,10 @@ class _Checker:
     def check_scores(self) -> None:
         """The scores beside the dataset are of its rows."""
         if self._publication is not None:
-            # what is wrong with the published parts themselves is told already
-            with contextlib.suppress(FileNotFoundError, JobError):
+            try:
                 self._defects.extend(score_defects(self._job, self._publication))
+            except (FileNotFoundError, JobError) as error:
+                lasting(error)  # what is wrong with the published parts themselves is told already
 
     def check_regenerated(self, count: int, seed: int, drawing: Drawing) -> None:
         """Samples that a seed draws from what is published come out again as they are."""
@@ -347,6 +347,9 @@ class _Checker:
                     return
             except FileNotFoundError:
                 return  # `clean` was faster
+            except JobError as error:
+                self._defects.append(Defect(kind="part-stray", path=path, detail=lasting(error)))
+                return
         self._defects.append(Defect(kind="part-stray", path=path, detail="the manifest does not name it"))
 
     def _compare_parts(self, publication: Publication) -> None:
@@ -389,7 +392,7 @@ class _Checker:
         try:
             data = self._job.storage.read(part.path, part.bytes)
         except (FileNotFoundError, JobError) as error:
-            self._defects.append(Defect(kind=kind, path=part.path, detail=f"not readable: {error}"))
+            self._defects.append(Defect(kind=kind, path=part.path, detail=f"not readable: {lasting(error)}"))
             return None
         self._total.bytes += len(data)
         if hashlib.sha256(data).hexdigest() != part.sha256:
