@@ -18,6 +18,7 @@ from latentmill.jobs.errors import JobError
 from latentmill.jobs.exports.filters import parse_filter
 from latentmill.jobs.exports.spec import ExportSpec
 from latentmill.jobs.job import Job, open_job
+from latentmill.jobs.ledger.picture_store import LostPictureError
 from latentmill.jobs.manifests.fields import shorten
 from latentmill.jobs.outputs.publish import MAX_PART_BYTES, Part, Publication, standing_publication
 from latentmill.jobs.plans.planned import fingerprint
@@ -74,15 +75,11 @@ class Source:
                 f"`latentmill verify {storage.url}` says what is wrong with it"
             )
         try:
-            data = self.job.pictures.read(row["image"], row["bytes"])
-        except FileNotFoundError:
-            data = b""
-        if hashlib.sha256(data).hexdigest() != row["sha256"]:
+            return self.job.pictures.read_row(row)
+        except LostPictureError as error:
             raise JobError(
-                f"{row['image']} in {storage.url} is {'altered' if data else 'missing'}: it has not the sha256 of its "
-                f"row; heal it by: latentmill repair {storage.url}"
-            )
-        return data
+                f"{row['image']} in {storage.url} cannot be read: {error}; heal it by: latentmill repair {storage.url}"
+            ) from error
 
     def _read_part(self, part: Part) -> pa.Table:
         url = self.job.storage.url
