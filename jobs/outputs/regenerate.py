@@ -30,7 +30,7 @@ from latentmill.jobs.recipe import Recipe, recipe_of
 from latentmill.jobs.slots import draw_in_slots
 from latentmill.jobs.spec import MAX_CHUNK
 from latentmill.jobs.store.storage import Storage
-from latentmill.jobs.store.urls import allowed_filesystem, place_of
+from latentmill.jobs.store.urls import allowed_filesystem, refuse_inside
 from latentmill.jobs.worker import ChunkEngine
 
 Outcome = Literal["identical", "same-pixels", "close", "different", "no-picture", "not-made"]
@@ -173,9 +173,7 @@ def _destination(out_url: str, named: str | None) -> str:
         fs, root = allowed_filesystem(out_url)
         local = "file" in fs.protocol if isinstance(fs.protocol, tuple) else fs.protocol == "file"
         return f"{root if local else out_url.rstrip('/')}-regenerated"
-    (protocol, inner), (own_protocol, own) = place_of(named), place_of(out_url)
-    if protocol == own_protocol and f"{inner}/".startswith(f"{own}/"):
-        raise UsageError(f"--out {named} lies in the output itself, which is only read; name a folder outside it")
+    refuse_inside(named, out_url)
     return named
 
 

@@ -48,6 +48,15 @@ def place_of(url: str) -> tuple[str, str]:
     return ("file", os.path.realpath(path)) if protocol in {"file", "local"} else (protocol, path.rstrip("/"))
 
 
+def refuse_inside(place: str, dataset: str) -> None:
+    """Raises UsageError if a place to write to lies inside a dataset: what lies there is the job's own."""
+    (protocol, path), (own_protocol, own) = place_of(place), place_of(dataset)
+    if protocol == own_protocol and f"{path}/".startswith(f"{own}/"):
+        raise UsageError(
+            f"{display_url(place)} lies inside the dataset {display_url(dataset)}; name a place outside it with --out"
+        )
+
+
 def shared_url(url: str) -> str:
     """The place as every process understands it, wherever it was started. Raises UsageError if only this one has it."""
     protocol, path = place_of(url)
