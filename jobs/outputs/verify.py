@@ -29,7 +29,7 @@ from latentmill.jobs.outputs.publish import (
     load_publication,
     manifest_path,
 )
-from latentmill.jobs.outputs.regenerate import Drawing, Redrawer, Regenerated
+from latentmill.jobs.outputs.redraw import Drawing, Redrawer, Regenerated
 from latentmill.jobs.outputs.rows import draw_samples, rows_of
 from latentmill.jobs.outputs.score_check import score_defects
 from latentmill.jobs.store.parquet import OversizeError, read_parquet

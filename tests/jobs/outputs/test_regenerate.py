@@ -16,14 +16,8 @@ from latentmill.cli import app
 from latentmill.engine import GenerationResult
 from latentmill.jobs.errors import JobError, UsageError
 from latentmill.jobs.job import open_job
-from latentmill.jobs.outputs.regenerate import (
-    Drawing,
-    Redrawer,
-    Regenerated,
-    RegenerateReport,
-    parse_samples,
-    regenerate,
-)
+from latentmill.jobs.outputs.redraw import Drawing, Redrawer, Regenerated
+from latentmill.jobs.outputs.regenerate import RegenerateReport, parse_samples, regenerate
 from latentmill.jobs.outputs.rows import draw_samples, rows_of
 from latentmill.jobs.outputs.verify import verify
 from latentmill.jobs.recipe import Recipe
