@@ -13,15 +13,8 @@ from typing import Protocol
 
 from latentmill.jobs.errors import JobError, UsageError
 from latentmill.jobs.manifests.fields import nearest
-from latentmill.jobs.manifests.templates import (
-    Choice,
-    Node,
-    TemplateError,
-    TooDeepError,
-    choice_of_lines,
-    draw_template,
-    parse_template,
-)
+from latentmill.jobs.manifests.template_tree import Choice, Node, draw_template
+from latentmill.jobs.manifests.templates import TemplateError, TooDeepError, choice_of_lines, parse_template
 from latentmill.jobs.store.inputs import reading
 from latentmill.jobs.store.urls import allowed_filesystem, display_url
 

@@ -13,7 +13,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from latentmill.jobs.errors import UsageError
-from latentmill.jobs.manifests.templates import COUNT_LIMIT, TemplateError
+from latentmill.jobs.manifests.template_tree import COUNT_LIMIT
+from latentmill.jobs.manifests.templates import TemplateError
 from latentmill.jobs.manifests.wildcards import Templates, WildcardFolder, encode_wildcards
 
 
