@@ -23,10 +23,11 @@ from latentmill.jobs.manifests.row_loras import RowLoras
 from latentmill.jobs.manifests.tokens import TokenCounter
 from latentmill.jobs.models.resolved import ResolvedModel
 from latentmill.jobs.plans.columns import formats
-from latentmill.jobs.plans.grid import Grid, class_fields, decode_class
+from latentmill.jobs.plans.grid import Grid
 from latentmill.jobs.plans.ids import IdCounter
 from latentmill.jobs.plans.planned import Plan, fingerprint, part_path
 from latentmill.jobs.plans.prompt_notes import PromptNotes
+from latentmill.jobs.plans.row_classes import class_fields, decode_class
 from latentmill.jobs.plans.snapshot import RejectWriter, SnapshotWriter
 from latentmill.jobs.plans.summary import (
     ModelNote,
