@@ -10,8 +10,8 @@ from latentmill.engine.families.table import PIPELINES
 from latentmill.engine.guards.safety import checker_files
 from latentmill.engine.loading.blueprint import Blueprint, check_fit
 from latentmill.engine.loading.checkpoint import is_index, shard_paths
-from latentmill.engine.loading.config import SchedulerConfig
 from latentmill.engine.loading.files import read_json
+from latentmill.engine.loading.scheduler_config import SchedulerConfig
 from latentmill.engine.loading.vocabulary import tokenizer_files
 from latentmill.engine.types import EngineError
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from latentmill.engine.loading.config import SchedulerConfig
+from latentmill.engine.loading.scheduler_config import SchedulerConfig
 from latentmill.engine.types import EngineError
 
 Timesteps = NDArray[np.float64]

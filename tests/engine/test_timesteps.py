@@ -10,7 +10,7 @@ import torch
 from diffusers import DDIMScheduler
 
 from latentmill.engine import SAMPLERS, EngineError, check_steps
-from latentmill.engine.loading.config import SchedulerConfig
+from latentmill.engine.loading.scheduler_config import SchedulerConfig
 from latentmill.engine.sampling.levels import PLACEMENTS
 from latentmill.engine.sampling.noise_level import NoiseLevel
 from latentmill.engine.sampling.timesteps import (
