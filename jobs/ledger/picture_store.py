@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
+from latentmill.jobs.ledger.ledger import PER_FOLDER
 from latentmill.jobs.store.errors import FOREIGN_REMEDY, ForeignObjectError, StorageError
 from latentmill.jobs.store.storage import Storage
 
@@ -78,7 +79,7 @@ class PictureStore:
         Raises ForeignObjectError if the path is not one that `write` gives, or the picture has more than `limit` bytes.
         """
         place = _PICTURE.fullmatch(path)
-        if place is None or not path.startswith(f"images/{int(place[1]) // 1000:05d}/"):
+        if place is None or not path.startswith(f"images/{int(place[1]) // PER_FOLDER:05d}/"):
             raise ForeignObjectError(f"{path!r} is no name of a picture; {FOREIGN_REMEDY}")
         return self._storage.read(path, min(limit, MAX_PICTURE_BYTES))
 
@@ -102,7 +103,7 @@ class PictureStore:
 def attempt_folder(chunk: int, attempt: str, repair: int = 0) -> str:
     """The folder that belongs to one attempt at one chunk, or at one repair of it, alone."""
     number = f"r{repair}-" if repair else ""
-    return f"images/{chunk // 1000:05d}/{chunk:08d}-{number}{attempt}"
+    return f"images/{chunk // PER_FOLDER:05d}/{chunk:08d}-{number}{attempt}"
 
 
 def picture_path(chunk: int, attempt: str, sample_id: str, repair: int = 0) -> str:

@@ -8,7 +8,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from importlib import metadata
 from itertools import islice
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, cast
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Self, cast
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from latentmill.jobs.code import own_code
+from latentmill.jobs.code import own_code, version_of
 from latentmill.jobs.manifests.axes import Axis
 from latentmill.jobs.manifests.manifest import Manifest
 from latentmill.jobs.manifests.row_loras import RowLoras
@@ -126,7 +125,7 @@ class DraftPlan:
             },
             "versions": {
                 "python": platform.python_version(),
-                **{name: _version(name) for name in _VERSIONED},
+                **{name: version_of(name) for name in _VERSIONED},
                 "code": own_code().digest,
             },
             "created_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -244,10 +243,3 @@ class _Spool:
     def read(self, path: str) -> bytes:
         parts = range(len(self.snapshot.parts))
         return self.snapshot.path({part_path(self.digest, part): part for part in parts}[path]).read_bytes()
-
-
-def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "unknown"
