@@ -62,7 +62,7 @@ def dyed(pixels: NDArray[np.uint8], style: str) -> NDArray[np.uint8]:
 
 
 def draw(engine: Engine, prompts: list[str]) -> list[NDArray[np.uint8]]:
-    """One picture for each prompt, at the size that the model was trained for."""
+    """One picture for each prompt, at the size that the model was trained for. Raises RuntimeError if one fails."""
     width, height = engine.description.default_size
     requests = [
         GenerationRequest(
@@ -70,7 +70,12 @@ def draw(engine: Engine, prompts: list[str]) -> list[NDArray[np.uint8]]:
         )
         for seed, prompt in enumerate(prompts)
     ]
-    return [result.pixels for result in engine.generate(requests) if result.pixels is not None]
+    pictures = []
+    for request, result in zip(requests, engine.generate(requests), strict=True):
+        if result.pixels is None:
+            raise RuntimeError(f"{request.prompt!r} failed: {result.error}")
+        pictures.append(result.pixels)
+    return pictures
 
 
 def encode(model: LatentDiffusion, pictures: list[NDArray[np.uint8]]) -> Tensor:

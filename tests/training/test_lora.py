@@ -33,6 +33,13 @@ def test_a_step_of_training_makes_a_lora_and_leaves_the_model_alone(tmp_path: Pa
     )
 
 
+def test_a_picture_that_fails_ends_the_training() -> None:
+    """Without it, every later picture would be learned for another one's prompt."""
+    engine = Engine.load(ModelSpec(model=str(EMBEDDED_MODEL), safety="none"), device="cpu", dtype="float32")
+    with pytest.raises(RuntimeError, match="failed"):
+        lora.draw(engine, ["\ud800"])
+
+
 def test_a_style_has_two_colours_and_what_is_between_them() -> None:
     pixels = np.array([[[0, 0, 0], [255, 255, 255], [255, 0, 0]]], dtype=np.uint8)
     dark, light, red = lora.dyed(pixels, "sepia")[0].astype(int)
