@@ -122,7 +122,7 @@ def _score_on_ray(
     total = work.publication.rows
     done = total - sum(work.slices[number][2] for number in missing)
     on_progress(ScoreProgress(phase="scoring on Ray", done=done, total=total))
-    call = partial(_score_there, shared_url(work.job.url), tuple(names), spec, rows_per_part)
+    call = partial(_score_there, shared_url(work.job.url, here="threads"), tuple(names), spec, rows_per_part)
     on_device = any(getattr(scoring.scorer, "on_device", False) for scoring in work.scorings)
     on_gpus = on_device and spec.device != "cpu"
     for rows in run_tasks(

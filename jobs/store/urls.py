@@ -57,12 +57,16 @@ def refuse_inside(place: str, dataset: str) -> None:
         )
 
 
-def shared_url(url: str) -> str:
-    """The place as every process understands it, wherever it was started. Raises UsageError if only this one has it."""
-    protocol, path = place_of(url)
+def shared_url(url: str, here: str) -> str:
+    """The place as every process understands it, wherever it was started; links in a path are those of each node.
+
+    Raises UsageError if only this process has it. `here` is the executor that needs no other process.
+    """
+    fs, path = allowed_filesystem(url)
+    protocol = fs.protocol if isinstance(fs.protocol, str) else fs.protocol[0]
     if protocol == "memory":
-        raise UsageError(f"{display_url(url)} lives in one process only; use --executor threads or another place")
-    return path if protocol == "file" else url
+        raise UsageError(f"{display_url(url)} lives in one process only; use --executor {here} or another place")
+    return path if protocol in {"file", "local"} else url
 
 
 def display_url(url: str) -> str:
