@@ -59,10 +59,10 @@ def resolve(
 ) -> JobSpec:
     """The job: the file's keys, overridden by every flag that is not None.
 
-    `flags["sweep"]` is a list of `AXIS=VALUES`, or a mapping of axes to their values; an axis given by flag replaces
-    the file's axis of that name and keeps its place, and the file's other axes stay. `{date}` in `out` is replaced by
-    the key `date`, else by `today`, by default the day in UTC. A job with a prompt axis needs no prompts. With
-    `or_sample`, a job without a file and without prompts draws the package's sample.
+    `flags["sweep"]` is `AXIS=VALUES` or a list of them, or a mapping of axes to their values; an axis given by flag
+    replaces the file's axis of that name and keeps its place, and the file's other axes stay. `{date}` in `out` is
+    replaced by the key `date`, else by `today`, by default the day in UTC. A job with a prompt axis needs no prompts.
+    With `or_sample`, a job without a file and without prompts draws the package's sample.
     """
     merged = load_job_file(job_file) if job_file is not None else {}
     given = {key: value for key, value in flags.items() if value is not None}
@@ -87,9 +87,11 @@ def _merge_axes(from_file: Mapping[str, Any] | None, flags: Any) -> dict[str, An
     axes: dict[str, Any] = dict(from_file or {})
     if isinstance(flags, Mapping):
         return {**axes, **flags}
+    if not isinstance(flags, str | list | tuple):
+        raise UsageError(f"sweep is {shorten(flags)}, expected a mapping of axes to values, or a list of AXIS=VALUES")
     seen: set[str] = set()
-    for flag in flags:
-        name, values = parse_axis(flag)
+    for flag in [flags] if isinstance(flags, str) else flags:
+        name, values = parse_axis(str(flag))
         if name in seen:
             raise UsageError(f"--sweep {name} is given twice; list all its values in one: {name}=a,b,c")
         seen.add(name)
