@@ -23,9 +23,24 @@ Victim = Literal["worker", "driver"]
 ATTEMPTS = 5
 """Runs of one command after which a job that does not end is given up."""
 
+HUNG_SECONDS = 180.0
+"""A run that takes so long is ended: undisturbed ones take half a minute."""
+
 SCHEDULES: dict[str, Sequence[tuple[float, Victim]]] = {
     "workers": ((0.25, "worker"), (0.6, "worker")),
     "drivers": ((0.25, "driver"), (0.6, "driver")),
+}
+
+
+_UNITS = {
+    "lost": "rows",
+    "doubled": "rows",
+    "orphaned": "files",
+    "missing_files": "files",
+    "made_again": "rows",
+    "hung": "runs",
+    "outlived": "processes",
+    "seconds": "s",
 }
 
 
@@ -43,6 +58,8 @@ class Outcome:
     made_again: int = 0
     outlived: int = 0
     """Processes that were still there when their driver was not."""
+    hung: int = 0
+    """Runs that did not come to an end."""
     seconds: float = 0.0
 
 
@@ -99,12 +116,9 @@ def compare(context: Context) -> Measured:
                 f"{who}, {name} killed: {', '.join(outcome.kills) or 'none'}; "
                 f"{'finished' if outcome.finished else 'never finished'} after {outcome.runs} run(s)"
             )
-            for what in ("lost", "doubled", "orphaned", "missing_files", "made_again", "outlived", "seconds"):
-                unit = {"seconds": "s", "outlived": "processes", "orphaned": "files", "missing_files": "files"}
-                value = figure(
-                    f"{name} killed, {what.replace('_', ' ')}: {who}", unit.get(what, "rows"), [getattr(outcome, what)]
-                )
-                measured.figures.append(value)
+            for what, unit in _UNITS.items():
+                name_of_figure = f"{name} killed, {what.replace('_', ' ')}: {who}"
+                measured.figures.append(figure(name_of_figure, unit, [getattr(outcome, what)]))
     return measured
 
 
@@ -130,9 +144,15 @@ def _suffer(
     trace = out.with_suffix(".trace")
     while outcome.runs < ATTEMPTS and not outcome.finished:
         outcome.runs += 1
-        run = run_command(
-            command(work, out), environment={"BENCH_TRACE": str(trace)}, meanwhile=killer.look, check=False, timeout=600
-        )
+        environment = {"BENCH_TRACE": str(trace)}
+        try:
+            run = run_command(
+                command(work, out), environment=environment, meanwhile=killer.look, check=False, timeout=HUNG_SECONDS
+            )
+        except TimeoutError:
+            outcome.hung += 1
+            outcome.seconds += HUNG_SECONDS
+            continue
         outcome.seconds += run.seconds
         outcome.finished = run.exit_code == 0
         outcome.outlived += run.outlived

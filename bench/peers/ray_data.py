@@ -57,10 +57,12 @@ def main(options: Options) -> None:
     """The whole job, on a cluster of this machine."""
     from bench.peers import ray_data  # by its own name, so that workers find the functions of this file by import
 
-    # One place more than the actors take: reading and writing are tasks of their own, and would wait for ever.
+    # One place more than the actors take: reading and writing are tasks of their own, and would wait for ever. What
+    # filters out the rows of a checkpoint is an actor too.
+    places = options.actors * options.threads + (1 if options.checkpoint is None else 2)
     ray.init(
         address="local",
-        num_cpus=options.actors * options.threads + 1,
+        num_cpus=places,
         include_dashboard=False,
         logging_level="ERROR",
         log_to_driver=False,

@@ -11,12 +11,12 @@ from itertools import islice
 from typing import Any
 
 from latentmill.jobs.compare.distance import Distance, distance
-from latentmill.jobs.compare.matching import NEEDED, REQUEST, Matching, Numbers, match
+from latentmill.jobs.compare.matching import OUTCOME, REQUEST, Matching, Numbers, match
 from latentmill.jobs.compare.side import Side
 from latentmill.jobs.errors import JobError, UsageError
 from latentmill.jobs.manifests.fields import nearest, shorten
 from latentmill.jobs.outputs.latest import MAX_DAYS, named_night, night_before
-from latentmill.jobs.plans.plan import differences_of
+from latentmill.jobs.plans.plan import Plan, differences_of
 from latentmill.jobs.store.urls import display_url
 
 MAX_TOP = 10_000
@@ -25,7 +25,10 @@ MAX_TOLERANCE = 2.0
 IGNORABLE = tuple(name for name in REQUEST if name not in {"width", "height"})
 """Parameters that may be left out of the matching; pictures of two sizes have no distance."""
 
-ROW = (*REQUEST, "sample_id", "row_id", "status", "error", "image", "bytes", "sha256", "pixel_sha256")
+ASKED = tuple("init_image" if name == "image" else name for name in REQUEST)
+"""The columns that tell a request to people."""
+
+ROW = (*ASKED, "sample_id", "row_id", "status", "error", "image", "bytes", "sha256", "pixel_sha256")
 _BLOCK = 16_384
 """Changed pairs whose rows are in memory at once."""
 
@@ -69,7 +72,7 @@ class Pair:
         """For `--json`."""
         apart = self.distance
         return {
-            **{name: self.after[name] for name in (*REQUEST, "row_id")},
+            **{name: self.after[name] for name in (*ASKED, "row_id")},
             "sample_before": self.before["sample_id"],
             "sample_after": self.after["sample_id"],
             "status_before": self.before["status"],
@@ -112,7 +115,7 @@ class Comparison:
 
     def to_dict(self) -> dict[str, Any]:
         """For `--json`."""
-        listed = ("sample_id", "row_id", *REQUEST, "status")
+        listed = ("sample_id", "row_id", *ASKED, "status")
         return {
             "before": self.before.url,
             "after": self.after.url,
@@ -149,10 +152,22 @@ def compare(
         before, after = (Side(place) for place in nights(first, second))
         total = max(before.publication.rows, after.publication.rows)
         on_progress(CompareProgress(phase="matching rows", done=0, total=total))
-        matching = match(before.batches(NEEDED), after.batches(NEEDED), ignored)
+        request = _request(before, after, ignored)
+        matching = match(before.batches((*request, *OUTCOME)), after.batches((*request, *OUTCOME)), request)
         return _compared(before, after, matching, top, tolerance, tuple(ignored), on_progress)
     except JobError as error:
         raise CompareError(str(error)) from error
+
+
+def _request(before: Side, after: Side, ignored: Sequence[str]) -> list[str]:
+    """The columns in which the two rows of a pair agree: as far as one of the datasets has them.
+
+    The model is one of them only where a dataset has several: of two models, each in a job of its own, pictures are to
+    be compared.
+    """
+    several = any(len(side.job.plan.models) > 1 for side in (before, after))
+    counted = {name: column for name, column in REQUEST.items() if name not in ignored and (name != "model" or several)}
+    return [column for column in counted.values() if before.has(column) or after.has(column)]
 
 
 def _compared(
@@ -254,6 +269,7 @@ def _output(place: str) -> str:
 
 def _settings(before: Side, after: Side) -> Iterator[str]:
     one, other = before.job.plan, after.job.plan
+    yield from _models(one, other)
     yield from differences_of(one.identity, other.identity)
     for name in sorted(one.versions.keys() | other.versions.keys()):
         if one.versions.get(name) != other.versions.get(name):
@@ -261,3 +277,18 @@ def _settings(before: Side, after: Side) -> Iterator[str]:
     classes = [", ".join(side.publication.execution_classes) for side in (before, after)]
     if classes[0] != classes[1]:
         yield f"execution class: {classes[0]} -> {classes[1]}"
+
+
+def _models(one: Plan, other: Plan) -> Iterator[str]:
+    """Which models are other ones, by name; of two jobs with one model each, whatever they are called."""
+    old, new = (
+        {model.source: "unusable" if model.fault else model.digest[:12] for model in plan.models}
+        for plan in (one, other)
+    )
+    if len(old) == len(new) == 1 and old != new:
+        (before,), (after,) = old.items(), new.items()
+        yield f"model: {before[0]} ({before[1]}) -> {after[0]} ({after[1]})"
+        return
+    for name in dict.fromkeys([*old, *new]):
+        if old.get(name) != new.get(name):
+            yield f"model {name}: {old.get(name, 'absent')} -> {new.get(name, 'absent')}"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from typing import NamedTuple
@@ -19,20 +19,30 @@ from numpy.typing import NDArray
 
 Numbers = NDArray[np.int64]
 
-REQUEST = (
-    "prompt",
-    "negative_prompt",
-    "seed",
-    "width",
-    "height",
-    "num_inference_steps",
-    "guidance_scale",
-    "sampler",
-    "eta",
-)
-"""What makes two rows one request: all parameters of a sample. The model and a job's other settings may differ."""
+REQUEST = {
+    "prompt": "prompt",
+    "negative_prompt": "negative_prompt",
+    "seed": "seed",
+    "width": "width",
+    "height": "height",
+    "num_inference_steps": "num_inference_steps",
+    "guidance_scale": "guidance_scale",
+    "sampler": "sampler",
+    "eta": "eta",
+    "model": "model",
+    "loras": "loras",
+    "image": "init_image_sha256",
+    "strength": "strength",
+    "mask": "mask_sha256",
+}
+"""What makes two rows one request: all parameters of a sample, each with the column that tells it.
 
-NEEDED = (*REQUEST, "row_id", "status", "pixel_sha256")
+A model counts by its name and not by its files, an image by its bytes and not by its name. A job's other settings, and
+what a model is, may differ: they are what is compared.
+"""
+
+OUTCOME = ("row_id", "status", "pixel_sha256")
+"""What else is read of a row to match it, and to see whether it changed."""
 _REQUEST_BYTES, _ID_BYTES = 16, 8
 
 
@@ -54,16 +64,15 @@ class _Row(NamedTuple):
     outcome: str
 
 
-def match(before: Iterator[pa.Table], after: Iterator[pa.Table], ignored: Collection[str] = ()) -> Matching:
-    """Pair the rows of two datasets, which come in batches with the columns `NEEDED`.
+def match(before: Iterator[pa.Table], after: Iterator[pa.Table], request: Sequence[str]) -> Matching:
+    """Pair the rows of two datasets, which come in batches with the columns `OUTCOME` and those of `request`.
 
-    A row's partner has the same request, apart from the parameters that are `ignored`. Among several it is the one with
-    the same row_id; those of one row_id, and what then remains, are paired in their order.
+    A row's partner has the same values in the columns of `request`. Among several it is the one with the same row_id;
+    those of one row_id, and what then remains, are paired in their order.
     """
     found = _Found()
-    names = [name for name in REQUEST if name not in ignored]
     sides = (_Waiting(), _Waiting())
-    readers = [_rows(tables, names) for tables in (before, after)]
+    readers = [_rows(tables, request) for tables in (before, after)]
     for batches in zip_longest(*readers, fillvalue=()):
         for side, batch in enumerate(batches):
             for row in batch:
@@ -80,7 +89,7 @@ def _rows(tables: Iterator[pa.Table], names: Sequence[str]) -> Iterator[list[_Ro
     number = 0
     for table in tables:
         requests = zip(*(table.column(name).to_pylist() for name in names), strict=True)
-        others = zip(*(table.column(name).to_pylist() for name in NEEDED[len(REQUEST) :]), strict=True)
+        others = zip(*(table.column(name).to_pylist() for name in OUTCOME), strict=True)
         batch = []
         for request, (row_id, status, pixels) in zip(requests, others, strict=True):
             key = _digest(request, _REQUEST_BYTES) + _digest(row_id, _ID_BYTES)

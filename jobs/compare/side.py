@@ -16,6 +16,7 @@ from latentmill.jobs.job import open_job
 from latentmill.jobs.ledger.picture_store import LostPictureError
 from latentmill.jobs.ledger.pictures import decode_png
 from latentmill.jobs.outputs.publish import Part, read_columns, standing_publication
+from latentmill.jobs.plans.option_columns import option_fields
 
 BATCH_ROWS = 4096
 
@@ -33,11 +34,18 @@ class Side:
                 f"shows how far it is, and the same `latentmill run` command goes on with it"
             )
         self.publication = publication
+        plan = self.job.plan
+        self._own = {field.name for field in (*plan.columns, *option_fields(plan.model))}
+        self._absent = {"model": plan.model.source, "loras": ""}
         self._ends = list(accumulate(part.rows for part in publication.parts))
         self._read = lru_cache(maxsize=2)(self._read_part)
 
+    def has(self, column: str) -> bool:
+        """Whether rows have this column of ours, and not one of the manifest's that is called so."""
+        return column in self._own
+
     def batches(self, names: Sequence[str]) -> Iterator[pa.Table]:
-        """All rows in order, some thousands at a time."""
+        """All rows in order, some thousands at a time. A column that they lack says what holds for all of them."""
         for part in self.publication.parts:
             table = self._read_part(part, tuple(names))
             for start in range(0, table.num_rows, BATCH_ROWS):
@@ -72,9 +80,13 @@ class Side:
 
     def _read_part(self, part: Part, names: tuple[str, ...]) -> pa.Table:
         try:
-            return read_columns(self.job, part, names)
+            table = read_columns(self.job, part, [name for name in names if self.has(name)])
         except FileNotFoundError as error:
             raise JobError(
                 f"{part.path} in {self.url} is gone: it was published anew meanwhile, or lost; run the same command "
                 f"again, or heal it by: latentmill repair {self.url}"
             ) from error
+        for name in names:
+            if not self.has(name):
+                table = table.append_column(name, pa.repeat(pa.scalar(self._absent.get(name), pa.string()), part.rows))
+        return table

@@ -78,19 +78,21 @@ def _license(name: str) -> dict[str, str]:
 def _facts(written: Written) -> dict[str, str]:
     plan, publication, rows = written.plan, written.publication, written.rows_by_split()
     settings = plan.settings
+    usable = [model for model in plan.models if model.fault is None]
     models = (
-        f"{_code(model.name)} ({_code(model.family)}), sha256 of its files {_code(model.digest)}"
-        for model in plan.models
+        f"{_code(model.name)} ({_code(model.family)}), sha256 of its files {_code(model.digest)}, license "
+        + (_code(model.license) if model.license else "not known here")
+        for model in usable
     )
+    changed = {"LoRAs": ", ".join(map(_code, plan.model.loras))} if plan.model.loras else {}
     counts = ", ".join(f"{count:,} {status}" for status, count in publication.counts.items())
     options = {name: value for name, value in written.options.items() if value is not None and name != "to"}
     marked = settings.watermark != "none"
     return {
         "pictures": ", ".join(f"{count:,} in {_code(split)}" for split, count in rows.items()),
-        "model": "; ".join(models),
-        "license of the model's weights": "not known here"
-        if plan.license is None
-        else f"{_code(plan.license)}; whether it binds these pictures is for their user to find out",
+        "model" if len(usable) == 1 else "models": "; ".join(models),
+        **changed,
+        "licenses": "those of the weights; whether they bind these pictures is for their user to find out",
         "job": f"{publication.rows:,} samples of {plan.n_rows:,} prompts: {counts}",
         "safety checker": f"{_code(settings.safety)}; pictures that it flagged: {_code(settings.on_flagged)}",
         "marking": f"invisible watermark {_code(settings.watermark_text)} by {_code(settings.watermark)}"

@@ -11,8 +11,8 @@ import pyarrow.csv
 from latentmill.jobs.exports.format import ExportFormat, File, Picture, Shard
 from latentmill.jobs.exports.json_values import is_plain, json_rows, to_json
 
-_FORMULA = ("=", "+", "-", "@", "\t", "\r")
-"""What a spreadsheet takes a text for a formula by, that it would run."""
+_FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "\uff1d", "\uff0b", "\uff0d", "\uff20")
+"""How a text begins that a spreadsheet would run as a formula; the last four are the first ones in wide form."""
 
 
 class Table(ExportFormat):

@@ -119,7 +119,10 @@ class Redrawer:
 
     def _recipe(self, row: Row) -> Recipe:
         """The row's recipe, as it is drawn here. The row may be a stranger's: its numbers must be those of a job."""
-        recipe = recipe_of(row)
+        try:
+            recipe = recipe_of(row)
+        except (LookupError, TypeError, ValueError) as error:
+            raise JobError(f"its row is none that a job writes: {describe_fault(error)}") from error
         for name in ("width", "height", "num_inference_steps", "guidance_scale", "sampler", "eta", "seed"):
             FIELDS[name].parse(getattr(recipe.request, name))
         if recipe.request.strength is not None:

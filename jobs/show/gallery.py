@@ -206,7 +206,7 @@ class Gallery:
         table = table.set_column(table.schema.get_field_index("image"), "image", named)
         shown = table.drop_columns(["sample_id", *_DETAILS])
         if self._models:
-            names = [self._models[source] for source in table.column(MODEL).to_pylist()]
+            names = [self._models.get(source, source) for source in table.column(MODEL).to_pylist()]
             shown = shown.set_column(shown.schema.get_field_index(MODEL), MODEL, pa.array(names, pa.string()))
         self._names = shown.column_names
         rows = {"numbers": list(numbers), "pictures": pictures, "columns": encode_columns(shown)}

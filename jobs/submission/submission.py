@@ -18,13 +18,13 @@ from latentmill.jobs.store.errors import StorageError
 from latentmill.jobs.store.storage import Storage
 from latentmill.jobs.store.urls import display_url
 from latentmill.jobs.submission.api import ENDED, JobInfo, JobsApi, JobState
+from latentmill.jobs.submission.places import check_rows, own_manifests, visible_to_nodes
 from latentmill.jobs.submission.portable import (
     SUBMITTED,
     forwarded_variables,
     portable_job_file,
     short_digest,
     uploaded_prompts,
-    visible_to_nodes,
 )
 from latentmill.jobs.submission.records import (
     JOB_ID,
@@ -96,10 +96,12 @@ def submit_job(
     variables = forwarded_variables(forwarded)
     api = api or _api(_cluster_address(spec.runtime.address))
     spec = visible_to_nodes(spec, shared_filesystem=shared_filesystem)
+    manifests = own_manifests(spec)
+    check_rows(manifests, spec, shared_filesystem=shared_filesystem)
     if not spec.runtime.insecure_ray:
         api.require_token()
     storage = Storage.open(spec.out).probe(allow_single_writer=spec.runtime.single_writer)
-    job_file = portable_job_file(spec, uploaded_prompts(spec, storage))
+    job_file = portable_job_file(spec, uploaded_prompts(spec, manifests, storage))
     digest = short_digest(job_file)
     place = f"{SUBMITTED}/{digest}/job.yaml"
     storage.create(place, job_file)

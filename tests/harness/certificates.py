@@ -15,6 +15,7 @@ from pathlib import Path
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric.types import CertificateIssuerPrivateKeyTypes
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID, ObjectIdentifier
 
 
@@ -44,14 +45,17 @@ def write_certificates(
     purposes: Sequence[ObjectIdentifier] = (ExtendedKeyUsageOID.EMAIL_PROTECTION,),
     lifetime: datetime.timedelta = datetime.timedelta(days=30),
     curve: ec.EllipticCurve | None = None,
+    key: CertificateIssuerPrivateKeyTypes | None = None,
+    passphrase: bytes | None = None,
 ) -> Certificates:
-    """A chain of two, valid since two days ago and for so long from now on."""
+    """A chain of two, valid since two days ago and for so long from now on; the leaf has that `key`, or one made."""
     folder.mkdir(parents=True, exist_ok=True)
     begins = datetime.datetime.now(datetime.UTC) - datetime.timedelta(days=2)
     ends = datetime.datetime.now(datetime.UTC) + lifetime
-    keys = [ec.generate_private_key(kind) for kind in (ec.SECP256R1(), curve or ec.SECP256R1())]
+    keys = [ec.generate_private_key(ec.SECP256R1()), key or ec.generate_private_key(curve or ec.SECP256R1())]
+    locked = serialization.BestAvailableEncryption(passphrase) if passphrase else serialization.NoEncryption()
 
-    def builder(name: str, key: ec.EllipticCurvePrivateKey) -> x509.CertificateBuilder:
+    def builder(name: str, key: CertificateIssuerPrivateKeyTypes) -> x509.CertificateBuilder:
         return (
             x509.CertificateBuilder(not_valid_before=begins, not_valid_after=ends)
             .subject_name(_name(name))
@@ -79,11 +83,7 @@ def write_certificates(
     found = Certificates(chain=folder / "chain.pem", key=folder / "key.pem", issuer=folder / "issuer.pem")
     found.chain.write_bytes(b"".join(pem))
     found.issuer.write_bytes(pem[1])
-    found.key.write_bytes(
-        keys[1].private_bytes(
-            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-        )
-    )
+    found.key.write_bytes(keys[1].private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, locked))
     return found
 
 

@@ -25,7 +25,8 @@ from latentmill.jobs.plans.plan import draft_plan
 from latentmill.jobs.recipe import recipe_of
 from latentmill.jobs.runner import run_job
 from latentmill.jobs.spec import JobSpec
-from latentmill.jobs.submission.portable import portable_job_file, visible_to_nodes
+from latentmill.jobs.submission.places import visible_to_nodes
+from latentmill.jobs.submission.portable import portable_job_file
 from tests.engine.loras import random_terms, write_kohya
 from tests.harness.models import write_tiny_model
 from tests.jobs.driver import job_spec, read_dataset

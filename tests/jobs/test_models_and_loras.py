@@ -15,13 +15,14 @@ from latentmill.jobs.errors import OutputConflictError, UsageError
 from latentmill.jobs.executors.inline import InlineExecutor
 from latentmill.jobs.job import open_job
 from latentmill.jobs.ledger.pictures import pixel_sha256
+from latentmill.jobs.outputs.regenerate import regenerate
 from latentmill.jobs.outputs.verify import verify
 from latentmill.jobs.plans.plan import adopt, draft_plan
 from latentmill.jobs.recipe import recipe_of
 from latentmill.jobs.show.report import report
 from latentmill.jobs.spec import JobSpec
 from latentmill.jobs.store.storage import Storage
-from latentmill.jobs.submission.portable import visible_to_nodes
+from latentmill.jobs.submission.places import visible_to_nodes
 from latentmill.jobs.worker import load_engine
 from tests.engine.loras import random_terms, write_kohya
 from tests.harness.models import write_tiny_model
@@ -89,6 +90,11 @@ def test_every_model_is_drawn_with_every_scale_and_a_stopped_run_resumes_to_the_
 
     recipe = recipe_of(rows[3])
     assert pixel_sha256(recipe.draw(recipe.load("cpu"))) == rows[3]["pixel_sha256"]
+    again = regenerate(spec.out, [3, 0, 2, 1], destination=f"{spec.out}-again")
+    assert [(sample.sample_id, sample.outcome) for sample in again.samples] == [
+        (row["sample_id"], "identical") for row in rows
+    ]
+    assert verify(spec.out, regenerate_n=4).defects == ()
     report(spec.out)
     assert meta_of(spec.out)["axes"] == [
         {"name": "model", "values": ["tiny", "other"]},

@@ -7,12 +7,15 @@ import hashlib
 import json
 import shutil
 import tracemalloc
+import zipfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 import latentmill
 from latentmill import cli
@@ -23,6 +26,7 @@ from latentmill.jobs.compare.distance import Distance, distance
 from latentmill.jobs.ledger.picture_store import PictureStore
 from latentmill.jobs.plans.plan import Plan
 from latentmill.jobs.store.storage import Storage
+from tests.engine.loras import random_terms, write_kohya
 from tests.jobs.driver import job_spec, run
 from tests.jobs.fakes import FakeEngine, fake_pixels
 from tests.jobs.outputs.test_latest import dated_spec
@@ -35,8 +39,6 @@ class ChangedEngine(FakeEngine):
     """Another version of the model: `a dog` has one more in each value, `a tree` is another picture, nsfw is not."""
 
     def _result(self, request: GenerationRequest, slot: int) -> GenerationResult:
-        from dataclasses import replace
-
         result = super()._result(request, slot)
         pixels = fake_pixels(request)
         if "dog" in request.prompt:
@@ -144,6 +146,155 @@ def test_two_runs_that_differ_in_one_value(tiny_model: Path, manifest: Manifest,
     assert any(line.startswith("sweep guidance_scale: '3.0,5.0' -> '3.0,6.0'") for line in found.settings)
     ignoring = compare(*outs, top=200, ignored=["guidance_scale"])
     assert (ignoring.identical, ignoring.changed, ignoring.added, ignoring.removed) == (2, 2, 0, 0)
+
+
+class OfModel(FakeEngine):
+    """Pictures follow from the request and from the model's files."""
+
+    tint: int
+
+    def _result(self, request: GenerationRequest, slot: int) -> GenerationResult:
+        result = super()._result(request, slot)
+        assert result.pixels is not None
+        return replace(result, pixels=result.pixels // 2 + np.uint8(self.tint))
+
+
+def engine_of_model(plan: Plan, device: str) -> OfModel:
+    engine = OfModel(batch_size=plan.batch_size)
+    engine.tint = int(plan.model.digest[:2], 16) // 2
+    return engine
+
+
+@pytest.fixture
+def three_models(tiny_model: Path, tmp_path: Path) -> Callable[[str, str], str]:
+    """Writes a model to a place, another one for each letter."""
+
+    def write(name: str, letter: str) -> str:
+        place = tmp_path / name
+        shutil.rmtree(place, ignore_errors=True)
+        shutil.copytree(tiny_model, place)
+        config = place / "scheduler/scheduler_config.json"
+        config.write_text(config.read_text().replace("0.00085", f"0.0008{ord(letter) - ord('a')}"))
+        return str(place)
+
+    return write
+
+
+@pytest.mark.long
+def test_in_a_sweep_over_models_each_row_meets_that_of_the_same_model(three_models, manifest: Manifest, tmp_path: Path):
+    a, b, c = (three_models(letter, letter) for letter in "abc")
+    prompts = manifest(2)
+
+    def made(out: str, *models: str) -> str:
+        spec = job_spec(a, prompts, tmp_path / out, sweep={"model": list(models), "seed": [1]})
+        assert run(spec, engine_factory=engine_of_model).exit_code == 0
+        return spec.out
+
+    last = made("last", a, b)
+    found = compare(last, made("turned", b, a), top=9)
+    assert (found.identical, found.changed, found.added, found.removed) == (4, 0, 0, 0)
+    found = compare(last, made("other", a, c), top=9)
+    assert (found.identical, found.changed, found.added, found.removed) == (2, 0, 2, 2)
+    assert {row["model"] for row in found.to_dict()["added_samples"]} == {c}
+    assert {row["model"] for row in found.to_dict()["removed_samples"]} == {b}
+    three_models("b", "d")
+    found = compare(last, made("tonight", a, b), top=9)
+    assert (found.identical, found.changed, found.added, found.removed) == (2, 2, 0, 0)
+    assert {(pair.before["model"], pair.after["model"]) for pair in found.pairs} == {(b, b)}
+    said = [line for line in found.settings if line.startswith(f"model {b}: ")]
+    assert len(said) == 1
+    assert not any(line.startswith(f"model {a}: ") for line in found.settings)
+
+
+def test_two_jobs_of_one_model_each_are_compared_whatever_it_is_called(
+    three_models, manifest: Manifest, tmp_path: Path
+):
+    a, b = (three_models(letter, letter) for letter in "ab")
+    for model, out in ((a, "one"), (b, "other")):
+        run(job_spec(model, manifest(2), tmp_path / out), engine_factory=engine_of_model)
+    found = compare(str(tmp_path / "one"), str(tmp_path / "other"), top=9)
+    assert (found.changed, found.added, found.removed) == (2, 0, 0)
+    assert found.settings[0].startswith(f"model: {a} (")
+    assert f") -> {b} (" in found.settings[0]
+    sweep = job_spec(a, manifest(2), tmp_path / "both", sweep={"model": [a, b]})
+    run(sweep, engine_factory=engine_of_model)
+    found = compare(str(tmp_path / "one"), sweep.out, top=9, ignored=["seed"])
+    assert (found.identical + found.changed, found.added, found.removed) == (2, 2, 0)
+    assert {row["model"] for row in found.added_rows} == {b}
+
+
+def test_images_count_by_their_bytes_with_strength_and_mask(tiny_model: Path, tmp_path: Path):
+    def made(name: str, *rows: dict[str, Any]) -> str:
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text("".join(json.dumps({"prompt": "one", "seed": 1, **row}) + "\n" for row in rows))
+        assert run(job_spec(tiny_model, path, tmp_path / name)).exit_code == 0
+        return str(tmp_path / name)
+
+    for name, colour in {"a": "red", "copy": "red", "b": "blue", "mask": "white"}.items():
+        Image.new("RGB", (64, 64), colour).save(tmp_path / f"{name}.png")
+    last = made("last", {}, {"image": "a.png"}, {"image": "a.png", "mask": "mask.png"})
+    moved = made("moved", {"image": "copy.png", "mask": "mask.png"}, {}, {"image": "copy.png"})
+    found = compare(last, moved, top=9)
+    assert (found.identical + found.changed, found.added, found.removed) == (3, 0, 0)
+    others = made("others", {}, {"image": "a.png", "strength": 0.5}, {"image": "b.png", "mask": "mask.png"})
+    found = compare(last, others, top=9)
+    assert (found.identical, found.changed, found.added, found.removed) == (1, 0, 2, 2)
+    assert sorted(Path(row["init_image"]).name for row in found.to_dict()["added_samples"]) == ["a.png", "b.png"]
+    found = compare(last, others, top=9, ignored=["image", "strength"])
+    assert (found.identical, found.changed, found.added, found.removed) == (1, 2, 0, 0)
+    # a dataset that never had images matches those rows that have none
+    found = compare(made("plain", {}), last, top=9)
+    assert (found.identical, found.changed, found.added, found.removed) == (1, 0, 2, 0)
+
+
+@pytest.mark.long
+def test_scales_of_loras_count_and_their_files_are_compared(tiny_model: Path, manifest: Manifest, tmp_path: Path):
+    from diffusers import UNet2DConditionModel
+
+    unet = UNet2DConditionModel.from_pretrained(tiny_model / "unet")
+    files = [tmp_path / "ink-1.safetensors", tmp_path / "ink-2.safetensors"]
+    for seed, path in enumerate(files):
+        write_kohya(path, {"lora_unet": random_terms(unet, seed)})
+    prompts = manifest(1)
+
+    def made(out: str, file: Path | None, *scales: float) -> str:
+        given: dict[str, Any] = {"lora": [f"ink={file}"], "sweep": {"lora.ink": list(scales)}} if file else {}
+        spec = job_spec(tiny_model, prompts, tmp_path / out, **{"sweep": {}} | given)
+        run(replace(spec, sweep=dict(spec.sweep) | {"seed": [1]}))
+        return spec.out
+
+    last = made("last", files[0], 0, 0.5, 1)
+    found = compare(last, made("tonight", files[1], 0, 0.5, 0.8), top=9)
+    assert (found.identical + found.changed, found.added, found.removed) == (2, 1, 1)
+    assert [row["loras"] for row in found.added_rows] == ["ink:0.8"]
+    assert any("model file loras/ink/" in line for line in found.settings)
+    plain = made("plain", None)
+    found = compare(plain, last, top=9)
+    assert (found.identical + found.changed, found.added, found.removed) == (1, 2, 0)
+    assert compare(plain, made("all", files[0], 1), top=9, ignored=["loras"]).added == 0
+
+
+def test_a_column_of_the_manifest_that_is_called_as_ours_is_none_of_ours(tiny_model: Path, tmp_path: Path):
+    """An output without images may carry a column of that name along."""
+    for name, digest in (("one", "x"), ("other", "y")):
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text(json.dumps({"prompt": "one", "seed": 1, "init_image_sha256": digest, "mask_sha256": digest}))
+        run(job_spec(tiny_model, path, tmp_path / name))
+    found = compare(str(tmp_path / "one"), str(tmp_path / "other"), top=9)
+    assert (found.identical, found.added, found.removed) == (1, 0, 0)
+
+
+def test_an_output_of_an_older_format_is_compared(nights: tuple[str, str], tmp_path: Path):
+    """Its rows do not say their model; its plan does."""
+    with zipfile.ZipFile(Path(__file__).parents[1] / "outputs/data/format2.zip") as packed:
+        packed.extractall(tmp_path / "old")
+    (plan,) = tmp_path.glob("**/_job/plan.json")
+    old = str(plan.parents[1])
+    found = compare(old, nights[0], top=9)
+    assert (found.identical, found.changed, found.added) == (0, 0, 5)
+    (model,) = {row["model"] for row in found.to_dict()["removed_samples"]}
+    assert model == json.loads(plan.read_text())["model"]["source"]
+    assert compare(old, old, top=9).exit_code == 0
 
 
 def test_the_command_says_it_in_numbers_for_machines_and_by_its_exit_code(nights, capsys: pytest.CaptureFixture[str]):

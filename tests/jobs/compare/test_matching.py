@@ -8,21 +8,25 @@ from typing import Any
 
 import pyarrow as pa
 
-from latentmill.jobs.compare.matching import NEEDED, Matching, match
+from latentmill.jobs.compare.matching import OUTCOME, REQUEST, Matching, match
 
 
 def row(prompt: str, pixels: str | None = "a", **more: Any) -> dict[str, Any]:
     basis = {"negative_prompt": "", "seed": 1, "width": 64, "height": 64, "num_inference_steps": 2}
     basis |= {"guidance_scale": 7.5, "sampler": "ddim", "eta": 0.0, "row_id": "0", "status": "ok"}
+    basis |= {"model": "m", "loras": "", "init_image_sha256": None, "strength": None, "mask_sha256": None}
     return basis | {"prompt": prompt, "pixel_sha256": pixels} | more
 
 
 def matched(before: Sequence[dict[str, Any]], after: Sequence[dict[str, Any]], *ignored: str, batch: int = 3):
-    def tables(rows: Sequence[dict[str, Any]]):
-        for start in range(0, len(rows), batch):
-            yield pa.Table.from_pylist([{name: each[name] for name in NEEDED} for each in rows[start : start + batch]])
+    request = [column for name, column in REQUEST.items() if name not in ignored]
 
-    return told(match(tables(before), tables(after), ignored))
+    def tables(rows: Sequence[dict[str, Any]]):
+        names = (*request, *OUTCOME)
+        for start in range(0, len(rows), batch):
+            yield pa.Table.from_pylist([{name: each[name] for name in names} for each in rows[start : start + batch]])
+
+    return told(match(tables(before), tables(after), request))
 
 
 def told(found: Matching) -> dict[str, Any]:
@@ -43,7 +47,9 @@ def test_rows_are_the_same_changed_new_or_gone():
 def test_another_value_of_any_parameter_is_another_request():
     base = row("a")
     others = {"negative_prompt": "x", "seed": 2, "width": 72, "height": 72, "num_inference_steps": 3}
-    others |= {"guidance_scale": 8.0, "sampler": "euler", "eta": 0.5, "prompt": "b"}
+    others |= {"guidance_scale": 8.0, "sampler": "euler", "eta": 0.5, "prompt": "b", "model": "n"}
+    others |= {"loras": "ink:0.5", "init_image_sha256": "d1", "strength": 0.5, "mask_sha256": "d2"}
+    assert others.keys() == set(REQUEST.values())
     for name, value in others.items():
         found = matched([base], [base | {name: value}])
         assert found == {"identical": 0, "changed": [], "removed": [0], "added": [0]}, name

@@ -156,6 +156,21 @@ def test_the_driver_gets_the_same_job_with_the_manifest_where_it_can_see_it(spec
             {"out": "s3://bucket/x", "model": f"sd15={ROOT}/engine/embedded"},
             r"model sd15=/.*/embedded is a path of this",
         ),
+        (
+            {"out": "s3://bucket/x", "model": "runs/step-9.safetensors"},
+            r"model runs/step-9.safetensors is a path of this",
+        ),
+        ({"out": "s3://bucket/x", "vae": "vae.safetensors"}, r"vae vae.safetensors is a path of this machine; give a"),
+        ({"out": "s3://bucket/x", "vae": "memory://vae.safetensors"}, r"vae memory://vae.* lives in one process only"),
+        ({"out": "s3://bucket/x", "preview_decoder": "taesd"}, r"preview_decoder taesd is a path of this machine"),
+        ({"out": "s3://bucket/x", "wildcards": "words"}, r"wildcards words is a path of this machine"),
+        ({"out": "s3://bucket/x", "tokenizer": "/models/clip"}, r"tokenizer /models/clip is a path of this machine"),
+        ({"out": "s3://bucket/x", "lora": ["ink=ink.safetensors:0.8"]}, r"lora ink ink.safetensors:0.8 is a path of"),
+        ({"out": "s3://bucket/x", "reuse": "older"}, r"reuse older is a path of this machine"),
+        (
+            {"out": "s3://bucket/x", "sweep": ["model=sd15,/models/mine.ckpt"]},
+            r"sweep model /models/mine.ckpt is a path of",
+        ),
         ({"out": "memory://x"}, "lives in one process only"),
         ({"executor": "inline"}, "leave --executor out"),
         ({"address": "head:6379"}, r"'head:6379' is not the URL of a Ray dashboard; give --address http://HEAD:8265"),
@@ -168,6 +183,63 @@ def test_what_the_nodes_could_not_see_is_refused_before_anything_is_written(spec
         submit_job(spec(**settings), api=FakeApi() if "address" not in settings else None)
     assert "secret" not in str(refused.value)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("column", "place", "words"),
+    [
+        (
+            "image",
+            "/photos/a.png",
+            "'/photos/a.png' is a path of this machine; give a URL .* --shared-filesystem",
+        ),
+        ("mask", "a.png", "'a.png' is a path of this machine"),
+        ("image", "memory://a.png", "'memory://a.png' lives in one process only"),
+        ("model", "runs/step-9.safetensors", "'runs/step-9.safetensors' is a path of this machine"),
+        ("model", "sd15=/models/v1-5", "'sd15=/models/v1-5' is a path of this machine"),
+    ],
+)
+def test_a_row_that_names_a_place_of_this_machine_is_refused_before_anything_is_written(
+    spec, tmp_path: Path, column: str, place: str, words: str
+):
+    """The first row names what nodes see; the second does not."""
+    seen = {"image": "s3://bucket/a.png", "mask": "", "model": "embedded"}
+    rows = [{"prompt": "a", **seen}, {"prompt": "b", **seen, column: place}, {"prompt": "c"}]
+    prompts = tmp_path / "rows.jsonl"
+    prompts.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    with pytest.raises(UsageError, match=rf"rows.jsonl, row 2: {column} {words}"):
+        submit(spec(prompts=[str(prompts)], out="s3://bucket/x"), FakeApi(), shared_filesystem=False)
+
+
+@pytest.mark.parametrize(
+    ("column", "place", "words"),
+    [
+        (
+            "image",
+            "photos/a.png",
+            "begins in the manifest's folder, but the cluster .*; write its whole path",
+        ),
+        ("mask", "~/a.png", "begins in the manifest's folder"),
+        ("model", "runs/step-9.safetensors", "begins in this folder, but the cluster"),
+    ],
+)
+def test_a_row_with_a_relative_place_is_refused_also_where_disks_are_shared(spec, tmp_path, column, place, words):
+    """The manifest moves into the output; a whole path stays what it is."""
+    prompts = tmp_path / "rows.jsonl"
+    prompts.write_text(json.dumps({"prompt": "a", column: place}))
+    with pytest.raises(UsageError, match=rf"rows.jsonl, row 1: {column} '{place}' {words}"):
+        submit(spec(prompts=[str(prompts)]), FakeApi())
+    assert not (tmp_path / "out").exists()
+    prompts.write_text(json.dumps({"prompt": "a", column: f"/disk/{place}"}))
+    assert submit(spec(prompts=[str(prompts)]), FakeApi()).started
+
+
+def test_rows_whose_models_an_axis_overrides_and_hub_ids_are_sent(spec, tmp_path: Path):
+    prompts = tmp_path / "rows.jsonl"
+    prompts.write_text(json.dumps({"prompt": "a", "model": "runs/step-9.safetensors"}))
+    assert submit(spec(prompts=[str(prompts)], sweep=["model=sd15,owner/name"]), FakeApi()).started
+    prompts.write_text(json.dumps({"prompt": "a", "model": "owner/name"}))
+    assert submit(spec(prompts=[str(prompts)]), FakeApi()).started
 
 
 def test_a_cluster_that_takes_jobs_from_anyone_gets_none_unless_the_user_insists(spec, tmp_path: Path):

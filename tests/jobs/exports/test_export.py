@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 import zipfile
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from latentmill.jobs.errors import JobError, OutputConflictError, UsageError
-from latentmill.jobs.exports import runners
+from latentmill.jobs.exports import documents, runners
 from latentmill.jobs.exports.export import export
 from latentmill.jobs.exports.rows import Selection
 from latentmill.jobs.exports.spec import make_export_spec
@@ -29,6 +30,7 @@ from latentmill.jobs.job import open_job
 from latentmill.jobs.outputs.publish import encode_part, load_publication, publish
 from tests.jobs.driver import PROCESSES, job_spec, run
 from tests.jobs.exports.conftest import Write, digests
+from tests.jobs.outputs.repairs import repair
 from tests.jobs.traps import KillAt, arm
 
 pytestmark = pytest.mark.long
@@ -147,6 +149,33 @@ def test_other_options_and_another_dataset_are_refused_with_what_differs(
         export(str(tmp_path / "other"), spec_of("jsonl", tmp_path / "export"))
     assert digests(tmp_path / "export") == before
     assert OutputConflictError.exit_code == 3
+
+
+def test_another_version_of_what_writes_the_bytes_goes_on_with_nothing(
+    write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    write("jsonl", shard_size="2")
+    before = digests(tmp_path / "export")
+    monkeypatch.setattr(documents, "version", lambda name: "99" if name.lower() == "pillow" else version(name))
+    with pytest.raises(OutputConflictError, match=r"[Pp]illow is .* there and 99 here; name another --out"):
+        write("jsonl", shard_size="2")
+    assert digests(tmp_path / "export") == before
+
+
+def test_an_export_is_not_gone_on_with_once_the_dataset_has_other_rows(copy: Path, tmp_path: Path):
+    """Failed samples were made again in the meantime, and the dataset was published anew."""
+    spec = spec_of("jsonl", tmp_path / "export", shard_size="2")
+    export(str(copy), spec)
+    (tmp_path / "export/_export/export.json").unlink()  # as if it had been killed
+    before = digests(tmp_path / "export")
+    assert repair(str(copy), 1)
+    publish(open_job(str(copy)))
+    with pytest.raises(
+        OutputConflictError, match="the dataset was published again since, with other rows; name anothe"
+    ):
+        export(str(copy), spec)
+    assert digests(tmp_path / "export") == before
+    assert export(str(copy), spec_of("jsonl", tmp_path / "new")).rows == {"train": 7}
 
 
 def test_a_plan_that_was_changed_is_not_gone_on_with(write: Write, tmp_path: Path):

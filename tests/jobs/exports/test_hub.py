@@ -132,6 +132,35 @@ def test_only_a_finished_export_on_a_disk_is_pushed_to_a_name_of_the_hub(folder:
             push_to_hub(str(place), repo)
 
 
+def test_a_finished_export_is_pushed_by_one_commit_with_the_token(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    """The hub's own client, up to the calls by which it asks the hub."""
+    calls: list[tuple[str, str, dict[str, Any]]] = []
+
+    def noted(verb: str, answer: Any) -> Any:
+        def call(self: Any, *arguments: Any, **named: Any) -> Any:
+            calls.append((verb, self.token, {**named, "arguments": arguments}))
+            return answer
+
+        return call
+
+    monkeypatch.setenv("HF_TOKEN", "hf_mine")
+    monkeypatch.setattr("huggingface_hub.HfApi.create_repo", noted("create_repo", "https://hub/datasets/me/birds"))
+    monkeypatch.setattr("huggingface_hub.HfApi.create_commit", noted("create_commit", None))
+    monkeypatch.setattr("huggingface_hub.HfApi.upload_folder", noted("upload_folder", None))
+    (folder / "data/.half.tmp").write_bytes(b"half")
+    summary = push_to_hub(str(folder), "me/birds", private=True)
+    assert (summary.repo, summary.url) == ("me/birds", "https://hub/datasets/me/birds")
+    assert [(verb, token) for verb, token, _ in calls] == [("create_repo", "hf_mine"), ("upload_folder", "hf_mine")]
+    made, uploaded = (named for *_, named in calls)
+    assert (made["private"], made["exist_ok"], made["repo_type"]) == (True, True, "dataset")
+    assert (uploaded["folder_path"], uploaded["repo_type"]) == (str(folder), "dataset")
+    from huggingface_hub.utils import filter_repo_objects
+
+    names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+    sent = set(filter_repo_objects(names, ignore_patterns=uploaded["ignore_patterns"]))
+    assert set(names) - sent == {"data/.half.tmp"}
+
+
 def test_a_hub_that_does_not_answer_is_one_line(folder: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("HF_TOKEN", "hf_none")
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")

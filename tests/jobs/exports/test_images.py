@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image, PngImagePlugin
+from PIL import Image, JpegImagePlugin, PngImagePlugin
 
 from latentmill.jobs.exports.table import IMAGE_FORMATS
 from tests.jobs.exports.conftest import Write
@@ -77,3 +77,19 @@ def test_what_says_that_a_picture_is_synthetic_goes_along(image_format: str, pic
 def test_a_picture_of_another_size_is_refused_before_it_is_unpacked(picture: bytes):
     with pytest.raises(ValueError, match="its size is 64x64, not 32x32"):
         IMAGE_FORMATS["webp"].encode(picture, (32, 32), None)
+
+
+def test_the_parameters_stay_in_png_only(write: Write, tmp_path: Path):
+    for image_format in IMAGE_FORMATS:
+        write("jsonl", tmp_path / image_format, image_format=image_format, filter="prompt == 'seven'")
+        (file,) = (tmp_path / image_format / "images").rglob("*.*")
+        with Image.open(file) as image:
+            assert ("parameters" in image.info) == (image_format == "png")
+        assert (b"Steps: 2" in file.read_bytes()) == (image_format == "png")
+
+
+def test_jpeg_has_its_colours_in_full_resolution_and_the_quality_95(picture: bytes):
+    encode = IMAGE_FORMATS["jpeg"].encode
+    with Image.open(io.BytesIO(encode(picture, (64, 64), None))) as image:
+        assert JpegImagePlugin.get_sampling(image) == 0  # 4:4:4
+    assert encode(picture, (64, 64), None) == encode(picture, (64, 64), 95) != encode(picture, (64, 64), 94)

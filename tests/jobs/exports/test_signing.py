@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.x509.oid import ExtendedKeyUsageOID, ObjectIdentifier
 from PIL import Image
 
@@ -208,6 +208,16 @@ def test_the_algorithm_follows_from_the_key(curve: ec.EllipticCurve, write: Writ
     assert told["manifests"][told["active_manifest"]]["signature_info"]["alg"] in {"Es384", "Es512"}
 
 
+@pytest.mark.parametrize("kind", ["Ed25519", "RSA"])
+def test_keys_of_other_kinds_sign_too(kind: str, write: Write, tmp_path: Path):
+    own = ed25519.Ed25519PrivateKey.generate() if kind == "Ed25519" else rsa.generate_private_key(65537, 2048)
+    signer = write_certificates(tmp_path / "signer", key=own)
+    write("jsonl", filter="prompt == 'one'", **files_of(signer))
+    ((picture,), _) = pictures_and_rows(tmp_path / "export")
+    told = read_by_the_library(picture.read_bytes(), "image/png", signer.issuer)
+    assert told["validation_state"] == "Trusted"
+
+
 @pytest.mark.parametrize("purpose", ["1.3.6.1.5.5.7.3.4", "1.3.6.1.5.5.7.3.36", "1.3.6.1.4.1.62558.2.1"])
 def test_certificates_for_mail_documents_and_claims_sign_and_are_read(purpose: str, write: Write, tmp_path: Path):
     signer = write_certificates(tmp_path / "signer", purposes=[ObjectIdentifier(purpose)])
@@ -225,6 +235,7 @@ def test_certificates_for_mail_documents_and_claims_sign_and_are_read(purpose: s
         ("expired", "cannot sign: .*certificate"),
         ("key of another", "cannot sign: .*does not match"),
         ("no key", "key '.*' is no private key in PEM form without a passphrase"),
+        ("a passphrase", "key '.*' is no private key in PEM form without a passphrase"),
         ("no certificate", "sign '.*' has no certificates in PEM form"),
         ("nowhere", "cannot be read: No such file or directory; give a PEM file"),
         ("alone", "cannot sign: .*self-signed"),
@@ -243,6 +254,8 @@ def test_what_cannot_sign_is_refused_before_anything_is_written(
             files["key"] = str(write_certificates(tmp_path / "bad").key)
         case "no key":
             files["key"] = str(signer.chain)
+        case "a passphrase":
+            files = files_of(write_certificates(tmp_path / "bad", passphrase=b"secret"))
         case "no certificate":
             files["sign"] = str(signer.key)
         case "nowhere":

@@ -35,7 +35,7 @@ def test_csv_is_read_by_whoever_reads_csv(write: Write, published: Path, ok: lis
         assert (tmp_path / "export" / place).read_bytes() == (published / row["image"]).read_bytes()
 
 
-@pytest.mark.parametrize("text", ["=1+1", "+1", "-1", "@x", "\tx", "\rx"])
+@pytest.mark.parametrize("text", ["=1+1", "+1", "-1", "@x", "\tx", "\rx", "\n=x", "＝1"])
 def test_no_text_in_csv_is_run_as_a_formula(text: str):
     told = tables.csv(pa.table({text: [text, "plain", "", None], "number": [-1, 2, 3, None]})).decode()
     head, *rows = csv.reader(told.splitlines(keepends=True))

@@ -147,7 +147,18 @@ def test_a_running_job_is_read_from_its_ledger(spec: JobSpec) -> None:
 
 @pytest.mark.parametrize(
     "forged",
-    [{"width": 60_000}, {"num_inference_steps": 60_000}, {"batch_size": 60_000}, {"sample_id": "../../evil"}],
+    [
+        {"width": 60_000},
+        {"num_inference_steps": 60_000},
+        {"batch_size": 60_000},
+        {"sample_id": "../../evil"},
+        {"precision": "fp1"},
+        {"execution_class": None},
+        {"guidance_scale": None},
+        {"lora_files": "{"},
+        {"lora_files": '{"ink": 1}', "loras": "ink"},
+        {"lora_files": '{"ink": {"place": "/nowhere"}}', "loras": "ink:x"},
+    ],
     ids=str,
 )
 def test_a_row_that_no_job_writes_is_not_drawn(forged: dict[str, Any], out: str, tmp_path: Path) -> None:

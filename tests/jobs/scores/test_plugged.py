@@ -49,6 +49,14 @@ class Hashless(Brightness):
     hash_column = "brightness"
 
 
+class Hashed(Brightness):
+    columns = {"brightness_bits": "string"}
+    hash_column = "brightness_bits"
+
+    def score(self, pictures, prompts):
+        return {"brightness_bits": [f"{3 if 'two' in prompt else 1:016x}" for prompt in prompts]}
+
+
 class Greedy(Brightness):
     columns = {"prompt": "float32"}
 """
@@ -89,6 +97,18 @@ def test_a_scorer_of_another_package_adds_its_columns(
     assert rows[0]["brightness"] > 0 < rows[0]["sharpness"]
 
 
+def test_a_column_of_hashes_finds_near_duplicates(
+    install: Install, tiny_model: Path, manifest: Callable[..., Path], tmp_path: Path
+):
+    install(brightness="bright:Hashed")
+    out = str(tmp_path / "out")
+    run(job_spec(tiny_model, manifest(["one", "two", "three"]), out))
+    (scorer,) = score(out, ["brightness"], ScoreSpec(distance=1)).scorers
+    assert scorer.duplicates is not None
+    found = [(pair.first, pair.second, pair.distance) for pair in scorer.duplicates.pairs]
+    assert found == [("00000000", "00000002", 0), ("00000000", "00000001", 1)]
+
+
 def test_a_class_with_load_gets_the_settings(install: Install):
     install(brightness="bright:Loaded")
     (scorer,) = load_scorers(["brightness"], ScoreSpec(distance=7))
@@ -99,6 +119,7 @@ def test_a_class_with_load_gets_the_settings(install: Install):
     ("place", "message"),
     [
         ("bright:Misnamed", r"it calls itself 'another'"),
+        ("bright:Hashless", r"its hash_column 'brightness' is no column of the type string"),
         ("bright:Greedy", r"its column 'prompt' is neither brightness nor begins with brightness_"),
         (
             "bright:Missing",

@@ -67,6 +67,16 @@ def test_scores_are_columns_of_the_dataset_and_none_of_its_files_changes(out: st
     assert (least, greatest, mean) == (min(known), max(known), pytest.approx(np.mean(known)))
 
 
+def test_flagged_pictures_are_scored_where_they_were_kept(
+    tiny_model: Path, manifest: Callable[..., Path], tmp_path: Path
+):
+    out = str(tmp_path / "out")
+    run(job_spec(tiny_model, manifest(PROMPTS), out, on_flagged="keep"))
+    score(out, ["sharpness"], SPEC)
+    scored = {row["prompt"]: row["sharpness"] is not None for row in latentmill.open_dataset(out)}
+    assert scored == {prompt: "poison" not in prompt for prompt in PROMPTS}
+
+
 def test_a_sharp_picture_scores_higher_than_its_blurred_copy():
     sharp = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     first, second, flat = Sharpness().score([sharp, cv2.GaussianBlur(sharp, (5, 5), 2), sharp * 0], ["", "", ""])[

@@ -18,6 +18,7 @@ from latentmill.jobs.show.gallery import BLOCK_ROWS, CommittedRows, Gallery
 from latentmill.jobs.show.report import report
 from latentmill.jobs.store.storage import Storage
 from tests.jobs.driver import job_spec, run
+from tests.jobs.test_reuse import forged
 
 pytestmark = pytest.mark.slow
 
@@ -130,6 +131,16 @@ def test_a_flagged_picture_is_not_shown_unasked(make: Callable[..., str], policy
     assert thumbnails(out) == []
 
 
+def test_a_stranger_s_row_of_a_model_that_is_none_is_shown_as_it_is(make: Callable[..., str], tiny_model: Path):
+    """Rows are believed no further than they are shown."""
+    out = make(["a"], sweep={"model": ["embedded", str(tiny_model)]})
+    for chunk in range(2):
+        forged(out, chunk, lambda _: {"model": HOSTILE, "model_sha256": HOSTILE})
+    Path(out, "_job/dataset.json").unlink()
+    assert report(out).gallery.rows == 2
+    assert [row["model"] for row in rows_of(out)] == [HOSTILE] * 2
+
+
 def test_scores_are_columns_of_the_page(make: Callable[..., str]):
     out = make(["a", "b"])
     score(out, ["sharpness"], ScoreSpec())
@@ -167,7 +178,8 @@ def test_a_running_job_is_followed_until_it_is_published(make: Callable[..., str
         record.unlink()
     seen: list[tuple[int, bool]] = []
 
-    def meanwhile(_: float) -> None:
+    def meanwhile(seconds: float) -> None:
+        assert seconds == 10
         meta = meta_of(str(out))
         seen.append((sum(block["n"] for block in meta["blocks"]), meta["live"]))
         if away:

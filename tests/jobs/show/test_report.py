@@ -10,6 +10,8 @@ from PIL import Image
 
 from latentmill.jobs.errors import JobError, UsageError
 from latentmill.jobs.manifests.axes import Axis
+from latentmill.jobs.show import fonts
+from latentmill.jobs.show.dataset_views import show_report
 from latentmill.jobs.show.report import report
 from latentmill.jobs.show.sheet_pages import plan_sheets as plan_any_sheets
 from latentmill.jobs.show.sheets import CAPTION_SIZE, TILE, Cell, Sheet, draw_sheet, wrap
@@ -192,6 +194,18 @@ def test_a_report_of_a_real_output_lies_beside_it_and_replaces_the_last_one(fini
     assert sheets(storage) == []
 
 
+def test_the_command_says_which_characters_are_boxes_on_the_sheets(
+    tiny_model: Path, manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(fonts, "_installed", tuple)
+    out = str(tmp_path / "out")
+    run(job_spec(tiny_model, manifest(["a \u4e2d\u6587 cat"]), out))
+    summary = report(out)
+    assert summary.without_glyph == "\u4e2d\u6587"
+    show_report(summary)
+    assert "2 characters are boxes on the sheets (U+4E2D U+6587)" in " ".join(capsys.readouterr().out.split())
+
+
 def test_a_report_on_s3(tiny_model: Path, manifest, s3: str):
     run(job_spec(tiny_model, manifest(3), s3))
     assert report(s3).sheets == ("report/sheet-0001.png",)
@@ -204,6 +218,10 @@ def test_what_cannot_be_reported_says_why(finished: str, tmp_path: Path):
     for wrong in ({"max_sheets": -1}, {"max_pictures": 0}, {"thumbnail": 8}):
         with pytest.raises(UsageError, match="give"):
             report(finished, **wrong)
+    (tmp_path / "font.ttf").write_bytes(b"no font")
+    with pytest.raises(UsageError, match="is no font"):
+        report(finished, font=str(tmp_path / "font.ttf"))
+    assert not (Path(finished) / "report").exists()
     part = next((Path(finished) / "dataset").glob("part-*.parquet"))
     part.unlink()
     with pytest.raises(JobError, match=r"is damaged.*latentmill repair"):
