@@ -273,7 +273,8 @@ def regenerate(
     from latentmill.jobs.show.display import progress_view
 
     with progress_view("reading", lambda _: "", quiet=quiet) as view:
-        from latentmill.jobs.outputs.regenerate import Drawing, parse_samples
+        from latentmill.jobs.outputs.redraw import Drawing
+        from latentmill.jobs.outputs.regenerate import parse_samples
         from latentmill.jobs.outputs.regenerate import regenerate as regenerate_samples
 
         drawing = Drawing(device=device, batch_size=batch_size, tolerance=tolerance)

@@ -50,7 +50,7 @@ def write_manifest(path: Path, rows: int, *, num_images: int = 1) -> Path:
 
 
 def fill_ledger(out: Path, n_chunks: int, *, open_every: int) -> int:
-    """Names of commit records for all chunks but every so manieth; returns how many. Only their names are true."""
+    """Names of commit records for all chunks but those that `open_every` divides; returns how many there are."""
     count = 0
     for first in range(0, n_chunks, PER_FOLDER):
         folder = (out / record_path(first)).parent

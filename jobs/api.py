@@ -13,6 +13,7 @@ import pyarrow as pa
 from latentmill.jobs.errors import JobError
 from latentmill.jobs.job import Job, open_job
 from latentmill.jobs.job_file import resolve
+from latentmill.jobs.ledger.picture_store import LostPictureError
 from latentmill.jobs.ledger.pictures import decode_png
 from latentmill.jobs.outputs.publish import Part, Publication, read_columns, standing_publication
 from latentmill.jobs.plans.plan import draft_plan
@@ -108,8 +109,9 @@ class Dataset:
         if row["image"] is None:
             raise JobError(f"sample {row['sample_id']} has no picture: it is {row['status']} ({row['error']})")
         try:
-            return Image.fromarray(decode_png(self._job.pictures.read(row["image"]), (row["width"], row["height"])))
-        except (FileNotFoundError, ValueError) as error:
+            data = self._job.pictures.read_row(row)
+            return Image.fromarray(decode_png(data, (row["width"], row["height"])))
+        except (LostPictureError, ValueError) as error:
             url = self._job.storage.url
             raise JobError(
                 f"{row['image']} in {url} cannot be read: {error}; heal it by: latentmill repair {url}"

@@ -54,11 +54,15 @@ def read_code(root: Path) -> Code:
         if path.suffix == ".py":
             data = path.read_bytes()
             digest.update(f"{path.relative_to(root).as_posix()}\0{len(data)}\0".encode() + data)
+    return Code(version=version_of("latentmill"), digest=digest.hexdigest()[:16], place=str(root))
+
+
+def version_of(package: str) -> str:
+    """The version of an installed package; `unknown` if it is not installed, as our own in a bare checkout."""
     try:
-        version = metadata.version("latentmill")
+        return metadata.version(package)
     except metadata.PackageNotFoundError:
-        version = "unknown"
-    return Code(version=version, digest=digest.hexdigest()[:16], place=str(root))
+        return "unknown"
 
 
 def installed_code() -> Code | None:

@@ -21,6 +21,7 @@ from latentmill.jobs.errors import JobError, UsageError
 from latentmill.jobs.job import open_job
 from latentmill.jobs.manifests.fields import nearest, shorten
 from latentmill.jobs.outputs.publish import read_columns, standing_publication
+from latentmill.jobs.store.inputs import reading
 from latentmill.jobs.store.urls import allowed_filesystem, display_url
 from latentmill.jobs.watermark_bits import bits_needed, matching_bits
 
@@ -176,7 +177,7 @@ def _read_watermark(pixels: Pixels, text: str, methods: Sequence[str]) -> Waterm
 
 def _read(file: str) -> bytes:
     fs, inside = allowed_filesystem(file)
-    try:
+    with reading(display_url(file), "does not exist or is no regular file; give picture files"):
         info = fs.info(inside)
         if info["type"] != "file" or info["size"] > MAX_FILE_BYTES:
             raise UsageError(
@@ -184,17 +185,15 @@ def _read(file: str) -> bytes:
                 f"{MAX_FILE_BYTES:,} bytes"
             )
         data: bytes = fs.cat_file(inside)
-    except (FileNotFoundError, IsADirectoryError):
-        raise UsageError(f"{display_url(file)} does not exist or is no regular file; give picture files") from None
-    except OSError as error:
-        raise UsageError(f"{display_url(file)} cannot be read: {' '.join(str(error).split())}") from None
     return data
 
 
 def _decode(file: str, data: bytes) -> tuple[str, Pixels, bytes | None, str | None]:
-    """The format, the pixels, the XMP packet and the parameters of a picture in any format that Pillow reads."""
+    """The format, the pixels, the XMP packet and the parameters of a picture in any format that Pillow reads itself."""
+    Image.init()
+    formats = [known for known in Image.OPEN if known != "EPS"]  # which runs Ghostscript on a stranger's program
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data), formats=formats) as image:
             if image.width * image.height > MAX_PIXELS:  # as the header says, before anything is unpacked
                 raise UsageError(
                     f"{display_url(file)} has {image.width}x{image.height} pixels, the limit is {MAX_PIXELS:,} in all; "

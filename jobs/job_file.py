@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 from latentmill.jobs.dated import dated_output
 from latentmill.jobs.errors import UsageError
 from latentmill.jobs.manifests.axes import parse_axis
+from latentmill.jobs.manifests.fields import shorten
 from latentmill.jobs.spec import SETTINGS, JobSpec, make_spec, unknown_setting
+from latentmill.jobs.store.inputs import reading
 from latentmill.jobs.store.urls import allowed_filesystem, display_url
 
 if TYPE_CHECKING:
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
 MAX_JOB_FILE_BYTES = 1_000_000
 SAMPLE_MANIFEST = Path(__file__).parents[1] / "configs" / "prompts" / "sample.txt"
 """The prompts in the package, which are drawn where none are named."""
+_EXAMPLES = "see configs/jobs for examples"
 BLANK_MANIFEST = SAMPLE_MANIFEST.with_name("blank.jsonl")
 """One row without a text: what is drawn where no prompts are named, but an axis has some."""
 
@@ -28,28 +31,26 @@ def load_job_file(path: str) -> dict[str, Any]:
     fs, inside = allowed_filesystem(path)
     import yaml
 
+    shown = f"job file {display_url(path)}"
+    with reading(shown, f"does not exist; {_EXAMPLES}"):
+        info = fs.info(inside)
+        if info["type"] != "file":
+            raise UsageError(f"{shown} is no regular file; {_EXAMPLES}")
+        if info["size"] > MAX_JOB_FILE_BYTES:
+            raise UsageError(f"{shown} has more than {MAX_JOB_FILE_BYTES:,} bytes; is it a manifest?")
+        data = fs.cat_file(inside)
     try:
-        if fs.exists(inside) and not fs.isfile(inside):
-            raise UsageError(f"job file {display_url(path)} is no regular file; see configs/jobs for examples")
-        if fs.size(inside) > MAX_JOB_FILE_BYTES:
-            raise UsageError(
-                f"job file {display_url(path)} has more than {MAX_JOB_FILE_BYTES:,} bytes; is it a manifest?"
-            )
-        content = yaml.safe_load(fs.cat_file(inside))
-    except (FileNotFoundError, IsADirectoryError):
-        raise UsageError(f"job file {display_url(path)} does not exist; see configs/jobs for examples") from None
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise UsageError(f"job file {display_url(path)} is not YAML: {' '.join(str(error).split())[:200]}") from None
-    except OSError as error:
-        raise UsageError(f"job file {display_url(path)} cannot be read: {error.strerror or error}") from None
+        content = yaml.safe_load(data)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date that is none
+        raise UsageError(f"{shown} is not YAML: {' '.join(str(error).split())[:200]}") from None
     if not isinstance(content, dict):
-        raise UsageError(
-            f"job file {display_url(path)} is not a mapping of keys to values; see configs/jobs for examples"
-        )
+        raise UsageError(f"{shown} is not a mapping of keys to values; {_EXAMPLES}")
     flat = _flatten(content)
     for key in flat:
         if key not in SETTINGS:
-            raise UsageError(f"job file {display_url(path)}: {unknown_setting(key)}")
+            raise UsageError(f"{shown}: {unknown_setting(key)}")
+    if "sweep" in flat and not isinstance(flat["sweep"], Mapping):
+        raise UsageError(f"{shown}: sweep is {shorten(flat['sweep'])}, expected a mapping of axes to lists of values")
     return flat
 
 
@@ -58,10 +59,10 @@ def resolve(
 ) -> JobSpec:
     """The job: the file's keys, overridden by every flag that is not None.
 
-    `flags["sweep"]` is a list of `AXIS=VALUES`, or a mapping of axes to their values; an axis given by flag replaces
-    the file's axis of that name and keeps its place, and the file's other axes stay. `{date}` in `out` is replaced by
-    the key `date`, else by `today`, by default the day in UTC. A job with a prompt axis needs no prompts. With
-    `or_sample`, a job without a file and without prompts draws the package's sample.
+    `flags["sweep"]` is `AXIS=VALUES` or a list of them, or a mapping of axes to their values; an axis given by flag
+    replaces the file's axis of that name and keeps its place, and the file's other axes stay. `{date}` in `out` is
+    replaced by the key `date`, else by `today`, by default the day in UTC. A job with a prompt axis needs no prompts.
+    With `or_sample`, a job without a file and without prompts draws the package's sample.
     """
     merged = load_job_file(job_file) if job_file is not None else {}
     given = {key: value for key, value in flags.items() if value is not None}
@@ -82,13 +83,15 @@ def resolve(
     return dataclasses.replace(make_spec(merged), dated=dated, is_sample=is_sample)
 
 
-def _merge_axes(from_file: Any, flags: Any) -> dict[str, Any]:
-    axes: dict[str, Any] = dict(from_file) if isinstance(from_file, Mapping) else {}
+def _merge_axes(from_file: Mapping[str, Any] | None, flags: Any) -> dict[str, Any]:
+    axes: dict[str, Any] = dict(from_file or {})
     if isinstance(flags, Mapping):
         return {**axes, **flags}
+    if not isinstance(flags, str | list | tuple):
+        raise UsageError(f"sweep is {shorten(flags)}, expected a mapping of axes to values, or a list of AXIS=VALUES")
     seen: set[str] = set()
-    for flag in flags:
-        name, values = parse_axis(flag)
+    for flag in [flags] if isinstance(flags, str) else flags:
+        name, values = parse_axis(str(flag))
         if name in seen:
             raise UsageError(f"--sweep {name} is given twice; list all its values in one: {name}=a,b,c")
         seen.add(name)

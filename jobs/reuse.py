@@ -207,17 +207,12 @@ class CellIndex:
         if job is None:
             return None
         try:
-            if row["bytes"] is None:
-                raise ValueError("its row does not say how large it is")
-            data = job.pictures.read(row["image"], row["bytes"])
-            if hashlib.sha256(data).hexdigest() != row["sha256"]:
-                raise ValueError("it has not the sha256 of its row")
+            data = job.pictures.read_row(row)
             pixels = decode_png(data, (sample.request.width, sample.request.height))
             if pixel_sha256(pixels) != row["pixel_sha256"]:
                 raise ValueError("its pixels are not those of its row")
-        except (FileNotFoundError, ValueError, JobError) as error:
-            reason = "it is missing" if isinstance(error, FileNotFoundError) else str(error)
-            self._notes.append(_drawn_anew(job, row, reason))
+        except (ValueError, JobError) as error:
+            self._notes.append(_drawn_anew(job, row, str(error)))
             if getattr(error, "transient", False):
                 self._jobs[cell.donor] = None  # its store does not answer: nothing more is asked of it
             return None

@@ -363,6 +363,7 @@ def test_a_config_that_belongs_to_another_checkpoint_is_refused(sd1):
             "parameterization is 'w'; it must be eps",
         ),
         ("model: [", "cannot be read as YAML"),
+        ("date: 2026-02-30", "cannot be read as YAML"),
         ("!!python/object/apply:os.system [ls]", "cannot be read as YAML"),
         ("data: {}", "it is no config of a model"),
     ],

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from latentmill.engine.loading.config import SchedulerConfig, UNetConfig, VAEConfig
+from latentmill.engine.loading.config import UNetConfig, VAEConfig
+from latentmill.engine.loading.scheduler_config import SchedulerConfig
 from latentmill.engine.networks.autoencoder import AutoencoderKL
 from latentmill.engine.networks.unet import UNet
 from latentmill.engine.sampling.denoiser import Denoiser

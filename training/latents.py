@@ -79,6 +79,7 @@ def encode(work: Path, counts: Mapping[str, int], processes: int | None = None) 
     if device().type == "cuda":
         processes = 1
     icons.load_sprites(work / "npm")
+    _remove_parts(work)  # of a call that was stopped, and may have had more processes
     parallel.launch(_work, work, dict(counts), processes=processes)
     parts = [load_checkpoint(path) for path in sorted(work.glob("latents-part-*.pt"))]
     found = [part for part in parts if part is not None]
@@ -95,9 +96,13 @@ def encode(work: Path, counts: Mapping[str, int], processes: int | None = None) 
     tokens = tokens.reshape(-1, CAPTIONS_PER_PICTURE, architecture.MODEL_MAX_LENGTH)
     counted = {kind: counts[kind] for kind in KINDS}
     save_checkpoint(work / CHECKPOINT, {"latents": latents.half(), "tokens": tokens, "counts": counted})
+    _remove_parts(work)
+    return work / CHECKPOINT
+
+
+def _remove_parts(work: Path) -> None:
     for path in work.glob("latents-part-*.pt"):
         path.unlink()
-    return work / CHECKPOINT
 
 
 def _learned(work: Path) -> dict[str, Tensor]:

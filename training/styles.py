@@ -122,7 +122,7 @@ class Lessons:
 
 
 def draw(engine: Engine, prompts: list[str]) -> list[Pixels]:
-    """One picture for each prompt, at the size that the model was trained for."""
+    """One picture for each prompt, at the size that the model was trained for. Raises RuntimeError if one fails."""
     width, height = engine.description.default_size
     requests = [
         GenerationRequest(
@@ -130,7 +130,12 @@ def draw(engine: Engine, prompts: list[str]) -> list[Pixels]:
         )
         for seed, prompt in enumerate(prompts)
     ]
-    return [result.pixels for result in engine.generate(requests) if result.pixels is not None]
+    pictures = []
+    for request, result in zip(requests, engine.generate(requests), strict=True):
+        if result.pixels is None:
+            raise RuntimeError(f"{request.prompt!r} failed: {result.error}")
+        pictures.append(result.pixels)
+    return pictures
 
 
 def velocity_loss(

@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, TypeVar
 
-from latentmill.engine.loading.config import Json, PredictionType
+from latentmill.engine.loading.config import Json
+from latentmill.engine.loading.scheduler_config import PredictionType
 from latentmill.engine.types import EngineError, GenerationRequest
 
 if TYPE_CHECKING:

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from latentmill.engine.families.family import Family, TextEncoderSpec
-from latentmill.engine.loading.config import SchedulerConfig, UNetConfig, VAEConfig
+from latentmill.engine.loading.config import UNetConfig, VAEConfig
 from latentmill.engine.loading.interface import AutoencoderConfig, DenoiserConfig
+from latentmill.engine.loading.scheduler_config import SchedulerConfig
 from latentmill.engine.types import EngineError
 
 if TYPE_CHECKING:

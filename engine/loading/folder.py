@@ -10,8 +10,8 @@ from latentmill.engine.families.table import PIPELINES
 from latentmill.engine.guards.safety import checker_files
 from latentmill.engine.loading.blueprint import Blueprint, check_fit
 from latentmill.engine.loading.checkpoint import is_index, shard_paths
-from latentmill.engine.loading.config import SchedulerConfig
 from latentmill.engine.loading.files import read_json
+from latentmill.engine.loading.scheduler_config import SchedulerConfig
 from latentmill.engine.loading.vocabulary import tokenizer_files
 from latentmill.engine.types import EngineError
 
@@ -69,13 +69,20 @@ def read_blueprint(folder: Path) -> Blueprint:
 
 
 def pipeline_parts(index: Path) -> tuple[str, ...]:
-    """The parts of a pipeline that the engine does not run itself, by its model_index.json; else empty."""
+    """The parts of a pipeline that the engine does not run itself, by its model_index.json; else empty.
+
+    Raises EngineError for a part that is no folder beside that file: its files would be read, and their digests kept.
+    """
     content = read_json(index)
     if not isinstance(content.get("_class_name"), str) or content["_class_name"] in PIPELINES:
         return ()
-    return tuple(
+    parts = tuple(
         part for part, entry in content.items() if isinstance(entry, list) and len(entry) == 2 and None not in entry
     )
+    for part in parts:
+        if not part.isidentifier():  # as every part is: the library passes them by keyword
+            raise EngineError(f"{index} names a part {part!r}: a part's name is that of a folder beside it")
+    return parts
 
 
 def weights_files(folder: Path, blueprint: Blueprint, components: Collection[str] | None = None) -> dict[str, Path]:

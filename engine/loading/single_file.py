@@ -6,8 +6,8 @@ from latentmill.engine.families.family import Family, SingleFile
 from latentmill.engine.families.table import FAMILIES
 from latentmill.engine.loading.blueprint import Blueprint, check_fit
 from latentmill.engine.loading.checkpoint import WeightsFile
-from latentmill.engine.loading.config import PredictionType, SchedulerConfig
 from latentmill.engine.loading.files import shown
+from latentmill.engine.loading.scheduler_config import PredictionType, SchedulerConfig
 from latentmill.engine.types import EngineError
 
 

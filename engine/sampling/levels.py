@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from latentmill.engine.loading.config import SchedulerConfig
+from latentmill.engine.loading.scheduler_config import SchedulerConfig
 from latentmill.engine.sampling.noise_level import LEAST_ALPHA_BAR, NoiseLevel
 from latentmill.engine.sampling.table import FLOW_SAMPLERS, SAMPLER_TABLE
 from latentmill.engine.sampling.timesteps import (

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from latentmill.engine.loading.config import SchedulerConfig
+from latentmill.engine.loading.scheduler_config import SchedulerConfig
 from latentmill.engine.sampling.noise_level import LEAST_ALPHA_BAR, NoiseLevel
 from latentmill.engine.types import EngineError
 

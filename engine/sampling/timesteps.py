@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from latentmill.engine.loading.config import SchedulerConfig
+from latentmill.engine.loading.scheduler_config import SchedulerConfig
 from latentmill.engine.types import EngineError
 
 Timesteps = NDArray[np.float64]
@@ -66,10 +66,12 @@ def _fitting(grid: _Grid, config: SchedulerConfig, steps: int) -> Timesteps:
     if fits(timesteps):
         return timesteps
     others = sorted(range(1, total + 1), key=lambda other: abs(other - steps))
-    nearest = next(other for other in others if fits(grid(config, other)))
+    nearest = next((other for other in others if fits(grid(config, other))), None)
+    remedy = "no number does: use another sampler or timestep spacing"
     raise EngineError(
         f"num_inference_steps is {steps}, whose timesteps do not fit this model's schedule "
-        f"({config.timestep_spacing} spacing, 0 to {total - 1}); the nearest number that does is {nearest}"
+        f"({config.timestep_spacing} spacing, 0 to {total - 1}); "
+        f"{remedy if nearest is None else f'the nearest number that does is {nearest}'}"
     )
 
 

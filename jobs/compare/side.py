@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
@@ -14,10 +13,10 @@ import pyarrow as pa
 from latentmill.engine.types import Pixels
 from latentmill.jobs.errors import JobError
 from latentmill.jobs.job import open_job
+from latentmill.jobs.ledger.picture_store import LostPictureError
 from latentmill.jobs.ledger.pictures import decode_png
 from latentmill.jobs.outputs.publish import Part, read_columns, standing_publication
 from latentmill.jobs.plans.option_columns import option_fields
-from latentmill.jobs.store.errors import ForeignObjectError
 
 BATCH_ROWS = 4096
 
@@ -65,13 +64,9 @@ class Side:
     def file(self, row: Mapping[str, Any]) -> bytes:
         """The file of a row's picture, which has the digest of the row. Raises JobError otherwise."""
         try:
-            data = self.job.pictures.read(row["image"], row["bytes"] or 0)
-        except (FileNotFoundError, ForeignObjectError) as error:
-            why = "it is missing" if isinstance(error, FileNotFoundError) else str(error)
-            raise JobError(self._refusal(row, why)) from error
-        if hashlib.sha256(data).hexdigest() != row["sha256"]:
-            raise JobError(self._refusal(row, "it has not the sha256 of its row"))
-        return data
+            return self.job.pictures.read_row(row)
+        except LostPictureError as error:
+            raise JobError(self._refusal(row, str(error))) from error
 
     def picture(self, row: Mapping[str, Any]) -> Pixels:
         """The pixels of a row's picture. Raises JobError if it is not as its row says."""

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from latentmill.jobs.chunk_result import ChunkResult, describe_fault
-from latentmill.jobs.errors import JobError, UsageError
+from latentmill.jobs.errors import JobError
 from latentmill.jobs.executors.faults import Faults
 from latentmill.jobs.executors.isolation import isolate_chunk
 from latentmill.jobs.executors.pool import size_pool
@@ -28,7 +28,7 @@ from latentmill.jobs.executors.ray_pool import RayPool
 from latentmill.jobs.executors.unloadable import Unloadable
 from latentmill.jobs.job import Job
 from latentmill.jobs.spec import Runtime
-from latentmill.jobs.store.urls import allowed_filesystem, display_url
+from latentmill.jobs.store.urls import shared_url
 from latentmill.jobs.worker import EngineFactory, load_engine
 
 
@@ -41,8 +41,8 @@ class RayExecutor:
 
     def __init__(self, job: Job, runtime: Runtime, *, engine_factory: EngineFactory = load_engine) -> None:
         self._job = job
-        reuse = replace(job.reuse, donors=tuple(map(_shared_url, job.reuse.donors)))
-        place = (_shared_url(job.url), job.plan.plan_hash, reuse)
+        donors = tuple(shared_url(donor, here="inline") for donor in job.reuse.donors)
+        place = (shared_url(job.url, here="inline"), job.plan.plan_hash, replace(job.reuse, donors=donors))
         self._arguments = pickle.dumps((place, engine_factory))
         self._threads = job.plan.settings.threads_per_actor or 1
         self._faults = Faults(runtime.chunk_timeout)
@@ -182,12 +182,3 @@ def _ray_errors() -> Iterator[None]:
         yield
     except ray.exceptions.RayError as error:
         raise JobError(f"Ray gave up: {describe_fault(error)}; run the same command again: it resumes") from error
-
-
-def _shared_url(out_url: str) -> str:
-    """The output as every process understands it, wherever it was started."""
-    fs, inside = allowed_filesystem(out_url)
-    protocol = fs.protocol if isinstance(fs.protocol, str) else fs.protocol[0]
-    if protocol == "memory":
-        raise UsageError(f"{display_url(out_url)} lives in one process only; use --executor inline or another --out")
-    return inside if protocol in {"file", "local"} else out_url

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from latentmill.jobs.errors import JobError, UsageError
+from latentmill.jobs.errors import JobError
 from latentmill.jobs.exports.documents import (
     MANIFEST_PATH,
     ExportPlan,
@@ -27,7 +27,7 @@ from latentmill.jobs.exports.signing import open_signing
 from latentmill.jobs.exports.spec import ExportSpec
 from latentmill.jobs.exports.table import EXPORTS, runner
 from latentmill.jobs.store.storage import Storage
-from latentmill.jobs.store.urls import display_url, place_of
+from latentmill.jobs.store.urls import refuse_inside
 
 _THREADS = 16
 
@@ -92,7 +92,7 @@ def export(
 
 def _planned(out_url: str, spec: ExportSpec, on_progress: Callable[[ExportProgress], None]) -> Export:
     """What is to be exported, and how it is cut; nothing is written yet."""
-    _refuse_inside(out_url, spec.out)
+    refuse_inside(spec.out, out_url)
     source = open_source(out_url)
     on_progress(ExportProgress(phase="choosing rows", done=0, total=source.publication.rows))
     cuts = cut(source, spec)
@@ -154,13 +154,3 @@ def _placed(dest: Storage, path: str, data: bytes) -> WrittenFile:
     if not there:
         return write_file(dest, (path, data))
     return WrittenFile(path=path, bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
-
-
-def _refuse_inside(out_url: str, dest_url: str) -> None:
-    """Raises UsageError if the export would lie in the dataset: what lies there is the job's own."""
-    (out_protocol, out), (protocol, dest) = place_of(out_url), place_of(dest_url)
-    if protocol == out_protocol and f"{dest}/".startswith(f"{out}/"):
-        raise UsageError(
-            f"{display_url(dest_url)} lies inside the dataset {display_url(out_url)}; name a place outside of it with "
-            f"--out"
-        )

@@ -17,6 +17,7 @@ from latentmill.jobs.errors import JobError
 from latentmill.jobs.exports.filters import parse_filter
 from latentmill.jobs.exports.spec import ExportSpec
 from latentmill.jobs.job import Job, open_job
+from latentmill.jobs.ledger.picture_store import LostPictureError
 from latentmill.jobs.outputs.publish import MAX_PART_BYTES, Part, Publication, known_rows, standing_publication
 from latentmill.jobs.plans.planned import fingerprint
 from latentmill.jobs.scores.join import open_scores
@@ -62,15 +63,11 @@ class Source:
         """The file of a row's picture, which has the digest of the row. Raises JobError otherwise."""
         storage = self.job.storage
         try:
-            data = self.job.pictures.read(row["image"], row["bytes"] or 0)
-        except FileNotFoundError:
-            data = b""
-        if hashlib.sha256(data).hexdigest() != row["sha256"]:
+            return self.job.pictures.read_row(row)
+        except LostPictureError as error:
             raise JobError(
-                f"{row['image']} in {storage.url} is {'altered' if data else 'missing'}: it has not the sha256 of its "
-                f"row; heal it by: latentmill repair {storage.url}"
-            )
-        return data
+                f"{row['image']} in {storage.url} cannot be read: {error}; heal it by: latentmill repair {storage.url}"
+            ) from error
 
     def _read_part(self, part: Part) -> pa.Table:
         url = self.job.storage.url

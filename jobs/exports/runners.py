@@ -28,7 +28,7 @@ def threads(export: Export, numbers: Sequence[int]) -> Iterator[ShardRecord]:
 def ray(export: Export, numbers: Sequence[int]) -> Iterator[ShardRecord]:
     """The same by tasks of a cluster, whose nodes reach both places."""
     spec = export.spec
-    places = shared_url(export.source.job.url), shared_url(spec.out)
+    places = (shared_url(url, here="threads") for url in (export.source.job.url, spec.out))
     keys = tuple(None if file is None else os.path.abspath(file) for file in (spec.sign, spec.key))  # noqa: PTH100 - a name
     call = partial(_write_there, (*places, *keys))
     return run_tasks(call, numbers, at_once=spec.workers, address=spec.address, insecure=spec.insecure_ray)

@@ -8,8 +8,10 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Any
 
-from latentmill.jobs.store.errors import FOREIGN_REMEDY, ForeignObjectError
+from latentmill.jobs.ledger.ledger import PER_FOLDER
+from latentmill.jobs.store.errors import FOREIGN_REMEDY, ForeignObjectError, StorageError
 from latentmill.jobs.store.storage import Storage
 
 MAX_PICTURE_BYTES = 64 << 20
@@ -34,6 +36,10 @@ class Origin:
 
     storage: Storage
     path: str
+
+
+class LostPictureError(StorageError):
+    """A row's picture that is missing, or is not the file that was committed. Says which, to follow the file's name."""
 
 
 class PictureStore:
@@ -73,9 +79,21 @@ class PictureStore:
         Raises ForeignObjectError if the path is not one that `write` gives, or the picture has more than `limit` bytes.
         """
         place = _PICTURE.fullmatch(path)
-        if place is None or not path.startswith(f"images/{int(place[1]) // 1000:05d}/"):
+        if place is None or not path.startswith(f"images/{int(place[1]) // PER_FOLDER:05d}/"):
             raise ForeignObjectError(f"{path!r} is no name of a picture; {FOREIGN_REMEDY}")
         return self._storage.read(path, min(limit, MAX_PICTURE_BYTES))
+
+    def read_row(self, row: Mapping[str, Any]) -> bytes:
+        """The file bytes of a row's picture, as they were committed. Raises LostPictureError if they are not there."""
+        try:
+            data = self.read(row["image"], row["bytes"] or 0)
+        except FileNotFoundError:
+            raise LostPictureError("it is missing") from None
+        except ForeignObjectError as error:
+            raise LostPictureError(str(error)) from error
+        if len(data) != row["bytes"] or hashlib.sha256(data).hexdigest() != row["sha256"]:
+            raise LostPictureError("it has not the sha256 of its row")
+        return data
 
     def sizes(self, chunk: int, attempt: str, repair: int = 0) -> Mapping[str, int]:
         """Size by path of everything that lies under one attempt, by one listing of its folder."""
@@ -85,7 +103,7 @@ class PictureStore:
 def attempt_folder(chunk: int, attempt: str, repair: int = 0) -> str:
     """The folder that belongs to one attempt at one chunk, or at one repair of it, alone."""
     number = f"r{repair}-" if repair else ""
-    return f"images/{chunk // 1000:05d}/{chunk:08d}-{number}{attempt}"
+    return f"images/{chunk // PER_FOLDER:05d}/{chunk:08d}-{number}{attempt}"
 
 
 def picture_path(chunk: int, attempt: str, sample_id: str, repair: int = 0) -> str:

@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from latentmill.jobs.code import version_of
 from latentmill.jobs.errors import JobError
 from latentmill.jobs.manifests.fields import shorten
 from latentmill.jobs.plans.columns import STATUSES
@@ -211,15 +212,8 @@ def decode_record(data: bytes, *, max_rows: int = MAX_CHUNK) -> CommitRecord:
 
 def tool_versions() -> dict[str, str]:
     """Versions that a reader of the dataset may need to make it again."""
-    from importlib import metadata
-
-    versions = {"python": platform.python_version()}
-    for name in ("latentmill", "torch", "transformers", "pyarrow", "numpy", "Pillow"):
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:  # run from a checkout that was never installed
-            versions[name] = "unknown"
-    return versions
+    names = ("latentmill", "torch", "transformers", "pyarrow", "numpy", "Pillow")
+    return {"python": platform.python_version(), **{name: version_of(name) for name in names}}
 
 
 def _seal_position(data: bytes) -> int:

@@ -10,6 +10,7 @@ from typing import Any
 
 from latentmill.jobs.errors import UsageError
 from latentmill.jobs.manifests.fields import Kind, shorten
+from latentmill.jobs.store.inputs import reading
 from latentmill.jobs.store.urls import allowed_filesystem, display_url
 
 MAX_AXIS_VALUES = 65_536
@@ -45,12 +46,11 @@ def _matching(model: str) -> list[str]:
     if not re.search(r"[*?\[]", place):
         return [model]
     fs, path = allowed_filesystem(place)
-    try:
+    shown = f"sweep axis model: {display_url(place)}"
+    with reading(shown, "matches no file; check the pattern"):
         found = sorted(fs.glob(path))
-    except OSError as error:
-        raise UsageError(f"sweep axis model: {display_url(place)} cannot be read: {error.strerror or error}") from None
     if not found:
-        raise UsageError(f"sweep axis model: {display_url(place)} matches no file; check the pattern")
+        raise UsageError(f"{shown} matches no file; check the pattern")
     places = [str(fs.unstrip_protocol(match)) if "://" in place else match for match in found]
     return [f"{preset}{equals}{match}" for match in places]
 
@@ -58,17 +58,19 @@ def _matching(model: str) -> list[str]:
 def read_values(name: str, place: str) -> list[str]:
     """The lines of a file of values; blank ones are left out."""
     shown = f"sweep axis {name}: {display_url(place)}"
+    no_file = "is no file; give one value on each line of a text file"
     fs, path = allowed_filesystem(place)
-    try:
-        if not fs.isfile(path):
-            raise UsageError(f"{shown} is no file; give one value on each line of a text file")
-        if fs.size(path) > MAX_VALUES_BYTES:
+    with reading(shown, no_file):
+        info = fs.info(path)
+        if info["type"] != "file":
+            raise UsageError(f"{shown} {no_file}")
+        if info["size"] > MAX_VALUES_BYTES:
             raise UsageError(f"{shown} has more than {MAX_VALUES_BYTES:,} bytes; put its lines into the manifest")
-        text = fs.cat_file(path).decode("utf-8-sig")
+        data = fs.cat_file(path)
+    try:
+        text = data.decode("utf-8-sig")
     except UnicodeDecodeError:
         raise UsageError(f"{shown} is not UTF-8 text; save it as UTF-8") from None
-    except OSError as error:
-        raise UsageError(f"{shown} cannot be read: {error.strerror or error}") from None
     values = [line.removesuffix("\r") for line in text.split("\n")]
     return [value for value in values if value.strip()]
 

@@ -21,7 +21,7 @@ from latentmill.jobs.manifests.aliases import alias_of, meant_by
 from latentmill.jobs.manifests.fields import FIELDS, nearest, shorten
 from latentmill.jobs.manifests.formats import FORMATS, LOOK_BYTES, NOT_GZIPPED, SUFFIXES, formats_of, other_format
 from latentmill.jobs.manifests.readers import Layout, ManifestFile, RowBatch
-from latentmill.jobs.store.errors import describe
+from latentmill.jobs.store.inputs import reading
 from latentmill.jobs.store.urls import allowed_filesystem, display_url
 
 MAX_FILES = 10_000
@@ -216,21 +216,16 @@ def _open(fs: AbstractFileSystem, path: str, gzipped: bool) -> Iterator[IO[bytes
 @contextmanager
 def _readable(name: str) -> Iterator[None]:
     """Turn every error while a file is read into one line that names the file."""
-    try:
-        yield
-    except UsageError as error:
-        raise UsageError(f"manifest {name} {error}") from None
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise UsageError(f"manifest {name} is not a whole gzip file ({error}); make it again") from None
-    except pa.ArrowException as error:
-        raise UsageError(f"manifest {name} is not a whole Parquet file ({_one_line(error)}); make it again") from None
-    except FileNotFoundError:
-        raise UsageError(f"manifest {name} does not exist; check the path") from None
-    except Exception as error:
-        # every store's library has its own tree of exceptions for "cannot read"
-        raise UsageError(
-            f"manifest {name} cannot be read ({describe(error)}); check address, rights and credentials"
-        ) from error
+    with reading(f"manifest {name}"):
+        try:
+            yield
+        except UsageError as error:
+            raise UsageError(f"manifest {name} {error}") from None
+        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+            raise UsageError(f"manifest {name} is not a whole gzip file ({error}); make it again") from None
+        except pa.ArrowException as error:
+            reason = _one_line(error)
+            raise UsageError(f"manifest {name} is not a whole Parquet file ({reason}); make it again") from None
 
 
 def _one_line(error: BaseException) -> str:

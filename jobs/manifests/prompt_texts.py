@@ -11,7 +11,8 @@ from latentmill.jobs.manifests.axes import Axis
 from latentmill.jobs.manifests.axis_values import MAX_AXIS_VALUES, MAX_VALUES_BYTES
 from latentmill.jobs.manifests.fields import MAX_TEXT_BYTES, shorten
 from latentmill.jobs.manifests.replacements import FIELDS_WITH_TEXT, Replacements, replaced_by, replacements_of
-from latentmill.jobs.manifests.templates import COUNT_LIMIT, MAX_VARIANTS, TemplateError
+from latentmill.jobs.manifests.template_tree import COUNT_LIMIT
+from latentmill.jobs.manifests.templates import MAX_VARIANTS, TemplateError
 from latentmill.jobs.manifests.wildcards import Lines, Templates
 
 TEMPLATES = ("none", "dynamic", "dynamic-all")

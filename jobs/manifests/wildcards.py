@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import threading
 from collections.abc import Callable, Mapping
 from functools import cached_property, lru_cache
 from pathlib import PurePosixPath
@@ -12,15 +13,9 @@ from typing import Protocol
 
 from latentmill.jobs.errors import JobError, UsageError
 from latentmill.jobs.manifests.fields import nearest
-from latentmill.jobs.manifests.templates import (
-    Choice,
-    Node,
-    TemplateError,
-    TooDeepError,
-    choice_of_lines,
-    draw_template,
-    parse_template,
-)
+from latentmill.jobs.manifests.template_tree import Choice, Node, draw_template
+from latentmill.jobs.manifests.templates import TemplateError, TooDeepError, choice_of_lines, parse_template
+from latentmill.jobs.store.inputs import reading
 from latentmill.jobs.store.urls import allowed_filesystem, display_url
 
 MAX_FILES = 10_000
@@ -73,33 +68,30 @@ class WildcardFolder:
         """The files' paths by their names without `.txt`, sorted."""
         if self._files is None:
             fs, folder = allowed_filesystem(str(self._place))
-            try:
-                if not fs.isdir(folder):
-                    raise UsageError(
-                        f"wildcards {display_url(str(self._place))} is no folder; name one with .txt files"
-                    )
+            shown, no_folder = f"wildcards {display_url(str(self._place))}", "is no folder; name one with .txt files"
+            with reading(shown, no_folder):
+                if fs.info(folder)["type"] != "directory":
+                    raise UsageError(f"{shown} {no_folder}")
                 paths = sorted(path for path in fs.find(folder) if path.endswith(".txt"))
-            except OSError as error:
-                raise UsageError(f"wildcards {self._place} cannot be read: {error.strerror or error}") from None
             if len(paths) > MAX_FILES:
-                raise UsageError(f"wildcards {self._place} has {len(paths):,} files, the limit is {MAX_FILES:,}")
+                raise UsageError(f"{shown} has {len(paths):,} files, the limit is {MAX_FILES:,}")
             base = PurePosixPath(folder)
             self._files = {str(PurePosixPath(path).relative_to(base).with_suffix("")): path for path in paths}
         return self._files
 
     def _file(self, path: str) -> list[str]:
         fs, _ = allowed_filesystem(str(self._place))
-        try:
+        with reading(f"wildcard {path}"):
             self._bytes += fs.size(path)
             if self._bytes > MAX_BYTES:
                 raise UsageError(
                     f"the wildcards of this job have more than {MAX_BYTES:,} bytes; use fewer or shorter ones"
                 )
-            text = fs.cat_file(path).decode("utf-8-sig")
+            data = fs.cat_file(path)
+        try:
+            text = data.decode("utf-8-sig")
         except UnicodeDecodeError:
             raise UsageError(f"wildcard {path} is not UTF-8 text; save it as UTF-8") from None
-        except OSError as error:
-            raise UsageError(f"wildcard {path} cannot be read: {error.strerror or error}") from None
         lines = [line.strip() for line in text.split("\n")]
         return [line for line in lines if line and not line.startswith(_COMMENT)]
 
@@ -134,12 +126,13 @@ def wildcards_digest(data: bytes) -> str:
 
 
 class Templates:
-    """Templates with their wildcards, parsed once each as long as they are remembered."""
+    """Templates with their wildcards, parsed once each while they are remembered; safe to share between threads."""
 
     def __init__(self, wildcards: Lines) -> None:
         self._wildcards = wildcards
         self._parsed: dict[str, Choice] = {}
         self._open: list[str] = []
+        self._lock = threading.Lock()  # what another thread is parsing just now would look like a circle
         self.parse = lru_cache(_REMEMBERED)(self._parse)
 
     def draw(self, text: str, seed: int) -> str:
@@ -151,7 +144,8 @@ class Templates:
         return self.parse(text).text(number)
 
     def _parse(self, text: str) -> Node:
-        return parse_template(text, self._wildcard)
+        with self._lock:
+            return parse_template(text, self._wildcard)
 
     def _wildcard(self, name: str, depth: int) -> Choice:
         if name in self._parsed:

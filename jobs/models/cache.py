@@ -16,6 +16,7 @@ from latentmill.jobs.models.digests import file_digest, read_note, remember_dige
 from latentmill.jobs.models.node import cache_folder, node_name, one_at_a_time
 from latentmill.jobs.models.remote import Fetched, RemoteTree, download, find_file, list_tree
 from latentmill.jobs.store.errors import describe
+from latentmill.jobs.store.local import sync_folder
 from latentmill.jobs.store.urls import display_url
 
 SINGLE_FILES = (".safetensors", ".ckpt")
@@ -108,7 +109,7 @@ def _settle(folder: Path, fetched: Mapping[str, Fetched]) -> Path:
         marker.flush()
         os.fsync(marker.fileno())
     for below in {made, *((made / name).parent for name in files)}:
-        _sync_folder(below)
+        sync_folder(below)
     for attempt in range(3):
         if _is_whole(entry, files):
             return entry
@@ -118,7 +119,7 @@ def _settle(folder: Path, fetched: Mapping[str, Fetched]) -> Path:
             made.rename(entry)
         except OSError:
             continue  # another process renamed its entry in between
-        _sync_folder(entry.parent)
+        sync_folder(entry.parent)
         for name, file in fetched.items():
             remember_digest(entry / name, file.identity, file.sha256)
         return entry
@@ -167,11 +168,3 @@ def _models() -> Path:
 
 def _source_note(fingerprint: str) -> Path:
     return cache_folder() / "sources" / f"{fingerprint}.json"
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -16,7 +16,7 @@ from typing import Any
 
 from latentmill.jobs.errors import JobError, UsageError
 from latentmill.jobs.models.digests import Identity, identity_of
-from latentmill.jobs.store.errors import StorageError, describe, is_transient, store_code
+from latentmill.jobs.store.errors import StorageError, describe, is_inside, is_transient, store_code
 from latentmill.jobs.store.urls import allowed_filesystem, display_url
 
 MAX_FILES = 10_000
@@ -88,7 +88,8 @@ def list_tree(url: str) -> RemoteTree:
         raise UsageError(f"there is nothing at {display_url(url)}; check the address, and that it may be listed")
     if len(files) > MAX_FILES:
         raise UsageError(f"{display_url(url)} holds {len(files):,} files, no model has more than {MAX_FILES:,}")
-    return RemoteTree(url=url, files={name: file for name, file in files.items() if _is_inside(name)})
+    safe = {name: file for name, file in files.items() if is_inside(name) and "\\" not in name}
+    return RemoteTree(url=url, files=safe)
 
 
 def find_file(url: str) -> RemoteTree:
@@ -187,11 +188,6 @@ def _failure(url: str, error: Exception) -> StorageError:
 def _remote_file(info: Mapping[str, Any]) -> RemoteFile:
     version = next((f"{key}={info[key]}" for key in _VERSION_KEYS if info.get(key)), "")
     return RemoteFile(size=int(info["size"]), version=version)
-
-
-def _is_inside(name: str) -> bool:
-    """Whether an untrusted name stays below the folder that it is joined to."""
-    return not {"", ".", ".."} & set(name.split("/")) and "\0" not in name and "\\" not in name
 
 
 def _check_room(size: int, folder: Path) -> None:

@@ -10,6 +10,7 @@ from latentmill.jobs.ledger.picture_store import picture_path
 from latentmill.jobs.ledger.records import CommitRecord
 from latentmill.jobs.plans.columns import stored, values
 from latentmill.jobs.plans.plan import Plan, PlannedSample
+from latentmill.jobs.store.errors import StorageError
 
 Kind = Literal[
     "chunk-missing",
@@ -39,6 +40,13 @@ class Defect:
     kind: Kind
     path: str
     detail: str
+
+
+def lasting(error: Exception) -> str:
+    """What a defect says of an error. That of a store that does not answer is raised: it says nothing of the output."""
+    if isinstance(error, StorageError) and error.transient:
+        raise error
+    return str(error)
 
 
 def row_defects(path: str, rows: list[dict[str, Any]], samples: list[PlannedSample], plan: Plan) -> Iterator[Defect]:

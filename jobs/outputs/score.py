@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
@@ -15,6 +14,7 @@ from latentmill.engine.types import Pixels
 from latentmill.jobs.errors import JobError
 from latentmill.jobs.executors.ray_tasks import run_tasks
 from latentmill.jobs.job import Job, open_job
+from latentmill.jobs.ledger.picture_store import LostPictureError
 from latentmill.jobs.ledger.pictures import decode_png
 from latentmill.jobs.outputs.publish import Part, Publication, read_columns, standing_publication
 from latentmill.jobs.outputs.score_parts import ScorerSummary, Scoring
@@ -22,7 +22,6 @@ from latentmill.jobs.scores.scorer import Value, score_batch
 from latentmill.jobs.scores.side_files import FOLDER, KEYS
 from latentmill.jobs.scores.spec import ScoreSpec
 from latentmill.jobs.scores.table import load_scorers
-from latentmill.jobs.store.errors import ForeignObjectError
 from latentmill.jobs.store.urls import shared_url
 
 ROWS_PER_PART = 4096
@@ -123,7 +122,7 @@ def _score_on_ray(
     total = work.publication.rows
     done = total - sum(work.slices[number][2] for number in missing)
     on_progress(ScoreProgress(phase="scoring on Ray", done=done, total=total))
-    call = partial(_score_there, shared_url(work.job.url), tuple(names), spec, rows_per_part)
+    call = partial(_score_there, shared_url(work.job.url, here="threads"), tuple(names), spec, rows_per_part)
     on_device = any(getattr(scoring.scorer, "on_device", False) for scoring in work.scorings)
     on_gpus = on_device and spec.device != "cpu"
     for rows in run_tasks(
@@ -225,12 +224,8 @@ def _read_picture(job: Job, row: Mapping[str, Any]) -> Pixels:
     """The pixels of a row's picture, whose file has the digest of the row. Raises JobError otherwise."""
     url = job.storage.url
     try:
-        data = job.pictures.read(row["image"], row["bytes"] or 0)
-        if hashlib.sha256(data).hexdigest() != row["sha256"]:
-            raise ValueError("it has not the sha256 of its row")
-        return decode_png(data, (row["width"], row["height"]))
-    except (FileNotFoundError, ForeignObjectError, ValueError) as error:
-        why = "it is missing" if isinstance(error, FileNotFoundError) else str(error)
+        return decode_png(job.pictures.read_row(row), (row["width"], row["height"]))
+    except (LostPictureError, ValueError) as error:
         raise JobError(
-            f"{row['image']} in {url} cannot be scored: {why}; heal it by: latentmill repair {url}"
+            f"{row['image']} in {url} cannot be scored: {error}; heal it by: latentmill repair {url}"
         ) from error

@@ -9,7 +9,7 @@ import pyarrow.compute as pc
 
 from latentmill.jobs.errors import JobError
 from latentmill.jobs.job import Job
-from latentmill.jobs.outputs.defects import Defect
+from latentmill.jobs.outputs.defects import Defect, lasting
 from latentmill.jobs.outputs.publish import Publication, read_columns
 from latentmill.jobs.scores.side_files import KEYS, ScoreManifest, manifest_path, read_manifest, read_part, scored_names
 
@@ -24,7 +24,7 @@ def score_defects(job: Job, publication: Publication) -> Iterator[Defect]:
         try:
             manifest = read_manifest(job.storage, name)
         except (ValueError, JobError) as error:
-            yield _defect(path, str(error))
+            yield _defect(path, lasting(error))
             continue
         if manifest is None:
             continue  # it was removed just now
@@ -49,7 +49,7 @@ def _part_defects(job: Job, publication: Publication, manifest: ScoreManifest) -
         try:
             found = read_part(job.storage, part, manifest.schema)
         except (ValueError, JobError) as error:
-            yield _defect(part.path, str(error))
+            yield _defect(part.path, lasting(error))
             continue
         if not found.column("sample_id").equals(expected.column("sample_id")):
             yield _defect(part.path, "its rows are not those of the dataset")

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -14,12 +13,12 @@ import pyarrow as pa
 
 from latentmill.jobs.errors import JobError
 from latentmill.jobs.job import Job, open_job
-from latentmill.jobs.ledger.ledger import chunk_of_path, record_path, repair_of_path, repair_path
-from latentmill.jobs.ledger.pictures import decode_png, pixel_sha256, stated_source_type
-from latentmill.jobs.ledger.records import CommitRecord, WrongRepairError
-from latentmill.jobs.manifests.fields import shorten
+from latentmill.jobs.ledger.ledger import chunk_of_path, repair_of_path
+from latentmill.jobs.ledger.records import CommitRecord
 from latentmill.jobs.outputs.captions import CaptionShelf, Fetch
-from latentmill.jobs.outputs.defects import Defect, Kind, is_own_picture, row_defects, rule_defects
+from latentmill.jobs.outputs.chunk_check import ChunkCheck, ChunkFindings
+from latentmill.jobs.outputs.defects import Defect, Kind, lasting
+from latentmill.jobs.outputs.merge import merged_tables
 from latentmill.jobs.outputs.publish import (
     MANIFEST_PATH,
     MAX_PART_BYTES,
@@ -29,9 +28,8 @@ from latentmill.jobs.outputs.publish import (
     Publication,
     load_publication,
     manifest_path,
-    merged_tables,
 )
-from latentmill.jobs.outputs.regenerate import Drawing, Redrawer, Regenerated
+from latentmill.jobs.outputs.redraw import Drawing, Redrawer, Regenerated
 from latentmill.jobs.outputs.rows import draw_samples, rows_of
 from latentmill.jobs.outputs.score_check import score_defects
 from latentmill.jobs.store.parquet import OversizeError, read_parquet
@@ -119,14 +117,6 @@ def verify(
     return checker.report()
 
 
-@dataclass(slots=True)
-class _ChunkFindings:
-    rows: int = 0
-    images: int = 0
-    bytes: int = 0
-    defects: tuple[Defect, ...] = ()
-
-
 class _Checker:
     def __init__(self, job: Job, sample_n: int | None, on_progress: Callable[[VerifyProgress], None]) -> None:
         self._job = job
@@ -135,14 +125,15 @@ class _Checker:
         self._publication = load_publication(job)  # before the listing, which therefore has all that it includes
         self._listing = job.ledger.listing()
         self._superseded = 0
-        self._total = _ChunkFindings()
+        self._total = ChunkFindings()
         self._defects: list[Defect] = []
         self._parts = 0
         self._regenerated: dict[int, Regenerated] = {}
         self._regenerate_seed: int | None = None
-        self._chosen: frozenset[int] | None = None
+        chosen = None
         if sample_n is not None and sample_n < job.plan.n_samples:
-            self._chosen = frozenset(random.sample(range(job.plan.n_samples), sample_n))
+            chosen = frozenset(random.sample(range(job.plan.n_samples), sample_n))
+        self._chunks = ChunkCheck(job, self._listing, chosen)
 
     def report(self) -> VerifyReport:
         return VerifyReport(
@@ -164,11 +155,11 @@ class _Checker:
         """Every chunk of the plan, several at a time, with a bounded number under way."""
         chunks, done = iter(range(self._job.plan.n_chunks)), 0
         self._show("checking", 0, self._job.plan.n_chunks)
-        running: set[Future[_ChunkFindings]] = set()
+        running: set[Future[ChunkFindings]] = set()
         with ThreadPoolExecutor(_THREADS) as pool:
             while True:
                 while len(running) < 2 * _THREADS and (chunk := next(chunks, None)) is not None:
-                    running.add(pool.submit(self._check_chunk, chunk))
+                    running.add(pool.submit(self._chunks.findings, chunk))
                 if not running:
                     return
                 finished, running = wait(running, return_when=FIRST_COMPLETED)
@@ -189,83 +180,11 @@ class _Checker:
             )
         )
 
-    def _add(self, findings: _ChunkFindings) -> None:
+    def _add(self, findings: ChunkFindings) -> None:
         self._total.rows += findings.rows
         self._total.images += findings.images
         self._total.bytes += findings.bytes
         self._defects.extend(findings.defects[: _MAX_DEFECTS - len(self._defects)])
-
-    def _check_chunk(self, chunk: int) -> _ChunkFindings:
-        path = record_path(chunk)
-        try:
-            record = self._job.ledger.read(chunk)
-        except JobError as error:
-            return _ChunkFindings(defects=(Defect(kind="record-damaged", path=path, detail=str(error)),))
-        if record is None:
-            return _ChunkFindings(defects=(Defect(kind="chunk-missing", path=path, detail="it is not committed"),))
-        record, defects = self._repaired(record)
-        rows: list[dict[str, Any]] = record.table.to_pylist()
-        findings = _ChunkFindings(rows=len(rows))
-        defects.extend(row_defects(path, rows, self._job.plan.samples_of_chunk(chunk), self._job.plan))
-        for row in rows:
-            defects.extend(rule_defects(path, row, self._job.plan))
-            if row["image"] is None:
-                continue
-            if not is_own_picture(row, record):
-                detail = f"sample {row['sample_id']}: its image is {row['image']!r}, which no attempt at it wrote"
-                defects.append(Defect(kind="row-wrong", path=path, detail=detail))
-            elif self._is_chosen(row["sample_id"]):
-                defects.extend(self._picture_defects(row, findings))
-        findings.defects = tuple(defects)
-        return findings
-
-    def _repaired(self, record: CommitRecord) -> tuple[CommitRecord, list[Defect]]:
-        """The record with those repairs that were listed, as far as they are sound."""
-        while record.repairs < self._listing.repairs.get(record.chunk, 0):
-            path = repair_path(record.chunk, record.repairs + 1)
-            try:
-                further = self._job.ledger.with_next_repair(record)
-            except WrongRepairError as error:
-                return record, [Defect(kind="repair-wrong", path=path, detail=str(error))]
-            except JobError as error:
-                return record, [Defect(kind="record-damaged", path=path, detail=str(error))]
-            if further is None:
-                return record, [
-                    Defect(kind="repair-wrong", path=path, detail="it is missing, and a later one is there")
-                ]
-            record = further
-        return record, []
-
-    def _is_chosen(self, sample_id: str) -> bool:
-        return self._chosen is None or (sample_id.isdecimal() and int(sample_id) in self._chosen)
-
-    def _picture_defects(self, row: dict[str, Any], findings: _ChunkFindings) -> Iterator[Defect]:
-        path = row["image"]
-        try:
-            data = self._job.pictures.read(path, row["bytes"] or 0)
-        except FileNotFoundError:
-            yield Defect(kind="image-missing", path=path, detail=f"sample {row['sample_id']} refers to it")
-            return
-        except JobError as error:
-            yield Defect(kind="image-damaged", path=path, detail=str(error))
-            return
-        findings.images += 1
-        findings.bytes += len(data)
-        if len(data) != row["bytes"] or hashlib.sha256(data).hexdigest() != row["sha256"]:
-            detail = f"{len(data)} bytes that do not match the {row['bytes']} bytes committed"
-            yield Defect(kind="image-damaged", path=path, detail=detail)
-            return
-        try:
-            pixels = decode_png(data, (row["width"], row["height"]))
-        except ValueError as error:
-            yield Defect(kind="pixels-changed", path=path, detail=str(error))
-            return
-        if pixel_sha256(pixels) != row["pixel_sha256"]:
-            yield Defect(kind="pixels-changed", path=path, detail="its pixels do not match those committed")
-        stated, expected = stated_source_type(data), row.get("digital_source_type")
-        if expected is not None and stated != expected:
-            detail = f"its XMP states {'no source type' if stated is None else shorten(stated)}, not {expected}"
-            yield Defect(kind="source-unstated", path=path, detail=detail)
 
     def check_strays(self) -> None:
         """Nothing lies in the ledger but the records of the plan's chunks, and repairs of chunks that are committed."""
@@ -316,9 +235,10 @@ class _Checker:
     def check_scores(self) -> None:
         """The scores beside the dataset are of its rows."""
         if self._publication is not None:
-            # what is wrong with the published parts themselves is told already
-            with contextlib.suppress(FileNotFoundError, JobError):
+            try:
                 self._defects.extend(score_defects(self._job, self._publication))
+            except (FileNotFoundError, JobError) as error:
+                lasting(error)  # what is wrong with the published parts themselves is told already
 
     def check_regenerated(self, count: int, seed: int, drawing: Drawing) -> None:
         """Samples that a seed draws from what is published come out again as they are."""
@@ -347,6 +267,9 @@ class _Checker:
                     return
             except FileNotFoundError:
                 return  # `clean` was faster
+            except JobError as error:
+                self._defects.append(Defect(kind="part-stray", path=path, detail=lasting(error)))
+                return
         self._defects.append(Defect(kind="part-stray", path=path, detail="the manifest does not name it"))
 
     def _compare_parts(self, publication: Publication) -> None:
@@ -389,7 +312,7 @@ class _Checker:
         try:
             data = self._job.storage.read(part.path, part.bytes)
         except (FileNotFoundError, JobError) as error:
-            self._defects.append(Defect(kind=kind, path=part.path, detail=f"not readable: {error}"))
+            self._defects.append(Defect(kind=kind, path=part.path, detail=f"not readable: {lasting(error)}"))
             return None
         self._total.bytes += len(data)
         if hashlib.sha256(data).hexdigest() != part.sha256:

@@ -8,7 +8,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from importlib import metadata
 from itertools import islice
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, cast
@@ -16,17 +15,18 @@ from typing import TYPE_CHECKING, Any, Self, cast
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from latentmill.jobs.code import own_code
+from latentmill.jobs.code import own_code, version_of
 from latentmill.jobs.manifests.axes import Axis
 from latentmill.jobs.manifests.manifest import Manifest
 from latentmill.jobs.manifests.row_loras import RowLoras
 from latentmill.jobs.manifests.tokens import TokenCounter
 from latentmill.jobs.models.resolved import ResolvedModel
 from latentmill.jobs.plans.columns import formats
-from latentmill.jobs.plans.grid import Grid, class_fields, decode_class
+from latentmill.jobs.plans.grid import Grid
 from latentmill.jobs.plans.ids import IdCounter
 from latentmill.jobs.plans.planned import Plan, fingerprint, part_path
 from latentmill.jobs.plans.prompt_notes import PromptNotes
+from latentmill.jobs.plans.row_classes import class_fields, decode_class
 from latentmill.jobs.plans.snapshot import RejectWriter, SnapshotWriter
 from latentmill.jobs.plans.summary import (
     ModelNote,
@@ -125,7 +125,7 @@ class DraftPlan:
             },
             "versions": {
                 "python": platform.python_version(),
-                **{name: _version(name) for name in _VERSIONED},
+                **{name: version_of(name) for name in _VERSIONED},
                 "code": own_code().digest,
             },
             "created_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -243,10 +243,3 @@ class _Spool:
     def read(self, path: str) -> bytes:
         parts = range(len(self.snapshot.parts))
         return self.snapshot.path({part_path(self.digest, part): part for part in parts}[path]).read_bytes()
-
-
-def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "unknown"

@@ -7,7 +7,7 @@ import hashlib
 import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -17,19 +17,19 @@ from latentmill.engine import GenerationRequest
 from latentmill.jobs.errors import JobError, UsageError
 from latentmill.jobs.manifests.axes import Axis, Dimension, build_dimensions, models_of
 from latentmill.jobs.manifests.fields import MODEL, Value, shorten
-from latentmill.jobs.manifests.image_rows import DIGESTS
-from latentmill.jobs.manifests.images import PlannedImage
 from latentmill.jobs.manifests.loras import COLUMN, format_scale, lora_of_axis
 from latentmill.jobs.manifests.prompt_texts import TEMPLATE_COLUMN, added_columns, prompt_texts
 from latentmill.jobs.manifests.row_loras import RowLoras
-from latentmill.jobs.manifests.validate import CARRIED_PREFIX, VARIANTS, snapshot_schema
+from latentmill.jobs.manifests.validate import VARIANTS, snapshot_schema
 from latentmill.jobs.manifests.wildcards import PlannedWildcards
 from latentmill.jobs.models.resolved import ResolvedModel
 from latentmill.jobs.plans.columns import MIXED_CHUNKS_SINCE, columns_of, formats, values
-from latentmill.jobs.plans.grid import MAX_SAMPLES, Grid, Group, Piece, Place, class_fields, encode_class
+from latentmill.jobs.plans.grid import MAX_SAMPLES, Grid, Group, Piece, Place
 from latentmill.jobs.plans.option_columns import option_fields, option_values
+from latentmill.jobs.plans.row_classes import class_fields, encode_class
 from latentmill.jobs.plans.sample import PlannedSample
 from latentmill.jobs.plans.snapshot import PartInfo, SnapshotReader
+from latentmill.jobs.plans.snapshot_rows import SnapshotRows
 from latentmill.jobs.settings import settings_of
 from latentmill.jobs.spec import MAX_CHUNK, JobSpec
 
@@ -269,14 +269,14 @@ class Plan:
             table, rows = self._snapshot.part(part)
             places = list(rows.places(self.grid, group, part, first, last))
             low, high = places[0].row, places[-1].row
-            values = _Rows(table.slice(low, high - low + 1))
+            values = SnapshotRows(table.slice(low, high - low + 1))
             yield from (self._sample(values, place, place.row - low, group.model) for place in places)
 
     @cached_property
     def _id_digits(self) -> int:
         return max(_MIN_ID_DIGITS, len(str(self.n_samples - 1)))
 
-    def _sample(self, rows: _Rows, place: Place, row: int, model: int) -> PlannedSample:
+    def _sample(self, rows: SnapshotRows, place: Place, row: int, model: int) -> PlannedSample:
         dimensions = zip(self.grid.dimensions, place.digits, strict=True)
         swept = {axis.name: axis.values[digit] for dimension, digit in dimensions for axis in dimension}
 
@@ -317,53 +317,6 @@ class Plan:
             | dict(zip(self._names, rows.carried(row), strict=True)),
             model=model,
         )
-
-
-class _Rows:
-    """A few rows of a part as Python values, converted once."""
-
-    def __init__(self, table: pa.Table) -> None:
-        self._columns = {
-            name: _python_values(table.column(name))
-            for name in table.column_names
-            if not name.startswith(CARRIED_PREFIX)
-        }
-        self._carried = [
-            _python_values(table.column(name)) for name in table.column_names if name.startswith(CARRIED_PREFIX)
-        ]
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._columns
-
-    def images(self, row: int, parameters: Mapping[str, Value]) -> int:
-        own = self.get("num_images", row)
-        return int(parameters["num_images"] if own is None else own)
-
-    def get(self, name: str, row: int) -> Any:
-        column = self._columns.get(name)
-        return None if column is None else column[row]
-
-    def image(self, row: int) -> PlannedImage | None:
-        """What the row starts from, if it names an image."""
-        place, mask = (self.get(name, row) for name in DIGESTS)
-        digest, mask_digest = (self.get(name, row) for name in DIGESTS.values())
-        return None if place is None else PlannedImage(place=place, sha256=digest, mask=mask, mask_sha256=mask_digest)
-
-    def carried(self, row: int) -> list[Any]:
-        return [column[row] for column in self._carried]
-
-
-def _python_values(column: pa.ChunkedArray) -> list[Any]:
-    if _has_nanoseconds(column.type):
-        # datetime stops at microseconds: these stay Arrow scalars, which go back into Arrow as they are
-        return [value if value.is_valid else None for value in column]
-    return cast(list[Any], column.to_pylist())
-
-
-def _has_nanoseconds(type_: Any) -> bool:
-    return (pa.types.is_temporal(type_) and getattr(type_, "unit", "") == "ns") or any(
-        _has_nanoseconds(type_.field(index).type) for index in range(type_.num_fields)
-    )
 
 
 def parse_plan(data: bytes, storage: Storage) -> Plan:

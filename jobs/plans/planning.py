@@ -25,11 +25,12 @@ from latentmill.jobs.manifests.validate import check_job, snapshot_schema, valid
 from latentmill.jobs.manifests.wildcards import Templates, WildcardFolder, encode_wildcards, wildcards_digest
 from latentmill.jobs.models.place import place_model
 from latentmill.jobs.plans.draft import DraftPlan
-from latentmill.jobs.plans.grid import Grid, class_fields
+from latentmill.jobs.plans.grid import Grid
 from latentmill.jobs.plans.identity import default_parameters, plan_identity
 from latentmill.jobs.plans.ids import MAX_IDS_COMPARED, IdCounter
 from latentmill.jobs.plans.job_models import JobModels, find_models, models_of_rows, named_in_rows
 from latentmill.jobs.plans.prompt_notes import PromptNotes, prompts_of_axis
+from latentmill.jobs.plans.row_classes import class_fields
 from latentmill.jobs.plans.snapshot import RejectWriter, SnapshotWriter
 from latentmill.jobs.plans.summary import suspect_note
 from latentmill.jobs.scratch import PLAN_PREFIX, scratch_folder

@@ -17,7 +17,8 @@ from latentmill.jobs.errors import JobError, UsageError
 from latentmill.jobs.manifests.columns import row_bytes, schema_digest, update_digest
 from latentmill.jobs.manifests.fields import Value
 from latentmill.jobs.manifests.validate import Reject
-from latentmill.jobs.plans.grid import MAX_GROUPS, PartRows, RowClass, images_per_row, row_classes
+from latentmill.jobs.plans.grid import MAX_GROUPS, PartRows
+from latentmill.jobs.plans.row_classes import RowClass, images_per_row, row_classes
 from latentmill.jobs.store.parquet import OversizeError, read_parquet
 
 PART_ROWS = 50_000

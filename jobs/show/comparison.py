@@ -18,7 +18,7 @@ from latentmill.jobs.errors import JobError, UsageError
 from latentmill.jobs.ledger.pictures import decode_png, encode_png
 from latentmill.jobs.show.page import PageFolder, thumbnail
 from latentmill.jobs.store.storage import Storage
-from latentmill.jobs.store.urls import allowed_filesystem, display_url, place_of
+from latentmill.jobs.store.urls import allowed_filesystem, display_url, refuse_inside
 
 _SIDE = 1024
 """Pixels of the longer side of the pictures on the page."""
@@ -71,7 +71,7 @@ class _Place:
 
     def __init__(self, out: str, datasets: Sequence[str]) -> None:
         for dataset in datasets:
-            _refuse_inside(out, dataset)
+            refuse_inside(out, dataset)
         whole = out if "://" in out else allowed_filesystem(out)[1]
         parent, _, self._name = whole.rstrip("/").rpartition("/")
         if parent.endswith(":/") or not self._name:
@@ -140,11 +140,3 @@ def _without(pair: Pair) -> dict[str, str]:
         if not _shown(row)
     }
     return {**told, "difference": "not both are shown"} if told else {}
-
-
-def _refuse_inside(out: str, dataset: str) -> None:
-    (protocol, place), (other, inside) = place_of(dataset), place_of(out)
-    if protocol == other and f"{inside}/".startswith(f"{place}/"):
-        raise UsageError(
-            f"{display_url(out)} lies inside the dataset {display_url(dataset)}; name a place outside of it with --out"
-        )

@@ -7,7 +7,6 @@ their names: a sample of a plan never gets another picture, so one that is there
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import shlex
@@ -32,7 +31,7 @@ from latentmill.jobs.plans.columns import COLUMNS, STATUSES
 from latentmill.jobs.plans.option_columns import SCALES
 from latentmill.jobs.plans.planned import Plan
 from latentmill.jobs.show.page import MAX_TEXT, PageFolder, encode_columns, thumbnail
-from latentmill.jobs.store.errors import ForeignObjectError, StorageError
+from latentmill.jobs.store.errors import StorageError
 
 REPORT_PREFIX = "report"
 BLOCK_ROWS = 5000
@@ -253,11 +252,8 @@ class Gallery:
     def _read(self, row: Mapping[str, Any]) -> bytes | None:
         """The thumbnail of a row's picture; None if that is lost or not as it was written."""
         try:
-            data = self.job.pictures.read(row["image"], row["bytes"] or 0)
-            if hashlib.sha256(data).hexdigest() != row["sha256"]:
-                return None
-            return thumbnail(data, self.side, (row["width"], row["height"]))
-        except (FileNotFoundError, ForeignObjectError, ValueError):
+            return thumbnail(self.job.pictures.read_row(row), self.side, (row["width"], row["height"]))
+        except ValueError:
             return None
         except StorageError as error:
             if error.transient:

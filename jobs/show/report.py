@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -18,9 +18,9 @@ from latentmill.jobs.manifests.axes import joined_axis
 from latentmill.jobs.outputs.publish import Publication, load_publication, read_columns
 from latentmill.jobs.show.fonts import Lettering
 from latentmill.jobs.show.gallery import REPORT_PREFIX, CommittedRows, Gallery, GallerySummary, PublishedRows
-from latentmill.jobs.show.sheet_pages import named, plan_sheets
+from latentmill.jobs.show.sheet_pages import PICTURE_FIELDS, named, plan_sheets
 from latentmill.jobs.show.sheets import Sheet, draw_sheet
-from latentmill.jobs.store.errors import ForeignObjectError, StorageError
+from latentmill.jobs.store.errors import StorageError
 
 _SHEET = re.compile(rf"{REPORT_PREFIX}/sheet-\d{{4,}}\.png", re.ASCII)
 MAX_SHEETS = 20
@@ -28,7 +28,7 @@ MAX_PICTURES = 100_000
 THUMBNAIL = 256
 LIVE_SECONDS = 10.0
 _BATCH_ROWS = 2048
-_FIELDS = ["sample_id", "prompt", "seed", "width", "height", "status", "error", "nsfw_score", "image"]
+_FIELDS = ["sample_id", "prompt", "seed", "status", "error", "nsfw_score", *PICTURE_FIELDS]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -141,10 +141,10 @@ def _draw_sheets(
     paths = tuple(f"{REPORT_PREFIX}/sheet-{number:04d}.png" for number in range(1, len(sheets) + 1))
     unreadable: set[str] = set()
 
-    def read_pixels(image: str, size: tuple[int, int] | None) -> Pixels | None:
-        pixels = _pixels(job, image, size)
+    def read_pixels(row: Mapping[str, Any]) -> Pixels | None:
+        pixels = _pixels(job, row)
         if pixels is None:
-            unreadable.add(image)
+            unreadable.add(row["image"])
         return pixels
 
     for number, (path, sheet) in enumerate(zip(paths, sheets, strict=True), start=1):
@@ -179,10 +179,11 @@ def _rows(job: Job, publication: Publication) -> Iterator[dict[str, Any]]:
             yield from batch.to_pylist()
 
 
-def _pixels(job: Job, image: str, size: tuple[int, int] | None) -> Pixels | None:
+def _pixels(job: Job, row: Mapping[str, Any]) -> Pixels | None:
+    """The pixels of a row's picture; None if that is lost or not as it was written."""
     try:
-        return decode_png(job.pictures.read(image), size)
-    except (FileNotFoundError, ForeignObjectError, ValueError):
+        return decode_png(job.pictures.read_row(row), (row["width"], row["height"]))
+    except ValueError:
         return None
     except StorageError as error:
         if error.transient:

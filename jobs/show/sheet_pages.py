@@ -13,6 +13,8 @@ from latentmill.jobs.show.fonts import Lettering
 from latentmill.jobs.show.sheets import CAPTION_SIZE, TILE, TITLE_SIZE, Cell, Sheet, wrap
 
 _COLUMNS = 8
+PICTURE_FIELDS = ("image", "bytes", "sha256", "width", "height")
+"""What reading the picture of a row needs."""
 _GRID_ROWS = 8
 _PLAIN_COLUMNS, _PLAIN_ROWS = 6, 5
 _PLAIN_CAPTION = 2
@@ -161,11 +163,10 @@ def _cell(row: Mapping[str, Any], axes: Sequence[Axis], caption: tuple[str, ...]
     score = row["nsfw_score"]
     detail = row["error"] or ("" if score is None else f"safety score {score:.2f}")
     return Cell(
-        image=row["image"] if row["status"] == "ok" else None,
+        row={name: row[name] for name in PICTURE_FIELDS} if row["status"] == "ok" else None,
         status=row["status"],
         detail=str(detail)[:_TEXT_LIMIT],
         caption=(*caption, f"#{number}{seed}"),
-        size=(row["width"], row["height"]),
     )
 
 

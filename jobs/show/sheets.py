@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import Any
 
 from PIL import Image, ImageDraw
 
@@ -26,20 +27,18 @@ _TILES = {"flagged": ((254, 243, 199), (146, 64, 14)), "failed": ((254, 226, 226
 """Background and text of the tile that stands for a picture that is not shown."""
 
 
-ReadPixels = Callable[[str, tuple[int, int] | None], "Pixels | None"]
-"""The pixels of a picture of that name and size."""
+ReadPixels = Callable[[Mapping[str, Any]], "Pixels | None"]
+"""The pixels of a row's picture; None if it cannot be read."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Cell:
-    """One sample: the picture at `image`, or a tile that says `status` and `detail`. `caption` lines go below."""
+    """One sample: the picture of `row`, or a tile that says `status` and `detail`. `caption` lines go below."""
 
-    image: str | None
+    row: Mapping[str, Any] | None
     status: str
     detail: str
     caption: tuple[str, ...]
-    size: tuple[int, int] | None = None
-    """Width and height that the picture must have, if known."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -147,7 +146,7 @@ def _thumbnails(
     """Each place with its picture, read several at a time; None where a tile belongs."""
 
     def load(cell: Cell) -> Image.Image | None:
-        pixels = None if cell.image is None else read_pixels(cell.image, cell.size)
+        pixels = None if cell.row is None else read_pixels(cell.row)
         if pixels is None:
             return None
         picture = Image.fromarray(pixels)
@@ -159,11 +158,11 @@ def _thumbnails(
 
 
 def _draw_tile(pen: _Pen, place: tuple[int, int], cell: Cell, tile: int) -> None:
-    status = cell.status if cell.image is None else "failed"
+    status = cell.status if cell.row is None else "failed"
     paper, ink = _TILES.get(status, _TILES["failed"])
     x, y = place
     pen.draw.rectangle((x, y, x + tile - 1, y + tile - 1), fill=paper, outline=ink)
-    words = cell.status if cell.image is None else "unreadable"
+    words = cell.status if cell.row is None else "unreadable"
     lines = [words, *wrap(cell.detail, CAPTION_SIZE, tile - 16, 6, pen.lettering)]
     pen.lines((x + 8, y + 8), lines[:1], _HEADER_SIZE, ink, tile - 16)
     pen.lines((x + 8, y + 12 + _line(_HEADER_SIZE)), lines[1:], CAPTION_SIZE, ink, tile - 16)

@@ -62,6 +62,28 @@ def show_plan(plan: PlanSummary, reuse: ReusePreview | None = None, *, quiet: bo
         print_line(f"note: {safe(note)}", error=True)
     if quiet:
         return
+    facts = {**_input_facts(plan), **_work_facts(plan, reuse)}
+    if plan.estimate is not None:
+        facts |= _estimate_facts(plan.estimate)
+    print_facts("plan", facts, style="cyan")
+    if reuse is not None and reuse.axes:
+        cells = [[cell.axis, cell.value, f"{cell.held:,} of {cell.samples:,}"] for cell in reuse.axes[:_CELLS_SHOWN]]
+        title = f"held already (first {len(cells):,} of {len(reuse.axes):,} values)"
+        print_table(title, ["axis", "value", "held"], cells)
+    for note in notes:
+        print_line(f"note: {safe(note)}")
+    if plan.first_rejects:
+        rows = [[note.source, note.source_row, note.reason, note.excerpt] for note in plan.first_rejects]
+        print_table(
+            f"rejected rows (first {len(rows)} of {plan.rejected_rows:,})", ["file", "row", "why", "text"], rows
+        )
+    print_line(
+        safe(shlex.join(["next:", "latentmill", "run", *_flags_of_a_run(sys.argv[2:])]))
+    )  # a name can be hostile
+
+
+def _input_facts(plan: PlanSummary) -> dict[str, object]:
+    """What goes in: rows, model, parameters and axes."""
     facts: dict[str, object] = {
         "manifest": ", ".join(plan.sources),
         "rows": f"{plan.rows:,} valid, {plan.rejected_rows:,} rejected",
@@ -91,7 +113,12 @@ def show_plan(plan: PlanSummary, reuse: ReusePreview | None = None, *, quiet: bo
         facts["zip"] = "; ".join(" with ".join(names) for names in plan.zips)
     if plan.template != "none":
         facts["template"] = _TEMPLATES[plan.template]
-    facts |= {
+    return facts
+
+
+def _work_facts(plan: PlanSummary, reuse: ReusePreview | None) -> dict[str, object]:
+    """What is done with it, and what comes out."""
+    return {
         "samples": f"{plan.samples:,}",
         "chunks": f"{plan.chunks:,} of up to {plan.chunk_size} samples, in {len(plan.groups)} group(s) of one size, "
         f"sampler and number of steps",
@@ -108,23 +135,6 @@ def show_plan(plan: PlanSummary, reuse: ReusePreview | None = None, *, quiet: bo
         **({} if reuse is None else _reuse_facts(reuse)),
         "output": f"{plan.out} (nothing was written)",
     }
-    if plan.estimate is not None:
-        facts |= _estimate_facts(plan.estimate)
-    print_facts("plan", facts, style="cyan")
-    if reuse is not None and reuse.axes:
-        cells = [[cell.axis, cell.value, f"{cell.held:,} of {cell.samples:,}"] for cell in reuse.axes[:_CELLS_SHOWN]]
-        title = f"held already (first {len(cells):,} of {len(reuse.axes):,} values)"
-        print_table(title, ["axis", "value", "held"], cells)
-    for note in notes:
-        print_line(f"note: {safe(note)}")
-    if plan.first_rejects:
-        rows = [[note.source, note.source_row, note.reason, note.excerpt] for note in plan.first_rejects]
-        print_table(
-            f"rejected rows (first {len(rows)} of {plan.rejected_rows:,})", ["file", "row", "why", "text"], rows
-        )
-    print_line(
-        safe(shlex.join(["next:", "latentmill", "run", *_flags_of_a_run(sys.argv[2:])]))
-    )  # a name can be hostile
 
 
 def _models(plan: PlanSummary) -> str:

@@ -223,7 +223,7 @@ class LocalFolder:
             folder = folder.parent
         for new in reversed(missing):
             new.mkdir(exist_ok=True)
-            _sync_folder(new.parent)
+            sync_folder(new.parent)
         return os.open(self._root, _FOLDER)
 
     def _regular(self, path: str, status: os.stat_result) -> os.stat_result:
@@ -240,7 +240,7 @@ class LocalFolder:
 _KINDS = {stat.S_IFLNK: "a symbolic link", stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe"}
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Afterwards the names in the folder are on the disk."""
     handle = os.open(folder, _FOLDER)
     try:

@@ -48,12 +48,25 @@ def place_of(url: str) -> tuple[str, str]:
     return ("file", os.path.realpath(path)) if protocol in {"file", "local"} else (protocol, path.rstrip("/"))
 
 
-def shared_url(url: str) -> str:
-    """The place as every process understands it, wherever it was started. Raises UsageError if only this one has it."""
-    protocol, path = place_of(url)
+def refuse_inside(place: str, dataset: str) -> None:
+    """Raises UsageError if a place to write to lies inside a dataset: what lies there is the job's own."""
+    (protocol, path), (own_protocol, own) = place_of(place), place_of(dataset)
+    if protocol == own_protocol and f"{path}/".startswith(f"{own}/"):
+        raise UsageError(
+            f"{display_url(place)} lies inside the dataset {display_url(dataset)}; name a place outside it with --out"
+        )
+
+
+def shared_url(url: str, here: str) -> str:
+    """The place as every process understands it, wherever it was started; links in a path are those of each node.
+
+    Raises UsageError if only this process has it. `here` is the executor that needs no other process.
+    """
+    fs, path = allowed_filesystem(url)
+    protocol = fs.protocol if isinstance(fs.protocol, str) else fs.protocol[0]
     if protocol == "memory":
-        raise UsageError(f"{display_url(url)} lives in one process only; use --executor threads or another place")
-    return path if protocol == "file" else url
+        raise UsageError(f"{display_url(url)} lives in one process only; use --executor {here} or another place")
+    return path if protocol in {"file", "local"} else url
 
 
 def display_url(url: str) -> str:

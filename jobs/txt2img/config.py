@@ -60,7 +60,7 @@ class CompVisConfig:
         """Read a YAML file. Raises UsageError if it is not one, or names a class that is not known."""
         try:
             content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:  # ValueError: a date that is none
             reason = " ".join(str(error).split())
             raise UsageError(f"--config {path} cannot be read as YAML: {reason}") from None
         config = cls(path, content if isinstance(content, dict) else {})
@@ -232,6 +232,6 @@ def _same(said: Any, expected: Any) -> bool:
         try:
             # PyYAML reads numbers such as 1e-4 as text.
             return math.isclose(float(said), expected)
-        except ValueError:
+        except (TypeError, ValueError):
             return False
     return bool(said == expected)

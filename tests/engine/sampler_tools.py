@@ -16,7 +16,7 @@ from diffusers import (
     PNDMScheduler,
 )
 
-from latentmill.engine.loading.config import SchedulerConfig
+from latentmill.engine.loading.scheduler_config import SchedulerConfig
 from latentmill.engine.sampling.denoiser import Denoiser
 from latentmill.engine.sampling.samplers import begin
 from latentmill.engine.sampling.schedule import NoiseSchedule

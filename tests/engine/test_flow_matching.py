@@ -11,7 +11,7 @@ import torch
 from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
 
 from latentmill.engine import EngineError, check_steps
-from latentmill.engine.loading.config import SchedulerConfig
+from latentmill.engine.loading.scheduler_config import SchedulerConfig
 from latentmill.engine.sampling.denoiser import Prediction
 from latentmill.engine.sampling.levels import place_levels
 from latentmill.engine.sampling.schedule import NoiseSchedule

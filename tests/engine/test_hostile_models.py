@@ -118,6 +118,15 @@ def test_so_is_one_of_the_text_encoder_of_latent_diffusion(tmp_path, name, value
     assert f"bert/config.json has {name}=" in refusal(describe_model, folder)
 
 
+@pytest.mark.parametrize("part", ["..", "/etc", "../folder/unet", "unet/../..", "", "*", "unet\0"])
+def test_a_part_of_a_pipeline_never_leads_out_of_its_folder(folder, part):
+    index = json.loads((folder / "model_index.json").read_text())
+    index |= {"_class_name": "LuminaPipeline", part: ["diffusers", "UNet2DConditionModel"]}
+    (folder / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(EngineError, match="a part's name is that of a folder beside it"):
+        describe_model(folder)
+
+
 @pytest.mark.parametrize(
     "text",
     ["[" * 1_000_000, '{"a":' * 100_000, "{", "[]", "\x00", '{"layers_per_block": ' + "9" * 5000 + "}"],

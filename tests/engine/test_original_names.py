@@ -21,8 +21,9 @@ from latentmill.engine.families.clip import ClipEncoder
 from latentmill.engine.families.family import Family, TextEncoderSpec
 from latentmill.engine.families.ldm import LdmBertEncoder
 from latentmill.engine.loading.blueprint import Blueprint
-from latentmill.engine.loading.config import SchedulerConfig, UNetConfig, VAEConfig
+from latentmill.engine.loading.config import UNetConfig, VAEConfig
 from latentmill.engine.loading.keys import is_ignored, original_names
+from latentmill.engine.loading.scheduler_config import SchedulerConfig
 from latentmill.engine.loading.single_file import recognise
 from latentmill.engine.loading.weights import claim_single_file
 from tests.engine.originals import is_convolution

@@ -13,7 +13,7 @@ import pytest
 import torch
 from diffusers import PNDMScheduler
 
-from latentmill.engine.loading.config import SchedulerConfig
+from latentmill.engine.loading.scheduler_config import SchedulerConfig
 from latentmill.engine.sampling.denoiser import Prediction
 from latentmill.engine.sampling.schedule import NoiseSchedule
 from tests.engine.sampler_tools import CONFIG, column, no_noise, noise_source, sample

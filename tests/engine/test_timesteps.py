@@ -10,7 +10,7 @@ import torch
 from diffusers import DDIMScheduler
 
 from latentmill.engine import SAMPLERS, EngineError, check_steps
-from latentmill.engine.loading.config import SchedulerConfig
+from latentmill.engine.loading.scheduler_config import SchedulerConfig
 from latentmill.engine.sampling.levels import PLACEMENTS
 from latentmill.engine.sampling.noise_level import NoiseLevel
 from latentmill.engine.sampling.timesteps import (
@@ -131,3 +131,9 @@ def test_original_spacing_is_refused_with_the_nearest_number():
 def test_switches_that_would_change_the_schedule_are_refused(switch):
     with pytest.raises(EngineError, match=next(iter(switch))):
         SchedulerConfig.from_dict({**CONFIG, **switch})
+
+
+def test_a_schedule_that_no_number_of_steps_fits_is_refused_in_one_line():
+    config = schedule_for(num_train_timesteps=40, original_inference_steps=50).config
+    with pytest.raises(EngineError, match=r"num_inference_steps is 4, .* no number does: use another sampler"):
+        distilled_timesteps(config, 4)

@@ -81,6 +81,19 @@ def test_a_rows_picture_is_that_of_its_file(out: str):
         dataset.image(row | {"width": 64})
 
 
+def test_an_altered_picture_is_refused_also_where_it_can_be_read(out: str):
+    dataset = latentmill.open_dataset(out)
+    small, large = sorted((2, 3), key=lambda number: dataset[number]["bytes"])
+    file = Path(out) / dataset[large]["image"]
+    own = file.read_bytes()
+    file.write_bytes((Path(out) / dataset[small]["image"]).read_bytes())
+    try:
+        with pytest.raises(JobError, match="it has not the sha256 of its row; heal it by: latentmill repair"):
+            dataset.image(large)
+    finally:
+        file.write_bytes(own)
+
+
 def test_the_words_are_those_of_the_flags(prompts: str, out: str, tmp_path: Path):
     with pytest.raises(UsageError, match="unknown key 'stpes'"):
         latentmill.plan(prompts, out=out, stpes=3)

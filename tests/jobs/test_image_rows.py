@@ -24,7 +24,8 @@ from latentmill.jobs.errors import OutputConflictError, UsageError
 from latentmill.jobs.job import open_job
 from latentmill.jobs.manifests.images import MAX_FILE_BYTES, PlannedImage, decode, fit
 from latentmill.jobs.outputs.publish import load_publication, read_columns
-from latentmill.jobs.outputs.regenerate import Drawing, regenerate
+from latentmill.jobs.outputs.redraw import Drawing
+from latentmill.jobs.outputs.regenerate import regenerate
 from latentmill.jobs.outputs.verify import verify
 from latentmill.jobs.plans.plan import draft_plan
 from latentmill.jobs.recipe import recipe_of

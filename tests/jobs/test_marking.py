@@ -20,12 +20,12 @@ import cv2
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 
 from latentmill.engine import embed_watermark, watermark_bit_accuracy
 from latentmill.jobs import postprocess, xmp
 from latentmill.jobs.credentials import Credentials, installed
-from latentmill.jobs.errors import JobError, OutputConflictError
+from latentmill.jobs.errors import JobError, OutputConflictError, UsageError
 from latentmill.jobs.inspection import Inspection, Unread, inspect_files
 from latentmill.jobs.job import Job, open_job
 from latentmill.jobs.ledger.pictures import decode_png, encode_png, encode_png_before_4, stated_source_type
@@ -371,3 +371,15 @@ def test_postprocessing_imports_neither_torch_nor_what_brings_it(
         [sys.executable, "-c", POSTPROCESS, spec.out, *heavy], cwd=tmp_path, capture_output=True, text=True, check=False
     )
     assert (done.returncode, done.stdout.split()) == (0, ["cv2"]), done.stderr
+
+
+def test_a_picture_that_is_a_program_for_ghostscript_is_not_run(tmp_path, monkeypatch):
+    ghostscript, ran = tmp_path / "gs", tmp_path / "ran"
+    ghostscript.write_text(f"#!/bin/sh\ntouch {ran}\n")
+    ghostscript.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)
+    Image.new("RGB", (300, 300)).save(tmp_path / "a.eps")
+    with pytest.raises(UsageError, match="cannot be read as a picture"):
+        inspect_files([str(tmp_path / "a.eps")], text="StableDiffusionV1")
+    assert not ran.exists()

@@ -91,6 +91,12 @@ def test_a_bad_value_is_refused_in_one_line(flags, words):
         assert word in message
 
 
+def test_one_axis_may_be_given_without_a_list():
+    assert dict(resolve(None, {"prompts": ["a.txt"], "out": "x", "sweep": "seed=0:4"}).sweep) == {"seed": ["0:4"]}
+    with pytest.raises(UsageError, match="sweep is 5, expected a mapping of axes to values, or a list"):
+        resolve(None, {"prompts": ["a.txt"], "out": "x", "sweep": 5})
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
@@ -99,6 +105,9 @@ def test_a_bad_value_is_refused_in_one_line(flags, words):
         ("format: files\n", ["unknown key 'format'; pictures are always files; leave it out"]),
         ("- a\n- b\n", ["not a mapping"]),
         ("a: [\n", ["not YAML"]),
+        ("date: 2026-02-30\n", ["not YAML", "day is out of range"]),
+        ("sweep: 5\n", ["sweep is 5, expected a mapping"]),
+        ("sweep: [a, b]\n", ["sweep is ['a', 'b'], expected a mapping"]),
         ("", ["not a mapping"]),
         ("1: 2\n", ["unknown key 1"]),
     ],

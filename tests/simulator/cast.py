@@ -14,7 +14,7 @@ from unittest.mock import patch
 import latentmill.jobs.ledger.ledger
 import latentmill.jobs.ledger.picture_store
 import latentmill.jobs.outputs.clean
-import latentmill.jobs.outputs.publish
+import latentmill.jobs.outputs.merge
 import latentmill.jobs.plans.plan
 import latentmill.jobs.runner
 import latentmill.jobs.store.storage
@@ -208,7 +208,7 @@ def installed(world: World, cast: Cast) -> Iterator[None]:
             (latentmill.jobs.outputs.clean, "secrets", tokens),
             (latentmill.jobs.ledger.ledger, "ThreadPoolExecutor", pool),
             (latentmill.jobs.ledger.picture_store, "ThreadPoolExecutor", pool),
-            (latentmill.jobs.outputs.publish, "ThreadPoolExecutor", pool),
+            (latentmill.jobs.outputs.merge, "ThreadPoolExecutor", pool),
             (latentmill.jobs.outputs.clean, "ThreadPoolExecutor", pool),
             (latentmill.jobs.plans.plan, "parse_plan", lambda data, _: PLAN_BY_HASH[json.loads(data)["plan_hash"]]),
             (latentmill.jobs.runner, "draft_plan", _draft),

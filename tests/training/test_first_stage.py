@@ -99,6 +99,8 @@ def test_latents_from_nothing_come_out_normal_and_the_first_stage_is_folded(tmp_
     tokenizer.build(tmp_path / "tokenizer")
     with torch.enable_grad():
         autoencoder.train(tmp_path, 0.001, processes=1)
+    left = {"latents": torch.zeros(1, architecture.LATENT_CHANNELS, 16, 16), "index": torch.tensor([0])}
+    torch.save(left, tmp_path / "latents-part-7.pt")  # of a call with more processes, which was stopped
     latents.encode(tmp_path, {"scenes": 3, "pairs": 3, "icons": 2}, processes=1)
     stored = torch.load(tmp_path / latents.CHECKPOINT, weights_only=True)
     assert stored["latents"].shape == (8, architecture.LATENT_CHANNELS, 16, 16)

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from latentmill.engine import EMBEDDED_MODEL, Engine, ModelSpec
 from training import scenes
-from training.styles import DYES, LOOKS, velocity_loss
+from training.styles import DYES, LOOKS, draw, velocity_loss
 
 ROW = np.array([[[0, 0, 0], [255, 255, 255], [255, 0, 0]]], dtype=np.uint8)
 
@@ -67,3 +68,11 @@ def test_the_loss_is_that_of_the_velocity():
     latents, contexts, empty = torch.randn(4, 2, 4, 4), torch.randn(4, 3, 5), torch.zeros(1, 3, 5)
     loss = velocity_loss(knowing, schedule, latents, contexts, empty, 8, torch.Generator().manual_seed(0))
     assert loss == 0
+
+
+@pytest.mark.slow
+def test_a_picture_that_fails_ends_the_training():
+    """Without it, every later picture would be learned for another one's prompt."""
+    engine = Engine.load(ModelSpec(model=str(EMBEDDED_MODEL), safety="none"), device="cpu", dtype="float32")
+    with pytest.raises(RuntimeError, match="failed"):
+        draw(engine, ["\ud800"])

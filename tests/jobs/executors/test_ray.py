@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 
 from latentmill.jobs.errors import JobError, UsageError
-from latentmill.jobs.executors import ray as ray_executor
 from latentmill.jobs.executors.ray_cluster import connect
 from latentmill.jobs.progress import Progress
 from latentmill.jobs.runner import run_job
@@ -25,13 +24,6 @@ pytestmark = [
     pytest.mark.cluster,
     pytest.mark.filterwarnings(r"ignore::DeprecationWarning:ray\..*"),  # Ray 2.60 uses its own old settings
 ]
-
-
-def test_an_output_in_the_memory_of_one_process_is_refused():
-    with pytest.raises(UsageError, match="--executor inline"):
-        ray_executor._shared_url("memory://x")
-    assert ray_executor._shared_url("relative/path") == str(Path("relative/path").absolute())
-    assert ray_executor._shared_url("s3://bucket/x") == "s3://bucket/x"
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "nowhere.invalid:6379", "ray://127.0.0.1:10001", "6379"])

@@ -73,7 +73,7 @@ def test_an_export_on_ray_has_the_same_bytes_and_tells_the_same_errors(
     try:
         picture.write_bytes(data[:-1] + b"?")
         spec = make_export_spec({"to": "jsonl", "out": "damaged", "executor": "ray", "shard_size": "2"})
-        with pytest.raises(JobError, match=rf"{ok[3]['image']} .*is altered.*latentmill repair"):
+        with pytest.raises(JobError, match=rf"{ok[3]['image']} .*not the sha256 of its row; .*latentmill repair"):
             export(str(published), spec)
     finally:
         picture.write_bytes(data)

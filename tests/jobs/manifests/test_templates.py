@@ -8,11 +8,13 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from latentmill.jobs.errors import UsageError
-from latentmill.jobs.manifests.templates import COUNT_LIMIT, TemplateError
+from latentmill.jobs.manifests.template_tree import COUNT_LIMIT
+from latentmill.jobs.manifests.templates import TemplateError
 from latentmill.jobs.manifests.wildcards import Templates, WildcardFolder, encode_wildcards
 
 
@@ -189,6 +191,14 @@ def test_wildcards_nested_too_deep_cost_their_row_alone(tmp_path):
 def test_a_broken_wildcard_file_stops_the_job(templates, text, words):
     with pytest.raises(UsageError, match=words):
         templates.parse(text)
+
+
+def test_threads_that_need_one_wildcard_at_the_same_time_wait_for_each_other(tmp_path):
+    (tmp_path / "colour.txt").write_text("".join(f"{{a|b}} {{c|d|e}} {number}\n" for number in range(2000)))
+    templates = Templates(WildcardFolder(str(tmp_path)))
+    with ThreadPoolExecutor(8) as pool:
+        drawn = list(pool.map(lambda seed: templates.draw(f"__colour__ {seed}", seed), range(8)))
+    assert [text.rpartition(" ")[2] for text in drawn] == list("01234567")
 
 
 def test_a_wildcard_never_leads_out_of_its_folder(tmp_path):

@@ -316,9 +316,11 @@ def test_two_repairs_at_once_agree(out: Path) -> None:
 
 
 def test_a_report_counts_what_it_cannot_read_and_names_the_remedy(out: Path) -> None:
-    path = next(pictures(Storage.open(str(out))))[0]
-    (out / path).unlink()
-    assert report(str(out)).unreadable == 1
+    lost, altered, other = [path for path, _ in sorted(pictures(Storage.open(str(out))))[:3]]
+    (out / lost).unlink()
+    (out / altered).write_bytes((out / other).read_bytes())  # a whole picture of the right size, of another row
+    summary = report(str(out))
+    assert (summary.unreadable, summary.gallery.unreadable) == (2, 2)
     for part in (out / "dataset").iterdir():
         part.unlink()
     with pytest.raises(Exception, match="latentmill repair"):

@@ -16,6 +16,7 @@ from latentmill.jobs.errors import JobError
 from latentmill.jobs.job import Job, open_job
 from latentmill.jobs.ledger.ledger import record_path
 from latentmill.jobs.ledger.records import encode_record
+from latentmill.jobs.outputs import merge
 from latentmill.jobs.outputs import publish as publish_module
 from latentmill.jobs.outputs.captions import CARD, CARD_PATH, captions_path
 from latentmill.jobs.outputs.publish import MANIFEST_PATH, load_publication, publish, standing_publication
@@ -205,7 +206,7 @@ def test_memory_does_not_grow_with_the_number_of_chunks(
         peak = max(peak, live)
         return read(self, chunk)
 
-    taken = publish_module._Stream._next
+    taken = merge._Stream._next
 
     def next_counted(self: object) -> object:
         nonlocal live
@@ -213,9 +214,9 @@ def test_memory_does_not_grow_with_the_number_of_chunks(
         live -= table is not None
         return table
 
-    monkeypatch.setattr(publish_module, "_READ_AHEAD", 8)
+    monkeypatch.setattr(merge, "_READ_AHEAD", 8)
     monkeypatch.setattr(type(job.ledger), "read", counted)
-    monkeypatch.setattr(publish_module._Stream, "_next", next_counted)
+    monkeypatch.setattr(merge._Stream, "_next", next_counted)
     publish(job, rows_per_part=5)
     assert peak <= 8 + len(job.plan.grid.groups)
 

@@ -16,14 +16,8 @@ from latentmill.cli import app
 from latentmill.engine import GenerationResult
 from latentmill.jobs.errors import JobError, UsageError
 from latentmill.jobs.job import open_job
-from latentmill.jobs.outputs.regenerate import (
-    Drawing,
-    Redrawer,
-    Regenerated,
-    RegenerateReport,
-    parse_samples,
-    regenerate,
-)
+from latentmill.jobs.outputs.redraw import Drawing, Redrawer, Regenerated
+from latentmill.jobs.outputs.regenerate import RegenerateReport, parse_samples, regenerate
 from latentmill.jobs.outputs.rows import draw_samples, rows_of
 from latentmill.jobs.outputs.verify import verify
 from latentmill.jobs.recipe import Recipe
@@ -191,7 +185,7 @@ def test_a_model_that_is_not_at_hand_is_told_of_each_row(out: str) -> None:
 def test_the_output_itself_is_no_place_for_them(out: str, tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(out)
     for inside in (out, f"{out}/images/00000", str(tmp_path / "link" / "new")):
-        with pytest.raises(UsageError, match="lies in the output itself"):
+        with pytest.raises(UsageError, match="lies inside the dataset"):
             regenerate(out, [0], destination=inside)
 
 

@@ -19,8 +19,9 @@ from latentmill.jobs.ledger.ledger import record_path, repair_path
 from latentmill.jobs.ledger.pictures import encode_png
 from latentmill.jobs.ledger.records import encode_record
 from latentmill.jobs.outputs.captions import captions_path
-from latentmill.jobs.outputs.publish import MANIFEST_PATH, publish
+from latentmill.jobs.outputs.publish import MANIFEST_PATH, MAX_PART_BYTES, publish
 from latentmill.jobs.outputs.verify import VerifyProgress, VerifyReport, verify
+from latentmill.jobs.store.errors import StorageError
 from latentmill.jobs.store.storage import Storage
 from tests.jobs.driver import job_spec, pictures, run
 from tests.jobs.outputs.repairs import repair
@@ -191,6 +192,29 @@ def test_strays(out: str) -> None:
     storage.write("ledger/00000/00000003.parquet", storage.read(record_path(0)))
     storage.write("dataset/part-00001-0123456789abcdef.parquet", b"x")
     assert kinds(verify(out)) == {"record-stray", "part-stray"}
+
+
+def test_a_stray_part_that_no_job_writes_is_a_defect_like_others(out: str) -> None:
+    assert repair(out, 1).outcome == "committed"
+    publish(open_job(out))
+    with (Path(out) / "dataset/part-00001-0123456789abcdef.parquet").open("wb") as file:
+        file.truncate(MAX_PART_BYTES + 1)
+    assert kinds(verify(out)) == {"part-stray"}
+
+
+@pytest.mark.parametrize("folder", ["ledger/", "images/", "dataset/part-", "scores/"])
+def test_a_store_that_does_not_answer_is_no_defect_of_the_output(out: str, folder: str, monkeypatch) -> None:
+    read = Storage.read
+
+    def silent(storage: Storage, path: str, *limit: int) -> bytes:
+        if path.startswith(folder):
+            raise StorageError("the bucket does not answer", transient=True)
+        return read(storage, path, *limit)
+
+    Storage.open(out).write("scores/aesthetic/manifest.json", b"{}")
+    monkeypatch.setattr(Storage, "read", silent)
+    with pytest.raises(StorageError, match="does not answer"):
+        verify(out)
 
 
 def test_a_sample_of_the_pictures(out: str) -> None:

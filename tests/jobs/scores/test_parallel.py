@@ -100,12 +100,3 @@ def test_scores_on_ray_have_the_same_bytes_resume_and_tell_the_same_errors(
         score(out, names, on_ray, rows_per_part=2)
     with pytest.raises(JobError, match="device cuda needs a GPU, and the cluster has 0"):
         score(out, ["embedding"], make_score_spec({"executor": "ray", "device": "cuda"}), rows_per_part=2)
-
-
-def test_a_place_in_memory_is_refused_on_ray():
-    from latentmill.jobs.store.urls import shared_url
-
-    with pytest.raises(JobError, match="lives in one process only; use --executor threads"):
-        shared_url("memory://out")
-    assert shared_url("s3://bucket/out") == "s3://bucket/out"
-    assert Path(shared_url("out")).is_absolute()

@@ -44,6 +44,8 @@ def rows(prompts: list[str], axes: tuple[Axis, ...] = (), num_images: int = 1) -
                         "error": None,
                         "nsfw_score": 0.01,
                         "image": f"images/{len(made)}.png",
+                        "bytes": 5,
+                        "sha256": "0" * 64,
                         "width": 64,
                         "height": 64,
                     }
@@ -57,7 +59,7 @@ def plan_sheets(made, axes: tuple[Axis, ...], max_sheets: int, num_images: int =
 
 
 def pictures(sheet: Sheet) -> dict[tuple[int, int], str | None]:
-    return {place: cell.image and cell.image.removeprefix("images/") for place, cell in sheet.cells.items()}
+    return {place: cell.row and cell.row["image"].removeprefix("images/") for place, cell in sheet.cells.items()}
 
 
 def test_without_axes_prompts_lie_side_by_side_with_their_own_captions():
@@ -142,7 +144,8 @@ def test_only_pictures_that_are_ok_are_shown():
     made[1] |= {"status": "flagged", "nsfw_score": 0.93}
     made[2] |= {"status": "failed", "error": "not finite", "nsfw_score": None, "image": None}
     (sheet,) = plan_sheets(made, (), 1)
-    assert [cell.image for cell in sheet.cells.values()] == ["images/0.png", None, None]
+    shown = [cell.row and cell.row["image"] for cell in sheet.cells.values()]
+    assert shown == ["images/0.png", None, None]
     assert [cell.detail for cell in sheet.cells.values()][1:] == ["safety score 0.93", "not finite"]
 
 
@@ -158,13 +161,13 @@ def test_wrapping_fits_breaks_long_words_and_marks_what_is_cut():
 
 def test_a_drawn_sheet_has_each_picture_in_its_place_and_tiles_for_the_rest():
     cells = {
-        (0, 0): Cell(image="green", status="ok", detail="", caption=("#0",)),
-        (0, 1): Cell(image="gone", status="ok", detail="", caption=("#1",)),
-        (1, 0): Cell(image=None, status="flagged", detail="safety score 0.93", caption=("#2",)),
-        (1, 1): Cell(image="wide", status="ok", detail="", caption=("#3",)),
+        (0, 0): Cell(row={"image": "green"}, status="ok", detail="", caption=("#0",)),
+        (0, 1): Cell(row={"image": "gone"}, status="ok", detail="", caption=("#1",)),
+        (1, 0): Cell(row=None, status="flagged", detail="safety score 0.93", caption=("#2",)),
+        (1, 1): Cell(row={"image": "wide"}, status="ok", detail="", caption=("#3",)),
     }
     known = {"green": np.full((64, 64, 3), (0, 200, 0), np.uint8), "wide": np.full((64, 512, 3), (9, 9, 9), np.uint8)}
-    page = np.asarray(draw_sheet(Sheet(title=("t",), cells=cells), known.get, tile=TILE))
+    page = np.asarray(draw_sheet(Sheet(title=("t",), cells=cells), lambda row: known.get(row["image"]), tile=TILE))
     green = np.argwhere((page == (0, 200, 0)).all(axis=2))
     assert green.shape[0] == 64 * 64  # never enlarged
     assert (page == (254, 226, 226)).all(axis=2).sum() > 0.8 * TILE**2  # unreadable

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from latentmill.jobs.errors import UsageError
-from latentmill.jobs.store.urls import allowed_filesystem, display_url
+from latentmill.jobs.store.urls import allowed_filesystem, display_url, shared_url
 
 
 @pytest.mark.parametrize(
@@ -66,3 +66,12 @@ def test_other_places_are_refused_in_one_line_without_secrets(url):
 )
 def test_a_shown_url_has_no_user_no_password_no_query(url, shown):
     assert display_url(url) == shown
+
+
+def test_a_place_that_only_this_process_has_is_refused_where_others_need_it(tmp_path, monkeypatch):
+    with pytest.raises(UsageError, match="memory://out lives in one process only; use --executor inline or another"):
+        shared_url("memory://out", here="inline")
+    assert shared_url("s3://bucket/out", here="inline") == "s3://bucket/out"
+    (tmp_path / "mount").symlink_to("/nodes/1")
+    monkeypatch.chdir(tmp_path)
+    assert shared_url("mount/out", here="inline") == f"{tmp_path}/mount/out"  # another node has a link of its own
