@@ -63,9 +63,6 @@ def plan(
     rate_from: Annotated[
         str | None, flag("--rate-from", _TIME, "OUT of an earlier job, whose records say how long a run takes.")
     ] = None,
-    gpu_hour_price: Annotated[
-        float | None, flag("--gpu-hour-price", _TIME, "What an hour of a GPU costs, to say what a run costs.")
-    ] = None,
 ) -> None:
     """Say what a run would do, and write nothing."""
     from latentmill.jobs.job_file import resolve
@@ -74,10 +71,11 @@ def plan(
 
     with draft_plan(resolve(config, flags, or_sample=True)) as draft:
         summary, reuse = draft.summary(), preview_reuse(draft)
-        if measure or rate_from is not None or gpu_hour_price is not None:
+        if measure or rate_from is not None or flags["gpu_hour_price"] is not None:
             from latentmill.jobs.estimate import with_estimate  # it brings the engine along
 
-            summary = with_estimate(draft, summary, measure=measure, rate_from=rate_from, price=gpu_hour_price)
+            price = draft.spec.runtime.gpu_hour_price
+            summary = with_estimate(draft, summary, measure=measure, rate_from=rate_from, price=price)
     answer = summary.to_dict() | ({} if reuse is None else {"reuse": reuse.to_dict()})
     _answer(answer, say.as_json, lambda views: views.show_plan(summary, reuse, quiet=say.quiet))
 
@@ -94,20 +92,9 @@ def run(config: str | None, flags: dict[str, Any], say: Say) -> None:
     """Make the dataset, or go on with it: every image exactly once."""
     from dataclasses import asdict
 
-    from latentmill.jobs.show.display import progress_view
+    from latentmill.jobs.show.running import run_shown
 
-    with progress_view(quiet=say.quiet) as view:
-        from latentmill.jobs.job_file import resolve
-        from latentmill.jobs.runner import run_job  # the view comes first: these imports take a second
-
-        stopping = "stopping; press Ctrl-C again to stop at once. Nothing that is committed is lost"
-        summary = run_job(
-            resolve(config, flags, or_sample=True),
-            on_progress=view.update,
-            on_stop=lambda: view.note(stopping),
-            on_stage=view.stage,
-            on_note=view.note,
-        )
+    summary = run_shown(config, flags, quiet=say.quiet)
     _answer(asdict(summary), say.as_json, lambda views: views.show_run(summary), quiet=say.quiet)
     raise typer.Exit(summary.exit_code)
 
@@ -164,14 +151,25 @@ def txt2img(context: typer.Context) -> None:
 def status(
     target: TargetArgument,
     deep: Annotated[bool, typer.Option("--deep", help="Read every commit record to count the results so far.")] = False,
+    watch: Annotated[
+        bool, typer.Option("--watch", "-w", help="Go on looking until it is published, or has ended on its cluster.")
+    ] = False,
+    every: Annotated[float, typer.Option("--every", min=1, help="Seconds from one look of --watch to the next.")] = 10,
+    gpu_hour_price: Annotated[
+        float | None, typer.Option("--gpu-hour-price", min=0, help="What an hour of a GPU costs, to say what it cost.")
+    ] = None,
     address: Address = None,
     json: Json = False,
 ) -> None:
     """Say how far a job is, and its state on its cluster if it was submitted to one: exit code 1 if it failed."""
+    if watch:
+        from latentmill.jobs.show.watching import watch as watch_job
+
+        raise typer.Exit(watch_job(target, every=every, deep=deep, address=address, price=gpu_hour_price, as_json=json))
     from latentmill.jobs.submission.submission import job_status
 
     answer = job_status(target, deep=deep, address=address)
-    _answer(answer.to_dict(), json, lambda views: views.show_job_status(answer))
+    _answer(answer.to_dict(), json, lambda views: views.show_job_status(answer, gpu_hour_price))
     raise typer.Exit(answer.exit_code)
 
 

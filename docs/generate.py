@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import importlib
+import inspect
 import re
 import textwrap
 from collections import defaultdict
@@ -14,7 +16,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from latentmill.engine.families.table import FAMILIES
 from latentmill.engine.sampling.table import SAMPLER_TABLE
+from latentmill.jobs.executors.metrics import METRICS
+from latentmill.jobs.executors.ray_metrics import EXPORTED_PREFIX
 from latentmill.jobs.exports.spec import EXPORT_SETTINGS, ExportSpec
 from latentmill.jobs.exports.table import EXPORTS, IMAGE_FORMATS
 from latentmill.jobs.manifests.aliases import ALIASES
@@ -25,7 +30,9 @@ from latentmill.jobs.plans.columns import COLUMNS
 from latentmill.jobs.scores.spec import SCORE_SETTINGS, ScoreSpec
 from latentmill.jobs.scores.table import SCORERS
 from latentmill.jobs.settings import Setting
+from latentmill.jobs.show.events import EVENTS
 from latentmill.jobs.spec import SETTINGS, JobSpec, Runtime
+from latentmill.jobs.stages import STAGES
 from latentmill.jobs.txt2img.options import build_parser
 
 ROOT = Path(__file__).parents[1]
@@ -113,6 +120,15 @@ def scoring() -> str:
     return _table(("flag", "type", "allowed", "default", "what it does"), rows)
 
 
+def metrics() -> str:
+    """What Prometheus may know of a run."""
+    rows = [
+        (f"`{EXPORTED_PREFIX}{name}`", metric.kind, ", ".join(f"`{label}`" for label in metric.labels), metric.what)
+        for name, metric in METRICS.items()
+    ]
+    return _table(("metric", "kind", "labels", "what it says"), rows)
+
+
 def formats() -> str:
     """The formats of manifests."""
     rows = []
@@ -174,6 +190,34 @@ def presets() -> str:
     return _table(("preset", "what it is", "defaults", "license of the weights"), rows)
 
 
+def families() -> str:
+    """The files of each family: its own, what it shares with others, and the networks that it builds."""
+    rows = []
+    for family in FAMILIES:
+        own = next(path for path in _room("families") if _module(path).get("FAMILY") is family)
+        shared = [path for path in _imported(own.read_text(encoding="utf-8"), "families") if path.stem != "family"]
+        builders: list[Callable[..., Any]] = [family.denoiser.build, family.autoencoder.build]
+        builders += [part.build for part in family.text_encoders]
+        sources = (textwrap.dedent(inspect.getsource(build)) for build in builders)
+        networks = {path for source in sources for path in _imported(source, "networks")}
+        cells = (", ".join(f"`{path.name}`" for path in sorted(paths)) for paths in ([own], shared, networks))
+        rows.append((f"`{family.name}`", *cells))
+    return _table(("family", "its own file", "parts shared with others", "its networks"), rows)
+
+
+def stages() -> str:
+    """The stages that a chunk goes through."""
+    return _table(("stage", "what it is"), [(f"`{name}`", text) for name, text in STAGES.items()])
+
+
+def events() -> str:
+    """What `--log-json` tells, with the keys of each event."""
+    rows = [
+        (f"`{event}`", "; ".join(f"`{name}`: {text}" for name, text in keys.items())) for event, keys in EVENTS.items()
+    ]
+    return _table(("`event`", "keys beside `time` and `event`"), rows)
+
+
 def differences() -> str:
     """Where `txt2img` differs from the original script: the list that its help ends with."""
     ending = build_parser("latentmill txt2img").epilog or ""
@@ -190,12 +234,16 @@ PARTS: Mapping[str, Callable[[], str]] = {
         columns,
         samplers,
         presets,
+        families,
         differences,
         exports,
         pictures,
         exporting,
         scorers,
         scoring,
+        metrics,
+        stages,
+        events,
     )
 }
 
@@ -210,6 +258,21 @@ def main() -> None:
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
         page.write_text(regenerated(text), encoding="utf-8")
+
+
+def _room(name: str) -> list[Path]:
+    return sorted((ROOT / "engine" / name).glob("*.py"))
+
+
+def _module(path: Path) -> Mapping[str, Any]:
+    return vars(importlib.import_module(f"latentmill.engine.{path.parent.name}.{path.stem}"))
+
+
+def _imported(source: str, room: str) -> list[Path]:
+    """The files of one of the engine's rooms that some code imports."""
+    nodes = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ImportFrom)]
+    names = {f"{node.module}.{alias.name}" for node in nodes for alias in node.names}
+    return [path for path in _room(room) if any(f"engine.{room}.{path.stem}." in f"{name}." for name in names)]
 
 
 def _reading_order(folder: Path) -> tuple[int, Path]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
 from latentmill.jobs.errors import JobError, OutputConflictError
+from latentmill.jobs.stages import Stage
 from latentmill.jobs.store.errors import StorageError
 
 Blame = Literal["chunk", "store", "conflict", "elsewhere"]
@@ -20,7 +22,8 @@ class ChunkResult:
     `skipped`: it was not tried, and is still open. `error`: it was tried, and is still open; `blame` says what may be
     at fault: the chunk itself, a store that will not get better by waiting, or a record of another plan.
 
-    `reused` counts those of its samples that another output had; `notes` say what was wrong with such.
+    `stages` are the seconds that the try spent in each stage, as far as it came to an end. `reused` counts those of its
+    samples that another output had; `notes` say what was wrong with such.
     """
 
     chunk: int
@@ -31,8 +34,7 @@ class ChunkResult:
     error: str | None = None
     blame: Blame = "elsewhere"
     actor: str = ""
-    generate_seconds: float = 0.0
-    postprocess_seconds: float = 0.0
+    stages: Mapping[Stage, float] = field(default_factory=dict)
     reused: int = 0
     notes: tuple[str, ...] = ()
 

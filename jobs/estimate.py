@@ -15,6 +15,7 @@ from latentmill.jobs.job import Job, open_job
 from latentmill.jobs.plans.draft import DraftPlan
 from latentmill.jobs.plans.grid import Group, Section
 from latentmill.jobs.plans.summary import Estimate, PlanSummary, section_passes
+from latentmill.jobs.plans.work import pixels_of
 from latentmill.jobs.worker import ChunkEngine, load_model
 
 MAX_RECORDS_READ = 200
@@ -84,8 +85,8 @@ def _measured_model(draft: DraftPlan, number: int, engine: ChunkEngine, batch_si
     seconds = 0.0
     for section in sections:
         shape = section.groups[0].key[:3]
-        nearest = min(rates, key=lambda known: (known != shape, abs(_size(known) - _size(shape))))
-        rate, times = rates[nearest], _size(shape) / _size(nearest)
+        nearest = min(rates, key=lambda known: (known != shape, abs(pixels_of(known) - pixels_of(shape))))
+        rate, times = rates[nearest], pixels_of(shape) / pixels_of(nearest)
         n_passes = section_passes(section, draft.grid.chunk_size, batch_size)
         n_batches = -(-section.n_samples // batch_size)
         seconds += times * (n_passes * rate.seconds_per_pass + n_batches * rate.seconds_per_batch)
@@ -158,17 +159,11 @@ def _some(chunks: Sequence[int]) -> list[int]:
 def _chunk_work(job: Job, chunk: int) -> float:
     section, start, stop = job.plan.grid.section_of(chunk)
     loops = [group.loop for group, first, last in section.cut(start, stop) for _ in range(first, last)]
-    size = _size(section.groups[0].key[:3])
+    size = pixels_of(section.groups[0].key[:3])
     return count_passes(loops, job.plan.batch_size) * job.plan.batch_size * size
 
 
 def _work(section: Section, draft: DraftPlan, batch_size: int) -> float:
     """What grows with the time that a section takes: pixels that go through the denoiser."""
     n_passes = section_passes(section, draft.grid.chunk_size, batch_size)
-    return float(n_passes * batch_size * _size(section.groups[0].key[:3]))
-
-
-def _size(shape: tuple[int, int, bool]) -> float:
-    """Pixels of a picture, twice if it is guided."""
-    width, height, guided = shape
-    return float(width * height * (2 if guided else 1))
+    return float(n_passes * batch_size * pixels_of(section.groups[0].key[:3]))

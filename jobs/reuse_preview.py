@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from latentmill.jobs.donors import find_donors
+from latentmill.jobs.job import open_job
 from latentmill.jobs.manifests.axes import Axis, models_of
 from latentmill.jobs.manifests.fields import MODEL
 from latentmill.jobs.manifests.loras import lora_of_axis
@@ -18,6 +19,12 @@ from latentmill.jobs.reuse import CellIndex
 
 MAX_SAMPLES = 200_000
 """So many samples of the plan, in order of execution, are looked up."""
+
+_SEEDS = (
+    "less than half is held, and no axis and no column names the seeds: they follow from a sample's place, and in a "
+    "job of another size nearly all of them are others. With seeds that are named in both jobs, as by --sweep seed=42, "
+    "what was added is all that is drawn"
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,13 +87,17 @@ def preview_reuse(draft: DraftPlan) -> ReusePreview | None:
                 held[index.urls[cell.donor]] += 1
                 there.update(values)
     order = [(axis.name, str(value)) for axis in plan.axes for value in axis.values]
+    notes = [*donors.notes, *(note for index in indexes for note in index.notes())]
+    moved = plan.seeds_follow_places and any(open_job(url).plan.n_samples != plan.n_samples for url in held)
+    if moved and 2 * sum(held.values()) < looked_at:
+        notes.append(_SEEDS)
     return ReusePreview(
         looked_at=looked_at,
         samples=plan.n_samples,
         held=held,
         axes=tuple(AxisValue(axis=key[0], value=key[1], held=there[key], samples=every[key]) for key in order),
         execution_classes=tuple(sorted(set[str]().union(*(index.execution_classes for index in indexes)))),
-        notes=tuple(dict.fromkeys([*donors.notes, *(note for index in indexes for note in index.notes())])),
+        notes=tuple(dict.fromkeys(notes)),
     )
 
 

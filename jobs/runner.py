@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import shlex
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,9 +21,10 @@ from latentmill.jobs.job import Job, Reuse, open_job
 from latentmill.jobs.outputs.failures import FailedRow, failed_rows
 from latentmill.jobs.outputs.latest import Latest, point_to_latest
 from latentmill.jobs.outputs.publish import Publication, publish, standing_publication
-from latentmill.jobs.plans.plan import adopt, draft_plan
+from latentmill.jobs.plans.plan import Plan, adopt, draft_plan
 from latentmill.jobs.progress import Progress, Tracker
-from latentmill.jobs.spec import JobSpec
+from latentmill.jobs.spec import JobSpec, Runtime
+from latentmill.jobs.stages import Stage
 from latentmill.jobs.store.errors import StorageError
 from latentmill.jobs.store.storage import Storage
 from latentmill.jobs.worker import EngineFactory, load_engine
@@ -69,6 +70,12 @@ class RunSummary:
     """What is odd about the manifest that was accepted all the same."""
     shard: str | None = None
     reused: int = 0
+    stage_seconds: Mapping[Stage, float] = field(default_factory=dict)
+    """Of all workers of this run together; the slowest stage first, the loading of models last."""
+    gpu_seconds: float = 0.0
+    """What the workers took for chunks and for loading models, times `gpus_per_actor`, or 1 where that is not given."""
+    cost: float | None = None
+    """Of the GPUs, where `gpu_hour_price` is set."""
 
 
 def run_job(
@@ -78,6 +85,7 @@ def run_job(
     on_stop: Callable[[], None] = lambda: None,
     on_stage: Callable[[str], None] = lambda _: None,
     on_note: Callable[[str], None] = lambda _: None,
+    on_plan: Callable[[Plan, int], None] = lambda _plan, _committed: None,
     engine_factory: EngineFactory = load_engine,
 ) -> RunSummary:
     """Afterwards the dataset is published (exit code 0, or 1 with failed samples), or the job can be resumed (130).
@@ -87,7 +95,7 @@ def run_job(
     The first SIGINT or SIGTERM calls `on_stop` and lets the chunks in flight finish, the second stops at once. Raises
     UsageError or OutputConflictError before anything is written or any model is loaded, JobError when open chunks keep
     failing. With `spec.runtime.retry_failed`, samples that failed are made once more. `on_stage` hears what a phase
-    waits for, `on_note` what is odd about the manifest.
+    waits for, `on_note` what is odd about the manifest, `on_plan` the plan and how many chunks are committed.
     """
     started = time.monotonic()
     with graceful_interrupt(on_stop) as interrupt:
@@ -98,6 +106,7 @@ def run_job(
         publication = standing_publication(job)
         where, left_out = "nothing to do", tuple[str, ...]()
         committed = job.ledger.committed() if publication is None else np.ones(job.plan.n_chunks, dtype=np.bool_)
+        on_plan(job.plan, int(committed.sum()))
         retrying = spec.runtime.retry_failed and (publication is None or publication.counts["failed"] > 0)
         try:
             if retrying or not committed[mine].all():
@@ -117,12 +126,12 @@ def run_job(
                 tracker.show("publishing")
                 publication = publish(job)
         except KeyboardInterrupt:
-            summary = _summary(job, tracker, None, where, time.monotonic() - started, exit_code=130)
+            summary = _summary(job, spec.runtime, tracker, None, where, time.monotonic() - started, exit_code=130)
             return replace(summary, notes=(*notes, *told.notes))
     tracker.show("done")
     exit_code = SHARD_DONE if publication is None else 1 if publication.counts["failed"] else 0
     latest = point_to_latest(spec.dated) if spec.dated is not None and exit_code == 0 else None
-    summary = _summary(job, tracker, publication, where, time.monotonic() - started, exit_code=exit_code)
+    summary = _summary(job, spec.runtime, tracker, publication, where, time.monotonic() - started, exit_code=exit_code)
     return replace(summary, latest=latest, left_out=left_out, notes=(*notes, *told.notes), shard=spec.runtime.shard)
 
 
@@ -202,7 +211,7 @@ def _repair(job: Job, mine: NDArray[np.bool_], executor: Executor, tracker: Trac
     idle_passes = 0
     pending = {chunk for chunk in job.ledger.failed_chunks() if mine[chunk]}
     while pending:
-        tracker.begin_repair(executor.live_actors)
+        tracker.begin_repair(sorted(pending), executor.live_actors)
         before = len(pending)
         with closing(_results(executor, sorted(pending), repair=True)) as results:
             for result in results:
@@ -241,6 +250,7 @@ def _next_command(out: str, exit_code: int) -> str:
 
 def _summary(
     job: Job,
+    runtime: Runtime,
     tracker: Tracker,
     publication: Publication | None,
     where: str,
@@ -248,7 +258,8 @@ def _summary(
     *,
     exit_code: int,
 ) -> RunSummary:
-    out = job.storage.url
+    out, price = job.storage.url, runtime.gpu_hour_price
+    gpu_seconds = tracker.worker_seconds * (1.0 if runtime.gpus_per_actor is None else runtime.gpus_per_actor)
     return RunSummary(
         exit_code=exit_code,
         out=out,
@@ -263,4 +274,7 @@ def _summary(
         next_command=_next_command(out, exit_code),
         failures=() if publication is None else failed_rows(job, publication),
         execution_classes=() if publication is None else publication.execution_classes,
+        stage_seconds=tracker.stage_seconds,
+        gpu_seconds=gpu_seconds,
+        cost=None if price is None else gpu_seconds / 3600 * price,
     )

@@ -152,6 +152,10 @@ class Runtime:
         pattern=r"[\w.-]{1,64}",
     )
     allow_mixed_accelerators: bool = switch(RUNNING, "Use GPUs of any type, though the bits of pictures differ.")
+    gpu_hour_price: float | None = number(
+        None, RUNNING, "What an hour of a GPU costs, to say what the run costs.", 0, 1_000_000
+    )
+    log_json: bool = switch(RUNNING, "Tell progress, notes and errors as JSON lines on standard error.")
     single_writer: bool = switch(RUNNING, "Accept a store without create-only writes: never run two drivers there.")
 
 

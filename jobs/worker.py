@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import secrets
 import socket
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -25,6 +24,7 @@ from latentmill.jobs.postprocess import ProcessedSample, failed_sample, postproc
 from latentmill.jobs.reuse import NOTHING_TAKEN, CellIndex, TakenCells
 from latentmill.jobs.slots import draw_in_slots, slot_batches, slots_of
 from latentmill.jobs.spec import JobSpec
+from latentmill.jobs.stages import StageClock
 
 
 class ChunkEngine(Protocol):
@@ -55,7 +55,7 @@ class SampledChunk:
     sampled: list[UncheckedResult]
     execution_class: str
     actor: str
-    generate_seconds: float
+    clock: StageClock
     repair: int = 0
     taken: TakenCells = NOTHING_TAKEN
 
@@ -69,7 +69,7 @@ class GeneratedChunk:
     results: list[GenerationResult]
     execution_class: str
     actor: str
-    generate_seconds: float
+    clock: StageClock
     repair: int = 0
     taken: TakenCells = NOTHING_TAKEN
 
@@ -114,7 +114,9 @@ class ChunkGenerator:
     def __init__(self, job: Job, *, engine_factory: EngineFactory = load_engine, model: int = 0) -> None:
         self._job = job
         plan, donors = job.plan.of_model(model), job.reuse.donors
-        self._engine = engine_factory(plan, plan.settings.device)
+        self._clock = StageClock()  # of the next chunk: the first one's has the loading
+        with self._clock.time("load"):
+            self._engine = engine_factory(plan, plan.settings.device)
         self._cells = CellIndex(plan, donors, self._engine.execution_class) if donors else None
         self.actor = f"{socket.gethostname()}:{os.getpid()}"
 
@@ -130,13 +132,15 @@ class ChunkGenerator:
 
     def check(self, chunk: SampledChunk) -> GeneratedChunk:
         """The chunk with the checker's verdicts. May run in any thread, also while the next chunk is sampled."""
+        with chunk.clock.time("check"):
+            results = self._engine.check(chunk.sampled)
         return GeneratedChunk(
             chunk=chunk.chunk,
             rows=chunk.rows,
-            results=self._engine.check(chunk.sampled),
+            results=results,
             execution_class=chunk.execution_class,
             actor=chunk.actor,
-            generate_seconds=chunk.generate_seconds,
+            clock=chunk.clock,
             repair=chunk.repair,
             taken=chunk.taken,
         )
@@ -158,20 +162,24 @@ class ChunkGenerator:
                 failed=counts["failed"],
                 actor=self.actor,
             )
-        started, taken = time.perf_counter(), NOTHING_TAKEN
+        clock, self._clock, taken = self._clock, StageClock(), NOTHING_TAKEN
         if record is None:
             samples = self._job.plan.samples_of_chunk(chunk)
-            taken = NOTHING_TAKEN if self._cells is None else self._cells.take(samples)
-            rows, sampled = self._sample_rest(samples, taken)
+            if self._cells is not None:
+                with clock.time("reuse"):
+                    taken = self._cells.take(samples)
+            with clock.time("sample"):
+                rows, sampled = self._sample_rest(samples, taken)
         else:
-            sampled = list(self._sample_rows(chunk, rows).values())
+            with clock.time("sample"):
+                sampled = list(self._sample_rows(chunk, rows).values())
         return SampledChunk(
             chunk=chunk,
             rows=rows,
             sampled=sampled,
             execution_class=self._engine.execution_class,
             actor=self.actor,
-            generate_seconds=time.perf_counter() - started,
+            clock=clock,
             repair=0 if record is None else record.repairs + 1,
             taken=taken,
         )
@@ -230,7 +238,6 @@ def postprocess_chunk(job: Job, generated: GeneratedChunk) -> ChunkResult:
 
     Raises StorageError if the store would not say so; the chunk then counts as open and is tried again.
     """
-    started = time.perf_counter()
     samples = job.plan.samples_of_chunk(generated.chunk)
     if len(generated.rows) != len(generated.results):
         raise JobError(
@@ -238,23 +245,19 @@ def postprocess_chunk(job: Job, generated: GeneratedChunk) -> ChunkResult:
             f"{len(generated.results)}; nothing of it is committed"
         )
     processed = dict(generated.taken.samples)
-    for row, result in zip(generated.rows, generated.results, strict=True):
-        processed[row] = postprocess_sample(job.plan, samples[row], result, generated.execution_class)
+    with generated.clock.time("encode"):
+        for row, result in zip(generated.rows, generated.results, strict=True):
+            processed[row] = postprocess_sample(job.plan, samples[row], result, generated.execution_class)
     committed = commit_chunk(
         job,
         generated.chunk,
         [processed[row] for row in sorted(processed)],
         execution_class=generated.execution_class,
         actor=generated.actor,
-        generate_seconds=generated.generate_seconds,
+        clock=generated.clock,
         repair=generated.repair,
     )
-    return replace(
-        committed,
-        postprocess_seconds=time.perf_counter() - started,
-        reused=len(generated.taken.samples),
-        notes=generated.taken.notes,
-    )
+    return replace(committed, reused=len(generated.taken.samples), notes=generated.taken.notes)
 
 
 def commit_unmade(job: Job, chunk: int, reason: str, *, repair: bool) -> ChunkResult:
@@ -267,7 +270,7 @@ def commit_unmade(job: Job, chunk: int, reason: str, *, repair: bool) -> ChunkRe
     samples = enumerate(job.plan.samples_of_chunk(chunk))
     size = job.plan.batch_size
     processed = [failed_sample(job.plan, sample, row % size, reason, None) for row, sample in samples]
-    return commit_chunk(job, chunk, processed, execution_class="none", actor="", generate_seconds=0.0)
+    return commit_chunk(job, chunk, processed, execution_class="none", actor="", clock=StageClock())
 
 
 def commit_chunk(
@@ -277,7 +280,7 @@ def commit_chunk(
     *,
     execution_class: str,
     actor: str,
-    generate_seconds: float,
+    clock: StageClock,
     repair: int = 0,
 ) -> ChunkResult:
     """Write the pictures of a chunk's samples, then its commit record, or the repair record of that number.
@@ -289,7 +292,7 @@ def commit_chunk(
         chunk=chunk,
         outcome="unrepaired",
         actor=actor,
-        generate_seconds=generate_seconds,
+        stages=clock.seconds,  # the very dictionary: what follows counts too
         ok=counts["ok"],
         flagged=counts["flagged"],
         failed=counts["failed"],
@@ -299,25 +302,28 @@ def commit_chunk(
         if not processed:
             return result
     attempt = secrets.token_hex(8)
-    data = encode_record(
-        _store_pictures(job, chunk, attempt, repair, processed),
-        job.ledger.schema,
-        chunk=chunk,
-        attempt=attempt,
-        plan_hash=job.plan.plan_hash,
-        execution_class=execution_class,
-        versions=_versions(),
-        details={
-            **{name.removeprefix("latentmill."): text for name, text in job.plan.file_metadata.items()},
-            "actor": actor,
-            "generate_seconds": f"{generate_seconds:.3f}",
-        },
-        repair=repair,
-    )
-    if repair:
-        outcome = job.ledger.commit_repair(chunk, repair, attempt, data)
-    else:
-        outcome = job.ledger.commit(chunk, attempt, data)
+    with clock.time("write"):
+        rows = _store_pictures(job, chunk, attempt, repair, processed)
+    with clock.time("commit"):
+        data = encode_record(
+            rows,
+            job.ledger.schema,
+            chunk=chunk,
+            attempt=attempt,
+            plan_hash=job.plan.plan_hash,
+            execution_class=execution_class,
+            versions=_versions(),
+            details={
+                **{name.removeprefix("latentmill."): text for name, text in job.plan.file_metadata.items()},
+                "actor": actor,
+                **clock.details(),
+            },
+            repair=repair,
+        )
+        if repair:
+            outcome = job.ledger.commit_repair(chunk, repair, attempt, data)
+        else:
+            outcome = job.ledger.commit(chunk, attempt, data)
     return replace(result, outcome="committed" if outcome == "mine" else "lost")
 
 

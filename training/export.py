@@ -73,10 +73,12 @@ def _write_second_stage(folder: Path, values: Mapping[str, Tensor]) -> None:
         {key if key.startswith(TEXT_PREFIX) else TEXT_PREFIX + key: value for key, value in text.items()},
         "model.safetensors",
     )
-    unet = {
-        key: value[:, :, None, None] if key.endswith(PROJECTIONS) else value
-        for key, value in model.unet.state_dict().items()
-    }
+    write_unet(folder, model.unet.state_dict())
+
+
+def write_unet(folder: Path, values: Mapping[str, Tensor]) -> None:
+    """The U-Net of a model's folder, by the weights that the engine names."""
+    unet = {key: value[:, :, None, None] if key.endswith(PROJECTIONS) else value for key, value in values.items()}
     _write_part(folder / "unet", {**architecture.UNET, **_version()}, unet, WEIGHTS)
 
 

@@ -85,8 +85,6 @@ class ModelDescription:
         why = None
         if self.pipeline is not None:
             why = "runs by the library diffusers"
-        elif self.layout.blueprint.scheduler.flow is not None:
-            why = "is a model of flow matching"
         elif isinstance(self.layout.blueprint.autoencoder, TinyDecoderConfig):
             why = "has a decoder for previews, which encodes no image"
         if why is not None:

@@ -16,7 +16,7 @@ from latentmill.engine.loading.checkpoint import WeightsFile
 from latentmill.engine.loading.files import shown
 from latentmill.engine.loading.layout import ModelLayout, find_model
 from latentmill.engine.loading.lora_files import Alphas, LoraFiles, open_lora
-from latentmill.engine.loading.lora_names import Layer, layer_names, split_key
+from latentmill.engine.loading.lora_names import Layer, Rows, layer_names, split_key
 from latentmill.engine.types import EngineError, ModelSpec
 
 RANK_LIMIT = 2048
@@ -43,10 +43,11 @@ class Term:
 
 @dataclass(frozen=True, slots=True)
 class _Parts:
-    """The keys of one layer's term by what they are, in one file."""
+    """The keys of one layer's term by what they are, in one file, which calls the layer `name`."""
 
     file: WeightsFile
     layer: Layer
+    name: str
     keys: Mapping[str, str]
 
     def read(self, part: str) -> Tensor:
@@ -89,8 +90,18 @@ def read_lora(lora: LoraFiles, layout: ModelLayout) -> dict[str, dict[str, Term]
         if not all(torch.isfinite(tensor).all() for tensor in (term.down, term.up) if tensor is not None):
             key = next(iter(part.keys.values()))
             raise EngineError(f"{lora.weights}: numbers of {key} are not finite; copy the file again")
-        terms[layer.component][layer.path] = term
+        for rows in layer.rows:
+            terms[layer.component][rows.path] = _of_rows(term, rows)
     return dict(terms)
+
+
+def _of_rows(term: Term, rows: Rows) -> Term:
+    """The term of one of the layers whose rows are one matrix in the file."""
+    whole = term.down if term.up is None else term.up
+    own = whole[rows.start : rows.stop]
+    if rows.swapped:
+        own = torch.cat(own.chunk(2)[::-1])
+    return Term(own, None) if term.up is None else Term(term.down, own)
 
 
 def _skeletons(blueprint: Blueprint) -> dict[str, nn.Module]:
@@ -110,6 +121,7 @@ def _claim(
     file, alphas = open_lora(lora)
     names = layer_names(blueprint, networks)
     found: dict[Layer, dict[str, str]] = defaultdict(dict)
+    spelled: dict[Layer, str] = {}
     unknown = []
     for key in file.shapes:
         split = split_key(key)
@@ -117,19 +129,29 @@ def _claim(
         if split is None or layer is None:
             unknown.append(key)
         elif split[1] in found[layer]:
-            raise EngineError(f"{file.path} has {found[layer][split[1]]} and {key}, which are the same; use one")
+            raise _doubled(file, found[layer][split[1]], key)
         else:
             found[layer][split[1]] = key
+            spelled[layer] = split[0]
     if unknown or not found:
         raise EngineError(
             f"LoRA {lora.name}, {file.path}: {len(unknown)} of its {len(file.shapes)} keys match nothing in the model "
             f"({blueprint.family.name}), first {shown(min(unknown, default=None))}: it was made for another one, or is "
             "of a form that is not read (LoRA, LoCon, LoHa and LoKr are)"
         )
-    parts = [_Parts(file, layer, keys) for layer, keys in found.items()]
+    parts = [_Parts(file, layer, spelled[layer], keys) for layer, keys in found.items()]
+    owners: dict[tuple[str, str], _Parts] = {}
     for part in parts:
         _check(part)
+        for rows in part.layer.rows:
+            owner = owners.setdefault((part.layer.component, rows.path), part)
+            if owner is not part:
+                raise _doubled(file, next(iter(owner.keys.values())), next(iter(part.keys.values())))
     return parts, alphas
+
+
+def _doubled(file: WeightsFile, first: str, second: str) -> EngineError:
+    return EngineError(f"{file.path} has {first} and {second}, which are of the same layer; use one")
 
 
 def _check(part: _Parts) -> None:
@@ -220,7 +242,7 @@ def _scale(part: _Parts, alphas: Alphas | None, rank: int) -> float:
     alpha = float(part.read("alpha")) if "alpha" in part.keys else None
     root = False
     if alpha is None and alphas is not None:
-        alpha, root = alphas.of(part.layer.module), alphas.root
+        alpha, root = alphas.of(part.name), alphas.root
     return 1.0 if alpha is None else alpha / (math.sqrt(rank) if root else rank)
 
 

@@ -52,20 +52,19 @@ class LowRank(nn.Module):
         self.up = None if up is None else nn.Parameter(up, requires_grad=False)
 
     def forward(self, x: Tensor, scale: Tensor, layer: nn.Module) -> Tensor:
-        """`x (n, ...)` and `scale (n,)` -> what is added to the layer's output.
+        """`x (n, ...)` and `scale (n,)` -> what is added to the layer's output, in the dtype of `x`.
 
         A row whose scale is 0 gets zeros, even where its own term would not be finite.
         """
         convolves = isinstance(layer, nn.Conv2d)
-        if isinstance(layer, nn.Conv2d):
-            h = F.conv2d(x, self.down, None, layer.stride, layer.padding)
-        else:
-            h = F.linear(x, self.down)
+        down = self.down.to(x.dtype)
+        h = F.conv2d(x, down, None, layer.stride, layer.padding) if isinstance(layer, nn.Conv2d) else F.linear(x, down)
         rows = scale.to(h.dtype).view(-1, *[1] * (h.dim() - 1))
         h = torch.where(rows != 0, h * rows, 0.0)
         if self.up is None:
             return h
-        return F.conv2d(h, self.up[:, :, None, None]) if convolves else F.linear(h, self.up)
+        up = self.up.to(x.dtype)
+        return F.conv2d(h, up[:, :, None, None]) if convolves else F.linear(h, up)
 
 
 class Adapted(nn.Module):

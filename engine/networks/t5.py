@@ -44,18 +44,25 @@ class T5Attention(nn.Module):
         return self.o(attend(self.q(x), self.k(x), self.v(x), self.heads, bias=bias, scale=1.0))
 
 
+class WideLinear(nn.Linear):
+    """A linear layer that works in fp32, whatever the dtype of its weights."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x.float(), self.weight.float())
+
+
 class T5FeedForward(nn.Module):
-    """Gated GELU. Its sums overflow fp16, so the last layer works in fp32, whatever the dtype of its weights."""
+    """Gated GELU, whose sums overflow fp16."""
 
     def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
         self.wi_0 = nn.Linear(dim, hidden, bias=False)
         self.wi_1 = nn.Linear(dim, hidden, bias=False)
-        self.wo = nn.Linear(hidden, dim, bias=False)
+        self.wo = WideLinear(hidden, dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         gated = F.gelu(self.wi_0(x), approximate="tanh").float() * self.wi_1(x).float()
-        return F.linear(gated, self.wo.weight.float())
+        return self.wo(gated)
 
 
 class T5Layer(nn.Module):

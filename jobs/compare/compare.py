@@ -71,8 +71,10 @@ class Pair:
     def to_dict(self) -> dict[str, Any]:
         """For `--json`."""
         apart = self.distance
+        both = {name: [self.before[name], self.after[name]] for name in ASKED}
         return {
             **{name: self.after[name] for name in (*ASKED, "row_id")},
+            "differs": {name: values for name, values in both.items() if values[0] != values[1]},
             "sample_before": self.before["sample_id"],
             "sample_after": self.after["sample_id"],
             "status_before": self.before["status"],

@@ -11,6 +11,7 @@ from latentmill.jobs.chunk_result import ChunkResult, describe_fault, failed_res
 from latentmill.jobs.errors import JobError
 from latentmill.jobs.job import Job
 from latentmill.jobs.postprocess import ProcessedSample
+from latentmill.jobs.stages import StageClock
 from latentmill.jobs.store.errors import StorageError
 from latentmill.jobs.worker import (
     ChunkGenerator,
@@ -77,7 +78,7 @@ class ChunkRunner:
             samples,
             execution_class=self.execution_class,
             actor=self.actor,
-            generate_seconds=0.0,
+            clock=StageClock(),
             repair=repair,
         )
         return _told(chunk, self.actor, commit)

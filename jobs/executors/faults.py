@@ -30,11 +30,13 @@ class Faults:
     """What went wrong so far in a run, by chunk and by node.
 
     `chunk_seconds` is the user's own deadline for a chunk; without it, the deadline follows from what chunks of the
-    same pace took: those whose longest rows are of one group. `unfit` are the nodes that are left out, with the reason.
+    same pace took: those whose longest rows are of one group. `unfit` are the nodes that are left out, with the
+    reason; `deaths` are those of workers by node, whoever is at fault.
     """
 
     chunk_seconds: float | None = None
     unfit: dict[str, str] = field(default_factory=dict)
+    deaths: Counter[str] = field(default_factory=Counter)
     _chunks: Counter[int] = field(default_factory=Counter)
     _nodes: Counter[str] = field(default_factory=Counter)
     _slowest: dict[Hashable, float] = field(default_factory=dict)
@@ -46,6 +48,10 @@ class Faults:
     def is_suspect(self, chunk: int) -> bool:
         """Whether the chunk is to run isolated."""
         return self._chunks[chunk] >= POOLED_TRIES
+
+    def note_death(self, node: str) -> None:
+        """A worker there died, or was ended."""
+        self.deaths[node] += 1
 
     def note_failure(self, node: str, reason: str) -> None:
         """A worker there died or failed, by its chunk's fault or the node's."""

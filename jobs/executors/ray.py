@@ -7,10 +7,12 @@ costs time and nothing else.
 from __future__ import annotations
 
 import pickle
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from typing import Any
+
+import numpy as np
 
 from latentmill.jobs.chunk_result import ChunkResult, describe_fault
 from latentmill.jobs.errors import JobError
@@ -21,6 +23,7 @@ from latentmill.jobs.executors.ray_cluster import connect
 from latentmill.jobs.executors.ray_entry import send_by_value
 from latentmill.jobs.executors.ray_head import watched_head
 from latentmill.jobs.executors.ray_isolated import RayIsolatedWorker
+from latentmill.jobs.executors.ray_metrics import ray_metrics
 from latentmill.jobs.executors.ray_pool import RayPool
 from latentmill.jobs.executors.unloadable import Unloadable
 from latentmill.jobs.job import Job
@@ -53,6 +56,7 @@ class RayExecutor:
         except BaseException:
             self._connection.close()
             raise
+        self._metrics = ray_metrics(job, self._connection.nodes)
         self._pool = self._new_pool()
 
     def run(self, chunks: Sequence[int], *, repair: bool = False) -> Iterator[ChunkResult]:
@@ -60,6 +64,15 @@ class RayExecutor:
 
         Raises JobError when no node is left that can load the model, or when Ray cannot go on.
         """
+        pending = np.zeros(self._job.plan.n_chunks, dtype=np.bool_)
+        pending[chunks] = True
+        self._metrics.begin(self._job.plan.samples_in_chunks(pending), repair=repair)
+        with closing(self._run(chunks, repair=repair)) as results:
+            for result in results:
+                self._metrics.add(result)
+                yield result
+
+    def _run(self, chunks: Sequence[int], *, repair: bool) -> Generator[ChunkResult]:
         done = False
         try:
             with _ray_errors(), watched_head(self._connection.head):
@@ -78,7 +91,7 @@ class RayExecutor:
         """Chunks that are begun are finished; no more are."""
         self._stopping = True
         self._pool.stop()
-        return self._isolating or self._pool.busy
+        return self._isolating or self._pool.in_flight > 0
 
     def describe(self) -> str:
         """Where the work runs."""
@@ -88,7 +101,7 @@ class RayExecutor:
 
     def live_actors(self) -> int:
         """Actors that are up with their model loaded."""
-        return self._pool.ready
+        return len(self._pool.ready)
 
     def left_out(self) -> Sequence[str]:
         """Nodes where no model can be loaded, or where everything failed."""
@@ -97,6 +110,7 @@ class RayExecutor:
     def close(self) -> None:
         """Disconnect, and end the cluster if it was started here; nobody else's cluster is ever stopped."""
         self._pool.close()
+        self._metrics.end(self._faults.deaths)
         self._connection.close()
 
     def _new_pool(self) -> RayPool:
@@ -109,6 +123,15 @@ class RayExecutor:
             worker_options=self._worker_options,
             nodes=self._connection.nodes,
             growing=self._connection.joined,
+            on_look=self._look,
+        )
+
+    def _look(self) -> None:
+        self._metrics.look(
+            workers=self._pool.ready,
+            deaths=self._faults.deaths,
+            queued=self._pool.queued,
+            in_flight=self._pool.in_flight,
         )
 
     def _worker_options(self) -> dict[str, Any]:
@@ -132,13 +155,18 @@ class RayExecutor:
         self._pool.close()
         self._pool = self._new_pool()
         worker = RayIsolatedWorker(
-            self._arguments, options=self._worker_options(), seconds=seconds, model_of=self._job.plan.model_of
+            self._arguments,
+            options=self._worker_options(),
+            seconds=seconds,
+            model_of=self._job.plan.model_of,
+            on_death=self._faults.note_death,
         )
         self._isolating = True
         try:
-            for chunk in chunks:
+            for number, chunk in enumerate(chunks):
                 if self._stopping:
                     return
+                self._metrics.look(workers=(), deaths=self._faults.deaths, queued=len(chunks) - number - 1, in_flight=1)
                 yield isolate_chunk(self._job, worker, chunk, repair=repair, stopping=lambda: self._stopping)
         finally:
             self._isolating = False

@@ -125,6 +125,14 @@ def locked_out_text(where: str) -> str:
     )
 
 
+def no_process_text(how: str) -> str:
+    """What to look for where Ray starts no process at all."""
+    return (
+        f"Ray could not start worker processes from {socket.gethostname()}: {how}; look for files that hide Python "
+        f"modules of their name (PYTHONPATH), and for free memory and disk"
+    )
+
+
 def _endpoint(address: str) -> str:
     """HOST:PORT of a head where something listens. Raises OSError otherwise: Ray itself would try for two minutes."""
     if address == "auto":

@@ -24,8 +24,8 @@ START_SECONDS = 1800.0
 class RayIsolatedWorker:
     """An `IsolatedWorker` of isolation.py: a Ray actor that is started with `options` when there is none.
 
-    `seconds` says what a chunk may take, and `model_of` which model it needs. Raises JobError if no process with the
-    model can be started.
+    `seconds` says what a chunk may take, `model_of` which model it needs; `on_death` hears on which node the process
+    died, or was ended. Raises JobError if no process with the model can be started.
     """
 
     def __init__(
@@ -35,13 +35,16 @@ class RayIsolatedWorker:
         options: Mapping[str, Any],
         seconds: Callable[[int], float],
         model_of: Callable[[int], int],
+        on_death: Callable[[str], None],
     ) -> None:
         self._arguments = arguments
         self._model_of = model_of
         self._model = -1
         self._options = options
         self._seconds = seconds
+        self._on_death = on_death
         self._actor: Any = None
+        self._node = ""
         self.execution_class = ""
         """That of the process, asked when it was started."""
 
@@ -83,6 +86,7 @@ class RayIsolatedWorker:
             return ray.get(call, timeout=seconds + GRACE_SECONDS)
         except (ray.exceptions.GetTimeoutError, ray.exceptions.ActorDiedError, ray.exceptions.ActorUnavailableError):
             self.close()
+            self._on_death(self._node)
             error = OVERRAN if time.monotonic() - began >= seconds else DIED
             return ChunkResult(chunk=chunk, outcome="error", error=error, blame="chunk")
 
@@ -97,6 +101,7 @@ class RayIsolatedWorker:
             actor = ray.remote(WorkerProcess).options(max_restarts=0, **self._options).remote(own_code())
             try:
                 load = actor.load.remote(self._arguments, model)
+                self._node = ray.get(actor.node.remote(), timeout=START_SECONDS)
                 reason, self.execution_class, _ = ray.get(load, timeout=START_SECONDS)
             except ray.exceptions.RayError as error:
                 reason = describe_fault(error)

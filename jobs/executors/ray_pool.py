@@ -6,7 +6,6 @@ begun twice, or lost, costs work and nothing else: commit records are create-onl
 
 from __future__ import annotations
 
-import socket
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,6 +17,7 @@ from latentmill.jobs.code import own_code
 from latentmill.jobs.errors import JobError
 from latentmill.jobs.executors.faults import START_TRIES, Faults
 from latentmill.jobs.executors.pool import Pool
+from latentmill.jobs.executors.ray_cluster import no_process_text
 from latentmill.jobs.executors.ray_entry import FINISH, MODEL, THREADS, WorkerProcess
 from latentmill.jobs.executors.unloadable import Unloadable
 from latentmill.jobs.plans.plan import Plan
@@ -59,14 +59,14 @@ class _Worker:
     finishing: set[int] = field(default_factory=set)
 
     @property
-    def busy(self) -> bool:
-        return bool(self.chunks or self.finishing)
+    def held(self) -> int:
+        return len(self.chunks) + len(self.finishing)
 
 
 class RayPool:
     """The pool of one job. `worker_options` says what a worker asks of Ray, `nodes` what the cluster consists of.
 
-    `growing`: nodes may join, and get workers.
+    `growing`: nodes may join, and get workers. `on_look` is called about every second while it runs.
     """
 
     def __init__(
@@ -80,6 +80,7 @@ class RayPool:
         worker_options: Callable[[], Mapping[str, Any]],
         nodes: Callable[[], Sequence[Mapping[str, Any]]],
         growing: bool,
+        on_look: Callable[[], None],
     ) -> None:
         import ray
 
@@ -93,6 +94,7 @@ class RayPool:
         self._worker_options = worker_options
         self._nodes = nodes
         self._growing = growing
+        self._on_look = on_look
         self._workers: list[_Worker] = []
         self._calls: dict[Any, tuple[_Worker, str, int]] = {}
         self._todo: dict[int, deque[int]] = {}
@@ -109,14 +111,19 @@ class RayPool:
         self._stopping = False
 
     @property
-    def ready(self) -> int:
-        """Workers with their model loaded."""
-        return sum(worker.ready for worker in self._workers)
+    def ready(self) -> list[str]:
+        """The nodes of the workers with their model loaded: one entry a worker."""
+        return [worker.node for worker in self._workers if worker.ready]
 
     @property
-    def busy(self) -> bool:
-        """Whether a chunk is being sampled or finished."""
-        return any(worker.busy for worker in self._workers)
+    def in_flight(self) -> int:
+        """Chunks that workers have."""
+        return sum(worker.held for worker in self._workers)
+
+    @property
+    def queued(self) -> int:
+        """Chunks that no worker has yet."""
+        return sum(map(len, self._todo.values()))
 
     def stop(self) -> None:
         """No chunk is begun from now on; `run` ends when those under way are done. A signal's handler may call it."""
@@ -132,20 +139,21 @@ class RayPool:
             if not self._faults.is_suspect(chunk):
                 self._todo.setdefault(self._plan.model_of(chunk), deque()).append(chunk)
         failures = 0
-        while (self._n_todo or self.busy) and failures < HOPELESS + 2 * self._size.initial:
+        while (self.queued or self.in_flight) and failures < HOPELESS + 2 * self._size.initial:
             if self._stopping:
                 self._pass_on_the_stop()
             else:
                 self._set_aside()
                 self._keep_number()
                 self._hand_out(repair=repair)
+            self._on_look()
             for result in self._answers():
                 if result.outcome != "skipped":
                     yield result
                 failures = 0 if result.done else failures + (result.outcome == "error")
             self._kill_overdue()
             self._leave_out()
-        if self.busy:  # with every chunk failing, the runner should hear of it now
+        if self.in_flight:  # with every chunk failing, the runner should hear of it now
             self.close()
 
     def close(self) -> None:
@@ -159,14 +167,10 @@ class RayPool:
 
     def _pass_on_the_stop(self) -> None:
         """Workers skip what they have not begun."""
-        if self._n_todo:
+        if self.queued:
             self._todo.clear()
             for worker in self._workers:
                 worker.actor.stop.remote()
-
-    @property
-    def _n_todo(self) -> int:
-        return sum(map(len, self._todo.values()))
 
     def _set_aside(self) -> None:
         """Chunks of models that cannot be loaded wait for the end of the run."""
@@ -185,9 +189,9 @@ class RayPool:
                 self._ask_for_life(now - self._began)
         wanted = self._wanted - self._given_up
         if wanted <= 0 and not self._workers:
-            raise JobError(_no_process("they die before they answer"))
+            raise JobError(no_process_text("they die before they answer"))
         held = sum(len(worker.chunks) for worker in self._workers)
-        while len(self._workers) < min(wanted, self._n_todo + held):
+        while len(self._workers) < min(wanted, self.queued + held):
             self._start(_Worker(actor=None))
 
     def _start(self, worker: _Worker) -> None:
@@ -209,7 +213,7 @@ class RayPool:
             self._probe = self._process.options(num_cpus=0, scheduling_strategy=here).remote(own_code())
             self._calls[self._probe.node.remote()] = (_Worker(actor=self._probe), "probe", -1)
         elif seconds > START_SECONDS:
-            raise JobError(_no_process(f"none has answered within {START_SECONDS:g} s"))
+            raise JobError(no_process_text(f"none has answered within {START_SECONDS:g} s"))
 
     def _hand_out(self, *, repair: bool) -> None:
         """First to those with nothing to sample; a second one only if there is enough left for all.
@@ -224,7 +228,7 @@ class RayPool:
                 if todo and len(worker.chunks) == held and len(todo) > held * alike:
                     self._give(worker, self._todo[worker.model].popleft(), repair=repair)
         for worker in ready:
-            if self._n_todo and not worker.busy and not self._todo.get(worker.model):
+            if self.queued and not worker.held and not self._todo.get(worker.model):
                 self._load(worker)
 
     def _load(self, worker: _Worker) -> None:
@@ -325,6 +329,7 @@ class RayPool:
     def _bury(self, worker: _Worker) -> None:
         """A worker is dead, or out of reach: what it had begun may be at fault; all it had is to be done again."""
         self._dismiss(worker)
+        self._faults.note_death(worker.node)
         begun = {*list(worker.chunks)[:1], *worker.finishing}
         if begun or (worker.node and not worker.ready):
             self._faults.note_failure(worker.node, _DEAD)
@@ -388,10 +393,3 @@ class RayPool:
         if not self._size.fits(node for node in self._nodes() if node["NodeID"] not in unfit):
             reasons = "; ".join(sorted(set(unfit.values())))
             raise JobError(f"no node can work: {reasons}; correct it and run the same command again: it resumes")
-
-
-def _no_process(how: str) -> str:
-    return (
-        f"Ray could not start worker processes from {socket.gethostname()}: {how}; look for files that hide Python "
-        f"modules of their name (PYTHONPATH), and for free memory and disk"
-    )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Collection, Iterator, Mapping
 from functools import lru_cache
 from threading import Lock
@@ -19,13 +18,10 @@ from latentmill.jobs.exports.filters import parse_filter
 from latentmill.jobs.exports.spec import ExportSpec
 from latentmill.jobs.job import Job, open_job
 from latentmill.jobs.ledger.picture_store import LostPictureError
-from latentmill.jobs.manifests.fields import shorten
-from latentmill.jobs.outputs.publish import MAX_PART_BYTES, Part, Publication, standing_publication
+from latentmill.jobs.outputs.publish import MAX_PART_BYTES, Part, Publication, known_rows, standing_publication
 from latentmill.jobs.plans.planned import fingerprint
 from latentmill.jobs.scores.join import open_scores
 from latentmill.jobs.store.parquet import OversizeError, read_parquet
-
-_SAMPLE_ID = re.compile(r"\d{8,19}", re.ASCII)
 
 
 class Source:
@@ -64,16 +60,8 @@ class Source:
             first += part.rows
 
     def picture(self, row: Mapping[str, Any]) -> bytes:
-        """The file of a row's picture, which has the digest of the row. Raises JobError otherwise.
-
-        The row may be a stranger's: its sample_id becomes the name of a file, so it must be one that a job gives.
-        """
+        """The file of a row's picture, which has the digest of the row. Raises JobError otherwise."""
         storage = self.job.storage
-        if not _SAMPLE_ID.fullmatch(row["sample_id"] or "") or row["bytes"] is None:
-            raise JobError(
-                f"{storage.url}/dataset has a row that no job writes (sample_id {shorten(row['sample_id'])}); "
-                f"`latentmill verify {storage.url}` says what is wrong with it"
-            )
         try:
             return self.job.pictures.read_row(row)
         except LostPictureError as error:
@@ -87,7 +75,8 @@ class Source:
             data = self.job.storage.read(part.path, part.bytes)
             if hashlib.sha256(data).hexdigest() != part.sha256:
                 raise ValueError("it has not the sha256 that it was published with")
-            return self._scores.join(read_parquet(data, self._own.names, max_rows=part.rows, max_bytes=MAX_PART_BYTES))
+            rows = read_parquet(data, self._own.names, max_rows=part.rows, max_bytes=MAX_PART_BYTES)
+            return self._scores.join(known_rows(self.job, rows))
         except (FileNotFoundError, pa.ArrowException, OversizeError, ValueError, KeyError) as error:
             raise JobError(f"{part.path} in {url} is damaged: {error}; heal it by: latentmill repair {url}") from error
 

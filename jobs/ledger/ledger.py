@@ -28,6 +28,7 @@ from latentmill.jobs.ledger.records import (
     DamagedRecordError,
     WrongRepairError,
     decode_record,
+    strange_value,
 )
 from latentmill.jobs.spec import MAX_CHUNK
 from latentmill.jobs.store.errors import StorageError
@@ -244,6 +245,12 @@ class Ledger:
             raise DamagedRecordError(
                 f"{name} is not this chunk's: it says chunk {record.chunk}, repair {record.repair}, with "
                 f"{record.table.num_columns} columns; restore it from a copy"
+            )
+        strange = strange_value(record.table)
+        if strange is not None:
+            raise DamagedRecordError(
+                f"{name} has a row that no job writes ({strange}); restore it from a copy, or make the dataset again "
+                f"in a new --out"
             )
         return record
 

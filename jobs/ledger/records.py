@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 
 from latentmill.jobs.code import version_of
 from latentmill.jobs.errors import JobError
+from latentmill.jobs.manifests.fields import shorten
 from latentmill.jobs.plans.columns import STATUSES
 from latentmill.jobs.spec import MAX_CHUNK
 from latentmill.jobs.store.parquet import OversizeError, read_parquet
@@ -102,6 +103,34 @@ class CommitRecord:
             raise WrongRepairError("it repairs nothing: it has no rows, or rows that failed again")
         table = pa.concat_tables([self.table, repair.table]).take(pa.array(order)).combine_chunks()
         return replace(self, table=table, repaired_by=(*self.repaired_by, repair.attempt))
+
+
+_FILLED = ("row_id", "prompt", "negative_prompt", "seed", "width", "height", "num_inference_steps", "sampler", "status")
+_FINITE = ("guidance_scale", "eta", "strength")
+_SAMPLE_ID = r"^[0-9]{1,18}$"
+
+
+def strange_value(table: pa.Table) -> str | None:
+    """The first thing in rows that no job writes, of what all that read them rely on; None if there is none.
+
+    Anybody can write rows, and seal them. Other columns may hold anything of their type, or null.
+    """
+    here = set(table.column_names)
+    if "sample_id" in here:
+        ids = table.column("sample_id")
+        numbers = pc.match_substring_regex(ids, _SAMPLE_ID).fill_null(fill_value=False)
+        if not pc.all(numbers, min_count=0).as_py():
+            return f"sample_id {shorten(ids.filter(pc.invert(numbers))[0].as_py())}"
+    null = next((name for name in _FILLED if name in here and table.column(name).null_count), None)
+    if null is not None:
+        return f"{null} null"
+    return next(
+        (f"{name} that is no number" for name in _FINITE if name in here and not _is_finite(table.column(name))), None
+    )
+
+
+def _is_finite(column: pa.ChunkedArray) -> bool:
+    return not pa.types.is_floating(column.type) or pc.all(pc.is_finite(column)).as_py() is not False
 
 
 def count_statuses(table: pa.Table) -> dict[str, int]:

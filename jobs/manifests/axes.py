@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -101,14 +101,19 @@ def models_of(axes: Sequence[Axis]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(named))
 
 
-def joined_axis(dimension: Dimension) -> Axis:
-    """A dimension as one axis to be shown: names and values of axes that vary together are joined."""
+TOGETHER = " with "
+"""Between the names of axes that vary together."""
+
+
+def joined_axis(dimension: Dimension, named: Callable[[str, Value], str]) -> Axis:
+    """A dimension as one axis to be shown: of axes that vary together, names and `named` values are joined."""
     if len(dimension) == 1:
         return dimension[0]
-    values = zip(*(axis.values for axis in dimension), strict=True)
+    places = zip(*(axis.values for axis in dimension), strict=True)
+    names = [axis.name for axis in dimension]
     return Axis(
-        name=" with ".join(axis.name for axis in dimension),
-        values=tuple(" with ".join(map(str, together)) for together in values),
+        name=TOGETHER.join(names),
+        values=tuple(", ".join(map(named, names, place)) for place in places),
     )
 
 
@@ -166,5 +171,5 @@ def _check_distinct(dimension: Dimension) -> None:
     places = list(zip(*(axis.values for axis in dimension), strict=True))
     if len(set(places)) != len(places):
         twice = Counter(places).most_common(1)[0][0]
-        name, shown = " with ".join(axis.name for axis in dimension), ", ".join(map(shorten, twice))
+        name, shown = TOGETHER.join(axis.name for axis in dimension), ", ".join(map(shorten, twice))
         raise UsageError(f"sweep axis {name} has {shown} twice; give each value once")

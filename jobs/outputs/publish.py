@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 from latentmill.jobs.errors import JobError
 from latentmill.jobs.job import Job
 from latentmill.jobs.ledger.ledger import PER_FOLDER, LedgerListing
-from latentmill.jobs.ledger.records import CommitRecord, count_statuses
+from latentmill.jobs.ledger.records import CommitRecord, count_statuses, strange_value
 from latentmill.jobs.outputs.captions import CAPTIONS_NAME, CARD, CARD_PATH, CaptionShelf, Fetch, encode_captions
 from latentmill.jobs.outputs.merge import merged_tables
 from latentmill.jobs.plans.columns import STATUSES
@@ -136,11 +136,23 @@ def load_publication(job: Job) -> Publication | None:
     return publication if publication.plan_hash == job.plan.plan_hash else None
 
 
+def known_rows(job: Job, table: pa.Table) -> pa.Table:
+    """The rows of a published part. Raises JobError if they are none that a job writes."""
+    strange = strange_value(table)
+    if strange is not None:
+        url = job.storage.url
+        raise JobError(
+            f"{url}/dataset has a row that no job writes ({strange}); `latentmill verify {url}` says what is wrong "
+            f"with it"
+        )
+    return table
+
+
 def read_columns(job: Job, part: Part, columns: Sequence[str]) -> pa.Table:
     """Some columns of a part. Raises FileNotFoundError if it is gone, JobError if it is not as it was published."""
     try:
         data = job.storage.read(part.path, part.bytes)
-        return read_parquet(data, columns, max_rows=part.rows, max_bytes=MAX_PART_BYTES)
+        return known_rows(job, read_parquet(data, columns, max_rows=part.rows, max_bytes=MAX_PART_BYTES))
     except (pa.ArrowException, KeyError, OversizeError) as error:
         raise JobError(
             f"{part.path} in {job.storage.url} is damaged: {error}; heal it by: latentmill repair {job.storage.url}"

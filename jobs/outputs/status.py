@@ -10,6 +10,9 @@ import numpy as np
 
 from latentmill.jobs.errors import JobError
 from latentmill.jobs.job import open_job
+from latentmill.jobs.ledger.commit_times import CommitTimes
+from latentmill.jobs.outputs.making import Making, how_made
+from latentmill.jobs.outputs.pace import Pace
 from latentmill.jobs.outputs.publish import standing_publication
 from latentmill.jobs.plans.columns import STATUSES
 
@@ -29,6 +32,11 @@ class StatusReport:
     """Repair records, which `run --retry-failed` made; the counts include them."""
     published: bool
     counts: dict[str, int] | None
+    samples_committed: int
+    making: Making | None = None
+    """How a published dataset was made."""
+    pace: Pace | None = None
+    """How fast it is going on, of a job that is watched."""
 
     @property
     def state(self) -> str:
@@ -41,23 +49,27 @@ class StatusReport:
 
     def to_dict(self) -> dict[str, Any]:
         """For `--json`."""
-        return {"state": self.state, **asdict(self)}
+        found = {name: value for name, value in asdict(self).items() if value is not None or name == "counts"}
+        return {"state": self.state, **found}
 
 
 def status(out_url: str, *, deep: bool = False) -> StatusReport:
     """Where the job in an output stands. Lists the ledger; `deep` also reads every record.
 
-    Raises UsageError if the output has no plan.
+    Of a published dataset, it also reads some records to say how it was made. Raises UsageError if the output has no
+    plan.
     """
     job = open_job(out_url)
-    listing = job.ledger.listing()
+    commits = CommitTimes(job.storage, job.plan.n_chunks)
+    commits.look()
+    committed, repairs = commits.committed, commits.repairs
     publication = standing_publication(job)
     counts = None if publication is None else publication.counts
     if deep and counts is None:
         counts = dict.fromkeys(STATUSES, 0)
-        chunks: list[int] = np.flatnonzero(listing.committed).tolist()
+        chunks: list[int] = np.flatnonzero(committed).tolist()
         with ThreadPoolExecutor(16) as pool:
-            for record in pool.map(job.ledger.effective, chunks, [listing.repairs.get(chunk, 0) for chunk in chunks]):
+            for record in pool.map(job.ledger.effective, chunks, [repairs.get(chunk, 0) for chunk in chunks]):
                 if record is None:
                     raise JobError(f"a commit record vanished from {job.storage.url} while it was read")
                 for name, count in record.counts().items():
@@ -69,8 +81,10 @@ def status(out_url: str, *, deep: bool = False) -> StatusReport:
         rejected_rows=job.plan.n_rejected,
         samples=job.plan.n_samples,
         chunks=job.plan.n_chunks,
-        chunks_committed=int(listing.committed.sum()),
-        repairs=listing.n_repairs,
+        chunks_committed=int(committed.sum()),
+        repairs=sum(repairs.values()),
         published=publication is not None,
         counts=counts,
+        samples_committed=job.plan.samples_in_chunks(committed),
+        making=None if publication is None else how_made(job, publication, commits),
     )

@@ -219,6 +219,11 @@ class Plan:
         return {name: scale for name, scale in self.model.lora_scales.items() if name not in swept}
 
     @property
+    def seeds_follow_places(self) -> bool:
+        """Whether neither an axis nor a column of the rows names seeds, so that they follow from samples' places."""
+        return "seed" not in {*(axis.name for axis in self.axes), *self._document["manifest"]["own"]}
+
+    @property
     def n_samples(self) -> int:
         """All samples of the job."""
         return self.grid.n_samples

@@ -10,7 +10,8 @@ from latentmill.jobs.show.display import print_facts, print_table, safe, size
 from latentmill.jobs.terminal import print_line
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
+    from typing import Any
 
     from latentmill.jobs.compare.compare import Pair
     from latentmill.jobs.credentials import Credentials
@@ -31,6 +32,7 @@ _PAIRS_SHOWN = 20
 _VALUES_SHOWN = 8
 _GLYPHS_SHOWN = 8
 _PROMPT_SHOWN = 100
+_PARAMETER_SHOWN = 24
 
 
 def show_verify(report: VerifyReport) -> None:
@@ -187,6 +189,8 @@ def _show_duplicates(found: Duplicates) -> None:
 
 def show_comparison(shown: ShownComparison) -> None:
     """What is the same and what is not, and what changed most."""
+    from latentmill.jobs.compare.compare import ASKED
+
     found = shown.found
     facts: dict[str, object] = {
         "before": found.before.url,
@@ -211,20 +215,33 @@ def show_comparison(shown: ShownComparison) -> None:
         print_table(
             f"changed (first {len(pairs)} of {found.changed:,})", columns, [_pair_cells(pair) for pair in pairs]
         )
+    alone = (*found.added_rows, *found.removed_rows)
+    telling = [name for name in ASKED if "prompt" not in name and len({row[name] for row in alone}) > 1]
     for title, rows, total in (
         ("new", found.added_rows, found.added),
         ("gone", found.removed_rows, found.removed),
     ):
-        cells = [[row["sample_id"], row["row_id"], safe(row["prompt"], _PROMPT_SHOWN)] for row in rows[:_PAIRS_SHOWN]]
+        cells = [
+            [row["sample_id"], row["row_id"], *(_parameter(row[name]) for name in telling), _prompt(row)]
+            for row in rows[:_PAIRS_SHOWN]
+        ]
         if cells:
-            print_table(f"{title} (first {len(cells)} of {total:,})", ["sample", "row", "prompt"], cells)
+            print_table(f"{title} (first {len(cells)} of {total:,})", ["sample", "row", *telling, "prompt"], cells)
+
+
+def _parameter(value: object) -> str:
+    return f"{value:g}" if isinstance(value, float) else safe("" if value is None else str(value), _PARAMETER_SHOWN)
+
+
+def _prompt(row: Mapping[str, Any]) -> str:
+    return safe(row["prompt"], _PROMPT_SHOWN)
 
 
 def _pair_cells(pair: Pair) -> list[object]:
     one, other, apart = pair.before, pair.after, pair.distance
     status = other["status"] if one["status"] == other["status"] else f"{one['status']} -> {other['status']}"
     shown = ("-", "-") if apart is None else (f"{apart.perceptual:.4f}", f"{apart.pixel:.2f}")
-    return [one["sample_id"], other["sample_id"], *shown, status, safe(other["prompt"], _PROMPT_SHOWN)]
+    return [one["sample_id"], other["sample_id"], *shown, status, _prompt(other)]
 
 
 def show_export(summary: ExportSummary) -> None:

@@ -10,6 +10,7 @@ import time
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, Self, TextIO
 
@@ -30,6 +31,9 @@ if TYPE_CHECKING:
 
 PLAIN_EVERY = 10.0
 """Seconds between two progress lines without a terminal."""
+
+_LEAST_SHOWN = 0.01
+"""Stages that are less busy are not named, but for the slowest one."""
 
 _HIDDEN = frozenset(["Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"])
 """Unicode categories that control a terminal, change the order of text, or are invisible."""
@@ -55,7 +59,16 @@ def _spelled(character: str) -> str:
 
 def print_json(value: Any) -> None:
     """Print JSON; everything but ASCII is escaped, so no value can control a terminal."""
-    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=True, default=str).replace("\x7f", "\\u007f") + "\n")
+    sys.stdout.write(_harmless_json(value, indent=2) + "\n")
+
+
+def json_line(value: Any) -> str:
+    """The same as one line."""
+    return _harmless_json(value, indent=None)
+
+
+def _harmless_json(value: Any, *, indent: int | None) -> str:
+    return json.dumps(value, indent=indent, ensure_ascii=True, default=str).replace("\x7f", "\\u007f")
 
 
 def print_untrusted(text: str) -> None:
@@ -88,6 +101,14 @@ def print_facts(title: str, facts: Mapping[str, object], *, style: str = "green"
     for name, value in facts.items():
         grid.add_row(Text(safe(name)), Text(safe(value)))
     console.print(Panel(grid, title=Text(safe(title)), title_align="left", border_style=style, expand=False))
+
+
+def print_summary(title: str, facts: Mapping[str, object], *, style: str = "green") -> None:
+    """The same without a frame anywhere, to be pasted into a chat or an issue."""
+    console = Console(soft_wrap=True, highlight=False, markup=False, emoji=False)
+    console.print(Text(safe(title), style=f"bold {style}"))
+    for name, value in facts.items():
+        console.print(Text.assemble("  ", (f"{name}:", "bold"), f" {safe(value)}"))
 
 
 def duration(seconds: float | None) -> str:
@@ -132,10 +153,18 @@ class ProgressView(Protocol):
 
 
 def progress_detail(progress: Progress) -> str:
-    """Rate, time left, flagged, failed, actors of a run."""
+    """Rate, time left by now, flagged, failed, actors of a run, and how busy its stages are, the slowest one first.
+
+    A narrow terminal cuts it at the end, where the least matters.
+    """
+    busy = ", ".join(
+        f"{stage} {speed.busy:.0%}"
+        for number, (stage, speed) in enumerate(progress.stages.items())
+        if number == 0 or speed.busy >= _LEAST_SHOWN
+    )
     return (
-        f"{progress.images_per_second:.2f} img/s, ETA {duration(progress.eta_seconds)}, "
-        f"{progress.flagged} flagged, {progress.failed} failed, {progress.actors} actors"
+        f"{progress.images_per_second:.2f} img/s, ETA {duration(progress.eta_at(time.monotonic()))}, "
+        f"{progress.flagged} flagged, {progress.failed} failed, {progress.actors} actors{busy and '; busy: '}{busy}"
     )
 
 
@@ -166,12 +195,12 @@ def progress_view(
 
 
 class _BarWithDetail(RichBar):
-    detail = ""
+    detail: Callable[[], str] = staticmethod(lambda: "")
 
     def get_renderables(self) -> Iterator[RenderableType]:
-        """The bar, then the detail."""
+        """The bar, then the detail as it is now."""
         yield self.make_tasks_table(self.tasks)
-        yield Text(f"  {self.detail}", style="dim", no_wrap=True, overflow="ellipsis")
+        yield Text(f"  {self.detail()}", style="dim", no_wrap=True, overflow="ellipsis")
 
 
 class BarView:
@@ -207,7 +236,7 @@ class BarView:
         """Draw this state."""
         if progress.phase != self._phase:
             self._phase, self._stage = progress.phase, ""
-        self._bar.detail = self._detail(progress)
+        self._bar.detail = partial(self._detail, progress)
         self._bar.update(self._task, description=self._label(), completed=progress.done, total=progress.total)
 
     def stage(self, text: str) -> None:

@@ -32,9 +32,12 @@ def _refuse_usage(error: Any) -> NoReturn:
     """Usage that Click refuses, with the flag that was meant where the table of aliases knows it."""
     from typer.rich_utils import rich_format_error
 
+    from latentmill.jobs.show.events import tell_error
+
     if isinstance(error, _click_errors.NoSuchOption) and error.ctx is not None:
         _say_what_was_meant(error)
-    rich_format_error(error)
+    if not tell_error(error.format_message(), error.exit_code):
+        rich_format_error(error)
     _print_json_error(error.format_message(), error.exit_code)
     sys.exit(error.exit_code)
 
@@ -62,10 +65,12 @@ def _say_what_was_meant(error: Any) -> None:
 
 def _complain(text: str, exit_code: int) -> NoReturn:
     from latentmill.jobs.show.display import safe
+    from latentmill.jobs.show.events import tell_error
     from latentmill.jobs.terminal import print_line
 
     line = " ".join(text.split())
-    print_line(f"error: {safe(line)}", error=True)
+    if not tell_error(line, exit_code):
+        print_line(f"error: {safe(line)}", error=True)
     _print_json_error(line, exit_code)
     sys.exit(exit_code)
 

@@ -18,7 +18,7 @@ from latentmill.jobs.manifests.axes import joined_axis
 from latentmill.jobs.outputs.publish import Publication, load_publication, read_columns
 from latentmill.jobs.show.fonts import Lettering
 from latentmill.jobs.show.gallery import REPORT_PREFIX, CommittedRows, Gallery, GallerySummary, PublishedRows
-from latentmill.jobs.show.sheet_pages import PICTURE_FIELDS, plan_sheets
+from latentmill.jobs.show.sheet_pages import PICTURE_FIELDS, named, plan_sheets
 from latentmill.jobs.show.sheets import Sheet, draw_sheet
 from latentmill.jobs.store.errors import StorageError
 
@@ -136,7 +136,7 @@ def _draw_sheets(
     rows = _rows(job, publication)
     sheets: list[Sheet] = []
     if max_sheets:
-        axes = tuple(map(joined_axis, job.plan.shown_dimensions))
+        axes = tuple(joined_axis(dimension, named) for dimension in job.plan.shown_dimensions)
         sheets = plan_sheets(rows, job.plan.images_per_row(), axes, max_sheets, lettering)
     paths = tuple(f"{REPORT_PREFIX}/sheet-{number:04d}.png" for number in range(1, len(sheets) + 1))
     unreadable: set[str] = set()

@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from latentmill.jobs.manifests.axes import Axis
+from latentmill.jobs.manifests.axes import TOGETHER, Axis
+from latentmill.jobs.manifests.loras import lora_of_axis
 from latentmill.jobs.show.fonts import Lettering
 from latentmill.jobs.show.sheets import CAPTION_SIZE, TILE, TITLE_SIZE, Cell, Sheet, wrap
 
@@ -171,7 +172,7 @@ def _cell(row: Mapping[str, Any], axes: Sequence[Axis], caption: tuple[str, ...]
 
 def _gives_prompts(axis: Axis) -> bool:
     """Whether prompts differ along the axis, so that no one of them is a title."""
-    return any(name.startswith("prompt") for name in axis.name.split(" with "))
+    return any(name.startswith("prompt") for name in axis.name.split(TOGETHER))
 
 
 def _headers(axis: Axis, page: int, per_page: int) -> tuple[str, ...]:
@@ -179,8 +180,13 @@ def _headers(axis: Axis, page: int, per_page: int) -> tuple[str, ...]:
 
 
 def _label(axis: Axis, value: Any) -> str:
+    return str(value) if TOGETHER in axis.name else named(axis.name, value)
+
+
+def named(name: str, value: Any) -> str:
+    """A value of an axis as headers say it, by the axis's short name."""
     shown = f"{value:g}" if isinstance(value, float) else str(value)[:_TEXT_LIMIT]
-    return f"{_NAMES.get(axis.name, axis.name)} {shown}"
+    return f"{_NAMES.get(name, lora_of_axis(name) or name)} {shown}"
 
 
 def _clip(text: str) -> str:

@@ -7,17 +7,27 @@ import sys
 from typing import TYPE_CHECKING
 
 from latentmill.jobs.manifests.fields import shorten
-from latentmill.jobs.show.display import duration, print_facts, print_table, print_untrusted, safe, size
+from latentmill.jobs.show.display import (
+    duration,
+    print_facts,
+    print_summary,
+    print_table,
+    print_untrusted,
+    safe,
+    size,
+)
 from latentmill.jobs.terminal import print_line
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from latentmill.jobs.models.presets import ModelPreset
+    from latentmill.jobs.outputs.making import Making
     from latentmill.jobs.outputs.status import StatusReport
     from latentmill.jobs.plans.summary import Estimate, PlanSummary
     from latentmill.jobs.reuse_preview import ReusePreview
     from latentmill.jobs.runner import RunSummary
+    from latentmill.jobs.stages import Stage
     from latentmill.jobs.submission.api import JobInfo
     from latentmill.jobs.submission.submission import JobStatus, Submission
 
@@ -146,9 +156,9 @@ def _flags_of_a_run(typed: Sequence[str]) -> list[str]:
     kept: list[str] = []
     words = iter(typed)
     for word in words:
-        if word in {"--rate-from", "--gpu-hour-price"}:
+        if word == "--rate-from":
             next(words, None)
-        elif word != "--measure" and not word.startswith(("--rate-from=", "--gpu-hour-price=")):
+        elif word != "--measure" and not word.startswith("--rate-from="):
             kept.append(word)
     return kept
 
@@ -163,7 +173,7 @@ def _reuse_facts(reuse: ReusePreview) -> dict[str, object]:
 
 
 def show_run(summary: RunSummary) -> None:
-    """How the run ended, where its files are, and what to type next."""
+    """How the run ended, in a block to paste: what was made, how fast, where it is, and what to type next."""
     counts = summary.counts
     done = counts is not None
     facts: dict[str, object] = {
@@ -178,29 +188,24 @@ def show_run(summary: RunSummary) -> None:
     )
     if summary.reused:
         facts["reused"] = f"{summary.reused:,} images of other outputs: see the rows' reused_from"
+    facts |= _stage_facts(summary.stage_seconds)
+    if summary.cost is not None:
+        facts["cost"] = _cost(summary.cost, summary.gpu_seconds)
     facts["executor"] = summary.executor
     if summary.left_out:
         facts["left out"] = "; ".join(summary.left_out)
+    if summary.execution_classes:
+        facts["classes"] = "; ".join(summary.execution_classes)
     facts["images"] = f"{summary.out}/images"
     if done:
-        facts["dataset"] = f"{summary.out}/dataset"
-        if summary.failures:
-            facts["failed only"] = retry_command()
-        if len(summary.execution_classes) > 1:
-            facts["bits"] = f"of {len(summary.execution_classes)} execution classes: see the rows' execution_class"
-        if summary.latest is not None:
-            facts["latest"] = f"{summary.latest.pointer}, at {summary.latest.date}"
-        out = shlex.quote(summary.out)
-        facts["next"] = f"latentmill verify {out}   or   {summary.next_command}"
-        if not summary.generated and not summary.reused:
-            facts["pictures"] = f"not read again by this run; if one is damaged: latentmill repair {out}"
+        facts |= _where_a_dataset_is(summary)
     elif summary.exit_code == 130:
         facts["resume"] = resume_command()
     else:
         facts["next"] = f"{summary.next_command}   the run that ends last publishes"
     unfinished = "interrupted" if summary.exit_code == 130 else f"shard {summary.shard} is done, others are not"
     title = "finished" if summary.exit_code == 0 else "finished with failed samples" if done else unfinished
-    print_facts(title, facts, style="green" if summary.exit_code == 0 else "yellow")
+    print_summary(title, facts, style="green" if summary.exit_code == 0 else "yellow")
     if summary.failures and counts is not None:
         rows = [
             [row.sample_id, row.row_id, safe(row.prompt, _PROMPT_SHOWN), safe(row.error, _ERROR_SHOWN)]
@@ -208,6 +213,33 @@ def show_run(summary: RunSummary) -> None:
         ]
         title = f"failed samples (first {len(rows)} of {counts['failed']:,})"
         print_table(title, ["sample", "row", "prompt", "why"], rows)
+
+
+def _where_a_dataset_is(summary: RunSummary) -> dict[str, object]:
+    facts: dict[str, object] = {"dataset": f"{summary.out}/dataset"}
+    if summary.failures:
+        facts["failed only"] = retry_command()
+    if len(summary.execution_classes) > 1:
+        facts["bits"] = f"of {len(summary.execution_classes)} execution classes: see the rows' execution_class"
+    if summary.latest is not None:
+        facts["latest"] = f"{summary.latest.pointer}, at {summary.latest.date}"
+    out = shlex.quote(summary.out)
+    facts["next"] = f"latentmill verify {out}   or   {summary.next_command}"
+    if not summary.generated and not summary.reused:
+        facts["pictures"] = f"not read again by this run; if one is damaged: latentmill repair {out}"
+    return facts
+
+
+def _stage_facts(stage_seconds: Mapping[Stage, float]) -> dict[str, object]:
+    """Seconds of all workers by stage."""
+    if not stage_seconds:
+        return {}
+    shown = ", ".join(f"{stage} {seconds:,.1f} s" for stage, seconds in stage_seconds.items())
+    return {"stages": f"{shown}; slowest: {next(iter(stage_seconds))}"}
+
+
+def _cost(cost: float, gpu_seconds: float) -> str:
+    return f"about {cost:,.2f} for {duration(gpu_seconds)} of GPU time"
 
 
 def resume_command() -> str:
@@ -221,8 +253,8 @@ def retry_command() -> str:
     return shlex.join(["latentmill", *typed, *([] if "--retry-failed" in typed else ["--retry-failed"])])
 
 
-def show_status(report: StatusReport) -> None:
-    """The progress of a job."""
+def show_status(report: StatusReport, price: float | None = None) -> None:
+    """The progress of a job, or how its dataset was made."""
     facts: dict[str, object] = {
         "state": report.state,
         "chunks": f"{report.chunks_committed:,} of {report.chunks:,} committed",
@@ -235,13 +267,33 @@ def show_status(report: StatusReport) -> None:
     }
     if report.repairs:
         facts["repairs"] = f"{report.repairs:,} repair records in the ledger"
-    print_facts(report.out, facts, style="green" if report.published else "yellow")
+    if report.making is None:
+        print_facts(report.out, facts, style="green" if report.published else "yellow")
+        return
+    facts |= _making_facts(report.making, price)
+    out = shlex.quote(report.out)
+    facts["next"] = f"latentmill verify {out}   or   latentmill report {out}"
+    print_summary(report.out, facts)
 
 
-def show_job_status(status: JobStatus) -> None:
+def _making_facts(making: Making, price: float | None) -> dict[str, object]:
+    speed = "" if making.images_per_second is None else f", {making.images_per_second:.2f} images/s"
+    pauses = f", without {making.pauses} pause{'' if making.pauses == 1 else 's'}" if making.pauses else ""
+    facts: dict[str, object] = {"made in": f"{duration(making.seconds)} ({making.seconds:.1f} s){pauses}{speed}"}
+    facts |= _stage_facts(making.stage_seconds)
+    if price is not None and making.worker_seconds is not None:
+        facts["cost"] = _cost(making.worker_seconds / 3600 * price, making.worker_seconds)
+    if 0 < making.records_read < making.records and "stages" in facts:
+        facts["stages"] = f"{facts['stages']} (by {making.records_read:,} of {making.records:,} chunks)"
+    if making.execution_classes:
+        facts["classes"] = "; ".join(making.execution_classes)
+    return facts
+
+
+def show_job_status(status: JobStatus, price: float | None = None) -> None:
     """The progress of a job in its output, and its state on its cluster."""
     if status.report is not None:
-        show_status(status.report)
+        show_status(status.report, price)
     if status.job is not None:
         _show_job(status.job, {})
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from datetime import datetime
 from pathlib import PurePosixPath
 from typing import Any, Protocol
 
@@ -19,6 +20,9 @@ _CONTENT_TYPES = {
 }
 """What a browser must be told of an object, or it saves the page in place of showing it."""
 
+_MODIFIED = ("LastModified", "last_modified", "mtime", "created")
+"""What clients call the time at which an object was written: of S3, Azure, GCS, and memory."""
+
 
 class Backend(Protocol):
     """Calls as the store makes them: one try each, its own exceptions, FileNotFoundError for a missing key.
@@ -33,6 +37,8 @@ class Backend(Protocol):
     def size(self, path: str) -> int: ...
     def list(self, prefix: str) -> Iterator[tuple[str, int]]: ...
     def list_hidden(self, prefix: str) -> Iterator[tuple[str, int]]: ...
+    def list_modified(self, prefix: str) -> Iterator[tuple[str, float]]: ...
+    def folders(self, prefix: str) -> Iterator[str]: ...
     def modified(self, path: str) -> float: ...
     def delete(self, path: str) -> None: ...
 
@@ -94,6 +100,23 @@ class ObjectStore:
         for path, info in self._find(prefix):
             if path.rpartition("/")[2].startswith("."):
                 yield path, int(info["size"])
+
+    def list_modified(self, prefix: str) -> Iterator[tuple[str, float]]:
+        for path, info in self._find(prefix):
+            if not any(part.startswith(".") for part in path.split("/")):
+                moment = next((info[name] for name in _MODIFIED if info.get(name)), None)
+                if moment is None:  # a store whose listings do not tell
+                    moment = self._fs.modified(self._full(path))
+                yield path, float(moment.timestamp() if isinstance(moment, datetime) else moment)
+
+    def folders(self, prefix: str) -> Iterator[str]:
+        try:
+            entries = self._fs.ls(self._full(prefix), detail=True)
+        except FileNotFoundError:
+            return
+        for entry in entries:
+            if entry["type"] == "directory":
+                yield entry["name"].rstrip("/").rpartition("/")[2]
 
     def modified(self, path: str) -> float:
         modified: float = self._fs.modified(self._full(path)).timestamp()

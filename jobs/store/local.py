@@ -104,10 +104,21 @@ class LocalFolder:
         return self._regular(path, status).st_size
 
     def list(self, prefix: str) -> Iterator[tuple[str, int]]:
-        return self._walk(prefix, hidden=False)
+        return ((path, status.st_size) for path, status in self._walk(prefix, hidden=False))
 
     def list_hidden(self, prefix: str) -> Iterator[tuple[str, int]]:
-        return self._walk(prefix, hidden=True)
+        return ((path, status.st_size) for path, status in self._walk(prefix, hidden=True))
+
+    def list_modified(self, prefix: str) -> Iterator[tuple[str, float]]:
+        return ((path, status.st_mtime) for path, status in self._walk(prefix, hidden=False))
+
+    def folders(self, prefix: str) -> Iterator[str]:
+        with (
+            contextlib.suppress(FileNotFoundError),
+            self._folder(prefix.split("/")) as handle,
+            os.scandir(handle) as entries,
+        ):
+            yield from (entry.name for entry in entries if entry.is_dir(follow_symlinks=False))
 
     def modified(self, path: str) -> float:
         return self._look_up(path).st_mtime
@@ -119,7 +130,7 @@ class LocalFolder:
         except FileNotFoundError:
             return
 
-    def _walk(self, prefix: str, *, hidden: bool) -> Iterator[tuple[str, int]]:
+    def _walk(self, prefix: str, *, hidden: bool) -> Iterator[tuple[str, os.stat_result]]:
         """The paths of everything below a folder except folders; links and pipes included."""
         folders = [prefix]
         while folders:
@@ -137,7 +148,7 @@ class LocalFolder:
                             with contextlib.suppress(
                                 FileNotFoundError
                             ):  # a temporary file that was just renamed or removed
-                                found.append((path, entry.stat(follow_symlinks=False).st_size))
+                                found.append((path, entry.stat(follow_symlinks=False)))
             except FileNotFoundError:
                 continue
             yield from found

@@ -11,7 +11,7 @@ import random
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import TypeVar
 
@@ -148,6 +148,14 @@ class Storage:
     def list_hidden(self, prefix: str) -> Iterator[tuple[str, int]]:
         """Path and size of what `list` skips under a folder: objects whose names begin with a dot."""
         yield from self._patiently("list", prefix, lambda: list(self._backend.list_hidden(prefix)))
+
+    def list_modified(self, prefix: str) -> Iterator[tuple[str, float]]:
+        """What `list` has, with the time at which each was last written, as `modified` says it."""
+        yield from self._patiently("list", prefix, lambda: list(self._backend.list_modified(prefix)))
+
+    def folders(self, prefix: str) -> Sequence[str]:
+        """The names of the folders in a folder, in any order; of a bucket, by one request for a thousand of them."""
+        return self._patiently("list", prefix, lambda: list(self._backend.folders(prefix)))
 
     def modified(self, path: str) -> float:
         """When the object was last written, in seconds since 1970 by the store's clock."""

@@ -149,10 +149,19 @@ def find_job(target: str, address: str | None = None) -> JobPlace:
 
 
 def job_status(
-    target: str, *, deep: bool = False, address: str | None = None, api: Callable[..., JobsApi] | None = None
+    target: str,
+    *,
+    deep: bool = False,
+    address: str | None = None,
+    api: Callable[..., JobsApi] | None = None,
+    read: Callable[[str], StatusReport] | None = None,
 ) -> JobStatus:
-    """How far a job is: its output's own answer, and the state on its cluster if there is one that answers soon."""
+    """How far a job is: its output's own answer, and the state on its cluster if there is one that answers soon.
+
+    `read` looks at the output in place of `status`, for who has looked at it before.
+    """
     ask = api or _api
+    look = read or (lambda out: output_status(out, deep=deep))
     if JOB_ID.fullmatch(target):
         info = _info(find_job(target, address), ask)
         info = _with_cancel(info, _output(info.out))
@@ -160,11 +169,11 @@ def job_status(
         report = None
         if out is not None:
             with contextlib.suppress(UsageError):  # not planned yet, or an output that only the cluster can see
-                report = output_status(out, deep=deep)
+                report = look(out)
         return JobStatus(report=report, job=info)
     newest = newest_record(target)
     if newest is None:
-        return JobStatus(report=output_status(target, deep=deep), job=None)
+        return JobStatus(report=look(target), job=None)
     job_id, recorded = newest
     try:
         info = _info(find_job(target, address), lambda place: ask(place, seconds=STATUS_SECONDS))
@@ -173,9 +182,9 @@ def job_status(
     info = _with_cancel(info, _output(target))
     report = None
     if info.state not in {"pending", "running", "stopping", "failed"}:
-        return JobStatus(report=output_status(target, deep=deep), job=info)
+        return JobStatus(report=look(target), job=info)
     with contextlib.suppress(UsageError):  # the driver has not planned yet, or could not
-        report = output_status(target, deep=deep)
+        report = look(target)
     return JobStatus(report=report, job=info)
 
 

@@ -164,6 +164,8 @@ def test_a_sweep_of_two_axes_begins_as_a_grid_and_its_pages_are_turned(open_page
     page.keyboard.press("]")
     expect(page.locator("#page option:checked")).to_have_text("nsfw poison dog")
     assert shown(page) == list(range(12, 24))
+    page.keyboard.press("[")
+    expect(page.locator("#page option:checked")).to_have_text("a cat")
     page.locator("#axis-z").select_option("")
     expect(page.locator(".more").first).to_have_text("+2")
     page.locator("#axis-x").select_option("prompt")
@@ -459,6 +461,8 @@ def test_five_thousand_rows_are_as_quick_as_fifty(open_page: Open, large: Path):
     page = open_page(page_of(large))
     count(page, "5,000 samples")
     assert page.locator(".tile").count() < 80
+    axes = page.locator("#axis-x option").evaluate_all("options => options.map(option => option.value)")
+    assert axes == [""], "each column has one value, or more than a thousand"
     page.locator("#scroller").evaluate("element => element.scrollTo(0, element.scrollHeight)")
     expect(page.locator(".tile[data-index='4999']")).to_be_attached()
     assert page.locator(".tile").count() < 80

@@ -123,7 +123,7 @@ def in_shards(folder: Path, place: Path) -> Path:
     return place
 
 
-def write_sd3(folder: Path, *, has_t5: bool = True, **transformer: Any) -> Path:
+def write_sd3(folder: Path, *, has_t5: bool = True, channels: int = 4, **transformer: Any) -> Path:
     """`transformer` changes its config: 3.5 has norms of queries and keys, its medium size dual attention."""
     torch.manual_seed(1)
     tokenizer, tokenizer_2, tokenizer_3 = byte_tokenizer(), byte_tokenizer(), t5_tokenizer()
@@ -133,7 +133,7 @@ def write_sd3(folder: Path, *, has_t5: bool = True, **transformer: Any) -> Path:
     torch.nn.init.eye_(encoder.text_projection.weight)
     StableDiffusion3Pipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-        vae=vae(4),
+        vae=vae(channels),
         text_encoder=encoder,
         tokenizer=tokenizer,
         text_encoder_2=clip(tokenizer, CLIPTextModelWithProjection, hidden_act="gelu"),
@@ -143,14 +143,14 @@ def write_sd3(folder: Path, *, has_t5: bool = True, **transformer: Any) -> Path:
         transformer=SD3Transformer2DModel(
             sample_size=16,
             patch_size=2,
-            in_channels=4,
+            in_channels=channels,
             num_layers=3,
             attention_head_dim=64,
             num_attention_heads=1,
             joint_attention_dim=128,
             caption_projection_dim=64,
             pooled_projection_dim=128,
-            out_channels=4,
+            out_channels=channels,
             pos_embed_max_size=16,
             **transformer,
         ).eval(),

@@ -60,11 +60,17 @@ def rows_for(name: str, **changes: Any) -> list[GenerationRequest]:
     return [dataclasses.replace(row, negative_prompt="ugly" * (row.seed % 2)) for row in rows]
 
 
-def reference(folder: Path, rows: list[GenerationRequest], sampler: str = "euler") -> np.ndarray:
-    """The library's pipeline of the folder, called as its documentation says."""
+def reference(
+    folder: Path,
+    rows: list[GenerationRequest],
+    sampler: str = "euler",
+    change: Callable[[DiffusionPipeline], None] = lambda _: None,
+) -> np.ndarray:
+    """The library's pipeline of the folder, called as its documentation says; `change` is made of it before."""
     left_out = {"text_encoder_3": None, "tokenizer_3": None} if "without" in folder.name else {}
     pipeline = DiffusionPipeline.from_pretrained(folder, **left_out)
     pipeline.set_progress_bar_config(disable=True)
+    change(pipeline)
     if sampler == "dpmpp_2m":
         shift = pipeline.scheduler.config.shift
         pipeline.scheduler = DPMSolverMultistepScheduler.from_config(

@@ -31,7 +31,6 @@ from latentmill.jobs.plans.plan import draft_plan
 from latentmill.jobs.recipe import recipe_of
 from latentmill.jobs.spec import JobSpec
 from latentmill.jobs.worker import load_engine
-from tests.engine.diffusers_models import write_sd3
 from tests.jobs.driver import job_spec, run
 
 Rows = list[dict[str, Any]]
@@ -155,19 +154,13 @@ def test_rows_start_from_images_with_each_model_and_are_made_again_together(tiny
     assert {sample.outcome for sample in again.samples} == {"identical"}
 
 
-@pytest.mark.parametrize("kind", ["flow matching", "previews"])
-def test_models_that_draw_from_prompts_alone_are_refused_before_the_job(kind, tiny_model, write, tmp_path):
+def test_a_decoder_for_previews_encodes_no_image_and_is_refused_before_the_job(tiny_model, write, tmp_path):
     (tmp_path / "a.png").write_bytes(png())
-    if kind == "previews":
-        config = AutoencoderTiny(encoder_block_out_channels=(8,) * 4, decoder_block_out_channels=(8,) * 4)
-        config.save_pretrained(tmp_path / "tiny")
-        model, given = tiny_model, {"preview_decoder": str(tmp_path / "tiny")}
-    else:
-        model, given = tmp_path / "model", {}
-        write_sd3(model)
-    rows = write([{"image": "a.png"}])
-    with pytest.raises(UsageError, match=f"{kind}.*; here it draws from prompts alone; drop the column image"):
-        draft_plan(job_spec(model, rows, tmp_path / "out", **given))
+    config = AutoencoderTiny(encoder_block_out_channels=(8,) * 4, decoder_block_out_channels=(8,) * 4)
+    config.save_pretrained(tmp_path / "tiny")
+    spec = job_spec(tiny_model, write([{"image": "a.png"}]), tmp_path / "out", preview_decoder=str(tmp_path / "tiny"))
+    with pytest.raises(UsageError, match=r"previews.*; here it draws from prompts alone; drop the column image"):
+        draft_plan(spec)
 
 
 @pytest.mark.long

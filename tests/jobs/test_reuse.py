@@ -17,6 +17,7 @@ from PIL import Image
 
 from latentmill.jobs.errors import UsageError
 from latentmill.jobs.job import open_job
+from latentmill.jobs.job_file import resolve
 from latentmill.jobs.ledger.ledger import record_path
 from latentmill.jobs.ledger.records import encode_record
 from latentmill.jobs.outputs.clean import clean
@@ -446,6 +447,56 @@ def test_plan_counts_what_is_held_already_and_writes_nothing(spec: JobSpec, last
         apart = preview_reuse(draft)
     assert apart is not None
     assert (apart.total, "on_flagged" in apart.notes[0]) == (0, True)
+
+
+def seeded_by_place(spec: JobSpec, out: str, guidance: list[float], **changed: Any) -> JobSpec:
+    return replace(spec, out=f"{spec.out}-{out}", sweep={"guidance_scale": guidance}, **changed)
+
+
+def previewed(spec: JobSpec) -> Any:
+    with draft_plan(spec) as draft:
+        return preview_reuse(draft)
+
+
+def test_plan_says_so_where_little_is_held_because_seeds_follow_places(
+    spec: JobSpec, tiny_model: Path, tmp_path: Path
+) -> None:
+    last = seeded_by_place(spec, "last", [3, 5])
+    run(last)
+    changed = previewed(reusing(seeded_by_place(spec, "changed", [3, 7]), last.out))
+    assert (changed.total, changed.samples, changed.notes) == (4, 10, ())  # where the grid keeps its size, so do seeds
+    wider = previewed(reusing(seeded_by_place(spec, "wider", [3, 5, 7]), last.out))
+    assert wider.total < 4
+    (note,) = wider.notes
+    assert "no axis and no column names the seeds" in note
+    assert previewed(reusing(seeded_by_place(spec, "elsewhere", [3, 5, 7], on_flagged="keep"), last.out)).total == 0
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "one", "seed": 9}\n')
+    named = replace(seeded_by_place(spec, "named", [3, 5, 7]), prompts=(str(tmp_path / "rows.jsonl"),))
+    assert previewed(reusing(named, last.out)).notes == ()
+
+
+@pytest.mark.parametrize(
+    ("example", "wider"),
+    [
+        ("seed-cfg-grid", "guidance_scale=1,2,4,7.5,9"),
+        ("nightly-sweep", "num_inference_steps=10,20,30"),
+    ],
+)
+def test_an_example_that_gets_one_value_more_draws_that_one_alone(
+    example: str, wider: str, prompts: Path, tmp_path: Path
+) -> None:
+    """As the examples say."""
+    job = str(Path(__file__).parents[2] / f"configs/jobs/{example}.yaml")
+    flags = {"prompts": [str(prompts)], "executor": "inline", "watermark": "none", "width": 64, "height": 64}
+    last = resolve(job, {**flags, "out": str(tmp_path / "last")})
+    run(last)
+    held = read_dataset(last.out).rows.column("image").drop_null()
+    old = resolve(job, {**flags, "out": str(tmp_path / "again"), "reuse": [last.out]})
+    assert previewed(old).total == len(held)
+    more = previewed(resolve(job, {**flags, "out": str(tmp_path / "wider"), "reuse": [last.out], "sweep": [wider]}))
+    assert (more.total, more.notes) == (len(held), ())
+    new = [axis for axis in more.axes if axis.value in {"9.0", "30"}]
+    assert [axis.held for axis in new] == [0]
 
 
 def test_images_count_by_their_digests_and_with_their_strength(tiny_model: Path, tmp_path: Path) -> None:

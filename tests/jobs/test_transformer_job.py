@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from latentmill.jobs.errors import UsageError
 from latentmill.jobs.ledger.pictures import pixel_sha256
@@ -41,6 +42,19 @@ def test_a_job_mixes_steps_samplers_and_guidance(
     row = rows.to_pylist()[-1]
     recipe = recipe_of(row)
     assert pixel_sha256(recipe.draw(recipe.load("cpu"))) == row["pixel_sha256"]
+
+
+def test_rows_with_an_image_start_from_it_beside_others(folders: dict[str, Path], tmp_path: Path):
+    Image.new("RGB", (80, 64), "orange").save(tmp_path / "a.png")
+    prompts = tmp_path / "rows.csv"
+    prompts.write_text("prompt,image,strength\na red cat,a.png,0.5\na red cat,,\n")
+    spec = job_spec(folders["flux"], prompts, tmp_path / "out", num_inference_steps=2, safety="none")
+    assert run(spec, engine_factory=load_engine).exit_code == 0
+    first, second = read_dataset(spec.out).rows.to_pylist()
+    assert (first["width"], first["height"], second["init_image"]) == (64, 64, None)
+    assert verify(spec.out).exit_code == 0
+    recipe = recipe_of(first)
+    assert pixel_sha256(recipe.draw(recipe.load("cpu"))) == first["pixel_sha256"]
 
 
 @pytest.mark.parametrize(

@@ -5,16 +5,25 @@
   const { announce, count, el, load, number, plural, themeButton, untrusted } = latentmill;
   const $ = (id) => document.getElementById(id);
   const VIEWS = ["before", "after", "difference"];
-  const PARAMETERS = ["seed", "width", "height", "num_inference_steps", "guidance_scale", "sampler", "eta"];
+  const PARAMETERS = [
+    "seed", "width", "height", "num_inference_steps", "guidance_scale", "sampler", "eta",
+    "model", "loras", "init_image", "strength", "mask",
+  ];
   const AT_ONCE = 60;
   let pairs = [];
   let found = [];
   let current = 0;
   let view = "after";
+  let varying = [];
 
   const words = (value) => (typeof value === "number" ? number(value) : untrusted(String(value ?? "")));
   const facts = (list, entries) =>
     list.replaceChildren(...entries.flatMap(([name, value]) => [el("dt", {}, name), el("dd", {}, words(value))]));
+
+  const told = (value) => value !== null && value !== "";
+  // A parameter's value in both rows, where it may differ.
+  const asked = (pair, name) =>
+    pair.differs[name] ? pair.differs[name].map((value) => (told(value) ? value : "none")).join(" → ") : pair[name];
 
   function picture(pair, which) {
     const file = pair.pictures[which];
@@ -38,6 +47,11 @@
           el("span", {}, `pixels ${number(pair.pixel_distance)}, at most ${number(pair.greatest_difference)} of 255`),
         ];
 
+  const values = (pair) =>
+    PARAMETERS.filter((name) => (varying.includes(name) && told(pair[name])) || pair.differs[name]).map((name) =>
+      el("span", {}, `${name.replaceAll("_", " ")} `, words(asked(pair, name))),
+    );
+
   function card(pair, place) {
     const open = el("button.trio", { type: "button", onclick: () => show(place), ariaLabel: `Open pair ${place + 1}` });
     open.append(...VIEWS.map((which) => picture(pair, which)));
@@ -46,7 +60,7 @@
       {},
       open,
       el("p.prompt", {}, untrusted(pair.prompt)),
-      el("div.about.soft", {}, el("span", {}, statuses(pair)), distance(pair), el("span", {}, `sample ${pair.sample_after}`)),
+      el("div.about.soft", {}, el("span", {}, statuses(pair)), distance(pair), values(pair), el("span", {}, `sample ${pair.sample_after}`)),
     );
   }
 
@@ -80,13 +94,13 @@
     facts($("facts"), [
       ["prompt", pair.prompt],
       ["negative prompt", pair.negative_prompt],
-      ...PARAMETERS.map((name) => [name.replaceAll("_", " "), pair[name]]),
+      ...PARAMETERS.map((name) => [name.replaceAll("_", " "), asked(pair, name)]),
       ["row", pair.row_id],
       ["before", `${pair.sample_before}, ${pair.status_before}${pair.image_before ? `, ${pair.image_before}` : ""}`],
       ["after", `${pair.sample_after}, ${pair.status_after}${pair.image_after ? `, ${pair.image_after}` : ""}`],
       ["perceptual distance", pair.perceptual_distance ?? "none: one has no picture"],
       ["pixel distance", pair.pixel_distance ?? "none"],
-    ].filter(([, value]) => value !== ""));
+    ].filter(([, value]) => told(value)));
     $("previous").disabled = current === 0;
     $("next").disabled = current === found.length - 1;
     look(view);
@@ -118,7 +132,8 @@
 
   function rows(place, title, total, listed) {
     if (!total) return;
-    const columns = ["sample_id", "row_id", "prompt", ...PARAMETERS, "status"];
+    const given = PARAMETERS.filter((name) => listed.some((row) => told(row[name])));
+    const columns = ["sample_id", "row_id", "prompt", ...given, "status"];
     const head = el("tr", {}, columns.map((name) => el("th", { scope: "col" }, name.replaceAll("_", " "))));
     const lines = listed.map((row) => el("tr", {}, columns.map((name) => el("td", {}, words(row[name])))));
     const rest = listed.length < total ? `, of which the first ${count(listed.length)} are listed` : "";
@@ -137,6 +152,7 @@
     $("settings").querySelector("ul").append(...meta.settings.map((line) => el("li", {}, untrusted(line))));
     $("settings").hidden = !meta.settings.length;
     pairs = await load(meta.pairs);
+    varying = PARAMETERS.filter((name) => new Set(pairs.map((pair) => pair[name])).size > 1);
     $("changed").hidden = !pairs.length;
     $("same").hidden = Boolean(meta.changed || meta.added || meta.removed);
     rows($("added"), "New", meta.added, meta.added_samples);

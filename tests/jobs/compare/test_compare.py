@@ -92,6 +92,7 @@ def test_each_sample_is_the_same_changed_new_or_gone_and_the_biggest_change_is_f
         "removed": 0,
     }
     assert [pair["prompt"] for pair in told["pairs"]] == ["some nsfw", "a tree", "a dog"]
+    assert [pair["differs"] for pair in told["pairs"]] == [{}] * 3
     flagged, tree, dog = found.pairs
     assert (flagged.before["status"], flagged.after["status"]) == ("flagged", "ok")
     one, other = (latentmill.open_dataset(out) for out in nights)
@@ -146,6 +147,7 @@ def test_two_runs_that_differ_in_one_value(tiny_model: Path, manifest: Manifest,
     assert any(line.startswith("sweep guidance_scale: '3.0,5.0' -> '3.0,6.0'") for line in found.settings)
     ignoring = compare(*outs, top=200, ignored=["guidance_scale"])
     assert (ignoring.identical, ignoring.changed, ignoring.added, ignoring.removed) == (2, 2, 0, 0)
+    assert [pair["differs"] for pair in ignoring.to_dict()["pairs"]] == [{"guidance_scale": [5.0, 6.0]}] * 2
 
 
 class OfModel(FakeEngine):
@@ -295,6 +297,20 @@ def test_an_output_of_an_older_format_is_compared(nights: tuple[str, str], tmp_p
     (model,) = {row["model"] for row in found.to_dict()["removed_samples"]}
     assert model == json.loads(plan.read_text())["model"]["source"]
     assert compare(old, old, top=9).exit_code == 0
+
+
+def test_the_command_says_what_tells_new_and_gone_samples_apart(
+    tiny_model: Path, manifest: Manifest, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    for name, scales in (("a", [3, 5]), ("b", [3, 6])):
+        run(job_spec(tiny_model, manifest(["a cat"]), tmp_path / name, sweep={"guidance_scale": scales, "seed": [7]}))
+    capsys.readouterr()
+    code, out, _ = call("compare", str(tmp_path / "a"), str(tmp_path / "b"), capsys=capsys)
+    words = " ".join(out.split())
+    assert code == 1
+    assert "sample row guidance_scale prompt" in words, "and not the seed, which is that of all"
+    assert "00000001 1 6 a cat" in words
+    assert "00000001 1 5 a cat" in words
 
 
 def test_the_command_says_it_in_numbers_for_machines_and_by_its_exit_code(nights, capsys: pytest.CaptureFixture[str]):

@@ -95,7 +95,9 @@ def test_zipped_axes_vary_together_at_the_place_of_the_first():
     dimensions = build_dimensions(build_axes(spec.sweep), spec.zip)
     assert [[axis.name for axis in dimension] for dimension in dimensions] == [["width", "height"], ["seed"]]
     assert count_combinations(dimensions) == 6
-    assert joined_axis(dimensions[0]).values == ("256 with 512", "512 with 256", "256 with 256")
+    shown = joined_axis(dimensions[0], "{} {}".format)
+    assert shown.name == "width with height"
+    assert shown.values == ("width 256, height 512", "width 512, height 256", "width 256, height 256")
 
 
 @pytest.mark.parametrize(

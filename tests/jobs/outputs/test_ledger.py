@@ -8,6 +8,7 @@ import tracemalloc
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pytest
@@ -27,10 +28,13 @@ from latentmill.jobs.store.storage import Storage
 
 SCHEMA = pa.schema([*own_fields(), pa.field("topic", pa.string())])
 PLAN = "a" * 64
+ROW: dict[str, Any] = {"row_id": "0", "negative_prompt": "", "seed": 1, "width": 64, "height": 64}
+ROW |= {"num_inference_steps": 2, "guidance_scale": 3.0, "sampler": "ddim", "eta": 0.0}
+"""What every row of a job has; all else may be null."""
 
 
 def record(attempt: str, *, chunk: int = 7, plan_hash: str = PLAN, samples: int = 3) -> bytes:
-    rows = [{"sample_id": f"{number:05d}", "status": "ok", "prompt": "0" * 64} for number in range(samples)]
+    rows = [{**ROW, "sample_id": f"{number:05d}", "status": "ok", "prompt": "0" * 64} for number in range(samples)]
     return encode_record(
         rows, SCHEMA, chunk=chunk, attempt=attempt, plan_hash=plan_hash, execution_class="cpu", versions={"python": "3"}
     )
@@ -172,14 +176,14 @@ def test_listing_many_chunks_needs_little_memory() -> None:
     assert peak < 10_000_000
 
 
-def rows_of(**statuses: str) -> list[dict[str, str | None]]:
+def rows_of(**statuses: str) -> list[dict[str, Any]]:
     return [
-        {"sample_id": name.removeprefix("s"), "status": status, "prompt": status, "error": None}
+        {**ROW, "sample_id": name.removeprefix("s"), "status": status, "prompt": status, "error": None}
         for name, status in statuses.items()
     ]
 
 
-def sealed(rows: list[dict[str, str | None]], attempt: str, repair: int = 0, **changes: object) -> bytes:
+def sealed(rows: list[dict[str, Any]], attempt: str, repair: int = 0, **changes: object) -> bytes:
     how = {"chunk": 7, "plan_hash": PLAN, "execution_class": "cpu", "versions": {}} | changes
     return encode_record(rows, SCHEMA, attempt=attempt, repair=repair, **how)  # type: ignore[arg-type]
 

@@ -27,6 +27,7 @@ from latentmill.jobs.show.display import (
     size,
     verify_detail,
 )
+from latentmill.jobs.speed import StageSpeed
 from latentmill.jobs.terminal import held_back_stderr
 
 HOSTILE = "\x1b]52;c;ZXZpbA==\x07\x1b[2J\x9b31m\u202egnp.exe\u2066\u200b\ud800\x00\r\n\t[link=http://x]y[/link]"
@@ -45,6 +46,7 @@ def progress(**changes) -> Progress:
         "actors": 2,
         "images_per_second": 1.25,
         "eta_seconds": 12.8,
+        "made_at": time.monotonic(),
     }
     return Progress(**{**values, **changes})
 
@@ -86,6 +88,17 @@ def test_durations_and_sizes_read_well():
 
 def test_detail_names_every_figure():
     assert progress_detail(progress()) == "1.25 img/s, ETA 0:13, 1 flagged, 1 failed, 2 actors"
+    assert "ETA 0:03, " in progress_detail(progress(made_at=time.monotonic() - 10))
+    assert "ETA -, " in progress_detail(progress(eta_seconds=None))
+
+
+def test_stages_come_last_and_the_slowest_one_first():
+    speeds = {"sample": 0.965, "reuse": 0.0001, "encode": 0.12, "write": 0.01, "check": 0.0049}
+    stages = {name: StageSpeed(busy=share, images_per_second=1 / share) for name, share in speeds.items()}
+    shown = progress_detail(progress(stages=stages))
+    assert shown.endswith("2 actors; busy: sample 96%, encode 12%, write 1%")
+    idle = {"sample": StageSpeed(busy=0.001, images_per_second=1000.0)}
+    assert progress_detail(progress(stages=idle)).endswith("2 actors; busy: sample 0%")
 
 
 def test_plain_lines_come_at_once_on_a_new_phase_and_every_so_often():

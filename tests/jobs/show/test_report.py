@@ -9,10 +9,11 @@ import pytest
 from PIL import Image
 
 from latentmill.jobs.errors import JobError, UsageError
-from latentmill.jobs.manifests.axes import Axis
+from latentmill.jobs.manifests.axes import Axis, joined_axis
 from latentmill.jobs.show import fonts
 from latentmill.jobs.show.dataset_views import show_report
 from latentmill.jobs.show.report import report
+from latentmill.jobs.show.sheet_pages import named
 from latentmill.jobs.show.sheet_pages import plan_sheets as plan_any_sheets
 from latentmill.jobs.show.sheets import CAPTION_SIZE, TILE, Cell, Sheet, draw_sheet, wrap
 from latentmill.jobs.store.storage import Storage
@@ -106,6 +107,13 @@ def test_an_axis_of_one_value_needs_no_column():
     axes = (Axis(name="guidance_scale", values=(3.0,)),)
     (sheet,) = plan_sheets(rows(["a cat"], axes), axes, 5)
     assert sheet.column_headers == ()
+
+
+def test_columns_of_axes_that_vary_together_say_each_ones_value_and_loras_their_names():
+    together = tuple(Axis(name=f"lora.{name}", values=(0.0, 0.5)) for name in ("sepia", "ink"))
+    axes = (GUIDANCE, joined_axis(together, named))
+    (sheet,) = plan_sheets(rows(["a cat"], axes), axes, 5)
+    assert sheet.column_headers == ("sepia 0, ink 0", "sepia 0.5, ink 0.5")
 
 
 def test_long_axes_and_many_prompts_go_on_on_further_pages():

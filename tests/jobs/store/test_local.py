@@ -22,6 +22,8 @@ CALLS: dict[str, Callable[[Storage, str], object]] = {
     "size": lambda store, path: store.size(path),
     "list": lambda store, path: list(store.list(path)),
     "list_hidden": lambda store, path: list(store.list_hidden(path)),
+    "list_modified": lambda store, path: list(store.list_modified(path)),
+    "list_folders": lambda store, path: store.folders(path),
     "modified": lambda store, path: store.modified(path),
     "delete": lambda store, path: store.delete(path),
 }

@@ -9,6 +9,7 @@ import secrets
 import socket
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -53,6 +54,18 @@ def test_objects_round_trip_and_list(store: Storage) -> None:
         store.read("a/two.bin")
     with pytest.raises(FileNotFoundError):
         store.size("a")
+
+
+def test_a_listing_says_when_objects_were_written_and_which_folders_there_are(store: Storage) -> None:
+    for path in ("a/b/one", "a/b/deeper/two", "a/c/three", "a/four", "a/b/.hidden", "ab/five"):
+        store.write(path, b"x")
+    times = dict(store.list_modified("a"))
+    assert sorted(times) == ["a/b/deeper/two", "a/b/one", "a/c/three", "a/four"]
+    assert times == pytest.approx({path: store.modified(path) for path in times}, abs=1)
+    assert all(abs(moment - time.time()) < 60 for moment in times.values())
+    assert sorted(store.folders("a")) == ["b", "c"]
+    assert store.folders("nowhere") == []
+    assert list(store.list_modified("nowhere")) == []
 
 
 def test_create_is_refused_for_an_existing_object_and_leaves_it(store: Storage) -> None:
