@@ -100,6 +100,7 @@ class Speed:
     def __init__(self, models: NDArray[np.int64]) -> None:
         self._models = models
         self._left = WorkLeft(np.zeros(len(models), dtype=np.int64), np.zeros(len(models)))
+        self._begun_pass = False
         self._seconds, self._work = np.zeros(len(models)), np.zeros(len(models))
         self._pictures = self._spent = 0.0
         self._stages: dict[Stage, float] = {}
@@ -113,7 +114,7 @@ class Speed:
 
     def begin(self, left: WorkLeft) -> None:
         """So much is left from now on; what workers did before says nothing of their next chunks' time."""
-        self._left = left
+        self._left, self._begun_pass = left, True
         self._last.clear()
 
     def note_workers(self, live: int, now: float) -> int:
@@ -167,7 +168,7 @@ class Speed:
         """How long the rest takes; None before it can be told."""
         n_chunks = int(self._left.chunks.sum())
         if not n_chunks:
-            return 0.0
+            return 0.0 if self._begun_pass else None
         measured = self._work > 0
         if not measured.any():
             return None

@@ -132,7 +132,7 @@ def draw(engine: Engine, prompts: list[str]) -> list[Pixels]:
     ]
     pictures = []
     for request, result in zip(requests, engine.generate(requests), strict=True):
-        if result.pixels is None:  # without it, every later picture would be learned for another one's prompt
+        if result.pixels is None:
             raise RuntimeError(f"{request.prompt!r} failed: {result.error}")
         pictures.append(result.pixels)
     return pictures

@@ -225,6 +225,8 @@ def test_the_time_runs_on_between_results(plan):
     job = plan(40, chunk_size=2)
     now = itertools.count(0.0, 10.0)
     tracker = Tracker(job, np.ones(20, dtype=np.bool_), seen.append, lambda: next(now))
+    tracker.show("starting")
+    assert seen[-1].eta_seconds is None
     tracker.begin_pass(np.zeros(20, dtype=np.bool_), lambda: 1)
     tracker.add(ChunkResult(chunk=0, outcome="committed", ok=2, actor="a", stages={"sample": 10.0}))
     assert seen[-1].eta_seconds == pytest.approx(190.0)

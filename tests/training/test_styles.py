@@ -71,7 +71,8 @@ def test_the_loss_is_that_of_the_velocity():
 
 
 @pytest.mark.slow
-def test_a_picture_that_fails_ends_the_training() -> None:
+def test_a_picture_that_fails_ends_the_training():
+    """Without it, every later picture would be learned for another one's prompt."""
     engine = Engine.load(ModelSpec(model=str(EMBEDDED_MODEL), safety="none"), device="cpu", dtype="float32")
     with pytest.raises(RuntimeError, match="failed"):
         draw(engine, ["\ud800"])
