@@ -54,12 +54,11 @@ def how_made(job: Job, publication: Publication, commits: CommitTimes) -> Making
         read = [record for record in pool.map(lambda chunk: _read(job, chunk), chosen) if record is not None]
     told = [stages for record in read if (stages := stages_of(record.metadata))]
     scale = len(chunks) / len(told) if told else 0.0
+    all_told = len(told) == len(chunks)
     total: dict[Stage, float] = {}
     for stages in told:
         for stage, taken in stages.items():
-            if stage != "load" or len(told) == len(
-                chunks
-            ):  # few chunks have it: those that were read say nothing of all
+            if stage != "load" or all_told:  # few chunks have it, so that some of them say nothing of the others
                 total[stage] = total.get(stage, 0.0) + taken * scale
     working = sum(map(own_seconds, told))
     seconds = float(gaps.sum() - pauses.sum()) + (working / len(told) if told else 0.0)

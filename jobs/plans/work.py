@@ -82,7 +82,6 @@ class ChunkWork:
         """The work of a chunk whose samples are of these groups."""
         width, height, guided = groups[0].key[:3]
         n_batches = -(-len(groups) // self._batch_size)
-        denoising = count_passes([group.loop for group in groups], self._batch_size) * pixels_of(
-            (width, height, guided)
-        )
+        n_passes = count_passes([group.loop for group in groups], self._batch_size)
+        denoising = n_passes * pixels_of((width, height, guided))
         return self._batch_size * (denoising + n_batches * PASSES_BESIDE * width * height)
