@@ -13,8 +13,9 @@ import pyarrow as pa
 
 from latentmill.engine import GenerationRequest, GenerationResult, SafetyVerdict
 from latentmill.jobs.plans.columns import columns_of, formats, own_fields
-from latentmill.jobs.plans.grid import Piece
+from latentmill.jobs.plans.grid import Grid, Piece
 from latentmill.jobs.plans.planned import PlannedSample, fingerprint
+from latentmill.jobs.plans.row_classes import LOOP_FIELDS, encode_class
 from latentmill.jobs.spec import JobSpec
 from tests.simulator.world import URL
 
@@ -46,6 +47,13 @@ class SimulatedPlan:
     file_metadata: Mapping[str, str] = {}
     n_chunks = len(CHUNKS)
     batch_size = 2
+    grid = Grid(
+        dimensions=(),
+        classes=tuple(encode_class(LOOP_FIELDS, (side, side, 1, "ddim", 0)) for side in (8, 16)),
+        images=np.array([[3, 2]]),
+        chunk_size=2,
+    )
+    """Of chunks of the same sizes, by which the time that is left is reckoned."""
     settings = JobSpec(prompts=(), device="cpu", chunk_size=2, batch_size=2, watermark="none", watermark_text="")
     model = SimpleNamespace(name="simulated", weights_digest="0" * 64, fault=None)
     models = (model,)
