@@ -14,7 +14,7 @@ import pytest
 from bench.faults import Killer, Outcome, _account
 from bench.processes import Process, read_process, run_command
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 
 
 def python(code: str) -> list[str]:

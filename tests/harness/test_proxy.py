@@ -23,6 +23,8 @@ from latentmill.jobs.store.storage import Storage
 from tests.harness.faults import AtRequest, Faults, always, once
 from tests.harness.proxy import fault_proxy, fault_proxy_process, proxy_report
 
+pytestmark = pytest.mark.long
+
 NONE = Faults(**dict.fromkeys((field.name for field in fields(Faults)), 0.0))
 BODY = b"0123456789" * 100
 

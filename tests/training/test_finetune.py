@@ -11,7 +11,7 @@ from latentmill.engine import EMBEDDED_MODEL, Engine, GenerationRequest, ModelSp
 from training import finetune
 from training.styles import LOOKS, Lessons
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 
 
 def test_two_steps_make_a_folder_of_another_model_and_leave_the_shipped_one_alone(tmp_path: Path, monkeypatch) -> None:
