@@ -39,7 +39,7 @@ test-browser: dev ## look at the gallery in a real Chromium, headless: apt-get i
 	$(BIN)/python -m pytest -m browser tests/browser
 
 # One after the other: each of them keeps both cores busy, and some look at the clock.
-test-cluster: dev ## run the tests that start Ray clusters, storms and crash points, and those of the benchmarks
+test-cluster: dev ## run the tests that start Ray clusters, storms and crash points, and all others that take long
 	$(BIN)/python -m pytest -m 'cluster or long'
 
 test-gpu: $(if $(GPU_PYTHON),,dev) ## run the tests that need a CUDA device; GPU_PYTHON=python3 uses another torch

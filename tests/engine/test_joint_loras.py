@@ -42,12 +42,11 @@ from tests.engine.test_joint_transformers import load, pictures, reference, rows
 from tests.engine.test_transformer_networks import FLUX_DEV, ours
 
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.long,
     # diffusers' schedulers make arrays of tensors in a way that NumPy 2 frowns upon.
     pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),
 ]
 
-LONG = pytest.mark.long
 SCALE = 0.7
 WRITERS: dict[str, Callable[[Path], Path]] = {
     "sd3": write_sd3,
@@ -102,11 +101,11 @@ def networks_of(pipeline: DiffusionPipeline, *names: str) -> dict[str, nn.Module
 @pytest.mark.parametrize(
     ("name", "every"),
     [
-        pytest.param("sd3", False, marks=LONG),
-        pytest.param("sd3", True, marks=LONG),
+        ("sd3", False),
+        ("sd3", True),
         ("sd35-medium", False),
-        pytest.param("sd35-medium", True, marks=LONG),
-        pytest.param("flux-dev", False, marks=LONG),
+        ("sd35-medium", True),
+        ("flux-dev", False),
         ("flux-dev", True),
     ],
 )
@@ -147,7 +146,7 @@ def shapes_of(weights: dict[str, Tensor]) -> dict[str, tuple[int, int]]:
     return {name: tuple(tensor.shape) for name, tensor in weights.items() if tensor.dim() == 2}
 
 
-@pytest.mark.parametrize("name", [pytest.param("sd3", marks=LONG), "sd35-medium"])
+@pytest.mark.parametrize("name", ["sd3", "sd35-medium"])
 def test_kohyas_files_for_sd3_are_what_they_add_to_the_authors_weights(name, folders, plain, tmp_path):
     """diffusers does not read them; it converts weights with the authors' names, to which the terms were added."""
     weights = joint_weights(folders[name], "", "", "transformer")
@@ -186,7 +185,7 @@ def test_kohyas_files_for_flux_draw_the_references_pictures(folders, plain, tmp_
     assert_drawn_alike(folders["flux-dev"], file, plain["flux-dev"], loaded(file))
 
 
-@pytest.mark.parametrize("prefix", ["", pytest.param("diffusion_model.", marks=LONG)])
+@pytest.mark.parametrize("prefix", ["", "diffusion_model."])
 def test_files_of_xlabs_draw_the_references_pictures(prefix, folders, plain, tmp_path):
     dim = 128
     shapes = {
@@ -253,9 +252,9 @@ ORIGINAL_FLUX = {
     ("name", "component", "form"),
     [
         ("flux-dev", "text_encoder_2", "kohya"),
-        pytest.param("flux-dev", "text_encoder_2", "diffusers", marks=LONG),
-        pytest.param("sd3", "text_encoder_3", "kohya", marks=LONG),
-        pytest.param("sd3", "text_encoder_3", "web UIs", marks=LONG),
+        ("flux-dev", "text_encoder_2", "diffusers"),
+        ("sd3", "text_encoder_3", "kohya"),
+        ("sd3", "text_encoder_3", "web UIs"),
     ],
 )
 def test_t5_takes_loras_as_peft_gives_it_them(name, component, form, folders, plain, tmp_path):
@@ -380,7 +379,7 @@ def fused(folders: dict[str, Path], tmp_path: Path) -> dict[str, Path]:
     }
 
 
-@pytest.mark.parametrize("name", [pytest.param("sd35-medium", marks=LONG), "flux-dev"])
+@pytest.mark.parametrize("name", ["sd35-medium", "flux-dev"])
 def test_rows_of_other_scales_share_a_batch_and_keep_their_bits(name, folders, fused):
     engine = adapted(folders[name], fused[name])
     rows = scaled(rows_for(name, steps=1), 0.0, 0.5, -1.0, 0.5)
@@ -391,7 +390,7 @@ def test_rows_of_other_scales_share_a_batch_and_keep_their_bits(name, folders, f
     assert np.array_equal(pictures(engine, rows[::-1])[::-1], together)
 
 
-@pytest.mark.parametrize("name", [pytest.param("sd3", marks=LONG), "flux-dev"])
+@pytest.mark.parametrize("name", ["sd3", "flux-dev"])
 def test_merged_into_the_weights_it_draws_nearly_the_same(name, folders, fused):
     rows = scaled(rows_for(name), SCALE)
     beside = pictures(adapted(folders[name], fused[name]), rows)

@@ -8,6 +8,8 @@ import pytest
 from training import edges, judge, pairs, scenes
 from training.scenes import Scene
 
+pytestmark = pytest.mark.long
+
 
 def pictures(count, seed=0):
     rng = np.random.default_rng(seed)

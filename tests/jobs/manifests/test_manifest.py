@@ -197,7 +197,7 @@ print(rows, bad, int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").re
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_tiny_parquet_file_that_decodes_to_a_gigabyte_is_read_in_little_memory(tmp_path):
     table = pa.table({"prompt": ["x" * (1 << 20) + "y"] * 1000 + ["fine"] * 24})
     pq.write_table(table, tmp_path / "bomb.parquet", compression="zstd")

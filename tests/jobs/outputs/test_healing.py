@@ -106,7 +106,7 @@ def damage(out: Path, chooser: random.Random) -> int:
     return 20
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_hundred_pictures_with_twenty_damaged_files_come_back_bit_for_bit(large: Path, tmp_path: Path) -> None:
     before = files_of(large)
     assert status(str(large)).counts == {"ok": 200 - flagged(large), "flagged": flagged(large), "failed": 0}

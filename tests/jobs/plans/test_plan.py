@@ -220,7 +220,7 @@ with draft_plan(resolve(None, {"prompts": [sys.argv[1]], "model": sys.argv[2], "
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_memory_does_not_grow_with_the_manifest(tmp_path, tiny_model):
     peaks = []
     for rows in (100_000, 700_000):

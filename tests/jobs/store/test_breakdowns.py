@@ -184,6 +184,7 @@ def bucket(server: tuple[str, Path], monkeypatch: pytest.MonkeyPatch, request: p
 
 
 @pytest.mark.s3
+@pytest.mark.long
 def test_keys_that_expire(
     server: tuple[str, Path],
     bucket: Any,
