@@ -85,6 +85,8 @@ class PictureStore:
 
     def read_row(self, row: Mapping[str, Any]) -> bytes:
         """The file bytes of a row's picture, as they were committed. Raises LostPictureError if they are not there."""
+        if row["image"] is None:
+            raise LostPictureError("its row names no file")
         try:
             data = self.read(row["image"], row["bytes"] or 0)
         except FileNotFoundError:
