@@ -181,7 +181,7 @@ _CPU = (
     Benchmark(
         name="overhead-1e6",
         what="as overhead-1e4, with 1,000,000 pictures; takes about 16 GB of disk",
-        minutes=60,
+        minutes=15,
         target="named",
         call="overheads:whole_job",
         arguments={"samples": 1_000_000},
