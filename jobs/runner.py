@@ -147,7 +147,7 @@ class _Told:
             if note in self.notes or len(self.notes) > MOST_NOTES:
                 continue
             if len(self.notes) == MOST_NOTES:
-                note = "more cells of other outputs are drawn anew, for such reasons"  # noqa: PLW2901
+                note = "more cells of other outputs are drawn anew, for such reasons"  # noqa: PLW2901 - the last one that is told
             self.notes.append(note)
             self._on_note(note)
 

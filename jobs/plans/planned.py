@@ -72,7 +72,7 @@ def record_names(carried: Sequence[str], own: Collection[str]) -> list[str]:
     for name in carried:
         if name in own:
             while name in taken:
-                name = f"manifest_{name}"  # noqa: PLW2901
+                name = f"manifest_{name}"  # noqa: PLW2901 - as the dataset has it
             taken.add(name)
         names.append(name)
     return names
