@@ -12,8 +12,8 @@ from latentmill.jobs.errors import UsageError
 from latentmill.jobs.manifests.axes import parse_axis
 from latentmill.jobs.manifests.fields import shorten
 from latentmill.jobs.spec import SETTINGS, JobSpec, make_spec, unknown_setting
-from latentmill.jobs.store.inputs import reading
-from latentmill.jobs.store.urls import allowed_filesystem, display_url
+from latentmill.jobs.store.inputs import read_small
+from latentmill.jobs.store.urls import display_url
 
 if TYPE_CHECKING:
     import datetime
@@ -28,17 +28,10 @@ BLANK_MANIFEST = SAMPLE_MANIFEST.with_name("blank.jsonl")
 
 def load_job_file(path: str) -> dict[str, Any]:
     """The job file's keys, flat, unknown ones refused with the nearest known one."""
-    fs, inside = allowed_filesystem(path)
     import yaml
 
     shown = f"job file {display_url(path)}"
-    with reading(shown, f"does not exist; {_EXAMPLES}"):
-        info = fs.info(inside)
-        if info["type"] != "file":
-            raise UsageError(f"{shown} is no regular file; {_EXAMPLES}")
-        if info["size"] > MAX_JOB_FILE_BYTES:
-            raise UsageError(f"{shown} has more than {MAX_JOB_FILE_BYTES:,} bytes; is it a manifest?")
-        data = fs.cat_file(inside)
+    data = read_small(path, shown, MAX_JOB_FILE_BYTES, remedy=_EXAMPLES, too_large="is it a manifest?")
     try:
         content = yaml.safe_load(data)
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date that is none

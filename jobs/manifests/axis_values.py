@@ -10,7 +10,7 @@ from typing import Any
 
 from latentmill.jobs.errors import UsageError
 from latentmill.jobs.manifests.fields import Kind, shorten
-from latentmill.jobs.store.inputs import reading
+from latentmill.jobs.store.inputs import read_small, reading
 from latentmill.jobs.store.urls import allowed_filesystem, display_url
 
 MAX_AXIS_VALUES = 65_536
@@ -58,15 +58,13 @@ def _matching(model: str) -> list[str]:
 def read_values(name: str, place: str) -> list[str]:
     """The lines of a file of values; blank ones are left out."""
     shown = f"sweep axis {name}: {display_url(place)}"
-    no_file = "is no file; give one value on each line of a text file"
-    fs, path = allowed_filesystem(place)
-    with reading(shown, no_file):
-        info = fs.info(path)
-        if info["type"] != "file":
-            raise UsageError(f"{shown} {no_file}")
-        if info["size"] > MAX_VALUES_BYTES:
-            raise UsageError(f"{shown} has more than {MAX_VALUES_BYTES:,} bytes; put its lines into the manifest")
-        data = fs.cat_file(path)
+    data = read_small(
+        place,
+        shown,
+        MAX_VALUES_BYTES,
+        remedy="give one value on each line of a text file",
+        too_large="put its lines into the manifest",
+    )
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError:

@@ -22,6 +22,7 @@ from rich.progress import Progress as RichBar
 from rich.table import Table
 from rich.text import Text
 
+from latentmill.jobs.show.ticker import Ticker
 from latentmill.jobs.terminal import print_line
 
 if TYPE_CHECKING:
@@ -290,25 +291,22 @@ class LineView:
         self._stream = stream
         self._first = first
         self._detail = detail
-        self._every = every
         self._latest: Step | None = None
         self._stage = ""
         self._started = time.monotonic()
         self._lock = threading.Lock()
-        self._left = threading.Event()
-        self._thread = threading.Thread(target=self._tick, name="progress", daemon=True)
+        self._ticker = Ticker(self._show, every)
 
     def __enter__(self) -> Self:
         self._started = time.monotonic()
         self._show()
-        self._thread.start()
+        self._ticker.__enter__()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._left.set()
-        self._thread.join()
+        self._ticker.__exit__(kind, error, trace)
 
     def update(self, progress: Step) -> None:
         """Remember this state; show it now only if the phase is new."""
@@ -328,10 +326,6 @@ class LineView:
         """One line now."""
         self._stream.write(f"latentmill: {safe(text)}\n")
         self._stream.flush()
-
-    def _tick(self) -> None:
-        while not self._left.wait(self._every):
-            self._show()
 
     def _show(self) -> None:
         with self._lock:

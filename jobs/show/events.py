@@ -18,6 +18,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from latentmill.jobs.show.display import PLAIN_EVERY, Step, json_line
+from latentmill.jobs.show.ticker import Ticker
 
 if TYPE_CHECKING:
     from latentmill.jobs.plans.plan import Plan
@@ -77,13 +78,11 @@ class EventLog:
 
     def __init__(self, handle: int, every: float = PLAIN_EVERY) -> None:
         self._handle = handle
-        self._every = every
         self._phase = "planning"
         self._latest: Progress | None = None
         self._started = time.monotonic()
         self._lock = threading.RLock()  # a signal's handler tells something too
-        self._left = threading.Event()
-        self._thread = threading.Thread(target=self._tick, name="progress", daemon=True)
+        self._ticker = Ticker(self._tell_progress, every)
 
     def __enter__(self) -> Self:
         from latentmill.jobs.ledger.records import tool_versions
@@ -95,14 +94,13 @@ class EventLog:
             host=socket.gethostname(),
             pid=os.getpid(),
         )
-        self._thread.start()
+        self._ticker.__enter__()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._left.set()
-        self._thread.join()
+        self._ticker.__exit__(kind, error, trace)
 
     def update(self, progress: Step) -> None:
         """Remember this state; a new phase is an event."""
@@ -144,10 +142,6 @@ class EventLog:
         """How the run ended; before that, how far it was."""
         self._tell_progress()
         self._tell("finished", exit_code=summary.exit_code, summary=asdict(summary))
-
-    def _tick(self) -> None:
-        while not self._left.wait(self._every):
-            self._tell_progress()
 
     def _tell_progress(self) -> None:
         with self._lock:

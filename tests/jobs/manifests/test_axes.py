@@ -149,7 +149,7 @@ def test_zipped_axes_may_repeat_a_value_but_not_a_pair():
         ("seed=0..1/99999999", ["99,999,999 values", "65,536"]),
         ("guidance_scale=1:9:1e-30", ["is not a range"]),
         ("seed=0.5:3", ["is not a range"]),
-        ("prompt=@/nowhere/x.txt", ["/nowhere/x.txt is no file"]),
+        ("prompt=@/nowhere/x.txt", ["/nowhere/x.txt does not exist"]),
         ("prompt.s/red/{blue", ["is not a search and replace"]),
         ("prompt.s/red/{blue}/x", ["is not a search and replace"]),
         ("prompt.s//{blue}/", ["1 to 200 printable bytes"]),
