@@ -7,6 +7,7 @@ all that was ever trained on them, stay what they are.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +39,11 @@ from training.pictures import CROPS_PER_PICTURE, Pictures
 
 CHECKPOINT = "autoencoder.pt"
 START = "start.safetensors"  # a finished first stage, folded; where it lies in the work folder, only its decoder learns
-PEAK_RATE, FROZEN_RATE = 1e-3, 1.5e-4  # a learned decoder sees few pictures a step: at 1e-3 it loses four decibels
-CRITIC_RATE = 1e-3
-ADVERSARIAL_FROM = 0.1  # of the budget; the critic learns before, and is listened to when it knows something
+PEAK_RATE, FROZEN_RATE = 1e-3, 3e-4  # a learned decoder sees few pictures a step: at 1e-3 it loses four decibels
+CRITIC_RATE = 4e-4
+# Of the budget: the critic learns from the start, is first listened to when the rest has settled, and in full when what
+# it says is no longer news. All at once, it doubled the perceptual distance and took two decibels.
+ADVERSARIAL_FROM, ADVERSARIAL_FULL = 0.4, 0.6
 # (until this part of the budget, side of the square seen, squares per process and step): colour and coarse form need
 # many steps rather than many pixels, so the first steps see small crops. Norms look at all of what they are given, so
 # that most of the budget belongs to whole pictures: a decoder used to one loses six decibels on the other.
@@ -48,6 +51,7 @@ DIET = ((0.1, 64, 16), (0.35, 128, 4), (1.0, scenes.IMAGE_SIZE, 1))
 FROZEN_DIET = ((1.0, scenes.IMAGE_SIZE, 2),)
 CHROMA_WEIGHT, PERCEPTUAL_WEIGHT, KL_WEIGHT = 1.0, 0.1, 6e-3  # the first two and L1 weigh about the same
 EXTRA_NOISE = 0.15  # of a frozen stage's latents, at most: the second stage's latents are not exact either
+WINDOW = 128  # side of the square that perceptual distance and critic see of a whole picture: they cost as much as it
 CHECKPOINT_SECONDS, SHEET_SECONDS, REPORT_STEPS = 90.0, 300.0, 25
 
 
@@ -82,6 +86,28 @@ def chroma(pixels: Tensor) -> Tensor:
     """The two colour-difference planes (BT.601, unscaled): (n, 3, h, w) -> (n, 2, h, w)."""
     luma = 0.299 * pixels[:, :1] + 0.587 * pixels[:, 1:2] + 0.114 * pixels[:, 2:]
     return torch.cat([pixels[:, 2:] - luma, pixels[:, :1] - luma], dim=1)
+
+
+def windows(pixels: Tensor, side: int) -> list[tuple[int, int]]:
+    """For each picture `(n, 3, h, w)`, the top left corner of a square of `side` pixels around something that is there.
+
+    The whole picture where it is no larger.
+    """
+    height, width = pixels.shape[2:]
+    patches = eventful(pixels)[:, 0]
+    picked = torch.multinomial(patches.flatten(1).cpu() + 1e-6, 1)[:, 0].tolist()
+
+    def start(patch: int, count: int, length: int) -> int:
+        return max(min((2 * patch + 1) * length // (2 * count) - side // 2, length - side), 0)
+
+    rows, columns = patches.shape[1:]
+    return [(start(at // columns, rows, height), start(at % columns, columns, width)) for at in picked]
+
+
+def cut(pictures: Tensor, corners: Sequence[tuple[int, int]], side: int) -> Tensor:
+    """The square of `side` pixels at each picture's own corner (y, x): (n, c, side, side)."""
+    squares = [picture[:, y : y + side, x : x + side] for picture, (y, x) in zip(pictures, corners, strict=True)]
+    return torch.stack(squares).contiguous(memory_format=torch.channels_last)
 
 
 class Stage:
@@ -120,23 +146,17 @@ class Stage:
         pixels = self.pictures.whole(count if whole else max(count // CROPS_PER_PICTURE, 1)).to(device())
         corners = [(0, 0)] * count if whole else self.pictures.corners(count, side)
         source = [index % len(pixels) for index in range(count)]
-        crops = [pixels[i, :, y : y + side, x : x + side] for i, (y, x) in zip(source, corners, strict=True)]
-        squares = torch.stack(crops).contiguous(memory_format=torch.channels_last)
+        squares = cut(pixels[source], corners, side)
         if not self.frozen:
             posterior = self.model.encode(squares)
             return squares, posterior.sample(), posterior.kl().mean() / posterior.mean[0].numel()
         # The encoder sees whole pictures, as ever: its norms look at all of what they are given.
         with torch.no_grad():
-            latents = self.model.encode(pixels).sample()
-        cells, factor = side // architecture.FACTOR, architecture.FACTOR
-        cut = torch.stack(
-            [
-                latents[i, :, y // factor : y // factor + cells, x // factor : x // factor + cells]
-                for i, (y, x) in zip(source, corners, strict=True)
-            ]
-        )
-        strength = torch.rand(count, 1, 1, 1, device=cut.device) * EXTRA_NOISE
-        return squares, cut + strength * torch.randn_like(cut), None
+            latents = self.model.encode(pixels).mean
+        factor = architecture.FACTOR
+        cells = cut(latents[source], [(y // factor, x // factor) for y, x in corners], side // factor)
+        strength = torch.rand(count, 1, 1, 1, device=cells.device) * EXTRA_NOISE
+        return squares, cells + strength * torch.randn_like(cells), None
 
     def step(self, progress: float) -> dict[str, float]:
         """One update of what learns and one of the critic; figures for the progress line."""
@@ -146,24 +166,27 @@ class Stage:
         decoded = self.model.decode(latents)
         plain = (decoded - pixels).abs().mean()
         colour = (chroma(decoded) - chroma(pixels)).abs().mean()
-        distance = self.perceptual(decoded, pixels).mean()
+        corners = windows(pixels, WINDOW)
+        seen, true = cut(decoded, corners, WINDOW), cut(pixels, corners, WINDOW)
+        distance = self.perceptual(seen, true).mean()
         loss = plain + CHROMA_WEIGHT * colour + PERCEPTUAL_WEIGHT * distance
         mse = F.mse_loss(decoded.detach().clamp(-1, 1), pixels)
         figures = {"psnr": float(10 * torch.log10(4 / mse)), "l1": float(plain.detach())}
         figures["perceptual"] = float(distance.detach())
         (wanted,) = torch.autograd.grad(loss, decoded, retain_graph=True)
-        where = eventful(pixels)
+        outputs, gradients = [decoded], [wanted]
+        where = eventful(true)
         if progress >= ADVERSARIAL_FROM:
-            verdict = judge(self.critic, decoded, where, wanted, self.model.decoder.conv_out.weight)
-            wanted = wanted + verdict.gradient
+            verdict = judge(self.critic, seen, where, self.model.decoder.conv_out.weight, decoded, wanted)
+            loudness = min((progress - ADVERSARIAL_FROM) / (ADVERSARIAL_FULL - ADVERSARIAL_FROM), 1.0)
+            outputs, gradients = [*outputs, seen], [*gradients, loudness * verdict.gradient]
             figures["ratio"] = verdict.ratio
-        figures["critic"] = self._teach_critic(pixels, decoded, where)
-        self.optimizer.zero_grad(set_to_none=True)
-        if kl is None:
-            torch.autograd.backward([decoded], [wanted])
-        else:
-            torch.autograd.backward([decoded, KL_WEIGHT * kl], [wanted, torch.ones_like(kl)])
+        figures["critic"] = self._teach_critic(true, seen, where)
+        if kl is not None:
+            outputs, gradients = [*outputs, KL_WEIGHT * kl], [*gradients, torch.ones_like(kl)]
             figures["kl"] = float(kl.detach())
+        self.optimizer.zero_grad(set_to_none=True)
+        torch.autograd.backward(outputs, gradients)
         parallel.average_gradients(self.model)
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()

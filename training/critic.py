@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 EDGE = 0.1  # range of a colour among neighbouring pixels, in [0, 2], from which on something happens there
-WEIGHT = 0.25  # of the critic's gradient at the decoder's last layer, measured by the reconstruction's
+WEIGHT = 0.1  # of the critic's gradient at the decoder's last layer, measured by the reconstruction's
 LARGEST_RATIO = 1e3
 
 
@@ -54,15 +54,18 @@ class Verdict:
     ratio: float
 
 
-def judge(critic: Critic, decoded: Tensor, where: Tensor, reconstruction: Tensor, last_layer: Tensor) -> Verdict:
-    """What the critic wants of `decoded`, scaled so that its gradient at `last_layer` is `WEIGHT` of the other's.
+def judge(
+    critic: Critic, seen: Tensor, where: Tensor, last_layer: Tensor, decoded: Tensor, reconstruction: Tensor
+) -> Verdict:
+    """What the critic wants of `seen`, scaled so that its gradient at `last_layer` is `WEIGHT` of the other losses'.
 
-    `where` is `eventful` of the true pictures, `reconstruction` the other losses' gradient for `decoded`.
+    `seen` is part of `decoded`, `where` is `eventful` of the true pictures of that part, `reconstruction` the other
+    losses' gradient for `decoded`.
     """
-    pixels = decoded.detach().requires_grad_()
+    pixels = seen.detach().requires_grad_()
     (wish,) = torch.autograd.grad(-_mean(critic(pixels), where), pixels)
     (ours,) = torch.autograd.grad(decoded, last_layer, reconstruction, retain_graph=True)
-    (theirs,) = torch.autograd.grad(decoded, last_layer, wish, retain_graph=True)
+    (theirs,) = torch.autograd.grad(seen, last_layer, wish, retain_graph=True)
     ratio = float((ours.norm() / (theirs.norm() + 1e-8)).clamp(max=LARGEST_RATIO))
     return Verdict(gradient=wish * (WEIGHT * ratio), ratio=ratio)
 

@@ -67,6 +67,17 @@ def test_before_its_time_nobody_listens_to_the_critic(tmp_path, small):
     assert "ratio" not in figures
 
 
+def test_what_is_judged_of_a_picture_has_something_in_it():
+    pixels = torch.zeros(3, 3, 256, 256)
+    pixels[0, :, 10:20, 10:20] = pixels[1, :, 150:160, 240:250] = 1.0
+    for picture, (y, x) in zip(pixels[:2], autoencoder.windows(pixels, 128)[:2], strict=True):
+        assert 0 <= y <= 128
+        assert 0 <= x <= 128
+        assert autoencoder.cut(picture[None], [(y, x)], 128).sum() == picture.sum()
+    assert autoencoder.windows(pixels, 256) == [(0, 0)] * 3
+    assert autoencoder.windows(pixels[:, :, :64, :64], 128) == [(0, 0)] * 3
+
+
 def test_a_frozen_stage_cuts_latents_and_pixels_at_the_same_place(tmp_path, monkeypatch):
     def average(pixels):
         mean = torch.nn.functional.avg_pool2d(pixels, architecture.FACTOR)

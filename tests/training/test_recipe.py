@@ -174,10 +174,11 @@ def test_the_critics_gradient_is_weighed_against_the_reconstructions():
     torch.manual_seed(0)
     last = torch.nn.Conv2d(4, 3, 3, padding=1)
     decoded = last(torch.randn(2, 4, 32, 32))
+    seen = decoded[:, :, 8:24, 8:24]
     others = torch.randn_like(decoded) * 1e-3
-    verdict = critic.judge(critic.Critic(), decoded, torch.ones(2, 1, 4, 4), others, last.weight)
+    verdict = critic.judge(critic.Critic(), seen, torch.ones(2, 1, 2, 2), last.weight, decoded, others)
     (ours,) = torch.autograd.grad(decoded, last.weight, others, retain_graph=True)
-    (theirs,) = torch.autograd.grad(decoded, last.weight, verdict.gradient)
+    (theirs,) = torch.autograd.grad(seen, last.weight, verdict.gradient)
     assert float(theirs.norm() / ours.norm()) == pytest.approx(critic.WEIGHT, rel=1e-3)
 
 
