@@ -16,7 +16,8 @@ from torch import Tensor
 
 from training import autoencoder, curves, diffusion, export, icons, latents, tokenizer
 from training.common import DEFAULT_WORK
-from training.evaluate import COUNTS, Settings, evaluate
+from training.drawing import Settings
+from training.evaluate import COUNTS, evaluate
 
 STAGES = ("data", "tokenizer", "autoencoder", "latents", "diffusion", "export", "evaluate")
 SCRATCH_MARK = "from-scratch"

@@ -34,13 +34,13 @@ from training.common import (
 )
 from training.critic import Critic, critic_loss, eventful, judge
 from training.devices import device, place
+from training.muon import Muon
 from training.perceptual import Perceptual
 from training.pictures import CROPS_PER_PICTURE, Pictures
 
 CHECKPOINT = "autoencoder.pt"
 START = "start.safetensors"  # a finished first stage, folded; where it lies in the work folder, only its decoder learns
-PEAK_RATE, FROZEN_RATE = 1e-3, 3e-4  # a learned decoder sees few pictures a step: at 1e-3 it loses four decibels
-CRITIC_RATE = 4e-4
+PEAK_RATE, CRITIC_RATE = 1e-3, 4e-4
 # Of the budget: the critic learns from the start, is first listened to when the rest has settled, and in full when what
 # it says is no longer news. All at once, it doubled the perceptual distance and took two decibels.
 ADVERSARIAL_FROM, ADVERSARIAL_FULL = 0.4, 0.6
@@ -116,7 +116,6 @@ class Stage:
     def __init__(self, pictures: Pictures, frozen: dict[str, Tensor] | None) -> None:
         self.pictures = pictures
         self.frozen = frozen is not None
-        self.peak = PEAK_RATE if frozen is None else FROZEN_RATE
         self.model = AutoencoderKL(VAEConfig.from_dict(architecture.VAE))
         if frozen is None:
             begin_linear(self.model)
@@ -127,8 +126,7 @@ class Stage:
         self.critic, self.perceptual = Critic(), Perceptual()
         for part in (self.model, self.critic, self.perceptual):
             place(part)
-        learned = [value for value in self.model.parameters() if value.requires_grad]
-        self.optimizer = torch.optim.AdamW(learned, lr=self.peak, betas=(0.9, 0.98), weight_decay=1e-4)
+        self.optimizer = Muon(self.model, lr=PEAK_RATE, weight_decay=1e-4)
         self.critic_optimizer = torch.optim.AdamW(self.critic.parameters(), lr=CRITIC_RATE, betas=(0.5, 0.98))
         self.average = RunningAverage(self.model, 0.998)
 
@@ -230,7 +228,7 @@ def _work(rank: int, work: Path, minutes: float) -> None:
 
     budget, saved, shown = minutes * 60, clock.wall, clock.wall
     while clock.elapsed < budget:
-        set_learning_rate(stage.optimizer, learning_rate(clock.elapsed / budget, stage.peak))
+        set_learning_rate(stage.optimizer, learning_rate(clock.elapsed / budget, PEAK_RATE))
         figures = stage.step(clock.elapsed / budget)
         step += 1
         clock.tick()

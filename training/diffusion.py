@@ -38,9 +38,10 @@ from training.common import (
     to_pictures,
 )
 from training.devices import device, place
+from training.muon import Muon
 
 CHECKPOINT = "diffusion.pt"
-PEAK_RATE = 1e-3
+PEAK_RATE = 7e-4
 PICTURES, NOISES = 16, 2  # per process and step; each picture is seen at two timesteps, its caption encoded once
 GPU_PICTURES = 128  # a GPU is no faster with fewer
 SHARES = {"scenes": 0.35, "pairs": 0.25, "icons": 0.4}  # of each batch
@@ -156,7 +157,7 @@ def _work(
     if warm_start is not None:
         model.load_state_dict(warm_start)
     place(model)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_RATE, betas=(0.9, 0.98), weight_decay=1e-3, fused=True)
+    optimizer = Muon(model, lr=PEAK_RATE, weight_decay=1e-3)
     average = RunningAverage(model, 0.998)
     clock, curve, step = Clock(), Curve(work / "diffusion.jsonl"), 0
     checkpoint = load_checkpoint(work / CHECKPOINT)

@@ -11,61 +11,23 @@ import argparse
 import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from latentmill.engine import Engine, GenerationRequest, ModelSpec
+from latentmill.engine import Engine
 from training import edges, icons, judge, pairs, reconstruction, scenes
 from training.card import write_card
 from training.common import DEFAULT_WORK, contact_sheet
+from training.drawing import GUIDANCE, STEPS, Settings
 from training.export import EMBEDDED
 from training.scenes import Pixels
 
-STEPS, GUIDANCE, BATCH = 20, 4.0, 8
 COUNTS = {"scenes": 200, "pairs": 100}
 WORDS = ("background", "colour", "shape", "position", "size")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """How the pictures are made."""
-
-    steps: int = STEPS
-    guidance: float = GUIDANCE
-    device: str = "cuda" if torch.cuda.is_available() else "cpu"
-
-    def draw(
-        self, engine: Engine, prompts: Sequence[str], first_seed: int, negative: Sequence[str] | None = None
-    ) -> list[Pixels]:
-        """One picture per prompt, seeds counting up from `first_seed`; a failed one raises."""
-        requests = [
-            GenerationRequest(
-                prompt=prompt,
-                negative_prompt=negative[index] if negative else "",
-                seed=first_seed + index,
-                width=scenes.IMAGE_SIZE,
-                height=scenes.IMAGE_SIZE,
-                num_inference_steps=self.steps,
-                guidance_scale=self.guidance,
-            )
-            for index, prompt in enumerate(prompts)
-        ]
-        pictures = []
-        for request, result in zip(requests, engine.generate(requests), strict=True):
-            if result.pixels is None:
-                raise RuntimeError(f"{request.prompt!r} with seed {request.seed} failed: {result.error}")
-            pictures.append(result.pixels)
-        return pictures
-
-
-def load(model: Path, device: str) -> Engine:
-    """The model without its safety checker: here the pictures are judged, not published."""
-    dtype = "float32" if device == "cpu" else "float16"
-    return Engine.load(ModelSpec(model=str(model), safety="none"), device=device, dtype=dtype, batch_size=BATCH)
 
 
 def evaluate_scenes(engine: Engine, settings: Settings, count: int) -> tuple[dict[str, float], list[Pixels], list[str]]:
@@ -146,7 +108,7 @@ def evaluate_steering(
 
 def measure(settings: Settings, model: Path, work: Path, counts: Mapping[str, int]) -> dict[str, Any]:
     """All figures, as the model card and the tests of the bars read them."""
-    engine = load(model, settings.device)
+    engine = settings.load(model)
     sheets = work / "sheets"
     settings.draw(engine, ["a red circle"], first_seed=0)  # the first pass sets up threads and memory
     start, processor = time.perf_counter(), time.process_time()
@@ -197,12 +159,20 @@ def main() -> None:
     parser.add_argument("--threads", type=int, help="of torch; all cores unless named")
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--guidance", type=float, default=GUIDANCE)
-    parser.add_argument("--device", default=Settings.device)
+    parser.add_argument("--sampler", default=Settings.sampler)
+    parser.add_argument("--device", help="a GPU where there is one, unless named")
+    parser.add_argument("--lora", type=Path, action="append", default=[], help="a file to be used at scale 1")
     parser.add_argument("--card", action="store_true", help="write the figures into the model's README.md")
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
-    settings = Settings(steps=options.steps, guidance=options.guidance, device=options.device)
+    settings = Settings(
+        steps=options.steps,
+        guidance=options.guidance,
+        sampler=options.sampler,
+        device=options.device or Settings().device,
+        loras={path.stem: path for path in options.lora},
+    )
     counts = {"scenes": options.scenes, "pairs": options.pairs}
     evaluate(settings, options.model, options.work, counts, card=options.card)
 

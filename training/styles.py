@@ -16,12 +16,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from latentmill.engine import EMBEDDED_MODEL, Engine, GenerationRequest, ModelSpec
+from latentmill.engine import EMBEDDED_MODEL
 from latentmill.engine.latent_diffusion import LatentDiffusion
 from latentmill.engine.networks.autoencoder import AutoencoderKL
 from latentmill.engine.sampling.schedule import NoiseSchedule
 from training import scenes
 from training.common import to_tensor
+from training.drawing import Settings
 from training.scenes import Pixels
 
 PROMPTS = Path(__file__).resolve().parent.parent / "configs" / "prompts" / "sample.txt"
@@ -94,20 +95,24 @@ class Lessons:
     @classmethod
     def prepare(cls, scene_count: int = SCENES) -> Lessons:
         """The same on every call."""
-        spec = ModelSpec(model=str(EMBEDDED_MODEL), safety="none")
-        engine = Engine.load(spec, device="cpu", dtype="float32", batch_size=4)
+        prompts = PROMPTS.read_text(encoding="utf-8").splitlines() * DRAWN
+        rng = np.random.default_rng(21)
+        known = [scene for scene in scenes.split(held_out=False) if scene.position == "center"]
+        drawn = scenes.draw_scenes(known, scene_count, rng)
+        return cls.of(prompts, [(scenes.caption(scene, rng), scenes.render(scene, rng)) for scene in drawn])
+
+    @classmethod
+    def of(cls, prompts: Sequence[str], rendered: Sequence[tuple[str, Pixels]]) -> Lessons:
+        """The model's own pictures of `prompts`, then `rendered` ones with their captions."""
+        settings = Settings(steps=STEPS, guidance=GUIDANCE, device="cpu")
+        engine = settings.load(EMBEDDED_MODEL, batch_size=4)
         model = engine._models
         if not isinstance(model, LatentDiffusion):
             raise TypeError(f"{EMBEDDED_MODEL} is not run by the engine itself")
-        prompts = PROMPTS.read_text(encoding="utf-8").splitlines() * DRAWN
-        pictures = draw(engine, prompts)
-        rng = np.random.default_rng(21)
-        known = [scene for scene in scenes.split(held_out=False) if scene.position == "center"]
-        for scene in scenes.draw_scenes(known, scene_count, rng):
-            prompts.append(scenes.caption(scene, rng))
-            pictures.append(scenes.render(scene, rng))
+        pictures = settings.draw(engine, prompts, first_seed=0) + [picture for _, picture in rendered]
+        texts = [*prompts, *(caption for caption, _ in rendered)]
         with torch.no_grad():
-            contexts, empty = (model.text.encode(texts).context.clone() for texts in (prompts, [""]))
+            contexts, empty = (model.text.encode(some).context.clone() for some in (texts, [""]))
         return cls(model=model, pictures=pictures, contexts=contexts, empty=empty)
 
     def latents(self, style: Style) -> Tensor:
@@ -119,23 +124,6 @@ class Lessons:
         with torch.no_grad():
             means = torch.cat([autoencoder.encode(part).mean for part in torch.split(pixels, 4)])
         return (means - autoencoder.config.shift_factor) * autoencoder.config.scaling_factor
-
-
-def draw(engine: Engine, prompts: list[str]) -> list[Pixels]:
-    """One picture for each prompt, at the size that the model was trained for. Raises RuntimeError if one fails."""
-    width, height = engine.description.default_size
-    requests = [
-        GenerationRequest(
-            prompt=prompt, seed=seed, width=width, height=height, num_inference_steps=STEPS, guidance_scale=GUIDANCE
-        )
-        for seed, prompt in enumerate(prompts)
-    ]
-    pictures = []
-    for request, result in zip(requests, engine.generate(requests), strict=True):
-        if result.pixels is None:
-            raise RuntimeError(f"{request.prompt!r} failed: {result.error}")
-        pictures.append(result.pixels)
-    return pictures
 
 
 def velocity_loss(

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from latentmill.engine import EMBEDDED_MODEL, Engine, ModelSpec
+from latentmill.engine import EMBEDDED_MODEL
 from training import scenes
-from training.styles import DYES, LOOKS, draw, velocity_loss
+from training.drawing import Settings
+from training.styles import DYES, LOOKS, velocity_loss
 
 ROW = np.array([[[0, 0, 0], [255, 255, 255], [255, 0, 0]]], dtype=np.uint8)
 
@@ -73,6 +74,6 @@ def test_the_loss_is_that_of_the_velocity():
 @pytest.mark.slow
 def test_a_picture_that_fails_ends_the_training():
     """Without it, every later picture would be learned for another one's prompt."""
-    engine = Engine.load(ModelSpec(model=str(EMBEDDED_MODEL), safety="none"), device="cpu", dtype="float32")
+    settings = Settings(device="cpu")
     with pytest.raises(RuntimeError, match="failed"):
-        draw(engine, ["\ud800"])
+        settings.draw(settings.load(EMBEDDED_MODEL), ["\ud800"], first_seed=0)
