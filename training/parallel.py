@@ -9,13 +9,13 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import distributed, nn
+from torch import Tensor, distributed, nn
 from torch.multiprocessing.spawn import spawn
 
 from training.devices import device
@@ -65,13 +65,25 @@ def agree(value: float) -> float:
 @torch.no_grad()
 def average_gradients(*modules: nn.Module) -> None:
     """Replace the gradients of `modules` by their means over the processes."""
+    gradients = [value.grad for module in modules for value in module.parameters() if value.grad is not None]
+    for gradient, total in zip(gradients, _sums(gradients), strict=True):
+        gradient.copy_(total / world_size())
+
+
+def divided(work: Callable[[Tensor], Tensor], tensors: Sequence[Tensor]) -> list[Tensor]:
+    """`work` of each tensor, whose shape it keeps, done by one of the processes and known to all of them."""
     count = world_size()
     if count == 1:
-        return
-    gradients = [value.grad for module in modules for value in module.parameters() if value.grad is not None]
-    flat = torch.cat([gradient.flatten() for gradient in gradients])
+        return [work(tensor) for tensor in tensors]
+    rank = distributed.get_rank()
+    return _sums([work(one) if index % count == rank else torch.zeros_like(one) for index, one in enumerate(tensors)])
+
+
+def _sums(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The sums over the processes, sent in one piece."""
+    if world_size() == 1:
+        return list(tensors)
+    flat = torch.cat([tensor.flatten() for tensor in tensors])
     distributed.all_reduce(flat)
-    flat.div_(count)
-    parts = torch.split(flat, [gradient.numel() for gradient in gradients])
-    for gradient, mean in zip(gradients, parts, strict=True):
-        gradient.copy_(mean.view_as(gradient))
+    parts = torch.split(flat, [tensor.numel() for tensor in tensors])
+    return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
