@@ -21,7 +21,7 @@ from training.drawing import GUIDANCE
 from training.styles import Lessons
 
 FILE = lora.FOLDER / "lcm.safetensors"
-RANK, RATE, BATCH = 16, 1e-3, 16
+RANK, RATE, BATCH = 16, 1e-4, 16
 LAYERS = ("blocks", "mid_block", "conv_in", "conv_out", "time_embedding")
 TIMESTEPS = 50  # of the teacher, evenly spaced, as the sampler's are chosen from
 SIGMA_DATA, TIMESTEP_SCALING = 0.5, 10.0  # of the consistency function, as samplers have it
