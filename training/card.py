@@ -11,7 +11,7 @@ from training import icons, pairs, scenes
 
 CLAIM_FROM = 1.0  # share of its styles in which a name must come out for the card to claim it
 RELIABLE_FROM = 0.9  # share of the prompts from which on a position is claimed
-PAIRS_FROM = 0.85  # share of the prompts in which every word of a pair must come out for pairs to be claimed
+PAIRS_FROM = 0.85  # share of the prompts in which the relation must come out for pairs to be claimed
 TRAINING = "training.json"
 TRAINING_NOTE = Path(__file__).with_name("TRAINED.md")
 
@@ -110,16 +110,17 @@ def write_card(model: Path, figures: Mapping[str, Any]) -> None:
     unclaimed = f" Learned, but not reliable: {', '.join(others)}." if others else ""
     words: Mapping[str, float] = figures["scenes"]
     positions = [place for place in scenes.POSITIONS if words[f"position {place}"] >= RELIABLE_FROM]
-    two = min(figures["pairs"].values()) >= PAIRS_FROM
+    two = figures["pairs"]["relation"] >= PAIRS_FROM
     relations = ", ".join(pairs.RELATIONS)
     example = "`a red circle left of a blue square on a white background`"
+    reliability = f"Both have the right shape in {_percent(figures['pairs']['shapes'])} of the pictures."
     card = _CARD.format(
         shapes=", ".join(scenes.SHAPES),
         colours=", ".join(scenes.COLOURS),
         backgrounds=", ".join(scenes.BACKGROUNDS),
         positions=", ".join(positions) or "none that is reliable",
         sizes=", ".join(scenes.SIZES),
-        pairs=f"**Two objects.** {example}. Relations: {relations}.\n\n" if two else "",
+        pairs=f"**Two objects.** {example}. Relations: {relations}. {reliability}\n\n" if two else "",
         not_drawn=("" if two else ", two objects") + ("" if len(positions) == 5 else ", objects elsewhere"),
         styles=", ".join(icons.STYLES),
         claimed=", ".join(claimed) or "none",

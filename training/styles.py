@@ -97,8 +97,7 @@ class Lessons:
         """The same on every call."""
         prompts = PROMPTS.read_text(encoding="utf-8").splitlines() * DRAWN
         rng = np.random.default_rng(21)
-        known = [scene for scene in scenes.split(held_out=False) if scene.position == "center"]
-        drawn = scenes.draw_scenes(known, scene_count, rng)
+        drawn = scenes.draw_scenes(scenes.split(held_out=False), scene_count, rng)
         return cls.of(prompts, [(scenes.caption(scene, rng), scenes.render(scene, rng)) for scene in drawn])
 
     @classmethod

@@ -140,7 +140,7 @@ def figures(**changes):
     return {
         "scenes": {"shape": 0.9, **{f"position {place}": 1.0 for place in scenes.POSITIONS}}, "scene_prompts": 200,
         "edges": {"F-score at 2 px": 0.5}, "first_stage": {"scenes, PSNR in dB": 28.7},
-        "pairs": {"relation": 0.9}, "pair_prompts": 100, "steering": {"flat": 0.1},
+        "pairs": {"relation": 0.9, "shapes": 0.8}, "pair_prompts": 100, "steering": {"flat": 0.1},
         "icons": {"a sun": {"flat": True, "glossy": True}, "a fox": {"flat": True, "glossy": False}},
         "icon_share": 0.75, "seconds_per_image": 0.5, "processor_seconds_per_image": 0.4, "steps": 20,
         "guidance_scale": 4.0, "device": "cpu, 2 threads", **changes,
@@ -155,7 +155,7 @@ def test_the_card_claims_only_what_comes_out(tmp_path):
     assert "**Two objects.**" in text
     assert "Positions: center, left, right, top, bottom." in text
     worse = {**figures()["scenes"], "position left": 0.5}
-    card.write_card(tmp_path, figures(pairs={"relation": 0.6}, scenes=worse))
+    card.write_card(tmp_path, figures(pairs={"relation": 0.6, "shapes": 0.5}, scenes=worse))
     text = (tmp_path / "README.md").read_text(encoding="utf-8")
     assert "**Two objects.**" not in text
     assert "Positions: center, right, top, bottom." in text
