@@ -495,8 +495,9 @@ def test_every_file_of_a_lora_is_in_the_models_digest(folders, tmp_path):
 
 def test_the_loras_that_ship_dye_the_embedded_models_pictures(tmp_path):
     """Made by `python -m training.lora`: each pulls every picture towards its own colour, the more the larger it is."""
-    assert sum(path.stat().st_size for path in LORAS.iterdir()) < 400_000
-    engine = load(EMBEDDED_MODEL, batch_size=3, **{path.stem: path for path in LORAS.iterdir()})
+    styles = {name: LORAS / f"{name}.safetensors" for name in ("sepia", "blueprint")}
+    assert sum(path.stat().st_size for path in styles.values()) < 400_000
+    engine = load(EMBEDDED_MODEL, batch_size=3, **styles)
     plain = GenerationRequest(
         prompt="a large black square in the center on a white background",
         seed=1,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -11,7 +12,8 @@ from latentmill.engine import EMBEDDED_MODEL, Engine, ModelSpec
 from latentmill.engine.loading.lora import check_loras
 from latentmill.engine.sampling.levels import PLACEMENTS
 from latentmill.engine.types import LoraSpec
-from training import distill, lora
+from training import distill, judge, lora, scenes
+from training.drawing import Settings
 from training.styles import Lessons
 
 pytestmark = pytest.mark.slow
@@ -81,3 +83,12 @@ def test_a_step_makes_a_lora_of_every_layer_and_leaves_the_model_alone(distillat
     check_loras(
         ModelSpec(model=str(EMBEDDED_MODEL), loras=(LoraSpec(name="new", path=str(tmp_path / "new.safetensors")),))
     )
+
+
+def test_with_the_lora_that_ships_four_steps_without_guidance_draw_what_is_asked_for():
+    assert distill.FILE.stat().st_size < 2_500_000
+    wanted = scenes.draw_scenes(scenes.split(held_out=True), 8, np.random.default_rng(4))
+    settings = Settings(steps=4, sampler="lcm", guidance=1.0, device="cpu", loras={"lcm": distill.FILE})
+    drawn = settings.draw(settings.load(EMBEDDED_MODEL), [scenes.caption(scene) for scene in wanted], first_seed=1)
+    right = [all(judge.look(picture).agrees(scene).values()) for picture, scene in zip(drawn, wanted, strict=True)]
+    assert sum(right) >= 7
