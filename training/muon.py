@@ -2,7 +2,8 @@
 
 Small batches of pictures leave a gradient with a few large directions, which AdamW follows; here every direction counts
 alike. Measured: 450 steps of the first stage's decoder bring the perceptual distance from 1.13 to 0.72, AdamW's best to
-0.83, in nearly the same time; the second stage's averaged loss falls by a third more in the same time.
+0.83, in nearly the same time; 450 of the second stage bring its averaged loss to 0.257, 469 of AdamW's to 0.262, but
+each takes a third longer on one core.
 """
 
 from __future__ import annotations
