@@ -24,7 +24,7 @@ FILE = lora.FOLDER / "lcm.safetensors"
 RANK, RATE, BATCH = 16, 1e-4, 16
 LAYERS = ("blocks", "mid_block", "conv_in", "conv_out", "time_embedding")
 TIMESTEPS = 50  # of the teacher, evenly spaced, as the sampler's are chosen from
-SIGMA_DATA, TIMESTEP_SCALING = 0.5, 10.0  # of the consistency function, as samplers have it
+SIGMA_DATA = 0.5  # of the consistency function, as samplers have it
 HUBER = 0.03  # per number of the latents
 SCENES, PAIRS = 300, 400
 """Rendered pictures, beside the model's own icons."""
@@ -69,7 +69,7 @@ class Distillation:
     def consistent(self, noisy: Tensor, timesteps: Tensor, context: Tensor) -> Tensor:
         """The student's consistency function (arXiv:2303.01469, appendix C): x0, but `noisy` itself without noise."""
         x0, _ = self.split(self.student(noisy, timesteps.clamp(min=0), context), noisy, timesteps)
-        scaled = (timesteps.clamp(min=0) * TIMESTEP_SCALING).reshape(-1, 1, 1, 1)
+        scaled = (timesteps.clamp(min=0) * self.schedule.config.timestep_scaling).reshape(-1, 1, 1, 1)
         scaled = torch.where(timesteps.reshape(-1, 1, 1, 1) < 0, 0.0, scaled)
         kept = SIGMA_DATA**2 / (scaled.square() + SIGMA_DATA**2)
         return kept * noisy + scaled / (scaled.square() + SIGMA_DATA**2).sqrt() * x0

@@ -65,6 +65,8 @@ def agree(value: float) -> float:
 @torch.no_grad()
 def average_gradients(*modules: nn.Module) -> None:
     """Replace the gradients of `modules` by their means over the processes."""
+    if world_size() == 1:
+        return
     gradients = [value.grad for module in modules for value in module.parameters() if value.grad is not None]
     for gradient, total in zip(gradients, _sums(gradients), strict=True):
         gradient.copy_(total / world_size())
@@ -81,8 +83,6 @@ def divided(work: Callable[[Tensor], Tensor], tensors: Sequence[Tensor]) -> list
 
 def _sums(tensors: Sequence[Tensor]) -> list[Tensor]:
     """The sums over the processes, sent in one piece."""
-    if world_size() == 1:
-        return list(tensors)
     flat = torch.cat([tensor.flatten() for tensor in tensors])
     distributed.all_reduce(flat)
     parts = torch.split(flat, [tensor.numel() for tensor in tensors])
