@@ -35,7 +35,7 @@ pictures. It has no notion of what is unsafe, and little to be unsafe with.
 Folder layout of diffusers' `StableDiffusionPipeline`, fp16 safetensors. KL autoencoder, 16 pixels per latent cell,
 8 channels, scaling factor 1 (mean and deviation of the latents are folded into its 1x1 convolutions); U-Net with
 cross-attention, velocity prediction, linear betas 1e-4 to 0.02, trailing timesteps; CLIP text encoder of width 128
-with 3 layers and its own vocabulary. 20 DDIM steps and a guidance scale of 3 to 5 suit it.
+with 3 layers and its own vocabulary. 20 DDIM steps and a guidance scale of 2 to 4 suit it.
 
 ## Figures
 

@@ -38,19 +38,19 @@ from training.common import (
     to_pictures,
 )
 from training.devices import device, place
+from training.drawing import GUIDANCE, STEPS
 from training.muon import Muon
 
 CHECKPOINT = "diffusion.pt"
 PEAK_RATE = 7e-4
 PICTURES, NOISES = 16, 2  # per process and step; each picture is seen at two timesteps, its caption encoded once
 GPU_PICTURES = 128  # a GPU is no faster with fewer
-SHARES = {"scenes": 0.35, "pairs": 0.25, "icons": 0.4}  # of each batch
+SHARES = {"scenes": 0.6, "pairs": 0.2, "icons": 0.2}  # of each batch
 CAPTION_DROPOUT = 0.1
-# Captions here say nearly all about a picture, so that its shape is settled under strong noise: three quarters of the
-# timesteps come from there. Below, only edges are left to do, and their loss is low after the first minutes.
-TIMESTEP_EDGES, TIMESTEP_SHARES = (0.0, 0.15, 0.4, 1.0), (0.0, 0.1, 0.25, 1.0)
+# Most timesteps come from where edges are settled: true latents noised to t = 350 and sampled from there come
+# back as wavy as those from pure noise (boundary F-score 0.85 and 0.83), those from t = 100 nearly true (0.97).
+TIMESTEP_EDGES, TIMESTEP_SHARES = (0.0, 0.1, 0.5, 1.0), (0.0, 0.12, 0.75, 1.0)
 CHECKPOINT_SECONDS, SHEET_SECONDS, REPORT_STEPS = 120.0, 600.0, 25
-SHEET_STEPS, SHEET_GUIDANCE = 20, 4.0
 
 
 def text_config() -> CLIPTextConfig:
@@ -225,11 +225,11 @@ def _sheet(average: RunningAverage, work: Path, schedule: NoiseSchedule, path: P
     first_stage.load_state_dict(latents.first_stage(work))
     texts = _sheet_captions()
     ids = tokenizer.encode(words, [""] * len(texts) + texts).to(device())
-    guidance = torch.full((len(texts), 1, 1, 1), SHEET_GUIDANCE, device=device())
+    guidance = torch.full((len(texts), 1, 1, 1), GUIDANCE, device=device())
     denoiser = Denoiser(model.unet, schedule, model.context(ids), guidance)
     generator = torch.Generator().manual_seed(5)
     size = architecture.UNET["sample_size"]
     shape = (len(texts), architecture.LATENT_CHANNELS, size, size)
     noise = torch.randn(shape, generator=generator).to(device())
-    found = solve(ddim(noise, PLACEMENTS["strides"].place(schedule, SHEET_STEPS)), denoiser)
+    found = solve(ddim(noise, PLACEMENTS["strides"].place(schedule, STEPS)), denoiser)
     contact_sheet(to_pictures(first_stage.decode(found)), path)

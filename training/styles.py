@@ -28,7 +28,7 @@ from training.scenes import Pixels
 PROMPTS = Path(__file__).resolve().parent.parent / "configs" / "prompts" / "sample.txt"
 SCENES = 240
 """Rendered ones, beside the model's own pictures of the sample prompts."""
-DRAWN, STEPS, GUIDANCE = 4, 12, 4.0
+DRAWN, STEPS = 4, 12
 """How many of those own pictures each prompt gives, and how they are drawn."""
 CAPTION_DROPOUT = 0.1
 
@@ -103,7 +103,7 @@ class Lessons:
     @classmethod
     def of(cls, prompts: Sequence[str], rendered: Sequence[tuple[str, Pixels]]) -> Lessons:
         """The model's own pictures of `prompts`, then `rendered` ones with their captions."""
-        settings = Settings(steps=STEPS, guidance=GUIDANCE, device="cpu")
+        settings = Settings(steps=STEPS, device="cpu")
         engine = settings.load(EMBEDDED_MODEL, batch_size=4)
         model = engine._models
         if not isinstance(model, LatentDiffusion):
