@@ -75,11 +75,12 @@ def test_the_perceptual_network_halves_the_side_and_knows_its_weights():
     assert not list(perceptual.parameters())
 
 
-def test_timesteps_cover_the_schedule_and_favour_noise():
+def test_timesteps_cover_the_schedule_and_favour_where_edges_are_settled():
     timesteps = diffusion.stratified_timesteps(100, 1000, torch.Generator().manual_seed(0))
     assert timesteps.min() < 20
     assert timesteps.max() > 970
-    assert int((timesteps >= 400).sum()) in range(74, 77)
+    assert int((timesteps < 100).sum()) in range(11, 14)
+    assert int((timesteps >= 500).sum()) in range(24, 27)
 
 
 def test_learning_rate_warms_up_holds_and_falls():
