@@ -47,8 +47,8 @@ PICTURES, NOISES = 16, 2  # per process and step; each picture is seen at two ti
 GPU_PICTURES = 128  # a GPU is no faster with fewer
 SHARES = {"scenes": 0.6, "pairs": 0.2, "icons": 0.2}  # of each batch
 CAPTION_DROPOUT = 0.1
-# Most timesteps come from where edges are settled: true latents noised to t = 350 and sampled from there come
-# back as wavy as those from pure noise (boundary F-score 0.85 and 0.83), those from t = 100 nearly true (0.97).
+# Most timesteps come from where edges are settled: true latents noised to t = 350 and sampled from there came back
+# nearly as wavy as those from t = 850 (boundary F-score 0.85 and 0.83), those from t = 100 nearly true (0.97).
 TIMESTEP_EDGES, TIMESTEP_SHARES = (0.0, 0.1, 0.5, 1.0), (0.0, 0.12, 0.75, 1.0)
 CHECKPOINT_SECONDS, SHEET_SECONDS, REPORT_STEPS = 120.0, 600.0, 25
 
