@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ class Bench:
         self.context, self.shape, self.rows = context, shape, rows
         self.folder = folder_of(shape, context.folder / shape, torch.float16, narrow=context.tiny)
         self.engine = load_ours(self.folder, context.device, rows)
+        self.held = torch.cuda.memory_allocated() if self.cuda else 0  # by the model, before there is another one
         precision = f"fp16; diffusers compiled: torch.compile mode {COMPILE_MODE}, channels last"
         self.measured = Measured(notes=[precision if self.cuda else "fp32, one thread, seconds of CPU time"])
         self.peers: dict[str, Diffusers] = {}
@@ -58,6 +59,13 @@ class Bench:
         torch.cuda.synchronize()
         return time.perf_counter() - began
 
+    def peak(self, requests: Sequence[GenerationRequest]) -> float:
+        """The most GPU memory that our model takes while it draws, in GiB, whatever else is loaded."""
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        self.engine.generate(requests)
+        return (self.held + torch.cuda.max_memory_allocated() - before) / 2**30
+
     def compare(
         self, part: str, contenders: Mapping[str, Callable[[], Any]], *, repeat: int = 1
     ) -> dict[str, list[float]]:
@@ -78,26 +86,29 @@ class Bench:
         try:
             work()
         except Exception as error:  # a compiler may raise anything
-            if name != "diffusers compiled":
+            if not name.endswith("compiled"):
                 raise
-            # A compiler that refuses a model is a finding about the peer, and must not cost the other figures.
+            # A compiler that refuses a model is a finding about it, and must not cost the other figures.
             self.measured.notes.append(f"{part}: {name} does not run: {type(error).__name__}: {str(error)[:200]}")
             return False
         return True
 
 
-def load_ours(folder: Path, device: str, rows: int) -> Engine:
+def load_ours(folder: Path, device: str, rows: int, execution: str = "eager") -> Engine:
     """Our engine without a checker, at the precision of the device."""
     dtype = "float16" if device == "cuda" else "float32"
     spec = ModelSpec(model=str(folder), safety="none")
-    return Engine.load(spec, device=device, dtype=dtype, batch_size=rows)
+    return Engine.load(spec, device=device, dtype=dtype, batch_size=rows, execution=execution)
 
 
-def compare(context: Context, shape: str, steps: int, rows: int = ROWS) -> Measured:
-    """From prompts to pixels; on a CPU, where it is cheap, U-Net and VAE too."""
+def compare(context: Context, shape: str, steps: int, rows: int = ROWS, *, compiled: bool = True) -> Measured:
+    """From prompts to pixels; on a CPU, where it is cheap, U-Net and VAE too.
+
+    On a GPU also as graphs, and by the compiler unless it would take many minutes.
+    """
     rows = 2 if context.tiny else rows
     steps = 2 if context.tiny else steps
-    bench = Bench(context, shape, rows, compiled=True)
+    bench = Bench(context, shape, rows, compiled=compiled)
     side = _side(context, shape)
     lines = (ROOT / "configs/prompts/sample.txt").read_text().splitlines()
     prompts = [lines[number % len(lines)] for number in range(rows)]
@@ -110,8 +121,8 @@ def compare(context: Context, shape: str, steps: int, rows: int = ROWS) -> Measu
     options = {"width": side, "height": side, "num_inference_steps": steps, "guidance_scale": GUIDANCE}
     pictures: dict[str, list[Any]] = {}
 
-    def ours() -> None:
-        pictures["ours"] = [result.pixels for result in bench.engine.generate(requests)]
+    def ours(name: str, engine: Engine) -> Callable[[], None]:
+        return lambda: pictures.update({name: [result.pixels for result in engine.generate(requests)]})
 
     def peer(name: str) -> Callable[[], None]:
         return lambda: pictures.update({name: bench.peers[name].draw(prompts, range(rows), **options)})
@@ -120,11 +131,18 @@ def compare(context: Context, shape: str, steps: int, rows: int = ROWS) -> Measu
         drawn = [bench.peers["diffusers batched"].draw([prompts[n]], [n], **options)[0] for n in range(rows)]
         pictures["diffusers one by one"] = drawn
 
-    contenders = {"ours": ours, **{name: peer(name) for name in bench.peers}}
-    if bench.peers:
+    if bench.cuda:
+        bench.measured.figures.append(figure("ours: peak memory", "GiB", [bench.peak(requests)]))
+    engines = {"ours": bench.engine}
+    for execution in ("graphs", "compiled") if bench.cuda and compiled else ("graphs",) if bench.cuda else ():
+        engines[f"ours, {execution}"] = load_ours(bench.folder, context.device, rows, execution)
+    contenders = {name: ours(name, engine) for name, engine in engines.items()}
+    contenders |= {name: peer(name) for name in bench.peers}
+    if bench.peers and not bench.cuda:
         contenders["diffusers one by one"] = one_by_one
     found = bench.compare("end to end", contenders)
-    bench.measured.figures.append(figure("ours", "pictures/s", [rows / seconds for seconds in found["ours"]]))
+    for name in engines:
+        bench.measured.figures.append(figure(name, "pictures/s", [rows / seconds for seconds in found[name]]))
     if shape == "embedded":
         bench.measured.notes += [
             say(f"pictures of ours and of {name}", differences(pictures["ours"], drawn))
@@ -135,8 +153,6 @@ def compare(context: Context, shape: str, steps: int, rows: int = ROWS) -> Measu
         bench.measured.notes.append("random weights: pictures are noise; the networks' outputs are compared by parts")
     if not bench.cuda:
         _parts(bench, side, rows)
-    if bench.cuda:
-        bench.measured.figures.append(figure("peak memory", "GiB", [torch.cuda.max_memory_allocated() / 2**30]))
     return bench.measured
 
 

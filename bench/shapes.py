@@ -16,6 +16,7 @@ from bench.machine import ROOT
 
 EMBEDDED = ROOT / "engine" / "embedded"
 
+_KINDS = ("CLIPTextModel", "CLIPTextModelWithProjection")  # of a family's first and second text encoder
 _CROSS, _PLAIN = "CrossAttnDownBlock2D", "DownBlock2D"
 _SCHEDULER = {
     "_class_name": "DDIMScheduler",
@@ -154,16 +155,19 @@ def _write(shape: Shape, folder: Path, dtype: torch.dtype) -> Path:
         "unet": ["diffusers", "UNet2DConditionModel"],
         "vae": ["diffusers", "AutoencoderKL"],
     }
-    for number, (encoder, config) in enumerate(shape.encoders.items()):
-        kind = "CLIPTextModelWithProjection" if number else "CLIPTextModel"
+    for kind, encoder in zip(_KINDS, shape.encoders, strict=False):
         tokenizer = encoder.replace("text_encoder", "tokenizer")
         index |= {encoder: ["transformers", kind], tokenizer: ["transformers", "CLIPTokenizer"]}
         shutil.copytree(EMBEDDED / "tokenizer", folder / tokenizer)
-        _write_encoder(folder / encoder, kind, config, dtype)
     _write_json(folder / "model_index.json", index)
     _write_json(folder / "scheduler" / "scheduler_config.json", _SCHEDULER)
-    _write_unet(folder / "unet", shape.unet, dtype)
-    _write_vae(folder / "vae", shape.vae, dtype)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):  # a GPU draws billions of numbers in no time
+        for kind, (encoder, config) in zip(_KINDS, shape.encoders.items(), strict=False):
+            _write_encoder(folder / encoder, kind, config, dtype)
+        _write_unet(folder / "unet", shape.unet, dtype)
+        _write_vae(folder / "vae", shape.vae, dtype)
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
     return folder
 
 

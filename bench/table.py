@@ -219,6 +219,7 @@ _GPU = (
         shape="sdxl",
         steps=20,
         rows=4,
+        compiled=False,
     ),
     _gpu("gpu-embedded", "embedded model, 32 of 256 px", 3, "engines:compare", shape="embedded", steps=20, rows=32),
 )

@@ -75,16 +75,17 @@ class Curve:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.sums: dict[str, list[float]] = {}
+        self.values: dict[str, list[float | Tensor]] = {}
 
-    def add(self, figures: Mapping[str, float]) -> None:
+    def add(self, figures: Mapping[str, float | Tensor]) -> None:
+        """Figures of one step; those on a GPU stay there until they are written, since asking for one waits for it."""
         for name, value in figures.items():
-            self.sums.setdefault(name, []).append(value)
+            self.values.setdefault(name, []).append(value)
 
     def write(self, step: int, clock: Clock) -> str:
         """Write the means since the last call; returns them for the progress line."""
-        means = {name: sum(values) / len(values) for name, values in self.sums.items()}
-        self.sums.clear()
+        means = {name: sum(map(float, values)) / len(values) for name, values in self.values.items()}
+        self.values.clear()
         row = {"step": step, "minutes": round(clock.elapsed / 60, 2), "wall": round(clock.wall / 60, 2), **means}
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
@@ -116,9 +117,9 @@ class RunningAverage:
             self.values[name].copy_(value)
 
 
-def to_tensor(pictures: list[Pixels]) -> Tensor:
-    """uint8 pictures -> (n, 3, h, w) float32 in [-1, 1]."""
-    stacked = torch.from_numpy(np.stack(pictures))
+def to_tensor(pictures: list[Pixels] | Tensor) -> Tensor:
+    """uint8 pictures, also stacked as (n, h, w, 3) -> (n, 3, h, w) float32 in [-1, 1], on the device where they are."""
+    stacked = pictures if isinstance(pictures, Tensor) else torch.from_numpy(np.stack(pictures))
     return stacked.permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0).contiguous()
 
 

@@ -7,9 +7,10 @@ guidance (arXiv:2207.12598), an average of the weights for sampling.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -94,41 +95,68 @@ class Data:
         if stored is None:
             raise RuntimeError(f"{work / latents.CHECKPOINT} is not there: run `--stage latents` first")
         empty = tokenizer.encode(tokenizer.load(work / "tokenizer"), [""])[0]
-        return cls(latents=stored["latents"], tokens=stored["tokens"], empty=empty, counts=stored["counts"])
+        held = {"latents": stored["latents"], "tokens": stored["tokens"], "empty": empty}
+        return cls(**{name: tensor.to(device()) for name, tensor in held.items()}, counts=stored["counts"])
 
     def batch(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """`count` random pictures: latents (count, c, h, w) and token ids (count, length), some of them empty."""
-        shares = torch.tensor([SHARES[kind] for kind in self.counts])
-        numbers = torch.tensor(list(self.counts.values()))
+        where = generator.device
+        shares = torch.tensor([SHARES[kind] for kind in self.counts], device=where)
+        numbers = torch.tensor(list(self.counts.values()), device=where)
         kind = torch.multinomial(shares, count, replacement=True, generator=generator)
-        place = (torch.rand(count, generator=generator) * numbers[kind]).long()
+        place = (torch.rand(count, generator=generator, device=where) * numbers[kind]).long()
         pick = (numbers.cumsum(0) - numbers)[kind] + place
-        form = torch.randint(self.tokens.shape[1], (count,), generator=generator)
-        ids = self.tokens[pick, form].long()
-        dropped = torch.rand(count, generator=generator) < CAPTION_DROPOUT
-        ids[dropped] = self.empty
-        return self.latents[pick].float(), ids
+        form = torch.randint(self.tokens.shape[1], (count,), generator=generator, device=where)
+        dropped = torch.rand(count, 1, generator=generator, device=where) < CAPTION_DROPOUT
+        ids = torch.where(dropped, self.empty, self.tokens[pick, form])
+        return self.latents[pick].float(), ids.long()
 
 
 def stratified_timesteps(count: int, total: int, generator: torch.Generator) -> Tensor:
     """`count` timesteps, one from each equally likely part of the schedule, in random order: (count,) int64."""
-    strata = torch.randperm(count, generator=generator) + torch.rand(count, generator=generator)
-    place = (strata / count).numpy()
-    times = np.interp(place, TIMESTEP_SHARES, TIMESTEP_EDGES) * total
-    return torch.from_numpy(times).long().clamp(max=total - 1)
+    where = generator.device
+    strata = torch.randperm(count, generator=generator, device=where)
+    place = (strata + torch.rand(count, generator=generator, device=where)) / count
+    shares, edges = (torch.tensor(values, device=where) for values in (TIMESTEP_SHARES, TIMESTEP_EDGES))
+    part = torch.searchsorted(shares, place, right=True).clamp(max=len(shares) - 1) - 1
+    within = (place - shares[part]) / (shares[part + 1] - shares[part])
+    times = torch.lerp(edges[part], edges[part + 1], within) * total
+    return times.long().clamp(max=total - 1)
 
 
-def velocity_loss(model: Model, schedule: NoiseSchedule, data: Data, generator: torch.Generator) -> Tensor:
-    """Mean squared error of the velocity on one batch."""
-    where = device()
-    clean, ids = data.batch(GPU_PICTURES if where.type == "cuda" else PICTURES, generator)
-    clean = clean.repeat_interleave(NOISES, dim=0)
-    timesteps = stratified_timesteps(len(clean), schedule.config.num_train_timesteps, generator)
-    noise = torch.randn(clean.shape, generator=generator)
-    alpha_bar = schedule.alphas_cumprod[timesteps].reshape(-1, 1, 1, 1)
-    velocity = alpha_bar.sqrt() * noise - (1 - alpha_bar).sqrt() * clean
-    noisy = schedule.add_noise(clean, noise, timesteps)
-    return F.mse_loss(model(noisy.to(where), timesteps.to(where), ids.to(where)), velocity.to(where))
+@dataclass(frozen=True, kw_only=True)
+class Lesson:
+    """One batch: what the model is shown, as `Model.forward` takes it, and the velocity that it must tell."""
+
+    noisy: Tensor
+    timesteps: Tensor
+    ids: Tensor
+    velocity: Tensor
+
+    @classmethod
+    def draw(cls, schedule: NoiseSchedule, data: Data, generator: torch.Generator) -> Lesson:
+        """At random, on the generator's device."""
+        where = generator.device
+        clean, ids = data.batch(GPU_PICTURES if where.type == "cuda" else PICTURES, generator)
+        clean = clean.repeat_interleave(NOISES, dim=0)
+        timesteps = stratified_timesteps(len(clean), schedule.config.num_train_timesteps, generator)
+        noise = torch.randn(clean.shape, generator=generator, device=where)
+        alpha_bar = schedule.alphas_cumprod.to(where)[timesteps].reshape(-1, 1, 1, 1)
+        signal, spread = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+        return cls(
+            noisy=signal * clean + spread * noise,
+            timesteps=timesteps,
+            ids=ids,
+            velocity=signal * noise - spread * clean,
+        )
+
+    @property
+    def shown(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.noisy, self.timesteps, self.ids
+
+    def loss(self, predict: Callable[..., Tensor]) -> Tensor:
+        """Mean squared error of the velocity."""
+        return F.mse_loss(predict(*self.shown), self.velocity)
 
 
 def train(
@@ -166,7 +194,8 @@ def _work(
         optimizer.load_state_dict(checkpoint["optimizer"])
         average.load(checkpoint["average"])
         clock, step = Clock(checkpoint["elapsed"], checkpoint["wall"]), checkpoint["step"]
-    generator = torch.Generator().manual_seed(1000 * step + rank)
+    generator = torch.Generator(device()).manual_seed(1000 * step + rank)
+    predict = _as_graph(model, Lesson.draw(schedule, data, generator))
 
     def save() -> None:
         states = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "average": average.state()}
@@ -177,7 +206,7 @@ def _work(
     limit = min(budget, clock.elapsed + 60 * limit_minutes)
     while clock.elapsed < limit:
         set_learning_rate(optimizer, learning_rate(clock.elapsed / budget, PEAK_RATE))
-        loss = velocity_loss(model, schedule, data, generator)
+        loss = Lesson.draw(schedule, data, generator).loss(predict)
         optimizer.zero_grad(set_to_none=True)
         torch.autograd.backward(loss)
         parallel.average_gradients(model)
@@ -188,7 +217,7 @@ def _work(
         if rank > 0:
             continue
         average.update(model)
-        curve.add({"loss": float(loss.detach())})
+        curve.add({"loss": loss.detach()})
         if step % REPORT_STEPS == 0:
             line = curve.write(step, clock)
             print(f"diffusion {clock.elapsed / 60:5.1f}/{minutes:g} min step {step} {line}", flush=True)
@@ -200,6 +229,15 @@ def _work(
             shown = clock.wall
     if rank == 0:
         save()
+
+
+def _as_graph(model: Model, lesson: Lesson) -> Callable[..., Tensor]:
+    """The model, on a GPU as one graph: there, starting its kernels one by one takes longer than they do."""
+    if device().type != "cuda":
+        return model
+    cuda: Any = torch.cuda  # its types name a union that fits no caller
+    graph: Callable[..., Tensor] = cuda.make_graphed_callables(model, lesson.shown)
+    return graph
 
 
 def _sheet_captions() -> list[str]:

@@ -6,7 +6,7 @@ model has latents of zero mean and unit deviation and the scaling factor 1.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,12 +14,13 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
 from latentmill.engine.loading.config import VAEConfig
 from latentmill.engine.networks.autoencoder import AutoencoderKL
 from training import architecture, autoencoder, icons, pairs, parallel, scenes, tokenizer
 from training.common import load_checkpoint, save_checkpoint, to_tensor
-from training.devices import device, place
+from training.devices import device, draw_alone, place, renderers
 from training.icons import Sprite
 from training.scenes import Pixels
 
@@ -27,8 +28,8 @@ CHECKPOINT = "latents.pt"
 AUTOENCODER = "vae.safetensors"
 KINDS = ("scenes", "pairs", "icons")
 CAPTIONS_PER_PICTURE = 6
-BATCH = 8
-REPORT_EVERY = 50  # batches
+BATCH, GPU_BATCH = 8, 64
+REPORT_EVERY = 400  # pictures
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +67,19 @@ class Pictures:
         texts = [scenes.caption(scene, rng) for scene in self.scenes for _ in times]
         texts += [pairs.caption(pair, rng) for pair in self.pairs for _ in times]
         return texts + [icons.caption(icon, rng) for icon in self.icons for _ in times]
+
+
+class Rendered(Dataset[Pixels]):
+    """Some of the pictures."""
+
+    def __init__(self, drawn: Pictures, indices: Sequence[int], sprites: Mapping[tuple[str, str], Sprite]) -> None:
+        self.drawn, self.indices, self.sprites = drawn, indices, sprites
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, place: int) -> Pixels:
+        return self.drawn.render(self.indices[place], self.sprites)
 
 
 def encode(work: Path, counts: Mapping[str, int], processes: int | None = None) -> Path:
@@ -130,15 +144,14 @@ def _work(rank: int, work: Path, counts: Mapping[str, int]) -> None:
     start = work / autoencoder.START
     model.load_state_dict(load_file(start) if start.is_file() else _learned(work))
     place(model.eval())
-    sprites = icons.load_sprites(work / "npm")
-    drawn = Pictures.draw(counts)
     mine = list(range(rank, sum(counts[kind] for kind in KINDS), count))
-    found = []
-    for first in range(0, len(mine), BATCH):
-        pictures = [drawn.render(index, sprites) for index in mine[first : first + BATCH]]
-        found.append(model.encode(to_tensor(pictures).to(device())).mean.half().cpu())
-        if rank == 0 and first // BATCH % REPORT_EVERY == 0:
-            print(f"latents {first}/{len(mine)} in the first of {count} processes", flush=True)
+    rendered = Rendered(Pictures.draw(counts), mine, icons.load_sprites(work / "npm"))
+    size = GPU_BATCH if device().type == "cuda" else BATCH
+    found: list[Tensor] = []
+    for pictures in DataLoader(rendered, batch_size=size, num_workers=renderers(), worker_init_fn=draw_alone):
+        if rank == 0 and len(found) * size % REPORT_EVERY < size:
+            print(f"latents {len(found) * size}/{len(mine)} in the first of {count} processes", flush=True)
+        found.append(model.encode(to_tensor(pictures.to(device()))).mean.half().cpu())
     save_checkpoint(work / f"latents-part-{rank}.pt", {"latents": torch.cat(found), "index": torch.tensor(mine)})
 
 

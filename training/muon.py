@@ -8,6 +8,7 @@ each takes a third longer on one core.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,16 +23,16 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic whose iteration drive
 MATCHING = 0.2  # root mean square of AdamW's usual step: rates and weight decay keep their meaning
 
 
-def orthogonalised(matrix: Tensor) -> Tensor:
-    """`(m, n)` with its singular vectors and with singular values of about one, by Newton and Schulz's iteration."""
-    tall = len(matrix) > matrix.shape[1]
-    x = matrix.T if tall else matrix
-    x = x / (x.norm() + 1e-7)
+def orthogonalised(matrices: Tensor) -> Tensor:
+    """`(b, m, n)` with their singular vectors and singular values of about one, by Newton and Schulz's iteration."""
+    tall = matrices.shape[1] > matrices.shape[2]
+    x = matrices.mT if tall else matrices
+    x = x / (torch.linalg.matrix_norm(x, keepdim=True) + 1e-7)
     linear, cubic, quintic = COEFFICIENTS
     for _ in range(ITERATIONS):
-        square = x @ x.T
-        x = torch.addmm(x, torch.addmm(square, square, square, beta=cubic, alpha=quintic), x, beta=linear)
-    return x.T if tall else x
+        square = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=cubic, alpha=quintic), x, beta=linear)
+    return x.mT if tall else x
 
 
 class Muon(torch.optim.Optimizer):
@@ -59,32 +60,57 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure: None = None) -> None:  # type: ignore[override]  # noqa: ARG002 none is ever given
         """Update all parameters that have a gradient; several processes divide the matrices among them."""
         for group in self.param_groups:
-            found = [(value, value.grad) for value in group["params"] if value.grad is not None]
-            updates = [
-                (_momentum if group["orthogonal"] else _adam)(gradient, self.state[value]) for value, gradient in found
-            ]
+            found = [value for value in group["params"] if value.grad is not None]
+            if not found:
+                continue
+            gradients, states = [value.grad for value in found], [self.state[value] for value in found]
             if group["orthogonal"]:
-                updates = parallel.divided(_step, updates)
-            for (value, _), update in zip(found, updates, strict=True):
-                value.mul_(1 - group["lr"] * group["weight_decay"])
-                value.sub_(update.reshape(value.shape), alpha=group["lr"])
+                updates = parallel.divided(_steps, _momenta(gradients, states))
+            else:
+                updates = _adam(gradients, states)
+            shaped = [update.reshape(value.shape) for update, value in zip(updates, found, strict=True)]
+            torch._foreach_mul_(found, 1 - group["lr"] * group["weight_decay"])
+            torch._foreach_sub_(found, shaped, alpha=group["lr"])
 
 
-def _momentum(gradient: Tensor, state: dict[str, Any]) -> Tensor:
-    """Nesterov's, as a matrix."""
-    momentum = state.setdefault("momentum", torch.zeros_like(gradient))
-    momentum.lerp_(gradient, 1 - MOMENTUM)
-    return gradient.lerp(momentum, MOMENTUM).flatten(1)
+def _momenta(gradients: list[Tensor], states: list[dict[str, Any]]) -> list[Tensor]:
+    """Nesterov's, as matrices."""
+    momenta = _moments("momentum", gradients, states)
+    torch._foreach_lerp_(momenta, gradients, 1 - MOMENTUM)
+    return [each.flatten(1) for each in torch._foreach_lerp(gradients, momenta, MOMENTUM)]
 
 
-def _step(matrix: Tensor) -> Tensor:
-    return MATCHING * max(matrix.shape) ** 0.5 * orthogonalised(matrix)
+def _steps(matrices: Sequence[Tensor]) -> list[Tensor]:
+    """All matrices' steps; those of one shape go together, since a GPU starts a product slower than it computes it."""
+    places: dict[torch.Size, list[int]] = {}
+    for index, matrix in enumerate(matrices):
+        places.setdefault(matrix.shape, []).append(index)
+    found = list(matrices)
+    for shape, indices in places.items():
+        steps = MATCHING * max(shape) ** 0.5 * orthogonalised(torch.stack([matrices[index] for index in indices]))
+        for index, step in zip(indices, steps, strict=True):
+            found[index] = step
+    return found
 
 
-def _adam(gradient: Tensor, state: dict[str, Any]) -> Tensor:
-    first, second = (state.setdefault(name, torch.zeros_like(gradient)) for name in ("first", "second"))
-    state["steps"] = state.get("steps", 0) + 1
-    for moment, found, beta in zip((first, second), (gradient, gradient.square()), ADAM_BETAS, strict=True):
-        moment.lerp_(found, 1 - beta)
-    scales = [1 - beta ** state["steps"] for beta in ADAM_BETAS]
-    return (first / scales[0]) / ((second / scales[1]).sqrt() + ADAM_EPS)
+def _adam(gradients: list[Tensor], states: list[dict[str, Any]]) -> list[Tensor]:
+    first, second = (_moments(name, gradients, states) for name in ("first", "second"))
+    for state in states:
+        state["steps"] = state.get("steps", 0) + 1
+    squares = torch._foreach_mul(gradients, gradients)
+    for moments, found, beta in zip((first, second), (gradients, list(squares)), ADAM_BETAS, strict=True):
+        torch._foreach_lerp_(moments, found, 1 - beta)
+    means, spreads = (
+        torch._foreach_div(moments, [1 - beta ** state["steps"] for state in states])
+        for moments, beta in zip((first, second), ADAM_BETAS, strict=True)
+    )
+    torch._foreach_sqrt_(spreads)
+    torch._foreach_add_(spreads, ADAM_EPS)
+    return list(torch._foreach_div(means, spreads))
+
+
+def _moments(name: str, gradients: list[Tensor], states: list[dict[str, Any]]) -> list[Tensor]:
+    return [
+        state[name] if name in state else state.setdefault(name, torch.zeros_like(gradient))
+        for gradient, state in zip(gradients, states, strict=True)
+    ]

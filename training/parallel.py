@@ -72,13 +72,15 @@ def average_gradients(*modules: nn.Module) -> None:
         gradient.copy_(total / world_size())
 
 
-def divided(work: Callable[[Tensor], Tensor], tensors: Sequence[Tensor]) -> list[Tensor]:
-    """`work` of each tensor, whose shape it keeps, done by one of the processes and known to all of them."""
+def divided(work: Callable[[Sequence[Tensor]], list[Tensor]], tensors: Sequence[Tensor]) -> list[Tensor]:
+    """`work` of the tensors, whose shapes it keeps, each done by one of the processes and known to all of them."""
     count = world_size()
     if count == 1:
-        return [work(tensor) for tensor in tensors]
+        return work(tensors)
     rank = distributed.get_rank()
-    return _sums([work(one) if index % count == rank else torch.zeros_like(one) for index, one in enumerate(tensors)])
+    found = [torch.zeros_like(one) for one in tensors]
+    found[rank::count] = work(tensors[rank::count])
+    return _sums(found)
 
 
 def _sums(tensors: Sequence[Tensor]) -> list[Tensor]:

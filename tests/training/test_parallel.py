@@ -36,7 +36,7 @@ def inputs_of(rank):
 
 def worker(rank, folder):
     torch.save(one_step(layers(), inputs_of(rank)).state_dict(), folder / f"{rank}.pt")
-    done = parallel.divided(lambda tensor: tensor + os.getpid(), [torch.zeros(2), torch.zeros(3)])
+    done = parallel.divided(lambda tensors: [each + os.getpid() for each in tensors], [torch.zeros(2), torch.zeros(3)])
     torch.save(done, folder / f"divided-{rank}.pt")
 
 
@@ -53,5 +53,5 @@ def test_two_processes_take_the_step_of_one_with_both_halves(tmp_path: Path) -> 
 
 def test_one_process_divides_with_nobody() -> None:
     tensors = [torch.ones(2), torch.ones(3)]
-    done = parallel.divided(lambda tensor: tensor * 2, copy.deepcopy(tensors))
+    done = parallel.divided(lambda tensors: [each * 2 for each in tensors], copy.deepcopy(tensors))
     assert [one.tolist() for one in done] == [[2.0, 2.0], [2.0, 2.0, 2.0]]
