@@ -42,8 +42,8 @@ test-browser: dev ## look at the gallery in a real Chromium, headless: apt-get i
 test-cluster: dev ## run the tests that start Ray clusters, storms and crash points, and all others that take long
 	$(BIN)/python -m pytest -m 'cluster or long'
 
-test-gpu: $(if $(GPU_PYTHON),,dev) ## run the tests that need a CUDA device; GPU_PYTHON=python3 uses another torch
-	$(or $(GPU_PYTHON),$(BIN)/python) -m pytest -m gpu tests/gpu
+test-gpu: $(VENV)/source/latentmill $(if $(GPU_PYTHON),,dev) ## run the tests that need a CUDA device; GPU_PYTHON=python3 uses another torch
+	$(GPU) -m pytest -m gpu tests/gpu
 
 test-stores: $(VENV)/.stores $(VENV)/azurite/.installed ## run the job on emulators of Google's and Azure's stores; needs npm
 	AZURITE=$(VENV)/azurite/node_modules/.bin/azurite-blob $(BIN)/python -m pytest -m stores tests/stores

@@ -69,7 +69,7 @@ def settings(execution: str) -> str:
 
 
 def decode(vae: Autoencoder, latents: Tensor) -> Tensor:
-    """`vae.decode` in slices of rows, all of one size, so that a row's bits do not depend on its slot.
+    """`vae.decode` in slices of rows, all of one size, so that no row is decoded in a pass of another shape.
 
     The size follows from the batch's shape, on which bits depend anyway.
     """

@@ -77,8 +77,9 @@ class _Run:
 class Engine:
     """One text-to-image model on one device.
 
-    Every pass runs at `batch_size` rows, padded by repeating rows, so that a row's bits depend on its request alone (on
-    one execution class): not on its slot, nor on its neighbours, which may have other samplers and numbers of steps.
+    Every pass runs at `batch_size` rows, padded by repeating rows, so that a row's bits depend on its request and its
+    slot alone (on one execution class): not on its neighbours, which may have other samplers and numbers of steps. A
+    CPU gives the same bits in every slot; a GPU's convolutions add in another order in some of them.
     Each sample draws all its noise from its own CPU generator, seeded with its seed.
     """
 

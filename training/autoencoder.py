@@ -211,15 +211,16 @@ def _work(rank: int, work: Path, minutes: float) -> None:
     """One process's share of the training; the first one also keeps the average, checkpoints and sheets."""
     torch.manual_seed(0)
     frozen = load_file(work / START) if (work / START).is_file() else None
-    stage = Stage(Pictures(work, np.random.default_rng(0)), frozen)
-    clock, curve, step = Clock(), Curve(work / "autoencoder.jsonl"), 0
     checkpoint = load_checkpoint(work / CHECKPOINT)
+    clock, curve, step = Clock(), Curve(work / "autoencoder.jsonl"), checkpoint["step"] if checkpoint else 0
+    pictures = Pictures(work, np.random.default_rng(0))
+    pictures.start_over([1, step, rank])  # its processes are forked before this one starts a GPU's driver
+    stage = Stage(pictures, frozen)
     if checkpoint is not None:
         for name, part in stage.parts.items():
             part.load_state_dict(checkpoint[name])
         stage.average.load(checkpoint["average"])
-        clock, step = Clock(checkpoint["elapsed"], checkpoint["wall"]), checkpoint["step"]
-    stage.pictures.start_over([1, step, rank])
+        clock = Clock(checkpoint["elapsed"], checkpoint["wall"])
     torch.manual_seed(1000 * step + rank)  # the posterior's noise differs between processes
 
     def save() -> None:

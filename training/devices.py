@@ -9,6 +9,9 @@ import cv2
 import torch
 from torch import nn
 
+# Asking whether there is a GPU must not start the driver: processes that are forked afterwards take seconds each.
+os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+
 
 def device() -> torch.device:
     """A GPU where there is one."""

@@ -140,15 +140,17 @@ def first_stage(work: Path) -> dict[str, Tensor]:
 def _work(rank: int, work: Path, counts: Mapping[str, int]) -> None:
     """One process's share of the pictures, written as one part."""
     count = parallel.world_size()
+    mine = list(range(rank, sum(counts[kind] for kind in KINDS), count))
+    rendered = Rendered(Pictures.draw(counts), mine, icons.load_sprites(work / "npm"))
+    size = GPU_BATCH if device().type == "cuda" else BATCH
+    # Its processes are forked before this one starts a GPU's driver.
+    batches = iter(DataLoader(rendered, batch_size=size, num_workers=renderers(), worker_init_fn=draw_alone))
     model = AutoencoderKL(VAEConfig.from_dict(architecture.VAE))
     start = work / autoencoder.START
     model.load_state_dict(load_file(start) if start.is_file() else _learned(work))
     place(model.eval())
-    mine = list(range(rank, sum(counts[kind] for kind in KINDS), count))
-    rendered = Rendered(Pictures.draw(counts), mine, icons.load_sprites(work / "npm"))
-    size = GPU_BATCH if device().type == "cuda" else BATCH
     found: list[Tensor] = []
-    for pictures in DataLoader(rendered, batch_size=size, num_workers=renderers(), worker_init_fn=draw_alone):
+    for pictures in batches:
         if rank == 0 and len(found) * size % REPORT_EVERY < size:
             print(f"latents {len(found) * size}/{len(mine)} in the first of {count} processes", flush=True)
         found.append(model.encode(to_tensor(pictures.to(device()))).mean.half().cpu())

@@ -30,8 +30,9 @@ def world_size() -> int:
 def launch(worker: Worker, *arguments: Any, processes: int | None = None) -> None:
     """Run `worker(rank, *arguments)` once per core (or `processes` times) and wait; an error in one ends all."""
     count = processes or (1 if device().type == "cuda" else os.cpu_count() or 1)
-    if processes == 1 and device().type == "cpu":  # one core of several: the others are for somebody else
-        torch.set_num_threads(1)
+    if count == 1:
+        if processes == 1 and device().type == "cpu":  # one core of several: the others are for somebody else
+            torch.set_num_threads(1)
         worker(0, *arguments)
         return
     with tempfile.TemporaryDirectory() as folder:
@@ -40,17 +41,15 @@ def launch(worker: Worker, *arguments: Any, processes: int | None = None) -> Non
 
 
 def _enter(rank: int, worker: Worker, count: int, store: str, arguments: tuple[Any, ...]) -> None:
-    torch.set_num_threads(1 if count > 1 else os.cpu_count() or 1)
-    if count > 1:
-        distributed.init_process_group(
-            "gloo", init_method=f"file://{store}", rank=rank, world_size=count, timeout=timedelta(minutes=30)
-        )
+    torch.set_num_threads(1)
+    distributed.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=count, timeout=timedelta(minutes=30)
+    )
     worker(rank, *arguments)
-    if count > 1:
-        distributed.barrier()
-        # All work is on disk. A normal exit now and then aborts in the destructor of gloo's threads.
-        sys.stdout.flush()
-        os._exit(0)
+    distributed.barrier()
+    # All work is on disk. A normal exit now and then aborts in the destructor of gloo's threads.
+    sys.stdout.flush()
+    os._exit(0)
 
 
 def agree(value: float) -> float:
