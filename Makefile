@@ -69,7 +69,7 @@ bench: dev ## measure against the peers, about 15 minutes; writes bench/RESULTS.
 	$(BIN)/python $(BENCH)
 
 # A machine with a GPU may have another torch, and nothing may be installed there: the package is found by a link.
-GPU = PYTHONPATH=$(VENV)/source:. $(or $(GPU_PYTHON),$(BIN)/python)
+GPU = PYTHONPATH=$(VENV)/source:.$(if $(PYTHONPATH),:$(PYTHONPATH)) $(or $(GPU_PYTHON),$(BIN)/python)
 
 bench-gpu: $(VENV)/source/latentmill $(if $(GPU_PYTHON),,dev) ## the same on a CUDA device, in parts; GPU_PYTHON=python3 uses another torch
 	$(GPU) $(BENCH) --target bench-gpu
