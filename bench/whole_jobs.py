@@ -18,6 +18,7 @@ from bench.store import s3_server
 from bench.table import Context, Measured
 
 BATCH = 8
+GUIDANCE = 3.0
 MODEL = ROOT / "engine" / "embedded"
 
 
@@ -35,7 +36,8 @@ def our_command(work: Work, out: str, *, executor: str = "ray") -> list[str]:
     return [
         *(sys.executable, "-m", "latentmill", "run", str(work.manifest), "--out", out, "--executor", executor),
         *("--num-inference-steps", str(work.steps), "--width", str(work.side), "--height", str(work.side)),
-        *("--chunk-size", str(BATCH), "--batch-size", str(BATCH), "--threads-per-actor", "1"),
+        *("--guidance-scale", str(GUIDANCE), "--chunk-size", str(BATCH), "--batch-size", str(BATCH)),
+        *("--threads-per-actor", "1"),
     ]
 
 
@@ -45,7 +47,7 @@ def peer_command(name: str, work: Work, out: str) -> list[str]:
     loop = name == "loop"
     command = [sys.executable, "-m", f"bench.peers.{'diffusers_loop' if loop else 'ray_data'}"]
     command += ["--manifest", str(work.manifest), "--out", out, "--model", str(MODEL), "--batch", str(BATCH)]
-    command += ["--steps", str(work.steps), "--side", str(work.side)]
+    command += ["--steps", str(work.steps), "--side", str(work.side), "--guidance", str(GUIDANCE)]
     command += ["--threads", str(cores)] if loop else ["--threads", "1", "--actors", str(cores)]
     if name == "ray-data-checkpoint":
         command += ["--checkpoint", f"{out}-checkpoint"]

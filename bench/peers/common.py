@@ -46,7 +46,7 @@ def parse(description: str) -> Options:
         parser.add_argument(f"--{name}", required=True)
     parser.add_argument("--side", type=int, default=256)
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--guidance", type=float, default=4.0)
+    parser.add_argument("--guidance", type=float, required=True)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--actors", type=int, default=2)
