@@ -48,9 +48,12 @@ BARS = (
     _most("Enter to first commit, Ray", "start", "ray: Enter to first commit", 10.0),
     _most("Enter to first commit, inline", "start", "inline: Enter to first commit", 4.0),
     _most("post-processing of a 512 px picture", "postprocess", "512 px: all", 35.0),
-    _least("H100: SD1.5 512 px, 50 steps", "gpu-sd15-50", "ours", 5.5),
+    _least("H100 or H200: SD1.5 512 px, 50 steps, compiled", "gpu-sd15-50", "ours, compiled", 5.5),
     _least(
-        "H100: against diffusers compiled, channels last", "gpu-sd15-50", "end to end: diffusers compiled / ours", 1.2
+        "H100 or H200: against diffusers, both compiled",
+        "gpu-sd15-50",
+        "end to end: compiled, diffusers / ours",
+        1.2,
     ),
-    _least("H100: SDXL 1024 px, 20 steps", "gpu-sdxl-20", "ours", 1.6),
+    _least("H100 or H200: SDXL 1024 px, 20 steps, eager", "gpu-sdxl-20", "ours", 1.6),
 )

@@ -141,7 +141,10 @@ def compare(context: Context, shape: str, steps: int, rows: int = ROWS, *, compi
     if bench.peers and not bench.cuda:
         contenders["diffusers one by one"] = one_by_one
     found = bench.compare("end to end", contenders)
-    for name in engines:
+    if {"ours, compiled", "diffusers compiled"} <= set(found):
+        likes = ratio("end to end: compiled, diffusers / ours", found["diffusers compiled"], found["ours, compiled"])
+        bench.measured.figures.append(likes)
+    for name in [name for name in engines if name in found]:
         bench.measured.figures.append(figure(name, "pictures/s", [rows / seconds for seconds in found[name]]))
     if shape == "embedded":
         bench.measured.notes += [

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from latentmill.engine.text.lora_tags import has_lora_tags, lora_tags, without_lora_tags
     from latentmill.engine.text.prompts import parse_prompt
     from latentmill.engine.types import (
+        EXECUTIONS,
         LONG_PROMPTS,
         LORA_NAME,
         LORA_SCALE_LIMIT,
@@ -81,6 +82,7 @@ _HOME = {
 
 __all__ = [
     "EMBEDDED_MODEL",
+    "EXECUTIONS",
     "FOLDER_SAMPLER",
     "LONG_PROMPTS",
     "LORAS_LIMIT",

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from latentmill.engine.graphs import CapturedNetwork
 from latentmill.engine.networks.interface import Autoencoder
-from latentmill.engine.types import EngineError
+from latentmill.engine.types import EXECUTIONS, EngineError
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -36,9 +36,6 @@ def arrange(network: Network) -> Network:
             module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last)
     return network
 
-
-EXECUTIONS = ("eager", "graphs", "compiled")
-"""How the U-Net is run: operator by operator, as CUDA graphs of the same kernels, or by what torch.compile makes."""
 
 _SHAPES_LIMIT = 64
 """Shapes of batches that one process compiles for. By default torch stops at 8, which is an error."""

@@ -120,21 +120,20 @@ class Engine:
 
         Pipelines that are not the engine's own run by the library diffusers, an optional extra. `cut_pixels` truncates
         pixels to whole numbers as the original command did, instead of rounding them. `execution` is one of
-        `acceleration.EXECUTIONS`: how the U-Net is run on a GPU. Raises EngineError for a missing
+        `EXECUTIONS`: how the denoiser is run on a GPU. Raises EngineError for a missing
         file, a key that does not match, an unsupported switch, or a missing device.
         """
         if batch_size < 1:
             raise EngineError(f"batch_size is {batch_size}; it must be 1 or more")
         description = describe_model(spec)
         description.check_prompts(spec.prompt_syntax, spec.long_prompts)
+        description.check_execution(execution)
         target = resolve_device(device)
         kind = resolve_dtype(dtype, target)
         acceleration.use_full_float32()
         model: Model
         if description.pipeline is None:
             model = load_latent_diffusion(description.layout, spec, kind, target, batch_size, execution)
-        elif execution != "eager":
-            raise EngineError(f"execution is {execution!r}, but {spec.model} runs by the library diffusers; use eager")
         else:
             from latentmill.engine.diffusers_backend.pipeline import load_pipeline
 

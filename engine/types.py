@@ -23,6 +23,9 @@ PROMPT_SYNTAXES = ("plain", "a1111", "novelai")
 LONG_PROMPTS = ("truncate", "chunk", "error")
 """What `ModelSpec.long_prompts` takes: what happens to a prompt with more tokens than the text encoder takes."""
 
+EXECUTIONS = ("eager", "graphs", "compiled")
+"""How a denoiser is run: operator by operator, as CUDA graphs of the same kernels, or by what torch.compile makes."""
+
 LORA_NAME = r"\w(?:[\w .+-]{0,62}[\w.+-])?"
 """What a LoRA may be called, as a pattern."""
 

@@ -35,6 +35,7 @@ _FORMAT = 3
 """The first format whose rows have all that it takes."""
 
 _MERGED = re.compile(r", merged (.+)$")
+_COMPILED = re.compile(r", channels last, compiled(?=$|, )")
 _THREADS = re.compile(r", (\d+) threads, ")
 
 
@@ -84,6 +85,11 @@ class Recipe:
         found = _MERGED.search(self.execution_class)
         return parse_scales(found[1]) if found else {}
 
+    @property
+    def execution(self) -> str:
+        """How the denoiser was run. Graphs have the bits of eager mode."""
+        return "compiled" if _COMPILED.search(self.execution_class) else "eager"
+
     def spec(self) -> ModelSpec:
         """The model on this machine, checked, with its checker and its way of reading prompts."""
         placed, merged = place_model(self.resolve()), self.merged_loras
@@ -104,7 +110,10 @@ class Recipe:
 
         if self.threads is not None:
             torch.set_num_threads(self.threads)
-        return Engine.load(self.spec(), device=device, dtype=self.dtype, batch_size=self.batch_size)
+        execution = self.execution if device == "cuda" else "eager"
+        return Engine.load(
+            self.spec(), device=device, dtype=self.dtype, batch_size=self.batch_size, execution=execution
+        )
 
     def draw(self, engine: Engine) -> Pixels:
         """The picture as it was handed to the encoder: blanked if that was the policy, and watermarked."""

@@ -7,7 +7,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from latentmill.engine import LONG_PROMPTS, PROMPT_SYNTAXES, SAFETY_CHECKERS, SAMPLER_CHOICES, WATERMARK_METHODS
+from latentmill.engine import (
+    EXECUTIONS,
+    LONG_PROMPTS,
+    PROMPT_SYNTAXES,
+    SAFETY_CHECKERS,
+    SAMPLER_CHOICES,
+    WATERMARK_METHODS,
+)
 from latentmill.jobs.dated import PLACEHOLDER, DatedOutput
 from latentmill.jobs.errors import UsageError
 from latentmill.jobs.executor_table import EXECUTORS
@@ -283,6 +290,13 @@ class JobSpec:
     )
     dtype: str = choice("auto", CUTTING, "auto, float32 or float16.", DTYPES, planned=True)
     device: str = choice("auto", CUTTING, "auto, cpu or cuda.", DEVICES, planned=True)
+    execution: str = choice(
+        "eager",
+        CUTTING,
+        "How a GPU runs the model: eager, graphs (the same bits) or compiled (faster, other bits, a slow start).",
+        EXECUTIONS,
+        planned=True,
+    )
     threads_per_actor: int | None = whole(
         None, CUTTING, "CPU threads per model; the pictures' bits depend on it.", 1, 1024, planned=True
     )

@@ -105,7 +105,7 @@ def load_model(
         prompt_syntax=settings.prompt_syntax,
         long_prompts=settings.long_prompts,
     )
-    return Engine.load(spec, device=device, dtype=settings.dtype, batch_size=batch_size)
+    return Engine.load(spec, device=device, dtype=settings.dtype, batch_size=batch_size, execution=settings.execution)
 
 
 class ChunkGenerator:

@@ -16,11 +16,13 @@ from torch import Tensor
 
 from training import autoencoder, curves, diffusion, export, icons, latents, tokenizer
 from training.common import DEFAULT_WORK
+from training.devices import device
 from training.drawing import Settings
 from training.evaluate import COUNTS, evaluate
 
 STAGES = ("data", "tokenizer", "autoencoder", "latents", "diffusion", "export", "evaluate")
 SCRATCH_MARK = "from-scratch"
+MINUTES = {"cpu": (60.0, 180.0), "cuda": (8.0, 8.0)}  # of the two stages; of each core, or of the GPU
 
 
 def run(stage: str, options: argparse.Namespace) -> None:
@@ -63,8 +65,8 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=DEFAULT_WORK)
     parser.add_argument("--out", type=Path, default=export.EMBEDDED, help="where the model is written")
     parser.add_argument("--curves", type=Path, default=Path(__file__).with_name("curves.png"), help="their picture")
-    parser.add_argument("--autoencoder-minutes", type=float, default=60.0, help="of each core, for the first stage")
-    parser.add_argument("--minutes", type=float, default=180.0, help="of each core, for the second stage")
+    parser.add_argument("--autoencoder-minutes", type=float, help="for the first stage: 60 of each core, or 8 of a GPU")
+    parser.add_argument("--minutes", type=float, help="for the second stage: 180 of each core, or 8 of a GPU")
     parser.add_argument("--limit-minutes", type=float, default=math.inf, help="of this call's share of the latter")
     parser.add_argument("--processes", type=int, help="one thread each; as many as cores unless named")
     parser.add_argument("--scenes", type=int, default=9_000, help="one-object pictures to encode")
@@ -72,6 +74,9 @@ def main() -> None:
     parser.add_argument("--icons", type=int, default=5_000, help="icon pictures to encode")
     parser.add_argument("--from-scratch", action="store_true", help="leave the shipped weights alone")
     options = parser.parse_args()
+    first, second = MINUTES[device().type]
+    options.autoencoder_minutes = options.autoencoder_minutes or first
+    options.minutes = options.minutes or second
     options.work.mkdir(parents=True, exist_ok=True)
     # Whoever needs the machine may stop (kill -STOP -- -PID, then -CONT) or end it; it goes on where it was.
     (options.work / "pid").write_text(f"{os.getpid()}\n")

@@ -109,6 +109,13 @@ class ModelDescription:
                 "prompts its own way; use plain and truncate"
             )
 
+    def check_execution(self, execution: str) -> None:
+        """Raises EngineError for a way of running the denoiser that is not there for this model."""
+        if self.pipeline is not None and execution != "eager":
+            raise EngineError(
+                f"execution is {execution!r}, but a {self.family} is run by the library diffusers; use eager"
+            )
+
 
 def describe_model(model: str | Path | ModelSpec) -> ModelDescription:
     """Read a model's architecture. Raises EngineError that names a missing file or an unsupported switch."""

@@ -250,6 +250,7 @@ def _model_of(recipe: Recipe) -> Hashable:
         recipe.dtype,
         recipe.threads,
         recipe.batch_size,
+        recipe.execution,
     )
 
 

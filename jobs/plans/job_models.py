@@ -167,6 +167,7 @@ def _find(spec: JobSpec, source: str) -> _Found:
     try:
         found[2].check_safety(spec.safety)
         found[2].check_prompts(spec.prompt_syntax, spec.long_prompts)
+        found[2].check_execution(spec.execution)
     except EngineError as error:
         raise UsageError(str(error)) from None
     return found

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from latentmill.engine import acceleration
 from latentmill.jobs.errors import JobError, UsageError
 from latentmill.jobs.job import Job, open_job
 from latentmill.jobs.ledger.pictures import pixel_sha256
@@ -75,6 +76,14 @@ def test_a_picture_is_made_again_from_nothing_but_one_row(two_jobs: list[dict[st
         engine = recipe.load("cpu")
         assert engine.execution_class == row["execution_class"]
         assert pixel_sha256(recipe.draw(engine)) == row["pixel_sha256"], row["sample_id"]
+
+
+def test_a_row_says_how_its_picture_was_run(two_jobs: list[dict[str, Any]]) -> None:
+    row = two_jobs[0]
+    assert recipe_of(row).execution == "eager"
+    merged = f"{acceleration.settings('compiled')}, merged sepia=1"
+    for ending, execution in ((acceleration.settings("compiled"), "compiled"), (merged, "compiled")):
+        assert recipe_of(row | {"execution_class": f"cuda, float16, {ending}"}).execution == execution
 
 
 @pytest.mark.parametrize(

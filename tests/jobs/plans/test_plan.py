@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from latentmill.engine import EXECUTIONS
 from latentmill.jobs.errors import JobError, OutputConflictError, UsageError
 from latentmill.jobs.job_file import resolve
 from latentmill.jobs.manifests import readers
@@ -194,6 +195,19 @@ def test_threads_and_dtype_have_plain_defaults(job):
         assert draft.identity["dtype"] == "float16"
     with pytest.raises(UsageError, match="float16 does not run on cpu"):
         draft_plan(job(device="cpu", dtype="float16"))
+
+
+def test_how_a_gpu_runs_the_model_is_part_of_the_plan_and_nothing_for_a_cpu(job):
+    hashes = set()
+    for execution in EXECUTIONS:
+        with draft_plan(job(device="cuda", execution=execution)) as draft:
+            assert draft.identity["execution"] == execution
+            hashes.add(draft.plan_hash)
+    assert len(hashes) == 3
+    with pytest.raises(UsageError, match="execution compiled does not run on cpu; use eager, or device cuda"):
+        draft_plan(job(device="cpu", execution="compiled"))
+    with pytest.raises(UsageError, match="execution 'jit' does not exist; there is eager, graphs, compiled"):
+        job(execution="jit")
 
 
 def test_the_same_rows_from_elsewhere_are_the_same_plan(job, tmp_path, monkeypatch):
