@@ -1,9 +1,9 @@
 """Cells that another output already holds: found by what was asked for, checked, and taken as they are.
 
-A donor's row with the same request and execution class has the picture that would be drawn here. Nothing of a donor is
-believed that can be checked: a picture counts only if it has its row's digests, and its file is written anew from its
-pixels, as this job would write it. Reuse saves time and nothing else: whatever is wrong with a donor is told, and the
-cell is drawn.
+A donor's row with the same request and execution class has the picture that would be drawn here: to the bit on a CPU,
+and on a GPU where its slot in the batch is the same. Nothing of a donor is believed that can be checked: a picture
+counts only if it has its row's digests, and its file is written anew from its pixels, as this job would write it. Reuse
+saves time and nothing else: whatever is wrong with a donor is told, and the cell is drawn.
 """
 
 from __future__ import annotations
