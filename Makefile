@@ -74,10 +74,8 @@ GPU = PYTHONPATH=$(VENV)/source:.$(if $(PYTHONPATH),:$(PYTHONPATH)) $(or $(GPU_P
 bench-gpu: $(VENV)/source/latentmill $(if $(GPU_PYTHON),,dev) ## the same on a CUDA device, in parts; GPU_PYTHON=python3 uses another torch
 	$(GPU) $(BENCH) --target bench-gpu
 
-gpu-prepare: $(VENV)/.train ## encode the training pictures, which needs a network, for a GPU's machine without one
+gpu-prepare: $(VENV)/.train ## fetch and render the training's icons, for a GPU's machine without a network
 	$(BIN)/python -m training --stage data
-	$(BIN)/python -m training --stage tokenizer
-	$(BIN)/python -m training --stage latents
 
 gpu-day: $(VENV)/source/latentmill $(if $(GPU_PYTHON),,dev) ## on a GPU, in pieces under 9 minutes: its tests, bench-gpu, training; SECONDS_LEFT=n
 	$(GPU) -m bench.gpu_day $(if $(ONLY),--only $(ONLY)) $(if $(SECONDS_LEFT),--seconds $(SECONDS_LEFT)) $(if $(TINY),--tiny)

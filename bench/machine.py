@@ -68,12 +68,14 @@ def describe_gpu() -> str | None:
 
 
 def commit() -> str:
-    """The commit of this checkout, marked where files differ from it; `BENCH_COMMIT` where there is no git."""
+    """The commit of this checkout, marked where files differ from it; `BENCH_COMMIT` for a copy without its git."""
+    if "BENCH_COMMIT" in os.environ:
+        return os.environ["BENCH_COMMIT"]
     try:
         head = _git("rev-parse", "HEAD")
         changed = _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!bench/results", ":!bench/*.md")
     except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("BENCH_COMMIT", "unknown")
+        return "unknown"
     return head[:12] + ("+changes" if changed else "")
 
 

@@ -69,9 +69,9 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, help="for the second stage: 180 of each core, or 8 of a GPU")
     parser.add_argument("--limit-minutes", type=float, default=math.inf, help="of this call's share of the latter")
     parser.add_argument("--processes", type=int, help="one thread each; as many as cores unless named")
-    parser.add_argument("--scenes", type=int, default=9_000, help="one-object pictures to encode")
-    parser.add_argument("--pairs", type=int, default=6_000, help="two-object pictures to encode")
-    parser.add_argument("--icons", type=int, default=5_000, help="icon pictures to encode")
+    parser.add_argument("--scenes", type=int, default=latents.COUNTS["scenes"], help="one-object pictures to encode")
+    parser.add_argument("--pairs", type=int, default=latents.COUNTS["pairs"], help="two-object pictures to encode")
+    parser.add_argument("--icons", type=int, default=latents.COUNTS["icons"], help="icon pictures to encode")
     parser.add_argument("--from-scratch", action="store_true", help="leave the shipped weights alone")
     options = parser.parse_args()
     first, second = MINUTES[device().type]

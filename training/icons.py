@@ -28,6 +28,7 @@ PACKAGES = {  # the style's word in captions -> npm package, version
     "cartoon": ("@iconify-json/noto", "1.2.9"),
 }
 STYLES = tuple(PACKAGES)
+SPRITES = "sprites.npz"
 NAMES: dict[str, str] = {  # what captions say -> the icon's name in all sets
     "a red apple": "red-apple", "a banana": "banana", "a strawberry": "strawberry",
     "a watermelon": "watermelon", "a pizza": "pizza", "a doughnut": "doughnut", "a sun": "sun",
@@ -77,7 +78,7 @@ def _icons_json(folder: Path, style: str) -> Path:
 
 def load_sprites(folder: Path) -> dict[tuple[str, str], Sprite]:
     """(name, style) -> the icon at 256 px on a transparent ground; rendered once, kept in `folder`."""
-    cache = folder / "sprites.npz"
+    cache = folder / SPRITES
     keys = [(name, style) for name in NAMES for style in STYLES]
     if cache.is_file():
         with np.load(cache) as stored:

@@ -26,7 +26,8 @@ from training.scenes import Pixels
 
 CHECKPOINT = "latents.pt"
 AUTOENCODER = "vae.safetensors"
-KINDS = ("scenes", "pairs", "icons")
+COUNTS = {"scenes": 9_000, "pairs": 6_000, "icons": 5_000}
+"""Pictures of each kind that the recipe encodes."""
 CAPTIONS_PER_PICTURE = 6
 BATCH, GPU_BATCH = 8, 64
 REPORT_EVERY = 400  # pictures
@@ -108,7 +109,7 @@ def encode(work: Path, counts: Mapping[str, int], processes: int | None = None) 
     texts = Pictures.draw(counts).captions()
     tokens = tokenizer.encode(tokenizer.load(work / "tokenizer"), texts).to(torch.int16)
     tokens = tokens.reshape(-1, CAPTIONS_PER_PICTURE, architecture.MODEL_MAX_LENGTH)
-    counted = {kind: counts[kind] for kind in KINDS}
+    counted = {kind: counts[kind] for kind in COUNTS}
     save_checkpoint(work / CHECKPOINT, {"latents": latents.half(), "tokens": tokens, "counts": counted})
     _remove_parts(work)
     return work / CHECKPOINT
@@ -140,7 +141,7 @@ def first_stage(work: Path) -> dict[str, Tensor]:
 def _work(rank: int, work: Path, counts: Mapping[str, int]) -> None:
     """One process's share of the pictures, written as one part."""
     count = parallel.world_size()
-    mine = list(range(rank, sum(counts[kind] for kind in KINDS), count))
+    mine = list(range(rank, sum(counts[kind] for kind in COUNTS), count))
     rendered = Rendered(Pictures.draw(counts), mine, icons.load_sprites(work / "npm"))
     size = GPU_BATCH if device().type == "cuda" else BATCH
     # Its processes are forked before this one starts a GPU's driver.

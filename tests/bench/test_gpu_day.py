@@ -107,10 +107,10 @@ def test_training_goes_on_from_the_shipped_weights_and_then_from_where_it_stoppe
 
 
 @pytest.mark.long
-def test_training_without_encoded_pictures_says_how_to_make_them(tmp_path):
+def test_training_without_icons_says_how_to_get_them(tmp_path):
     command = [sys.executable, "-m", "bench.gpu_training", "--work", str(tmp_path)]
     done = subprocess.run(
         command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False
     )
     assert done.returncode == 1
-    assert "latents.pt is not there; make it where there is a network: make gpu-prepare" in done.stderr
+    assert "sprites.npz is not there; make it where there is a network: make gpu-prepare" in done.stderr

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from latentmill.engine.networks.autoencoder import DiagonalGaussian
-from training import architecture, autoencoder, icons, latents
+from training import architecture, autoencoder, icons, latents, pictures
 from training.pictures import Pictures
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("sprites")]
@@ -90,6 +90,20 @@ def test_a_frozen_stage_cuts_latents_and_pixels_at_the_same_place(tmp_path, monk
     squares, cut, _ = stage.examples(4, 128)
     assert squares.shape == (4, 3, 128, 128)
     torch.testing.assert_close(cut, torch.nn.functional.avg_pool2d(squares, architecture.FACTOR), atol=1e-5, rtol=0)
+
+
+def test_beside_a_gpu_other_processes_draw_the_pictures_and_always_the_same(tmp_path, monkeypatch):
+    monkeypatch.setattr(pictures, "renderers", lambda: 2)
+    seen = []
+    for seed in (3, 3, 4):
+        stream = Pictures(tmp_path, np.random.default_rng(0))
+        stream.start_over([1, seed])
+        seen.append(torch.cat([stream.whole(2 * pictures.BLOCK), stream.whole(3)]))
+    assert seen[0].shape == (2 * pictures.BLOCK + 3, 3, 256, 256)
+    assert seen[0].is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(seen[0], seen[1])
+    assert not torch.equal(seen[0], seen[2])
+    assert not torch.equal(seen[0][: pictures.BLOCK], seen[0][pictures.BLOCK : 2 * pictures.BLOCK])
 
 
 def test_training_goes_on_where_a_kill_left_it(tmp_path, small):
