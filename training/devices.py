@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import cv2
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, Dataset
 
 # Asking whether there is a GPU must not start the driver: processes that are forked afterwards take seconds each.
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
@@ -23,9 +25,15 @@ def renderers() -> int:
     return os.cpu_count() or 1 if device().type == "cuda" else 0
 
 
-def draw_alone(worker: int) -> None:  # noqa: ARG001 - the shape of a loader's hook
-    """For a process beside others that draw: OpenCV would start a thread for each core in each of them."""
+def drawn_by_others(pictures: Dataset[Any], batch_size: int | None) -> Iterator[Any]:
+    """Batches of pictures, drawn by `renderers()` processes that are forked now, or without any by this one.
+
+    Call it before this process starts a GPU's driver: afterwards each fork takes seconds.
+    """
+    # OpenCV would start a thread for each core in each process; and one that is forked while there are such threads
+    # waits for ever for those that it has not.
     cv2.setNumThreads(1)
+    return iter(DataLoader(pictures, batch_size=batch_size, num_workers=renderers()))
 
 
 def place(module: nn.Module) -> None:

@@ -14,13 +14,13 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from latentmill.engine.loading.config import VAEConfig
 from latentmill.engine.networks.autoencoder import AutoencoderKL
 from training import architecture, autoencoder, icons, pairs, parallel, scenes, tokenizer
 from training.common import load_checkpoint, save_checkpoint, to_tensor
-from training.devices import device, draw_alone, place, renderers
+from training.devices import device, drawn_by_others, place
 from training.icons import Sprite
 from training.scenes import Pixels
 
@@ -144,8 +144,7 @@ def _work(rank: int, work: Path, counts: Mapping[str, int]) -> None:
     mine = list(range(rank, sum(counts[kind] for kind in COUNTS), count))
     rendered = Rendered(Pictures.draw(counts), mine, icons.load_sprites(work / "npm"))
     size = GPU_BATCH if device().type == "cuda" else BATCH
-    # Its processes are forked before this one starts a GPU's driver.
-    batches = iter(DataLoader(rendered, batch_size=size, num_workers=renderers(), worker_init_fn=draw_alone))
+    batches = drawn_by_others(rendered, size)
     model = AutoencoderKL(VAEConfig.from_dict(architecture.VAE))
     start = work / autoencoder.START
     model.load_state_dict(load_file(start) if start.is_file() else _learned(work))

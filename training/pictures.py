@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import IterableDataset, get_worker_info
 
 from training import architecture, icons, pairs, scenes
 from training.common import to_tensor
-from training.devices import device, draw_alone, renderers
+from training.devices import device, drawn_by_others, renderers
 from training.scenes import IMAGE_SIZE, Pixels
 
 CROPS_PER_PICTURE = 2
@@ -33,8 +33,7 @@ class Pictures:
         """What comes from now on is fixed by `seed`; where there is a GPU, other processes draw it ahead."""
         self.rng = np.random.default_rng(seed)
         if renderers():
-            blocks = DataLoader(_Ahead(self, seed), batch_size=None, num_workers=renderers(), worker_init_fn=draw_alone)
-            self.ahead = iter(blocks)
+            self.ahead = drawn_by_others(_Ahead(self, seed), None)
 
     def draw(self, kind: str) -> Pixels:
         """One picture of `kind`: scene, pair or icon."""

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from latentmill.engine.networks.autoencoder import DiagonalGaussian
-from training import architecture, autoencoder, icons, latents, pictures
+from training import architecture, autoencoder, devices, icons, latents, pictures
 from training.pictures import Pictures
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("sprites")]
@@ -93,7 +93,8 @@ def test_a_frozen_stage_cuts_latents_and_pixels_at_the_same_place(tmp_path, monk
 
 
 def test_beside_a_gpu_other_processes_draw_the_pictures_and_always_the_same(tmp_path, monkeypatch):
-    monkeypatch.setattr(pictures, "renderers", lambda: 2)
+    for module in (devices, pictures):
+        monkeypatch.setattr(module, "renderers", lambda: 2)
     seen = []
     for seed in (3, 3, 4):
         stream = Pictures(tmp_path, np.random.default_rng(0))
