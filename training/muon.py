@@ -110,7 +110,8 @@ def _adam(gradients: list[Tensor], states: list[dict[str, Any]]) -> list[Tensor]
 
 
 def _moments(name: str, gradients: list[Tensor], states: list[dict[str, Any]]) -> list[Tensor]:
-    return [
-        state[name] if name in state else state.setdefault(name, torch.zeros_like(gradient))
-        for gradient, state in zip(gradients, states, strict=True)
-    ]
+    """Those of the states, which begin at zero."""
+    for gradient, state in zip(gradients, states, strict=True):
+        if name not in state:
+            state[name] = torch.zeros_like(gradient)
+    return [state[name] for state in states]
