@@ -92,6 +92,7 @@ def test_a_frozen_stage_cuts_latents_and_pixels_at_the_same_place(tmp_path, monk
     torch.testing.assert_close(cut, torch.nn.functional.avg_pool2d(squares, architecture.FACTOR), atol=1e-5, rtol=0)
 
 
+@pytest.mark.long
 def test_beside_a_gpu_other_processes_draw_the_pictures_and_always_the_same(tmp_path, monkeypatch):
     for module in (devices, pictures):
         monkeypatch.setattr(module, "renderers", lambda: 2)
