@@ -132,7 +132,7 @@ def write_card(model: Path, figures: Mapping[str, Any]) -> None:
         processor=figures["processor_seconds_per_image"],
         prompts=figures["scene_prompts"],
         scene_rows=_rows(words),
-        edge_rows=_rows(figures["edges"], ".2f"),
+        edge_rows=_rows(figures["edges"], ".3f"),
         first_stage_rows=_rows(figures["first_stage"], ".2f"),
         pair_prompts=figures["pair_prompts"],
         pair_rows=_rows(figures["pairs"]),
