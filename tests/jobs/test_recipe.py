@@ -123,6 +123,7 @@ IDENTITY: Mapping[str, Callable[[Recipe, dict[str, Any]], object]] = {
     "safety": _same("nsfw_checker"),
     "nsfw_threshold": lambda recipe, _: recipe.safety_threshold,
     "dtype": lambda recipe, _: recipe.dtype,
+    "execution": lambda recipe, _: recipe.execution,
     "threads_per_actor": lambda recipe, _: recipe.threads,
     "device": lambda recipe, _: "cpu" if recipe.threads else "cuda",
 }
