@@ -144,7 +144,7 @@ class Lesson:
         alpha_bar = schedule.alphas_cumprod.to(where)[timesteps].reshape(-1, 1, 1, 1)
         signal, spread = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
         return cls(
-            noisy=signal * clean + spread * noise,
+            noisy=schedule.add_noise(clean, noise, timesteps),
             timesteps=timesteps,
             ids=ids,
             velocity=signal * noise - spread * clean,
