@@ -38,7 +38,7 @@ from training.common import (
     set_learning_rate,
     to_pictures,
 )
-from training.devices import device, place
+from training.devices import device, mixed_precision, place
 from training.drawing import GUIDANCE, STEPS
 from training.muon import Muon
 
@@ -156,7 +156,9 @@ class Lesson:
 
     def loss(self, predict: Callable[..., Tensor]) -> Tensor:
         """Mean squared error of the velocity."""
-        return F.mse_loss(predict(*self.shown), self.velocity)
+        with mixed_precision():
+            predicted = predict(*self.shown)
+        return F.mse_loss(predicted.float(), self.velocity)
 
 
 def train(

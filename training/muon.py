@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from training import parallel
+from training.devices import multiplies_bfloat16
 
 MOMENTUM = 0.95
 ADAM_BETAS, ADAM_EPS = (0.9, 0.98), 1e-8
@@ -28,11 +29,13 @@ def orthogonalised(matrices: Tensor) -> Tensor:
     tall = matrices.shape[1] > matrices.shape[2]
     x = matrices.mT if tall else matrices
     x = x / (torch.linalg.matrix_norm(x, keepdim=True) + 1e-7)
+    if multiplies_bfloat16():  # it is exact enough for "about one", and takes half the time
+        x = x.bfloat16()
     linear, cubic, quintic = COEFFICIENTS
     for _ in range(ITERATIONS):
         square = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=cubic, alpha=quintic), x, beta=linear)
-    return x.mT if tall else x
+    return (x.mT if tall else x).to(matrices.dtype)
 
 
 class Muon(torch.optim.Optimizer):

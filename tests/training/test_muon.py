@@ -8,11 +8,15 @@ import pytest
 import torch
 from torch import nn
 
+from training import muon
 from training.muon import ADAM_BETAS, Muon, orthogonalised
 
+SHAPES = [(16, 40), (40, 16), (32, 32)]
 
-@pytest.mark.parametrize("shape", [(16, 40), (40, 16), (32, 32)])
-def test_all_directions_count_alike_and_stay_what_they_are(shape):
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_all_directions_count_alike_and_stay_what_they_are(shape, monkeypatch):
+    monkeypatch.setattr(muon, "multiplies_bfloat16", lambda: False)
     torch.manual_seed(0)
     matrix = torch.randn(shape)
     u, values, v = torch.linalg.svd(matrix, full_matrices=False)
@@ -20,6 +24,19 @@ def test_all_directions_count_alike_and_stay_what_they_are(shape):
     assert values.max() > 1.5 * values.min()
     assert (found - torch.diag(found.diagonal())).abs().max() < 0.01
     assert 0.6 < found.diagonal().min() <= found.diagonal().max() < 1.3
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_step_in_bfloat16_differs_by_its_rounding_only(shape, monkeypatch):
+    torch.manual_seed(0)
+    matrices = torch.randn(3, *shape)
+    monkeypatch.setattr(muon, "multiplies_bfloat16", lambda: False)
+    exact = orthogonalised(matrices)
+    monkeypatch.setattr(muon, "multiplies_bfloat16", lambda: True)
+    rounded = orthogonalised(matrices)
+    assert rounded.dtype == matrices.dtype
+    assert not torch.equal(rounded, exact)
+    assert (rounded - exact).norm() < 0.05 * exact.norm()
 
 
 def network():
