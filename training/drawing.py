@@ -11,7 +11,7 @@ from latentmill.engine.types import LoraSpec
 from training import devices
 from training.scenes import IMAGE_SIZE, Pixels
 
-STEPS, GUIDANCE, BATCH = 20, 3.0, 8
+STEPS, GUIDANCE, BATCH = 20, 2.0, 8
 
 
 @dataclass(frozen=True, kw_only=True)
