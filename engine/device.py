@@ -12,9 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from latentmill.engine.types import EngineError
-
-_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+from latentmill.engine.types import PRECISIONS, EngineError
 
 
 def resolve_device(name: str) -> torch.device:
@@ -33,12 +31,13 @@ def resolve_device(name: str) -> torch.device:
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    """`float32`, or on a GPU also `float16` and `bfloat16`. Raises EngineError for any other."""
-    if name not in _DTYPES:
-        raise EngineError(f"dtype is {name!r}; expected one of {', '.join(_DTYPES)}")
-    if device.type == "cpu" and name != "float32":
-        raise EngineError(f"dtype is {name!r}, but the engine runs in float32 on a CPU; use float32, or a GPU")
-    return _DTYPES[name]
+    """`float32`, `bfloat16`, or on a GPU also `float16`. Raises EngineError for any other."""
+    if name not in PRECISIONS:
+        raise EngineError(f"dtype is {name!r}; expected one of {', '.join(PRECISIONS)}")
+    if device.type == "cpu" and name == "float16":
+        raise EngineError("dtype is 'float16', which no CPU computes with; use float32 or bfloat16, or a GPU")
+    found: torch.dtype = getattr(torch, name)
+    return found
 
 
 @contextmanager

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import torch
 from einops import rearrange
@@ -21,6 +20,7 @@ from latentmill.engine.loras import merged_loras
 from latentmill.engine.model import Drawn, Model
 from latentmill.engine.sampling.table import SAMPLERS_WITH_ETA
 from latentmill.engine.types import (
+    PRECISIONS,
     SEED_LIMIT,
     EngineError,
     GenerationRequest,
@@ -30,12 +30,6 @@ from latentmill.engine.types import (
     Precision,
     UncheckedResult,
 )
-
-_PRECISION: dict[torch.dtype, Literal["fp32", "fp16", "bf16"]] = {
-    torch.float32: "fp32",
-    torch.float16: "fp16",
-    torch.bfloat16: "bf16",
-}
 
 _MOST_BATCHES = 32
 """Batches of rows that go through the slots of one batch in one go: their prompts are held meanwhile."""
@@ -265,7 +259,7 @@ class Engine:
         self, outcome: _Outcome, request: GenerationRequest, slot: int, precision: Precision | None = None
     ) -> UncheckedResult:
         """Only a finite picture goes to the checker, which would pass a picture of NaN."""
-        used = precision or _PRECISION[self.dtype]
+        used = precision or PRECISIONS[str(self.dtype).removeprefix("torch.")]
         picture = outcome if isinstance(outcome, _Picture) else None
         reason = outcome if isinstance(outcome, str) else f"latents or pixels were not finite in {used}"
         return UncheckedResult(

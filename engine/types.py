@@ -14,6 +14,9 @@ Mask: TypeAlias = "NDArray[np.bool_]"
 Precision = Literal["fp32", "fp16", "bf16", "fp32-retry"]
 Status = Literal["ok", "flagged", "failed"]
 
+PRECISIONS: dict[str, Precision] = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
+"""What a result calls each dtype that a model can be loaded in."""
+
 SEED_LIMIT = 2**32
 """torch's CPU generator ignores the bits above the 32nd, so larger seeds would silently collide."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from latentmill.engine import GenerationRequest, GenerationResult
+from latentmill.engine import PRECISIONS, GenerationRequest, GenerationResult
 from latentmill.engine.types import Pixels
 from latentmill.jobs.ledger.picture_store import Origin
 from latentmill.jobs.ledger.pictures import blank, encode_png, encode_png_before_4, pixel_sha256
@@ -43,7 +43,7 @@ def failed_sample(
         error=error,
         safety=None,
         prompt_tokens=0,
-        precision="fp16" if plan.settings.dtype == "float16" else "fp32",
+        precision=PRECISIONS[plan.settings.dtype],
         batch_size=plan.batch_size,
         batch_slot=slot,
     )

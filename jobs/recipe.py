@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from latentmill.engine import GenerationRequest, ModelSpec
+from latentmill.engine import PRECISIONS, GenerationRequest, ModelSpec
 from latentmill.engine.types import Pixels
 from latentmill.jobs.errors import JobError, UsageError
 from latentmill.jobs.manifests.images import PlannedImage
@@ -28,15 +28,14 @@ from latentmill.jobs.spec import JobSpec
 if TYPE_CHECKING:
     from latentmill.engine import Engine
 
-DTYPES = {"fp32": "float32", "fp16": "float16", "fp32-retry": "float16"}
-"""What the model was loaded as, by the precision of a row: only a half-precision model has anything to retry."""
-
 _FORMAT = 3
 """The first format whose rows have all that it takes."""
 
 _MERGED = re.compile(r", merged (.+)$")
 _COMPILED = re.compile(r", channels last, compiled(?=$|, )")
 _THREADS = re.compile(r", (\d+) threads, ")
+_BFLOAT16 = ", bfloat16, "
+_DTYPES = {precision: dtype for dtype, precision in PRECISIONS.items()}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -181,7 +180,7 @@ def recipe_of(row: Mapping[str, Any]) -> Recipe:
         on_flagged=row["on_flagged"],
         watermark=row["watermark"],
         watermark_text=row["watermark_text"],
-        dtype=DTYPES[row["precision"]],
+        dtype=_dtype(row),
         threads=None if threads is None else int(threads[1]),
         batch_size=row["batch_size"],
         slot=row["batch_slot"],
@@ -189,6 +188,13 @@ def recipe_of(row: Mapping[str, Any]) -> Recipe:
         version=row["version"],
         format_version=4 if "digital_source_type" in row else _FORMAT,
     )
+
+
+def _dtype(row: Mapping[str, Any]) -> str:
+    """What the model was loaded as. Only one in half precision has anything to make again in full."""
+    if row["precision"] == "fp32-retry":
+        return "bfloat16" if _BFLOAT16 in row["execution_class"] else "float16"
+    return _DTYPES[row["precision"]]
 
 
 def _image(row: Mapping[str, Any]) -> PlannedImage | None:

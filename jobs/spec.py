@@ -10,6 +10,7 @@ from typing import Any
 from latentmill.engine import (
     EXECUTIONS,
     LONG_PROMPTS,
+    PRECISIONS,
     PROMPT_SYNTAXES,
     SAFETY_CHECKERS,
     SAMPLER_CHOICES,
@@ -47,7 +48,7 @@ WATERMARK_POLICIES = ("record", "require", "retry")
 REUSE_BY = ("copy", "link")
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 TIMESTEP_SPACINGS = ("leading", "trailing", "linspace", "original")
-DTYPES = ("auto", "float32", "float16")
+DTYPES = ("auto", *PRECISIONS)
 DEVICES = ("auto", "cpu", "cuda")
 MAX_CHUNK = 4096
 """The most samples of a chunk, and so the most rows of a commit record."""
@@ -288,7 +289,13 @@ class JobSpec:
     batch_size: int | None = whole(
         None, CUTTING, "Samples per forward pass, always padded.", 1, MAX_CHUNK, planned=True
     )
-    dtype: str = choice("auto", CUTTING, "auto, float32 or float16.", DTYPES, planned=True)
+    dtype: str = choice(
+        "auto",
+        CUTTING,
+        "auto is float16 on a GPU, float32 on a CPU; bfloat16 is faster on a CPU that multiplies it (AMX).",
+        DTYPES,
+        planned=True,
+    )
     device: str = choice("auto", CUTTING, "auto, cpu or cuda.", DEVICES, planned=True)
     execution: str = choice(
         "eager",

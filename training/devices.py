@@ -65,7 +65,7 @@ class _Float32Attention(TorchFunctionMode):
 
 @contextmanager
 def mixed_precision() -> Iterator[None]:
-    """Convolutions and products in bfloat16 where that is faster, weights and their updates in float32."""
+    """Convolutions and products in bfloat16 where that is faster; the weights themselves stay in float32."""
     if not multiplies_bfloat16():
         yield
         return

@@ -136,7 +136,7 @@ class Redrawer:
             size = self._drawing.batch_size
             recipe = replace(recipe, batch_size=size, slot=recipe.slot % size)
         device = _device(recipe, self._drawing.device)
-        return replace(recipe, dtype="float32") if device == "cpu" else recipe
+        return replace(recipe, dtype="float32") if device == "cpu" and recipe.dtype == "float16" else recipe
 
     def _draw(self, rows: Mapping[int, Row], recipes: Mapping[int, Recipe]) -> Iterator[tuple[int, Regenerated]]:
         """The rows of one model: it is loaded once, and what cannot be drawn is told of each row."""

@@ -208,7 +208,7 @@ COLUMNS: tuple[Column, ...] = (
     _result(
         "precision",
         pa.string(),
-        "`fp16`, `fp32`, or `fp32-retry` where half precision overflowed.",
+        "`fp16`, `bf16`, `fp32`, or `fp32-retry` where half precision overflowed.",
         lambda result: result.precision,
     ),
     _result("batch_size", pa.uint16(), "Rows of the batch it was drawn in.", lambda result: result.batch_size),

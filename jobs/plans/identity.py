@@ -95,7 +95,7 @@ def _planned_settings(spec: JobSpec, batch_size: int) -> dict[str, Any]:
     """The settings that are part of the plan, what is computed filled in, and without what has no effect."""
     device = _resolve_device(spec)
     if spec.dtype == "float16" and device == "cpu":
-        raise UsageError("dtype float16 does not run on cpu; use float32, or device cuda")
+        raise UsageError("dtype float16 does not run on cpu; use float32 or bfloat16, or device cuda")
     if spec.execution != "eager" and device == "cpu":
         raise UsageError(f"execution {spec.execution} does not run on cpu; use eager, or device cuda")
     computed = {

@@ -71,11 +71,29 @@ def test_latents_and_pictures_are_the_reference_pipelines(engine, pipeline, monk
     assert (difference <= 2).mean() >= 0.995
 
 
-def test_it_draws_what_it_is_asked_for(engine):
-    red, yellow = (
+@pytest.fixture(scope="module")
+def rows() -> list[GenerationRequest]:
+    return [
         GenerationRequest(prompt=prompt, seed=7, width=256, height=256, num_inference_steps=20, guidance_scale=3.0)
         for prompt in PROMPTS[:2]
+    ]
+
+
+def test_in_bfloat16_it_draws_nearly_the_same_and_each_row_as_if_it_were_alone(engine, rows):
+    half = Engine.load(
+        ModelSpec(model=str(EMBEDDED_MODEL), safety="none"), device="cpu", dtype="bfloat16", batch_size=4
     )
+    together, exact = half.generate(rows), engine.generate(rows)
+    assert {result.precision for result in together} == {"bf16"}
+    assert "bfloat16" in half.execution_class
+    for row, result, wanted in zip(rows, together, exact, strict=True):
+        assert not np.array_equal(result.pixels, wanted.pixels)
+        assert np.abs(result.pixels.astype(int) - wanted.pixels).mean() < 1
+        assert np.array_equal(half.generate([row])[0].pixels, result.pixels)
+
+
+def test_it_draws_what_it_is_asked_for(engine, rows):
+    red, yellow = rows
     red_circle, yellow_triangle = (result.pixels.astype(int) for result in engine.generate([red, yellow]))
     assert (red_circle[128, 128] - [215, 35, 35] < 60).all()
     assert red_circle[128, 128, 0] > 150

@@ -220,8 +220,8 @@ def test_prompt_tokens_are_counted_before_truncation(engine):
     assert long.prompt_tokens == 180
 
 
-def test_half_precision_on_a_cpu_is_refused_with_the_remedy(eps_model):
-    with pytest.raises(EngineError, match="use float32, or a GPU"):
+def test_float16_on_a_cpu_is_refused_with_the_remedy(eps_model):
+    with pytest.raises(EngineError, match="use float32 or bfloat16, or a GPU"):
         Engine.load(ModelSpec(model=str(eps_model)), device="cpu", dtype="float16")
 
 

@@ -41,6 +41,7 @@ UNUSUAL: Mapping[str, Any] = {
     "width": 256,
     "height": 256,
     "chunk_size": 3,
+    "dtype": "bfloat16",
 }
 
 
@@ -75,6 +76,7 @@ def test_a_picture_is_made_again_from_nothing_but_one_row(two_jobs: list[dict[st
         recipe = recipe_of(row)
         engine = recipe.load("cpu")
         assert engine.execution_class == row["execution_class"]
+        assert recipe.dtype == ("float32" if row["prompt_syntax"] == "plain" else "bfloat16")
         assert pixel_sha256(recipe.draw(engine)) == row["pixel_sha256"], row["sample_id"]
 
 
@@ -84,6 +86,13 @@ def test_a_row_says_how_its_picture_was_run(two_jobs: list[dict[str, Any]]) -> N
     compiled = acceleration.settings("compiled")
     for ending in (compiled, f"{compiled}, merged sepia=1"):
         assert recipe_of(row | {"execution_class": f"cuda, float16, {ending}"}).execution == "compiled"
+
+
+def test_a_row_that_overflowed_says_which_half_precision_it_was_tried_in(two_jobs: list[dict[str, Any]]) -> None:
+    row = two_jobs[0] | {"precision": "fp32-retry"}
+    for dtype in ("float16", "bfloat16"):
+        there = row["execution_class"].replace("float32", dtype)
+        assert recipe_of(row | {"execution_class": there}).dtype == dtype
 
 
 @pytest.mark.parametrize(

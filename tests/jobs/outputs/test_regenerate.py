@@ -217,10 +217,13 @@ def test_verify_cannot_draw_from_what_is_not_published(spec: JobSpec) -> None:
 
 
 @pytest.mark.slow
-def test_the_real_engine_makes_them_again_by_the_command(tiny_model: Path, manifest: Manifest, tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_real_engine_makes_them_again_by_the_command(
+    dtype: str, tiny_model: Path, manifest: Manifest, tmp_path: Path
+) -> None:
     sweep = {"sweep": {"sampler": ["ddim", "euler_a", "dpmpp_2m"], "num_inference_steps": [2, 3]}}
     spec = job_spec(tiny_model, manifest(2), tmp_path / "out", chunk_size=5, batch_size=3, watermark="dwtDct", **sweep)
-    spec = replace(spec, width=256, height=256)
+    spec = replace(spec, width=256, height=256, dtype=dtype)
     assert run(spec, engine_factory=load_engine).exit_code == 0
     runner = CliRunner()
     answer = runner.invoke(app, ["regenerate", spec.out, "--sample", "0:12", "--quiet"])

@@ -193,7 +193,7 @@ def test_threads_and_dtype_have_plain_defaults(job):
     assert (plan.settings.device, plan.settings.dtype, plan.settings.threads_per_actor) == ("cpu", "float32", 1)
     with draft_plan(job(device="cuda")) as draft:
         assert draft.identity["dtype"] == "float16"
-    with pytest.raises(UsageError, match="float16 does not run on cpu"):
+    with pytest.raises(UsageError, match="float16 does not run on cpu; use float32 or bfloat16"):
         draft_plan(job(device="cpu", dtype="float16"))
 
 
