@@ -22,7 +22,7 @@ from training.evaluate import COUNTS, evaluate
 
 STAGES = ("data", "tokenizer", "autoencoder", "latents", "diffusion", "export", "evaluate")
 SCRATCH_MARK = "from-scratch"
-MINUTES = {"cpu": (60.0, 180.0), "cuda": (8.0, 8.0)}  # of the two stages; of each core, or of the GPU
+MINUTES = {"cpu": (40.0, 64.0), "cuda": (8.0, 8.0)}  # of the two stages; of each core, or of the GPU
 
 
 def run(stage: str, options: argparse.Namespace) -> None:
@@ -65,8 +65,8 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=DEFAULT_WORK)
     parser.add_argument("--out", type=Path, default=export.EMBEDDED, help="where the model is written")
     parser.add_argument("--curves", type=Path, default=Path(__file__).with_name("curves.png"), help="their picture")
-    parser.add_argument("--autoencoder-minutes", type=float, help="for the first stage: 60 of each core, or 8 of a GPU")
-    parser.add_argument("--minutes", type=float, help="for the second stage: 180 of each core, or 8 of a GPU")
+    parser.add_argument("--autoencoder-minutes", type=float, help="for the first stage: 40 of each core, or 8 of a GPU")
+    parser.add_argument("--minutes", type=float, help="for the second stage: 64 of each core, or 8 of a GPU")
     parser.add_argument("--limit-minutes", type=float, default=math.inf, help="of this call's share of the latter")
     parser.add_argument("--processes", type=int, help="one thread each; as many as cores unless named")
     parser.add_argument("--scenes", type=int, default=latents.COUNTS["scenes"], help="one-object pictures to encode")
