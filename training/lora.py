@@ -90,7 +90,7 @@ def train(model: LatentDiffusion, latents: Tensor, contexts: Tensor, empty: Tens
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m training.lora", description="Train the LoRAs that ship.")
-    parser.add_argument("--steps", type=int, default=320)
+    parser.add_argument("--steps", type=int, default=960)
     parser.add_argument("--folder", type=Path, default=FOLDER)
     arguments = parser.parse_args()
     lessons = Lessons.prepare()
