@@ -35,7 +35,7 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     if name not in PRECISIONS:
         raise EngineError(f"dtype is {name!r}; expected one of {', '.join(PRECISIONS)}")
     if device.type == "cpu" and name == "float16":
-        raise EngineError("dtype is 'float16', which no CPU computes with; use float32 or bfloat16, or a GPU")
+        raise EngineError("dtype is 'float16', which the engine runs on a GPU only; use float32 or bfloat16, or a GPU")
     found: torch.dtype = getattr(torch, name)
     return found
 
