@@ -54,7 +54,7 @@ def multiplies_bfloat16() -> bool:
 
 
 class _Float32Attention(TorchFunctionMode):
-    """Attention alone stays in float32: its backward in bfloat16 takes as long as all else of a step."""
+    """Attention alone stays in float32: its backward in bfloat16 takes nearly as long as all else of a step."""
 
     def __torch_function__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
         if function is not F.scaled_dot_product_attention:
